@@ -1,0 +1,171 @@
+"""From a prompt to an answer: sampling with a static key/value cache.
+
+What it teaches: decoding is the training forward, one token a row, with yesterday's keys and values kept. Prompts of all
+lengths are prefilled packed (no padding is computed); the image and prompt of a question are run once and shared by all
+samples of its group; rows that have ended are dropped, so late steps are small. The log-probability returned with each token
+is that of the training forward at the same temperature.
+
+    python generate.py --model runs/toy/final --image some.png --prompt "how many circles are there?"
+
+Legend: P prompts, n samples each, B = P * n rows, T cache length, H query heads, G key/value heads, D head size.
+"""
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention import Segments, packed_attention
+from data import Encoder, Message, Sample, normalise, open_image
+from tokenizer import Tokenizer
+from vlm import SailVL
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled continuation: ids (with the end token when `finished`), log-probability of each, prompt's index."""
+    prompt: int
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Cache:
+    """Keys and values (layers, B, G, T, D), written in place; `lengths` (B,) counts what each row holds."""
+
+    def __init__(self, llm, lengths: list[int], room: int, like: Tensor):
+        c = llm.config
+        self.lengths = torch.tensor(lengths, device=like.device)
+        shape = (c.num_hidden_layers, len(lengths), c.num_key_value_heads, max(lengths) + room, c.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.segments = Segments.of(lengths, like.device)
+        self.rows = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), self.lengths)
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend` for packed prompts (S tokens): store, then attend inside each prompt."""
+        at = self.segments.positions()
+        self.k[layer, self.rows, :, at], self.v[layer, self.rows, :, at] = k, v
+        return packed_attention(q, k, v, self.segments, causal=True)
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend` for one new token a row: q (B, H, D). The H/G query heads of a group share its keys uncopied."""
+        B, H, D = q.shape
+        rows = torch.arange(B, device=q.device)
+        self.k[layer, rows, :, self.lengths], self.v[layer, rows, :, self.lengths] = k, v
+        T = int(self.longest) + 1
+        seen = (torch.arange(T, device=q.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+        grouped = q.view(B, self.k.shape[2], -1, D)  # (B, G, H/G, D)
+        out = F.scaled_dot_product_attention(grouped, self.k[layer, :, :, :T], self.v[layer, :, :, :T], attn_mask=seen)
+        return out.reshape(B, H, D)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows."""
+        self.k, self.v, self.lengths = self.k.index_select(1, rows), self.v.index_select(1, rows), self.lengths[rows]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> tuple[Tensor, Tensor]:
+    """Next ids (B,) and their log-probabilities (B,). Temperature 0 is greedy, scored at temperature 1.
+
+    The log-probability is of the full distribution at this temperature: train with top_k = 0 and top_p = 1.
+    """
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        picked = logprobs.argmax(-1)
+    else:
+        allowed = logprobs
+        if top_k:
+            allowed = allowed.masked_fill(allowed < allowed.topk(min(top_k, allowed.shape[-1])).values[:, -1:], -torch.inf)
+        if top_p < 1:
+            ordered, where = allowed.softmax(-1).sort(descending=True)
+            drop = ordered.cumsum(-1) - ordered > top_p
+            allowed = allowed.masked_fill(drop.gather(-1, where.argsort(-1)), -torch.inf)
+        picked = torch.multinomial(allowed.softmax(-1), 1, generator=generator)[:, 0]
+    return picked, logprobs.gather(-1, picked[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], end: int, max_new: int = 64, samples: int = 1,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, start: list[int] = ()) -> list[Answer]:
+    """prompts: (ids, image arrays) each, as from `Encoder.prompt` -> `samples` answers per prompt, in prompt order.
+
+    `start` is appended to every prompt (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
+    """
+    if not prompts:
+        raise ValueError("nothing to generate: no prompts")
+    llm, device = model.language_model, model.language_model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = [list(p[0]) + list(start) for p in prompts]
+    images = [array for p in prompts for array in p[1]]
+    flat = torch.tensor([i for row in ids for i in row], device=device)
+    pixels = normalise(images) if images else None
+    pixels = [i.to(device) for i in pixels] if isinstance(pixels, list) else None if pixels is None else pixels.to(device)
+    cache = Cache(llm, [len(row) for row in ids], max_new, llm.lm_head.weight)
+    hidden = llm(model.embed(flat[None], pixels), cache.segments.positions(), cache.prefill)  # (S, C)
+    last = hidden.index_select(0, (cache.segments.cu[1:] - 1).long())  # (P, C)
+    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)
+    cache.select(rows)
+    logits = llm.lm_head(last).index_select(0, rows)  # every sample of a group draws its own first token
+    B = len(rows)
+    out = torch.full((B, max_new), -1, dtype=torch.long, device=device)
+    scores = torch.zeros(B, max_new, device=device)
+    alive = torch.arange(B, device=device)  # which answer each cache row belongs to
+    for t in range(max_new):
+        picked, score = choose(logits, temperature, top_k, top_p, generator)
+        out[alive, t], scores[alive, t] = picked, score
+        going = (picked != end).nonzero()[:, 0]
+        if t + 1 == max_new or len(going) == 0:
+            break
+        if len(going) < len(alive):  # drop ended rows
+            cache.select(going)
+            alive, picked = alive[going], picked[going]
+        hidden = llm(llm.embed(picked), cache.lengths, cache.decode)  # (B, C)
+        cache.lengths += 1
+        logits = llm.lm_head(hidden)
+    counts = (out >= 0).sum(1).tolist()
+    return [Answer(i // samples, row[:n], score[:n], row[n - 1] == end)
+            for i, (row, score, n) in enumerate(zip(out.tolist(), scores.tolist(), counts))]
+
+
+def load(directory, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[SailVL, Tokenizer]:
+    """A model directory -> model and tokenizer that agree about the image token."""
+    model, tokenizer = SailVL.from_pretrained(directory, dtype, device), Tokenizer.load(directory)
+    model.image_token_id = tokenizer.image
+    return model.eval(), tokenizer
+
+
+@dataclass
+class Ask:
+    """Ask a model about images."""
+    prompt: str
+    model: Path = Path("runs/toy/final")
+    image: tuple[Path, ...] = ()  # none, one or several
+    think: bool = False  # ask for a chain of thought
+    max_new: int = 256  # tokens
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+
+
+def main(o: Ask) -> int:
+    model, tokenizer = load(o.model)
+    question = f"{o.prompt} {tokenizer.think_prompt}" if o.think else o.prompt
+    parts = [p for path in o.image for p in (open_image(path), "\n")]
+    encoder = Encoder(tokenizer, model.config)
+    prompt = encoder.prompt(Sample((Message("user", (*parts, question)),)))
+    for answer in generate(model, [prompt], tokenizer.end, o.max_new, o.samples, o.temperature, o.top_k, o.top_p, o.seed):
+        print(tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids))
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+    sys.exit(main(tyro.cli(Ask, config=(tyro.conf.FlagConversionOff,))))

@@ -1,0 +1,161 @@
+"""The language model: a Qwen3 decoder, dense or mixture-of-experts.
+
+What it teaches: the modern decoder block in its final form. RMSNorm before each half, grouped-query attention (GQA) with
+an RMSNorm on every head's query and key before the rotation (QK-norm), rotary positions (RoPE), a SwiGLU feed-forward,
+no bias anywhere. Parameter names are those of the published Qwen3 checkpoints, so a released file loads by name.
+
+Legend: S tokens (all documents of all rows end to end), C model width, H query heads, G key/value heads, D head size,
+I feed-forward width, V vocabulary. Sources: Qwen3 as released; SAIL-VL2 section 2.1, Table 1.
+
+Left out on purpose: sliding windows, RoPE scaling, dropout, attention bias (no released SAIL-VL2 uses them).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention import Attend
+from moe import MoE
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Field names as in the published config.json. `num_experts` 0 means dense."""
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    norm_topk_prob: bool = True
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the statistic in fp32 whatever the input's type."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()  # half precision: round before the weight, as the released code does
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (S, 1, dim), for integer positions (S,). Angles are computed in fp32 (fp64 for fp64 models)."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim)  # (dim/2,)
+    angle = (positions[:, None].to(exact) * frequency).repeat(1, 2)[:, None]  # (S, 1, dim)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (S, heads, D): coordinate i is paired with i + D/2 ("half rotation", not interleaved)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with per-head QK-norm before RoPE."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.heads, self.groups, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        S = x.shape[0]
+        q = rotate(self.q_norm(self.q_proj(x).view(S, self.heads, self.dim)), *rope)  # (S, H, D)
+        k = rotate(self.k_norm(self.k_proj(x).view(S, self.groups, self.dim)), *rope)  # (S, G, D)
+        v = self.v_proj(x).view(S, self.groups, self.dim)
+        return self.o_proj(attend(layer, q, k, v).reshape(S, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Shares its call with `moe.MoE`, so a block does not know which it holds."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.self_attn = SelfAttention(c)
+        self.mlp = MoE(c) if c.num_experts else FeedForward(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, attend: Attend, layer: int, routing: list | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x), routing)
+
+
+class Trunk(nn.Module):
+    """Everything but the head; kept apart only because the published names say `model.` and `lm_head.`."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class LLM(nn.Module):
+    """Decoder over embeddings. `lm_head` is a module of its own also when tied, where it shares the embedding's tensor."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(ids)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None) -> Tensor:
+        """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm; logits are `lm_head` of that.
+
+        `routing`, when a list, receives one `moe.Routing` per MoE layer (for the balance loss and statistics).
+        """
+        rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, rope, attend, i, routing)
+        return self.model.norm(x)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fan-in initialisation, residual outputs scaled down by depth; embeddings N(0, 1/sqrt(C)) since the head may tie."""
+        depth = 2 * len(self.model.layers)
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0)
+                continue
+            std = p.shape[-1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                std *= depth ** -0.5
+            p.normal_(0.0, std, generator=generator)

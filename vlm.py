@@ -1,0 +1,198 @@
+"""SAIL-VL2: a ViT, an adapter and a language model, joined by overwriting embeddings.
+
+What it teaches: how little a vision-language model adds. Image placeholders in the prompt are embedded like any token and
+then overwritten, in order, by the adapter's visual tokens; the decoder sees one sequence with ordinary positions.
+
+    image -> vit (S, Cv) -> adapter (S/4, C) ----+
+    ids (B, T) -> embed (B*T, C) -> overwrite at image_token_id -> llm -> hidden -> lm_head -> logits (B, T, V)
+
+Legend: B rows, T tokens a row, C text width, V vocabulary, N images, S patches of all images.
+Source: SAIL-VL2 section 2.1 and the released configuration; names as in the released safetensors.
+"""
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import weights
+from adapter import Adapter
+from attention import Attend, Segments, inside
+from llm import LLM, LLMConfig
+from moe import MoE, upcycle
+from vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Architecture plus the preprocessing that the weights were trained with."""
+    vision: ViTConfig = ViTConfig()
+    text: LLMConfig = LLMConfig()
+    min_tiles: int = 1
+    max_tiles: int = 10  # the released processor; its config.json says 12
+    thumbnail: bool = True
+    any_resolution: bool = False
+    image_token_id: int = 151671
+
+    @staticmethod
+    def from_dict(c: dict) -> "VLMConfig":
+        """From a released config.json. Raises ValueError naming a missing key or an unsupported choice."""
+        try:
+            vision = _pick(ViTConfig, c["vision_config"], required=("hidden_size", "num_hidden_layers", "image_size"))
+            text = _pick(LLMConfig, c["llm_config"], required=("hidden_size", "num_hidden_layers", "vocab_size"))
+        except KeyError as e:
+            raise ValueError(f"config.json: key {e} is missing; is this a SAIL-VL2 checkpoint?") from e
+        if c.get("select_layer", -1) != -1 or c.get("downsample_ratio", 0.5) != 0.5 or c.get("ps_version", "v2") != "v2":
+            raise ValueError("config.json: only select_layer -1, downsample_ratio 0.5 and ps_version v2 are supported")
+        extra = c.get("nanosail", {})
+        return VLMConfig(vision, text, c.get("min_dynamic_patch", 1), extra.get("max_tiles", c.get("max_dynamic_patch", 12)),
+                         c.get("use_thumbnail", True), extra.get("any_resolution", False), extra.get("image_token_id", 151671))
+
+    def to_dict(self) -> dict:
+        """The released layout; what it has no field for goes under "nanosail"."""
+        text = asdict(self.text) | {"model_type": "qwen3_moe" if self.text.num_experts else "qwen3", "hidden_act": "silu",
+                                    "attention_bias": False, "rope_scaling": None}
+        vision = asdict(self.vision) | {"model_type": "sailvit", "qkv_bias": False, "use_bias": False}
+        return {"architectures": ["SAILVLModel"], "model_type": "sailvl", "downsample_ratio": 0.5, "ps_version": "v2",
+                "select_layer": -1, "template": "univl-chat", "dynamic_image_size": True, "use_thumbnail": self.thumbnail,
+                "force_image_size": self.vision.image_size, "min_dynamic_patch": self.min_tiles,
+                "max_dynamic_patch": self.max_tiles, "llm_config": text, "vision_config": vision,
+                "nanosail": {"max_tiles": self.max_tiles, "any_resolution": self.any_resolution,
+                             "image_token_id": self.image_token_id}}
+
+
+def _pick(kind, values: dict, required: tuple) -> object:
+    """A config dataclass from a larger dictionary; unknown keys belong to other tools."""
+    for key in required:
+        values[key]
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+
+
+QWEN3 = {"0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
+         "1.7B": LLMConfig(tie_word_embeddings=False),  # Qwen3 ties it; SAIL-VL2-2B stores a head of its own
+         "8B": LLMConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                         tie_word_embeddings=False),
+         "30B-A3B": LLMConfig(num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, num_experts=128,
+                              tie_word_embeddings=False)}
+SAIL_VIT = {"large": ViTConfig(1024, 2816, 24, 8), "huge": ViTConfig()}
+TOY_VIT = ViTConfig(96, 256, 3, 3, patch_size=8, image_size=48)
+TOY_LLM = LLMConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=32, rope_theta=1e4)
+PRESETS = {"toy": VLMConfig(TOY_VIT, TOY_LLM, max_tiles=1),
+           "toy-moe": VLMConfig(TOY_VIT, replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=384),
+                                max_tiles=1)} | {
+    f"SAIL-VL2-{name}": VLMConfig(SAIL_VIT["huge"], QWEN3[llm])
+    for name, llm in (("1B", "0.6B"), ("2B", "1.7B"), ("8B", "8B"), ("30B-A3B", "30B-A3B"))}
+
+
+class SailVL(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = ViT(config.vision)
+        self.mlp1 = Adapter(config.vision.hidden_size, config.text.hidden_size)
+        self.language_model = LLM(config.text)
+        self.image_token_id = config.image_token_id
+
+    def embed(self, input_ids: Tensor, images: Tensor | list[Tensor] | None) -> Tensor:
+        """ids (B, T) and normalised pixels -> embeddings (B*T, C), visual tokens in their places.
+
+        Raises ValueError when placeholders and visual tokens differ in number: both numbers and the first row concerned.
+        """
+        x = self.language_model.embed(input_ids.reshape(-1))  # (B*T, C)
+        holes = input_ids.reshape(-1) == self.image_token_id
+        count = int(holes.sum())
+        if images is None or len(images) == 0:
+            if count:
+                raise ValueError(self._mismatch(input_ids, 0))
+            return x + self.touch_vision()  # every rank runs the same modules
+        visual = self.mlp1(*self.vision_model(images)).to(x.dtype)  # (S/4, C)
+        if visual.shape[0] != count:
+            raise ValueError(self._mismatch(input_ids, visual.shape[0]))
+        return x.masked_scatter(holes[:, None], visual)
+
+    def touch_vision(self) -> Tensor:
+        """A zero that depends on ViT and adapter, so that a text-only batch gives them (zero) gradients like any other.
+
+        Without it a rank with no image would skip collectives that its peers wait for. Costs one minimal image.
+        """
+        if not (torch.is_grad_enabled() and any(p.requires_grad for m in (self.vision_model, self.mlp1) for p in m.parameters())):
+            return torch.zeros((), device=self.vision_model.preprocessor.pos_embed.device)
+        c = self.config.vision
+        blank = self.vision_model.preprocessor.pos_embed.new_zeros(1, c.num_channels, 2 * c.patch_size, 2 * c.patch_size)
+        return self.mlp1(*self.vision_model(blank)).sum() * 0.0
+
+    def _mismatch(self, input_ids: Tensor, visual: int) -> str:
+        rows = (input_ids == self.image_token_id).sum(1).tolist()
+        return (f"{sum(rows)} image placeholders (id {self.image_token_id}) in the batch but {visual} visual tokens from the "
+                f"images; placeholders per sample: {dict(enumerate(rows))}. Each image needs one placeholder per visual token.")
+
+    def hidden(self, input_ids: Tensor, images=None, positions: Tensor | None = None, segments: Segments | None = None,
+               attend: Attend | None = None, routing: list | None = None) -> Tensor:
+        """Everything up to the last norm: (B*T, C). Without `segments` each row is one document."""
+        B, T = input_ids.shape
+        segments = segments or Segments.of([T] * B, input_ids.device)
+        positions = segments.positions() if positions is None else positions.reshape(-1)
+        return self.language_model(self.embed(input_ids, images), positions, attend or inside(segments, causal=True), routing)
+
+    def forward(self, input_ids: Tensor, pixel_values=None, positions=None, segments=None, attend=None) -> Tensor:
+        """ids (B, T) int64, pixels (N, 3, H, W) or a list of images -> logits (B, T, V)."""
+        hidden = self.hidden(input_ids, pixel_values, positions, segments, attend)
+        return self.language_model.lm_head(hidden).view(*input_ids.shape, -1)
+
+    def logprobs(self, input_ids: Tensor, images, positions, segments, at: Tensor, labels: Tensor, temperature: float = 1.0,
+                 routing: list | None = None) -> Tensor:
+        """log p(labels) at the flat positions `at` (n,) of a packed batch -> (n,) fp32. What every objective starts from:
+        logits exist for supervised positions only."""
+        hidden = self.hidden(input_ids, images, positions, segments, routing=routing).index_select(0, at)
+        return token_logprobs(hidden, self.language_model.lm_head.weight, labels, temperature)
+
+    def init_weights(self, seed: int = 0) -> "SailVL":
+        generator = torch.Generator().manual_seed(seed)
+        self.vision_model.init_weights(generator)
+        self.language_model.init_weights(generator)
+        self.mlp1.init_weights(generator, scale=self.config.text.hidden_size ** -0.5)  # embeddings have this size too
+        return self
+
+    def save_pretrained(self, directory) -> None:
+        weights.save(self, directory, self.config.to_dict())
+
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
+        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
+        config = VLMConfig.from_dict(weights.read_config(directory))
+        where = weights.locate(directory)
+        if "language_model.lm_head.weight" in where:  # the 2B stores a head although its config says tied: believe the file
+            config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+        with torch.device("meta"):
+            model = SailVL(config)
+        return weights.load(model, directory, dtype, device)
+
+    def to_moe(self, text: LLMConfig) -> "SailVL":
+        """A copy with mixture-of-experts layers that computes the same function (see moe.upcycle)."""
+        other = SailVL(replace(self.config, text=text)).init_weights()
+        ours = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                if name in ours:
+                    p.copy_(ours[name])
+        for a, b in zip(self.language_model.model.layers, other.language_model.model.layers):
+            upcycle(a.mlp, b.mlp)
+        other.image_token_id = self.image_token_id
+        return other
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = 4096) -> Tensor:
+    """log p(label) of each position: hidden (n, C), head (V, C), labels (n,) -> (n,) fp32.
+
+    In chunks whose logits are recomputed in the backward pass, so that (n, V) never exists whole.
+    """
+    def some(h: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy((h @ head.T).float() / temperature, y, reduction="none")
+
+    if hidden.shape[0] <= chunk:
+        return some(hidden, labels)
+    pairs = zip(hidden.split(chunk), labels.split(chunk))
+    return torch.cat([checkpoint(some, h, y, use_reentrant=False) for h, y in pairs])

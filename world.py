@@ -1,0 +1,427 @@
+"""A small visual world with known answers, drawn by Pillow: what `make toy` trains on and is graded by.
+
+What it teaches: that a recipe can be judged without a benchmark download, if every picture comes from a scene that is known.
+A scene can be drawn (`draw`), put into words (`words`, its caption) and asked about (`ask`), so the same question exists with
+a picture and, for the text-only part of the mixture, with a description in its place.
+
+Six kinds of scene on a 48 x 48 canvas with a 3 x 3 grid of cells:
+    objects     1 to 5 shapes in different cells     caption, attributes, spatial, counting, grounding
+    reading     three characters                     reading
+    chart       three bars                           charts
+    sum         digit, operator, digit               arithmetic
+    odd         one shape differs from the others    odd
+    video       three frames, one shape that moves   video
+
+Deterministic: sample i of a seed is always the same. Train and held-out scenes differ by content, not only by seed: a
+scene's content is hashed, one in eight hashes is held out, and neither side ever draws the other's. `python world.py`
+prints the number of scenes and answers of each kind and writes a sheet of examples.
+"""
+import functools
+import hashlib
+import itertools
+import math
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data import Message, Sample
+
+SIZE, CELL = 48, 16
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
+          "purple": (150, 60, 170), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+CHARACTERS = "0123456789ACEHKLNPTX"
+INKS = ("red", "green", "blue", "black")
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+LEVELS, BAR_UNIT = 6, 7
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question: its family, the answer as text, and the chain of thought that leads there."""
+    family: str
+    question: str
+    answer: str
+    chain: str
+
+
+def canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    shade = rng.randrange(225, 256)
+    image = Image.new("RGB", (SIZE, SIZE), (shade, shade, shade))
+    return image, ImageDraw.Draw(image)
+
+
+def draw_shape(d: ImageDraw.ImageDraw, shape: str, color: str, box: tuple[int, int, int, int]) -> None:
+    x0, y0, x1, y1 = box
+    ink, third = COLORS[color], (x1 - x0) // 3
+    if shape == "circle":
+        d.ellipse(box, fill=ink)
+    elif shape == "square":
+        d.rectangle(box, fill=ink)
+    elif shape == "triangle":
+        d.polygon([((x0 + x1) // 2, y0), (x1, y1), (x0, y1)], fill=ink)
+    elif shape == "cross":
+        d.rectangle((x0 + third, y0, x1 - third, y1), fill=ink)
+        d.rectangle((x0, y0 + third, x1, y1 - third), fill=ink)
+    else:
+        d.ellipse(box, outline=ink, width=3)
+
+
+@functools.lru_cache
+def font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=18)  # Pillow carries it: no file, no download
+
+
+def write(d: ImageDraw.ImageDraw, rng: random.Random, text: str, row: int, ink: str) -> None:
+    """Up to three characters, one to a cell of a row, each moved by at most a pixel."""
+    for i, c in enumerate(text):
+        center = (i * CELL + 8 + rng.randint(-1, 1), row * CELL + 8 + rng.randint(-1, 1))
+        d.text(center, c, fill=COLORS[ink], font=font(), anchor="mm")
+
+
+def boxes_overlap(a: tuple, b: tuple) -> float:
+    """Intersection over union of two (x0, y0, x1, y1)."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if w <= 0 or h <= 0:
+        return 0.0
+    area = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+    return w * h / (sum(area) - w * h)
+
+
+class Objects:
+    """Content: ((shape, color, cell), ...) in reading order, no two alike, plus each one's box by its cell's jitter."""
+    families = ("caption", "attributes", "spatial", "counting", "grounding")
+    turns = 5
+
+    def __init__(self, rng: random.Random):
+        cells = sorted(rng.sample(range(9), rng.choice((1, 2, 2, 3, 3, 4, 5))))
+        pool = [(s, c) for s in rng.sample(SHAPES, rng.choice((2, 3, 5))) for c in COLORS]
+        self.objects = tuple((s, c, cell) for (s, c), cell in zip(rng.sample(pool, len(cells)), cells))
+        self.content = self.objects
+        self.boxes = []
+        for _, _, cell in self.objects:
+            side, x, y = rng.randint(11, 13), cell % 3 * CELL, cell // 3 * CELL
+            x0, y0 = x + rng.randint(0, 15 - side), y + rng.randint(0, 15 - side)
+            self.boxes.append((x0, y0, x0 + side, y0 + side))
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        for (shape, color, _), box in zip(self.objects, self.boxes):
+            draw_shape(d, shape, color, box)
+        return [image]
+
+    def words(self) -> str:
+        return ", ".join(f"{c} {s} {PLACES[cell]}" for s, c, cell in self.objects)
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        shape, color, cell = rng.choice(self.objects)
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        if family == "counting":
+            return self._count(rng)
+        if family == "grounding":
+            at = self.objects.index((shape, color, cell))
+            box = " ".join(str(round(1000 * v / SIZE / 25) * 25) for v in self.boxes[at])
+            return Turn(family, f"where is the {color} {shape}? give its box.", box, f"{color} {shape} {PLACES[cell]}.")
+        if family == "spatial":
+            return self._place(rng, shape, color, cell)
+        alone_in_shape = [o for o in self.objects if [p[0] for p in self.objects].count(o[0]) == 1]
+        alone_in_color = [o for o in self.objects if [p[1] for p in self.objects].count(o[1]) == 1]
+        options = [("color", *o) for o in alone_in_shape] + [("shape", *o) for o in alone_in_color]
+        what, shape, color, cell = rng.choice(options + [("color", "thing", color, cell), ("shape", shape, "thing", cell)])
+        if what == "color":
+            name = f"the {shape}" if shape != "thing" else f"the thing at the {PLACES[cell]}"
+            return Turn(family, f"what color is {name}?", color, f"{self.words()}.")
+        name = f"the {color} thing" if color != "thing" else f"the thing at the {PLACES[cell]}"
+        return Turn(family, f"what shape is {name}?", shape, f"{self.words()}.")
+
+    def _place(self, rng: random.Random, shape: str, color: str, cell: int) -> Turn:
+        others = [o for o in self.objects if o[2] != cell]
+        if not others or rng.random() < 0.5:
+            return Turn("spatial", f"where is the {color} {shape}?", PLACES[cell], f"{self.words()}.")
+        s, c, other = rng.choice(others)
+        word, yes = rng.choice((("left of", cell % 3 < other % 3), ("right of", cell % 3 > other % 3),
+                                ("above", cell // 3 < other // 3), ("below", cell // 3 > other // 3)))
+        chain = f"{color} {shape} {PLACES[cell]}, {c} {s} {PLACES[other]}."
+        return Turn("spatial", f"is the {color} {shape} {word} the {c} {s}?", "yes" if yes else "no", chain)
+
+    def _count(self, rng: random.Random) -> Turn:
+        what = rng.choice((rng.choice(SHAPES), rng.choice([o[0] for o in self.objects]), "thing", rng.choice(list(COLORS))))
+        hits = [o for o in self.objects if what in (o[0], o[1], "thing")]
+        noun = f"{what} things" if what in COLORS else f"{what}es" if what == "cross" else f"{what}s"
+        chain = ", ".join(f"{c} {s}" for s, c, _ in hits) or "none"
+        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{chain}. that is {len(hits)}.")
+
+
+class Reading:
+    families = ("caption", "reading")
+    turns = 1
+
+    def __init__(self, rng: random.Random):
+        self.text = "".join(rng.choice(CHARACTERS) for _ in range(3))
+        self.row, self.ink = rng.randrange(3), rng.choice(INKS)
+        self.content = self.text  # a held-out string is held out in every place and colour
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        write(d, rng, self.text, self.row, self.ink)
+        return [image]
+
+    def words(self) -> str:
+        return f"text {self.text}"
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        return Turn(family, "what does it say?", self.text, f"{self.text}.")
+
+
+class Chart:
+    families = ("caption", "charts")
+    turns = 3
+
+    def __init__(self, rng: random.Random):
+        self.bars = tuple(zip(rng.sample(list(COLORS), 3), rng.sample(range(1, LEVELS + 1), 3)))
+        self.content = self.bars
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        for i, (color, height) in enumerate(self.bars):
+            x = i * CELL + 2 + rng.randint(-1, 1)
+            d.rectangle((x, SIZE - 3 - height * BAR_UNIT, x + 11, SIZE - 3), fill=COLORS[color])
+        d.line((0, SIZE - 2, SIZE, SIZE - 2), fill=(90, 90, 90))
+        return [image]
+
+    def words(self) -> str:
+        return ", ".join(f"{color} bar {height}" for color, height in self.bars)
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        kind, (color, height) = rng.choice(("highest", "lowest", "value", "value", "more")), rng.choice(self.bars)
+        if kind == "value":
+            return Turn(family, f"how high is the {color} bar?", str(height), f"{self.words()}.")
+        if kind == "more":
+            (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
+            return Turn(family, f"how much higher is the {a} bar than the {b} bar?", str(x - y),
+                        f"{a} bar {x}, {b} bar {y}. {x} - {y} = {x - y}.")
+        color = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])[0]
+        return Turn(family, f"which bar is the {kind}?", color, f"{self.words()}.")
+
+
+class Sum:
+    families = ("caption", "arithmetic")
+    turns = 1
+
+    def __init__(self, rng: random.Random):
+        a, b, self.op = rng.randrange(10), rng.randrange(10), rng.choice("+-")
+        self.a, self.b = (a, b) if self.op == "+" else (max(a, b), min(a, b))
+        self.row, self.ink = rng.randrange(3), rng.choice(INKS)
+        self.content = (self.a, self.op, self.b, self.row, self.ink)
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        write(d, rng, f"{self.a}{self.op}{self.b}", self.row, self.ink)
+        return [image]
+
+    def words(self) -> str:
+        return f"sum {self.a} {self.op} {self.b}"
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        result = self.a + self.b if self.op == "+" else self.a - self.b
+        return Turn(family, "what is the result?", str(result), f"{self.a} {self.op} {self.b} = {result}.")
+
+
+class Odd:
+    families = ("caption", "odd")
+    turns = 1
+
+    def __init__(self, rng: random.Random):
+        cells = sorted(rng.sample(range(9), rng.randint(3, 5)))
+        shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
+        other = ((rng.choice([s for s in SHAPES if s != shape]), color) if rng.random() < 0.5
+                 else (shape, rng.choice([c for c in COLORS if c != color])))
+        self.cell = rng.choice(cells)
+        self.objects = tuple((*(other if cell == self.cell else (shape, color)), cell) for cell in cells)
+        self.content = self.objects
+        self.boxes = [(cell % 3 * CELL + rng.randint(1, 3), cell // 3 * CELL + rng.randint(1, 3)) for cell in cells]
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        for (shape, color, _), (x, y) in zip(self.objects, self.boxes):
+            draw_shape(d, shape, color, (x, y, x + 12, y + 12))
+        return [image]
+
+    def words(self) -> str:
+        return ", ".join(f"{c} {s} {PLACES[cell]}" for s, c, cell in self.objects)
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        return Turn(family, "where is the odd one out?", PLACES[self.cell], f"{self.words()}.")
+
+
+class Video:
+    """Three frames of one shape that moves by a cell a frame (a wall stops it on the third)."""
+    families = ("caption", "video")
+    turns = 1
+
+    def __init__(self, rng: random.Random):
+        self.shape, self.color, self.move = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(MOVES))
+        dx, dy = MOVES[self.move]
+        x, y = rng.choice([(x, y) for x in range(3) for y in range(3) if 0 <= x + dx < 3 and 0 <= y + dy < 3])
+        self.cells = [(min(max(x + dx * t, 0), 2), min(max(y + dy * t, 0), 2)) for t in range(3)]
+        self.content = (self.shape, self.color, self.move, x, y)
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        frames = []
+        for x, y in self.cells:
+            image, d = canvas(rng)
+            x0, y0 = x * CELL + rng.randint(1, 3), y * CELL + rng.randint(1, 3)
+            draw_shape(d, self.shape, self.color, (x0, y0, x0 + 12, y0 + 12))
+            frames.append(image)
+        return frames
+
+    def words(self) -> str:
+        return ", ".join(f"{self.color} {self.shape} {PLACES[3 * y + x]}" for x, y in self.cells)
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        return Turn(family, "which way does it move?", self.move, f"{self.words()}.")
+
+
+KINDS = {kind.__name__.lower(): kind for kind in (Objects, Reading, Chart, Sum, Odd, Video)}
+FAMILIES = tuple(dict.fromkeys(f for kind in KINDS.values() for f in kind.families)) + ("text",)
+REASONING = ("counting", "charts", "arithmetic", "odd")
+
+
+def held_out(content) -> bool:
+    return hashlib.blake2b(repr(content).encode(), digest_size=4).digest()[0] % 8 == 0
+
+
+def scene(kind: str, rng: random.Random, test: bool):
+    """A scene of this kind from the train side or the held-out side."""
+    while True:
+        s = KINDS[kind](rng)
+        if held_out((kind, s.content)) == test:
+            return s
+
+
+def user(s, question: str, rng: random.Random, text_only: bool) -> Message:
+    """The opening message: the picture (frames numbered, as for video) or its description, then the question."""
+    if text_only:
+        return Message("user", (f"picture: {s.words()}.\n{question}",))
+    frames = s.draw(rng)
+    if len(frames) == 1:
+        return Message("user", (frames[0], "\n" + question))
+    parts = [p for i, frame in enumerate(frames) for p in (f"Frame-{i + 1}: ", frame, "\n")]
+    return Message("user", (*parts, question))
+
+
+def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False, turns: int = 0) -> Sample:
+    """Sample `index`: one scene and up to `turns` questions about it (0: as many as the kind usually gets).
+
+    mixture: family -> share of the turns; "text" is the share of samples that describe the picture instead of showing it.
+    Raises ValueError for an unknown family.
+    """
+    unknown = set(mixture) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"no family {sorted(unknown)[0]!r} in the world; choose from {', '.join(FAMILIES)}")
+    rng = random.Random(f"{seed}/{index}/{test}")
+    visual = {f: w for f, w in mixture.items() if f != "text" and w > 0}
+    text_only = rng.random() < mixture.get("text", 0.0) or not visual
+    visual = visual or dict.fromkeys((f for f in FAMILIES if f not in ("text", "grounding")), 1.0)
+    if text_only:  # a description has no pixels to box
+        visual = {f: w for f, w in visual.items() if f != "grounding"} or {"caption": 1.0}
+    shares = {name: sum(visual.get(f, 0) / (len(KINDS) if f == "caption" else 1) for f in kind.families) / kind.turns
+              for name, kind in KINDS.items()}
+    kind = rng.choices(list(shares), list(shares.values()))[0]
+    s = scene(kind, rng, test)
+    families = [f for f in s.families if visual.get(f, 0) > 0]
+    asked: dict[str, Turn] = {}
+    for _ in range(turns or s.turns):
+        turn = s.ask(rng.choices(families, [visual[f] for f in families])[0], rng)
+        asked.setdefault(turn.question, turn)
+    messages: list[Message] = []
+    for turn in asked.values():
+        messages.append(user(s, turn.question, rng, text_only) if not messages else Message("user", (turn.question,)))
+        messages.append(Message("assistant", (turn.answer,)))
+    task = "text" if text_only else "+".join(sorted({t.family for t in asked.values()}))
+    return Sample(tuple(messages), task=task, origin=f"world/{kind}/{seed}/{index}",
+                  facts={"answer": turn.answer, "family": turn.family, "words": s.words(), "chain": turn.chain})
+
+
+class World:
+    """The world as a data source: `stream` for training, `held_out` for grading. Twin of `data.Folder`."""
+    root = None
+
+    def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> Iterator[Sample]:
+        return (sample(i, seed, mixture, turns=turns) for i in itertools.count())
+
+    def held_out(self, family: str, n: int, seed: int = 1) -> list[Sample]:
+        """n single-question samples of a family, all from held-out scenes."""
+        return [sample(i, seed, {family: 1.0}, test=True, turns=1) for i in range(n)]
+
+
+def corpus(n: int, seed: int = 0) -> list[str]:
+    """Text of the world's questions, answers and chains (no strings to read), for training the toy's tokenizer."""
+    texts = []
+    for i in range(n):
+        rng = random.Random(f"{seed}/corpus/{i}")
+        s = scene(rng.choice([k for k in KINDS if k != "reading"]), rng, False)
+        turn = s.ask(rng.choice(s.families), rng)
+        texts += [f"picture: {s.words()}.\n", turn.question, turn.answer, turn.chain, "Frame-1: ", "user\n", "assistant\n",
+                  "\n" + turn.question, f"\\boxed{{{turn.answer}}}", " think first."]
+    return texts
+
+
+def scene_counts() -> dict[str, str]:
+    """How many different scenes each kind can show (before jitter, background shade and held-out split)."""
+    looks = len(SHAPES) * len(COLORS)
+    objects = sum(math.comb(9, n) * math.perm(looks, n) for n in range(1, 6))
+    others = len(SHAPES) + len(COLORS) - 2
+    odd = sum(math.comb(9, n) * n * looks * others for n in range(3, 6))
+    bars = math.perm(len(COLORS), 3) * math.perm(LEVELS, 3)
+    return {"objects": objects, "reading": len(CHARACTERS) ** 3 * 3 * len(INKS), "chart": bars,
+            "sum": (100 + 55) * 3 * len(INKS), "odd": odd, "video": looks * 4 * 6}
+
+
+def main() -> None:
+    import tyro
+
+    def sheet(out: Path = Path("runs/world.png"), seed: int = 0) -> None:
+        """Draw examples of every kind, and print how large this world is."""
+        every = dict.fromkeys((f for f in FAMILIES if f != "text"), 1.0)
+        answers: dict[str, Counter] = {f: Counter() for f in every}
+        for i in range(4000):
+            for family in every:
+                if i < 400:
+                    answers[family][sample(i, seed, {family: 1}, turns=1).facts["answer"]] += 1
+        for kind, count in scene_counts().items():
+            print(f"{kind:10s} {count:>14,} scenes   asked about: {', '.join(KINDS[kind].families)}")
+        for family, seen in answers.items():
+            top, n = seen.most_common(1)[0]
+            print(f"{family:12s} {len(seen):4d} answers in 400 questions; the commonest, {top!r}, {n / 400:.0%}")
+        board = Image.new("RGB", (12 * 52, len(KINDS) * 52), "white")
+        for row, kind in enumerate(KINDS):
+            for column in range(12):
+                rng = random.Random(f"{seed}/{kind}/{column}")
+                board.paste(scene(kind, rng, False).draw(rng)[0], (column * 52 + 2, row * 52 + 2))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        board.resize((board.width * 2, board.height * 2), Image.NEAREST).save(out)
+        print(f"wrote {out}")
+
+    tyro.cli(sheet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
