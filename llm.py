@@ -149,11 +149,18 @@ class LLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fan-in initialisation, residual outputs scaled down by depth; embeddings N(0, 1/sqrt(C)) since the head may tie."""
+        """Fan-in initialisation, residual outputs scaled down by depth.
+
+        A free embedding starts at N(0, 1), larger than what the first blocks add to it: a token that is drowned by its
+        context cannot be matched, and look-up is the first thing to learn. A tied one must stay small, as it is also the head.
+        """
         depth = 2 * len(self.model.layers)
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 p.fill_(1.0)
+                continue
+            if name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings:
+                p.normal_(0.0, 1.0, generator=generator)
                 continue
             std = p.shape[-1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):

@@ -79,7 +79,8 @@ QWEN3 = {"0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
 SAIL_VIT = {"large": ViTConfig(1024, 2816, 24, 8), "huge": ViTConfig()}
 TOY_VIT = ViTConfig(96, 256, 3, 3, patch_size=8, image_size=48)
 TOY_LLM = LLMConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=32, rope_theta=1e4)
+                    num_key_value_heads=2, head_dim=32, rope_theta=1e4,
+                    tie_word_embeddings=False)
 PRESETS = {"toy": VLMConfig(TOY_VIT, TOY_LLM, max_tiles=1),
            "toy-moe": VLMConfig(TOY_VIT, replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=384),
                                 max_tiles=1)} | {
@@ -153,7 +154,8 @@ class SailVL(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.vision_model.init_weights(generator)
         self.language_model.init_weights(generator)
-        self.mlp1.init_weights(generator, scale=self.config.text.hidden_size ** -0.5)  # embeddings have this size too
+        tied = self.config.text.tie_word_embeddings  # visual tokens start at the size of the text embeddings
+        self.mlp1.init_weights(generator, scale=self.config.text.hidden_size ** -0.5 if tied else 1.0)
         return self
 
     def save_pretrained(self, directory) -> None:

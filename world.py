@@ -35,7 +35,7 @@ SIZE, CELL = 48, 16
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
           "purple": (150, 60, 170), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 CHARACTERS = "0123456789ACEHKLNPTX"
 INKS = ("red", "green", "blue", "black")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -94,9 +94,14 @@ def boxes_overlap(a: tuple, b: tuple) -> float:
     return w * h / (sum(area) - w * h)
 
 
+def say(objects) -> str:
+    """Objects in words, place first: a place is enough to look the rest up."""
+    return ", ".join(f"{PLACES[cell]} {color} {shape}" for shape, color, cell in objects)
+
+
 class Objects:
     """Content: ((shape, color, cell), ...) in reading order, no two alike, plus each one's box by its cell's jitter."""
-    families = ("caption", "attributes", "spatial", "counting", "grounding")
+    families = ("caption", "listing", "attributes", "spatial", "counting", "grounding")
     turns = 5
 
     def __init__(self, rng: random.Random):
@@ -117,28 +122,36 @@ class Objects:
         return [image]
 
     def words(self) -> str:
-        return ", ".join(f"{c} {s} {PLACES[cell]}" for s, c, cell in self.objects)
+        return say(self.objects)
 
     def ask(self, family: str, rng: random.Random) -> Turn:
         shape, color, cell = rng.choice(self.objects)
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
+        if family == "listing":
+            first, order = rng.choice(("shape", "color")), rng.sample(self.objects, len(self.objects))
+            pairs = [f"{s} {c}" if first == "shape" else f"{c} {s}" for s, c, _ in order]
+            return Turn(family, f"list every {first} with its {'color' if first == 'shape' else 'shape'}.", ", ".join(pairs), "")
         if family == "counting":
             return self._count(rng)
         if family == "grounding":
             at = self.objects.index((shape, color, cell))
             box = " ".join(str(round(1000 * v / SIZE / 25) * 25) for v in self.boxes[at])
-            return Turn(family, f"where is the {color} {shape}? give its box.", box, f"{color} {shape} {PLACES[cell]}.")
+            return Turn(family, f"where is the {color} {shape}? give its box.", box, f"{say([self.objects[at]])}.")
         if family == "spatial":
             return self._place(rng, shape, color, cell)
+        if rng.random() < 0.3:
+            cell = rng.randrange(9)
+            seen = [f"{c} {s}" for s, c, at in self.objects if at == cell]
+            return Turn(family, f"what is in the {PLACES[cell]}?", (seen or ["nothing"])[0], f"{self.words()}.")
         alone_in_shape = [o for o in self.objects if [p[0] for p in self.objects].count(o[0]) == 1]
         alone_in_color = [o for o in self.objects if [p[1] for p in self.objects].count(o[1]) == 1]
         options = [("color", *o) for o in alone_in_shape] + [("shape", *o) for o in alone_in_color]
         what, shape, color, cell = rng.choice(options + [("color", "thing", color, cell), ("shape", shape, "thing", cell)])
         if what == "color":
-            name = f"the {shape}" if shape != "thing" else f"the thing at the {PLACES[cell]}"
+            name = f"the {shape}" if shape != "thing" else f"the thing in the {PLACES[cell]}"
             return Turn(family, f"what color is {name}?", color, f"{self.words()}.")
-        name = f"the {color} thing" if color != "thing" else f"the thing at the {PLACES[cell]}"
+        name = f"the {color} thing" if color != "thing" else f"the thing in the {PLACES[cell]}"
         return Turn(family, f"what shape is {name}?", shape, f"{self.words()}.")
 
     def _place(self, rng: random.Random, shape: str, color: str, cell: int) -> Turn:
@@ -148,14 +161,14 @@ class Objects:
         s, c, other = rng.choice(others)
         word, yes = rng.choice((("left of", cell % 3 < other % 3), ("right of", cell % 3 > other % 3),
                                 ("above", cell // 3 < other // 3), ("below", cell // 3 > other // 3)))
-        chain = f"{color} {shape} {PLACES[cell]}, {c} {s} {PLACES[other]}."
+        chain = f"{say([(shape, color, cell), (s, c, other)])}."
         return Turn("spatial", f"is the {color} {shape} {word} the {c} {s}?", "yes" if yes else "no", chain)
 
     def _count(self, rng: random.Random) -> Turn:
         what = rng.choice((rng.choice(SHAPES), rng.choice([o[0] for o in self.objects]), "thing", rng.choice(list(COLORS))))
         hits = [o for o in self.objects if what in (o[0], o[1], "thing")]
         noun = f"{what} things" if what in COLORS else f"{what}es" if what == "cross" else f"{what}s"
-        chain = ", ".join(f"{c} {s}" for s, c, _ in hits) or "none"
+        chain = say(hits) or "none"
         return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{chain}. that is {len(hits)}.")
 
 
@@ -199,7 +212,7 @@ class Chart:
         return [image]
 
     def words(self) -> str:
-        return ", ".join(f"{color} bar {height}" for color, height in self.bars)
+        return ", ".join(f"{color} {height}" for color, height in self.bars)
 
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
@@ -210,7 +223,7 @@ class Chart:
         if kind == "more":
             (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
             return Turn(family, f"how much higher is the {a} bar than the {b} bar?", str(x - y),
-                        f"{a} bar {x}, {b} bar {y}. {x} - {y} = {x - y}.")
+                        f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
         color = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])[0]
         return Turn(family, f"which bar is the {kind}?", color, f"{self.words()}.")
 
@@ -261,7 +274,7 @@ class Odd:
         return [image]
 
     def words(self) -> str:
-        return ", ".join(f"{c} {s} {PLACES[cell]}" for s, c, cell in self.objects)
+        return say(self.objects)
 
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
@@ -291,7 +304,7 @@ class Video:
         return frames
 
     def words(self) -> str:
-        return ", ".join(f"{self.color} {self.shape} {PLACES[3 * y + x]}" for x, y in self.cells)
+        return say([(self.shape, self.color, 3 * y + x) for x, y in self.cells])
 
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":

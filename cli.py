@@ -1,0 +1,89 @@
+"""The command line of the recipes: a stage by name, every knob an option.
+
+What it teaches: an option is a dataclass field, its comment is its help, and an unknown one is an error (tyro does all
+three). `--stage NAME --scale toy|paper` picks a row of the recipe; any other option overrides one of its values.
+"""
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import parallel
+from data import Encoder, Faults, Folder
+from tokenizer import Tokenizer, train_bpe
+from vlm import PRESETS, SailVL
+from world import World, corpus
+
+THINK = "think first."  # the toy's request to think: the released sentence would be longer than its answers
+
+
+@dataclass
+class RunOptions:
+    """Where data and model come from and where the result goes."""
+    data: Path | None = None  # LLaVA JSON or JSONL; none: the toy world
+    images: Path | None = None  # folder of its images; none: beside the file
+    model: Path | None = None  # directory to start from; none: a new toy model and tokenizer
+    preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
+    out: Path = Path("runs/out")  # directory for the trained model and the log
+    strict: bool = False  # make the first bad sample an error
+
+
+def parse(options: type, recipes: dict[str, dict]):
+    """`--stage` and `--scale` choose the defaults, tyro reads the rest. Raises SystemExit for anything unknown."""
+    argv = list(sys.argv[1:])
+    chosen = {"--scale": "toy", "--stage": None}
+    for flag in chosen:
+        for i, word in enumerate(argv):
+            if word == flag or word.startswith(flag + "="):
+                value = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+                chosen[flag] = value
+                del argv[i:i + 1 + ("=" not in word)]
+                break
+    default = options()
+    if chosen["--scale"] not in recipes:
+        sys.exit(f"--scale {chosen['--scale']!r}: choose from {', '.join(recipes)}")
+    stages = recipes[chosen["--scale"]]
+    name = chosen["--stage"] or default.stage.name
+    if name not in stages:
+        sys.exit(f"--stage {name!r}: choose from {', '.join(stages)}")
+    default = dataclasses.replace(default, stage=stages[name])
+    note = f"Stages (--stage): {', '.join(stages)}. Scales (--scale): {', '.join(recipes)}. Defaults shown are of stage {name}."
+    return tyro.cli(options, default=default, args=argv, description=f"{options.__doc__}\n\n{note}",
+                    config=(tyro.conf.FlagConversionOff,))
+
+
+def new_model(preset: str, source, seed: int = 0) -> tuple[SailVL, Tokenizer]:
+    """A toy-sized model with random weights and a tokenizer trained on the source's own text."""
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r}: choose from {', '.join(PRESETS)}")
+    texts = corpus(3000) if isinstance(source, World) else [
+        p for s in source.samples[:20000] for m in s.messages for p in m.parts if isinstance(p, str)]
+    tokenizer = Tokenizer(train_bpe(texts + [THINK, "user\n", "assistant\n", "\\boxed{"], 440), "", THINK)
+    config = PRESETS[preset]
+    vocabulary = -(-len(tokenizer) // 16) * 16  # rounded up: kernels like it
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=vocabulary),
+                                 image_token_id=tokenizer.image)
+    return SailVL(config).init_weights(seed), tokenizer
+
+
+def run(o: RunOptions, recipes, stage_runner) -> int:
+    """Set up world, source and model, run the chosen stage, save the result."""
+    from generate import load
+    world = parallel.start()
+    source = Folder(o.data, o.images, o.strict) if o.data else World()
+    model, tokenizer = load(o.model) if o.model else new_model(o.preset, source, o.stage.seed)
+    model.to(world.device).train()
+    if world.main:
+        print(json.dumps(dataclasses.asdict(o), default=str))
+    encoder, faults = Encoder(tokenizer, model.config, source.root), getattr(source, "faults", Faults(o.strict))
+    result = stage_runner(model, o.stage, source, encoder, world, o.out, faults)
+    if world.main:
+        model.save_pretrained(o.out)
+        tokenizer.save(o.out)
+        print(f"stage {o.stage.name}: loss {result.log[0]['loss']:.3f} -> {result.tail():.3f} in {result.seconds:.0f} s; "
+              f"{result.skipped} steps skipped; model and log in {o.out}")
+    parallel.stop()
+    return 0

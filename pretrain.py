@@ -1,0 +1,184 @@
+"""Pre-training: the recipe of Table 3, as data, and the few lines that run it.
+
+What it teaches: SAIL-VL2 is not trained at once. A vision encoder is first made to speak the language model's language
+(SAIL-ViT, three stages that thaw one part after another); then a *new* adapter joins it to a *fresh* language model (basic
+pre-training, where AdaLRS finds the rate); then everything trains on everything (multi-task).
+
+    stage       trains               on                                    paper section
+    language    llm                  text           stand-in for Qwen3, toy only, not in the paper
+    image       vision               pixels         stand-in for AIMv2, toy only: predict the next patch
+    vit1        adapter              captions, text in images              3.1 "warm-up adaptation"
+    vit2        vision + adapter     captions, text in images              3.1 "fine-grained alignment"
+    vit3        all                  everything                            3.1 "world-knowledge injection"
+    basic       adapter (new)        captions, text in images; AdaLRS      3.2 "basic multimodal pre-training"
+    multitask   all                  understanding + instruction, text     3.2 "multi-task pre-training"
+
+    python pretrain.py --stage multitask --data my.jsonl --images dir/
+    torchrun --nproc-per-node 2 pretrain.py --stage multitask
+
+Simplified: the image stand-in predicts pixels with a linear head where AIMv2 has a decoder; paper-scale rows are the paper's
+where it gives them and marked (ours) where it does not.
+"""
+import itertools
+import random
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import cli
+import parallel
+from attention import sdpa
+from data import Encoder, Faults, documents, normalise
+from packing import batches
+from train import Run, Stage, answers, train
+from vit import ViT, patchify
+from vlm import SailVL
+
+CAPTION = {"caption": 1.0, "reading": 0.5}
+QUESTIONS = {"attributes": 2.0, "spatial": 2.0, "counting": 2.0, "charts": 2.0, "arithmetic": 2.0, "odd": 2.0}
+EVERYTHING = {"caption": 1.0, "reading": 1.0, "grounding": 1.0} | QUESTIONS
+
+TOY = {s.name: s for s in (
+    Stage("language", ("llm",), {"text": 1.0, "caption": 0.3, "reading": 0.3, "video": 0.3} | QUESTIONS, steps=240, rows=4,
+          lr=5e-3, weighting="sqrt"),
+    Stage("image", ("vision",), {"caption": 1.0}, steps=60, rows=4, lr=5e-3),
+    Stage("vit1", ("adapter",), CAPTION, steps=30, rows=4, lr=5e-3),
+    Stage("vit2", ("vision", "adapter"), CAPTION, steps=80, rows=4, lr=5e-3),
+    Stage("vit3", ("vision", "adapter", "llm"), EVERYTHING | {"text": 0.1}, steps=80, rows=4, lr=3e-3),
+    Stage("basic", ("adapter",), CAPTION, steps=100, rows=4, lr=3e-5, optimizer="adamw", schedule="constant", adalrs=True,
+          adalrs_k=8, adalrs_window=(0.05, 0.7)),
+    Stage("multitask", ("vision", "adapter", "llm"), EVERYTHING | {"text": 0.15}, steps=300, rows=4, lr=5e-3),
+)}
+
+# Rows x length follow from the paper's batch sizes only in samples; rows here are (ours): Table 3 gives tokens and length.
+PAPER_MIX = {"caption": 1.0, "ocr": 0.63}  # stage I: 4.9M SAIL-Caption + 3.1M OCR
+PAPER = {s.name: s for s in (
+    Stage("vit1", ("adapter",), PAPER_MIX, steps=4167, rows=1920, length=8192, lr=2e-4, optimizer="adamw"),
+    Stage("vit2", ("vision", "adapter"), PAPER_MIX, steps=28711, rows=512, length=8192, lr=2e-5, optimizer="adamw"),
+    Stage("vit3", ("vision", "adapter", "llm"), {}, steps=71289, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
+    Stage("basic", ("adapter",), PAPER_MIX, steps=31250, rows=2048, length=8192, lr=2e-4, optimizer="adamw", adalrs=True,
+          adalrs_k=150),
+    Stage("multitask", ("vision", "adapter", "llm"), {}, steps=87891, rows=2048, length=8192, lr=2e-5, optimizer="adamw"),
+)}
+RECIPES = {"toy": TOY, "paper": PAPER}
+
+
+def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=parallel.World()) -> Iterator[list]:
+    """The batches of a supervised stage: source -> documents -> packed rows -> this rank's micro-batches."""
+    encoder = replace(encoder, everything=stage.everything, weighting=stage.weighting,
+                      max_length=min(stage.length, encoder.max_length), root=source.root)
+    found = documents(source.stream(stage.mixture, stage.seed, stage.turns), encoder, faults)
+    return batches(found, stage.length, stage.rows, stage.accumulate, encoder.tokenizer.pad, world.rank, world.size)
+
+
+def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,
+              faults: Faults | None = None) -> Run:
+    """One supervised stage on a source (`world.World` or `data.Folder`), in place."""
+    faults = faults or Faults()
+    run = train(model, stage, supervised(source, stage, encoder, faults, world), answers_of(stage), world, directory)
+    if faults.counts and world.main:
+        print(faults.report())
+    return run
+
+
+def answers_of(stage: Stage):
+    return lambda model, batch: answers(model, batch, stage.balance)
+
+
+# ------------------------------------------------------------------------------------------- the stand-in for AIMv2's ViT
+
+class PatchPredictor(nn.Module):
+    """A ViT that sees a random prefix of an image's patches both ways and the rest causally, and says the next patch.
+
+    AIMv2's objective (autoregressive pixels under prefix attention) with a linear head in place of its decoder. Targets are
+    normalised inside each patch, so that predicting the mean scores 1.
+    """
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        c = vit.config
+        self.vision_model = vit
+        self.head = nn.Linear(c.hidden_size, 3 * c.patch_size ** 2)
+
+    def loss(self, images: Tensor, prefix: int) -> Tensor:
+        """images (N, 3, H, W) -> mean squared error over the patches after the prefix (a scalar)."""
+        patches = patchify(images, self.vision_model.config.patch_size)  # (N, L, 3 p p)
+        N, L, _ = patches.shape
+        i, j = torch.arange(L)[:, None], torch.arange(L)[None]
+        seen = (j <= i) | (j < prefix)  # (L, L): row i may look at column j
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sdpa(*(t.view(N, L, *t.shape[1:]) for t in (q, k, v)), attn_mask=seen).reshape(q.shape)
+
+        features, _ = self.vision_model(images, attend)  # (N*L, C)
+        said = self.head(features.view(N, L, -1)[:, max(prefix - 1, 0):-1])
+        target = patches[:, max(prefix, 1):]
+        target = (target - target.mean(-1, keepdim=True)) / (target.std(-1, keepdim=True) + 0.1)
+        return F.mse_loss(said, target)
+
+
+@dataclass
+class Pixels:
+    """A batch of images as the loop takes it; `ids` is what tokens per second are counted by (one per patch)."""
+    images: Tensor
+    prefix: int
+    ids: Tensor
+    filled: float = 1.0
+    weight: float = 1.0
+
+    def to(self, device) -> "Pixels":
+        return replace(self, images=self.images.to(device))
+
+
+def pixels(source, stage: Stage, encoder: Encoder, world=parallel.World()) -> Iterator[list[Pixels]]:
+    """Images of the source, as many a step as would fill the stage's rows with patches."""
+    c = encoder.config.vision
+    per_image = (c.image_size // c.patch_size) ** 2
+    n, rng = max(1, stage.rows * stage.length // per_image // world.size), random.Random(stage.seed)
+    arrays = (a for s in source.stream(stage.mixture, stage.seed, 1) for a in encoder.images(s)[0])
+    mine = itertools.islice(arrays, world.rank, None, world.size)
+    while True:
+        images = normalise(list(itertools.islice(mine, n)))
+        yield [Pixels(images, rng.randrange(per_image // 2), torch.zeros(len(images), per_image), weight=1.0 / world.size)]
+
+
+def pretrain_vit(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(),
+                 directory: Path | None = None) -> tuple[Run, PatchPredictor]:
+    predictor = PatchPredictor(model.vision_model)
+    predictor.requires_grad_(True)
+
+    def objective(m: PatchPredictor, b: Pixels) -> tuple[Tensor, dict[str, float]]:
+        loss = m.loss(b.images, b.prefix) * b.weight
+        return loss, {"loss": float(loss.detach())}
+
+    return train(predictor, stage, pixels(source, stage, encoder, world), objective, world, directory), predictor
+
+
+def stand_in_parts(model: SailVL) -> dict[str, Tensor]:
+    """A copy of the language model as it is now: basic pre-training starts from it again (paper: from Qwen3, not from the
+    language model that SAIL-ViT was trained with)."""
+    return {k: v.clone() for k, v in model.language_model.state_dict().items()}
+
+
+@dataclass
+class Options(cli.RunOptions):
+    """Run pre-training stages. Without --data they train on the toy world."""
+    out: Path = Path("runs/pretrain")
+    stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["multitask"])
+
+
+def main(o: Options) -> int:
+    return cli.run(o, RECIPES, lambda model, stage, source, encoder, world, directory, faults: (
+        pretrain_vit(model, stage, source, encoder, world, directory)[0] if stage.name == "image" else
+        run_stage(model, stage, source, encoder, world, directory, faults)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(cli.parse(Options, RECIPES)))
