@@ -301,9 +301,9 @@ def with_thinking(sample: Sample, think_prompt: str) -> Sample:
 
 
 class Folder:
-    """Samples of a JSON/JSONL file, in a new order each epoch, for ever; the order is a function of (seed, epoch).
+    """Samples of a JSON/JSONL file, each once an epoch, in a new order each time; the order is a function of the seed.
 
-    Only byte offsets are kept in memory for JSONL; a JSON list is held whole. `tasks` keeps samples of those tasks only.
+    Simplified: the records are held in memory (pixels are not); images are decoded when a sample is used.
     """
 
     def __init__(self, path, images=None, strict: bool = False):

@@ -119,7 +119,8 @@ def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], e
     for t in range(max_new):
         picked, score = choose(logits, temperature, top_k, top_p, generator)
         out[alive, t], scores[alive, t] = picked, score
-        going = (picked != end).nonzero()[:, 0]
+        # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
+        going = ((picked != end) & (picked != model.image_token_id)).nonzero()[:, 0]
         if t + 1 == max_new or len(going) == 0:
             break
         if len(going) < len(alive):  # drop ended rows

@@ -39,18 +39,45 @@ class LLMConfig:
     norm_topk_prob: bool = True
 
 
+class FusedRMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight with its backward written out: a third of the passes over memory that autograd makes on a CPU.
+
+    With n = x / rms(x) and g the gradient of the output:  dx = (g w - n mean(g w n)) / rms(x),  dw = sum over rows of g n.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return normal * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        normal, inverse, weight = ctx.saved_tensors
+        scaled = grad * weight
+        mean = (scaled * normal).mean(-1, keepdim=True)
+        dw = (grad * normal).view(-1, weight.shape[0]).sum(0)
+        return torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse), dw, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition, in fp32 for half precision and rounded before the weight, as the released code does."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistic in fp32 whatever the input's type."""
+    """x / rms(x) * weight over the last axis."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        x32 = x.float()  # half precision: round before the weight, as the released code does
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        whole = x.dtype in (torch.float32, torch.float64)
+        return (FusedRMSNorm.apply if whole else rms_norm)(x, self.weight, self.eps)
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

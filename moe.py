@@ -119,11 +119,10 @@ def balance_loss(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def upcycle(dense: nn.Module, moe: MoE) -> None:
-    """Start a MoE layer from a dense one and keep its function exactly (our choice; the paper starts from released MoEs).
+    """Start a MoE layer from a dense one without changing what it computes (our choice; the paper starts from released MoEs).
 
-    The dense width is cut into E / K slices and each slice is given to K experts with its output scaled by E, so that a
-    uniform router of any choice would average to the dense layer. Exactness for every routing needs each token to see all
-    slices, so with I_moe = I_dense each expert is a whole copy: any top-K with weights that sum to 1 gives the dense output.
+    Every expert is a whole copy of the dense layer. The kept weights sum to 1, so any top-K of equal experts gives the dense
+    output, whatever the router says; training then drives the copies apart.
     """
     assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
     gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])  # (2I, C)

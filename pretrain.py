@@ -41,20 +41,21 @@ from train import Run, Stage, answers, train
 from vit import ViT, patchify
 from vlm import SailVL
 
-CAPTION = {"caption": 1.0, "reading": 0.5}
-QUESTIONS = {"attributes": 2.0, "spatial": 2.0, "counting": 2.0, "charts": 2.0, "arithmetic": 2.0, "odd": 2.0}
-EVERYTHING = {"caption": 1.0, "reading": 1.0, "grounding": 1.0} | QUESTIONS
+CAPTION = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
+UNDERSTANDING = {"caption": 1.0, "listing": 1.0, "reading": 0.5, "grounding": 0.5}
+INSTRUCTION = {"attributes": 3.0, "spatial": 2.0, "counting": 2.0, "charts": 2.0, "arithmetic": 2.0, "odd": 1.0}
+ALL = ("vision", "adapter", "llm")
 
 TOY = {s.name: s for s in (
-    Stage("language", ("llm",), {"text": 1.0, "caption": 0.3, "reading": 0.3, "video": 0.3} | QUESTIONS, steps=240, rows=4,
-          lr=5e-3, weighting="sqrt"),
-    Stage("image", ("vision",), {"caption": 1.0}, steps=60, rows=4, lr=5e-3),
+    Stage("language", ("llm",), {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}, steps=120, rows=4, lr=1e-2,
+          schedule="wsd", weighting="sqrt"),
+    Stage("image", ("vision",), {"caption": 1.0}, steps=40, rows=4, lr=5e-3),
     Stage("vit1", ("adapter",), CAPTION, steps=30, rows=4, lr=5e-3),
-    Stage("vit2", ("vision", "adapter"), CAPTION, steps=80, rows=4, lr=5e-3),
-    Stage("vit3", ("vision", "adapter", "llm"), EVERYTHING | {"text": 0.1}, steps=80, rows=4, lr=3e-3),
-    Stage("basic", ("adapter",), CAPTION, steps=100, rows=4, lr=3e-5, optimizer="adamw", schedule="constant", adalrs=True,
-          adalrs_k=8, adalrs_window=(0.05, 0.7)),
-    Stage("multitask", ("vision", "adapter", "llm"), EVERYTHING | {"text": 0.15}, steps=300, rows=4, lr=5e-3),
+    Stage("vit2", ("vision", "adapter"), CAPTION, steps=60, rows=4, lr=5e-3),
+    Stage("vit3", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=80, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("basic", ("adapter",), CAPTION, steps=120, rows=4, lr=1e-4, optimizer="adamw", schedule="constant", adalrs=True,
+          adalrs_k=12, adalrs_window=(0.0, 0.7)),
+    Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=600, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
 )}
 
 # Rows x length follow from the paper's batch sizes only in samples; rows here are (ours): Table 3 gives tokens and length.
@@ -62,10 +63,10 @@ PAPER_MIX = {"caption": 1.0, "ocr": 0.63}  # stage I: 4.9M SAIL-Caption + 3.1M O
 PAPER = {s.name: s for s in (
     Stage("vit1", ("adapter",), PAPER_MIX, steps=4167, rows=1920, length=8192, lr=2e-4, optimizer="adamw"),
     Stage("vit2", ("vision", "adapter"), PAPER_MIX, steps=28711, rows=512, length=8192, lr=2e-5, optimizer="adamw"),
-    Stage("vit3", ("vision", "adapter", "llm"), {}, steps=71289, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
+    Stage("vit3", ALL, {}, steps=71289, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
     Stage("basic", ("adapter",), PAPER_MIX, steps=31250, rows=2048, length=8192, lr=2e-4, optimizer="adamw", adalrs=True,
           adalrs_k=150),
-    Stage("multitask", ("vision", "adapter", "llm"), {}, steps=87891, rows=2048, length=8192, lr=2e-5, optimizer="adamw"),
+    Stage("multitask", ALL, {}, steps=87891, rows=2048, length=8192, lr=2e-5, optimizer="adamw"),
 )}
 RECIPES = {"toy": TOY, "paper": PAPER}
 

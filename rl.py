@@ -182,10 +182,11 @@ def rollouts(model: SailVL, encoder: Encoder, source: Iterator[Sample], stage: R
 
 
 def pack_rollouts(groups: list, encoder: Encoder, stage: RLStage, stats: dict) -> RolloutBatch:
-    """Completions as one packed row of documents (prompt + sampled ids, never re-encoded)."""
+    """Completions as one packed row of documents: prompt and sampled ids, never re-encoded. The last id of each is a label
+    only, so it is not fed."""
     documents = [(list(prompt[0]), prompt[1], a, float(A)) for prompt, answers, adv in groups for a, A in zip(answers, adv)]
     L = max(len(a.ids) for _, _, a, _ in documents)
-    N, lengths = len(documents), [len(p) + len(a.ids) for p, _, a, _ in documents]
+    N, lengths = len(documents), [len(p) + len(a.ids) - 1 for p, _, a, _ in documents]
     old, mask = torch.zeros(N, L), torch.zeros(N, L)
     at, labels, sequence, place, start = [], [], [], [], 0
     for i, (prompt, _, a, _) in enumerate(documents):
@@ -196,7 +197,7 @@ def pack_rollouts(groups: list, encoder: Encoder, stage: RLStage, stats: dict) -
         sequence += [i] * n
         place += range(n)
         start += lengths[i]
-    ids = torch.tensor([[t for prompt, _, a, _ in documents for t in prompt + a.ids]])
+    ids = torch.tensor([[t for prompt, _, a, _ in documents for t in prompt + a.ids[:-1]]])
     images = [array for _, arrays, _, _ in documents for array in arrays]
     segments = Segments.of(lengths)
     return RolloutBatch(ids, torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
@@ -247,8 +248,10 @@ RECIPES = {"toy": TOY, "paper": PAPER}
 
 
 def run(model: SailVL, stage: RLStage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None) -> Run:
-    """One RL stage in place: the same loop as every other stage, fed by rollouts of the model that it trains."""
-    questions = (s for s in source.stream(stage.mixture, stage.seed, stage.turns) if s.facts.get("answer"))
+    """One RL stage in place: the same loop as every other stage, fed by rollouts of the model that it trains.
+
+    Questions are those with a reference chain: the others (captions) have no verifiable answer."""
+    questions = (s for s in source.stream(stage.mixture, stage.seed, stage.turns) if s.facts.get("chain"))
     return train(model, stage, rollouts(model, encoder, questions, stage, world), policy(stage), world, directory)
 
 

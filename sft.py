@@ -30,25 +30,25 @@ import parallel
 from curate import blend
 from data import Encoder, Faults, Sample, documents, with_thinking
 from packing import batches
-from pretrain import QUESTIONS, answers_of, run_stage
+from pretrain import ALL, INSTRUCTION, UNDERSTANDING, answers_of, run_stage
 from train import Run, Stage, train
 from vlm import SailVL
 
-ALL = ("vision", "adapter", "llm")
 PHASES = {"sft1": ("attributes", "spatial", "counting"), "sft2": ("charts", "grounding", "reading"),
           "sft3": ("arithmetic", "odd"), "sft4": ("video",)}
-REHEARSE = {"caption": 0.3, "reading": 0.5, "grounding": 0.3} | {f: 0.5 for f in QUESTIONS}
+REHEARSE = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}  # what earlier stages taught
 
 TOY = {s.name: s for s in (
-    Stage("sft1", ALL, REHEARSE | {"attributes": 3.0, "spatial": 3.0, "counting": 3.0, "text": 0.05}, steps=100, rows=4, lr=4e-3),
-    Stage("sft2", ALL, REHEARSE | {"charts": 3.0, "grounding": 2.0, "reading": 1.0, "text": 0.05}, steps=100, rows=4, lr=4e-3),
-    Stage("sft3", ALL, REHEARSE | {"arithmetic": 3.0, "odd": 3.0, "text": 0.05}, steps=100, rows=4, lr=4e-3),
-    Stage("sft4", ALL, REHEARSE | {"video": 4.0, "text": 0.05}, steps=60, rows=4, lr=3e-3),
-    Stage("soup-a", ALL, REHEARSE | {"video": 0.5, "text": 0.05}, steps=30, rows=4, lr=2e-3, schedule="constant", seed=101),
-    Stage("soup-b", ALL, REHEARSE | {"video": 0.5, "text": 0.05}, steps=30, rows=4, lr=2e-3, schedule="constant", seed=102),
-    Stage("long-cot", ALL, {"counting": 1.0, "charts": 1.0, "arithmetic": 1.0, "odd": 1.0}, steps=50, rows=4, lr=2e-3,
+    Stage("sft1", ALL, REHEARSE | {"attributes": 4.0, "spatial": 3.0, "counting": 3.0}, steps=200, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft2", ALL, REHEARSE | {"charts": 4.0, "grounding": 2.0, "reading": 1.0}, steps=200, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft3", ALL, REHEARSE | {"arithmetic": 3.0, "odd": 3.0}, steps=200, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft4", ALL, REHEARSE | {"video": 5.0}, steps=60, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("soup-a", ALL, REHEARSE | {"video": 0.5}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=101, weighting="sqrt"),
+    Stage("soup-b", ALL, REHEARSE | {"video": 0.5}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=102, weighting="sqrt"),
+    Stage("moe-branch", ALL, REHEARSE | {"video": 0.5}, steps=60, rows=4, lr=3e-3, schedule="wsd", weighting="sqrt", seed=103),
+    Stage("long-cot", ALL, {"counting": 1.0, "charts": 1.0, "arithmetic": 1.0, "odd": 1.0}, steps=100, rows=4, lr=2e-3, schedule="wsd",
           think=1.0, turns=1, optimizer="adamw"),
-    Stage("fusion", ALL, REHEARSE | {"video": 0.5, "text": 0.05}, steps=60, rows=4, lr=2e-3, think=0.1, optimizer="adamw"),
+    Stage("fusion", ALL, REHEARSE | {"video": 0.5}, steps=100, rows=4, lr=1e-3, think=0.1, optimizer="adamw"),
 )}
 
 # Tokens 42B -> 40B -> 16B -> 70B (Table 3); long-CoT 0.4B, fusion 1B tokens, batch 1024, AdamW, cosine, 1e-6 (4.2.2). The

@@ -36,10 +36,10 @@ import world
 from curate import rejection_sample
 from data import BadSample, Encoder, Faults, Sample, with_thinking
 from evaluate import Graded, Score, ask, evaluate, summary, text_of
-from packing import Batch
+from packing import Batch, collate
 from rewards import split_think
 from soup import average, distance
-from train import Run, train
+from train import Run, answers
 from vlm import PRESETS, SailVL
 from weights import write_json
 
@@ -85,18 +85,21 @@ class Ladder:
         else:
             self.source = world.World()
             self.groups = {f: self.source.held_out(f, o.samples) for f in GRADED}
-        preset = {"dense": "toy", "moe": "toy-moe"}
-        if o.model not in preset:
+        if o.model not in ("dense", "moe"):
             raise ValueError(f"--model {o.model!r}: choose dense or moe")
         self.model, tokenizer = cli.new_model("toy", self.source, o.seed)
+        if o.data:  # other people's pictures are larger than a tile
+            self.model.config = replace(self.model.config, max_tiles=4)
         self.encoder = Encoder(tokenizer, self.model.config, self.source.root, max_length=512)
         self.rows: list[Row] = []
         self.runs: dict[str, dict] = {}
         self.after: dict[str, dict[str, float]] = {}
         self.filled: list[float] = []
+        self.load: list[list[float]] = []
         self.scores: dict[str, Score] = {}
         self.graded: list[Graded] = []
-        self.reasoning = [f for f in world.REASONING if f in self.groups] or list(self.groups)
+        self.reasoning = [f for f in world.REASONING if f in self.groups] or [
+            f for f, group in self.groups.items() if group[0].facts.get("chain")]
 
     # ------------------------------------------------------------------------------------------------------- grading
 
@@ -112,10 +115,12 @@ class Ladder:
              lower: bool = False) -> None:
         self.rows.append(Row(name, round(seconds, 1), metric, before, after, chance, lower, samples))
         better = (after < before) if lower else (after > before)
-        print(f"{name:>18s}  {metric:44s} {before:7.3f} -> {after:7.3f}  (chance {chance:.3f}, n {samples})"
+        print(f"{name:>18s}  {seconds:5.1f} s  {metric:44s} {before:7.3f} -> {after:7.3f}  (chance {chance:.3f}, n {samples})"
               f"{'' if better else '   NOT BETTER'}", flush=True)
 
     def record(self, name: str, run: Run) -> None:
+        self.model.save_pretrained(self.o.out / name)
+        self.encoder.tokenizer.save(self.o.out / name)
         self.runs[name] = {"losses": [r["loss"] for r in run.log], "lrs": [r["lr"] for r in run.log],
                            "decisions": run.decisions, "seconds": run.seconds}
         if "reward" in run.log[0]:
@@ -163,6 +168,29 @@ class Ladder:
             after = float(predictor.loss(pictures, 4))
         self.record("image", run)
         self.note("image", time.time() - began, "next-patch squared error", before, after, 1.0, len(held), lower=True)
+
+    def caption_loss(self, swap: bool = False) -> float:
+        """Nats a token on held-out captions; `swap` shows each the next one's picture."""
+        found = [self.encoder(s) for s in self.groups["caption"]]
+        if swap:
+            alike: dict[int, list] = {}
+            for d in found:
+                alike.setdefault(len(d.images), []).append(d)
+            found = [replace(d, images=e.images) for g in alike.values() for d, e in zip(g, g[1:] + g[:1])]
+        batch = collate([found], None, self.encoder.tokenizer.pad)
+        with torch.no_grad():
+            return answers(self.model, batch)[1]["loss"] / batch.weight
+
+    def warm_up(self) -> None:
+        """SAIL-ViT I moves the adapter alone: too little to write captions, enough to make true ones likelier."""
+        before, began = self.caption_loss(), time.time()
+        run = sft.stage_runner(self.model, self.stage(pretrain.TOY, "vit1"), self.source, self.encoder, self.world,
+                               self.o.out / "vit1", Faults())
+        self.record("vit1", run)
+        seconds = time.time() - began
+        self.score_all("vit1")
+        self.note("vit1", seconds, "caption loss (chance: another's picture)", before, self.caption_loss(),
+                  self.caption_loss(swap=True), len(self.groups["caption"]), lower=True)
 
     def basic(self, language: dict) -> None:
         """The language model and the adapter start again; AdaLRS against the same run at the fixed starting rate."""
@@ -252,6 +280,15 @@ class Ladder:
         self.model = self.model.to_moe(text)
         self.encoder = replace(self.encoder, config=self.model.config)
 
+    def moe_branch(self) -> None:
+        """A side road of the dense ladder: the same model with experts, trained on for a little, to show their load. The
+        ladder goes on from the dense model."""
+        dense, encoder, scores, graded = self.model, self.encoder, self.scores, self.graded
+        self.to_moe()
+        self.supervised(sft.TOY, "moe-branch", "overall accuracy, upcycled (a branch)", list(self.groups))
+        self.load = self.packed()[1]
+        self.model, self.encoder, self.scores, self.graded = dense, encoder, scores, graded
+
     # -------------------------------------------------------------------------------------------------------- report
 
     def packed(self) -> tuple[list[list[tuple[int, bool | None]]], list[list[float]]]:
@@ -292,6 +329,7 @@ class Ladder:
             "swap": {f: {"own": self.scores[f].accuracy, "swapped": s.accuracy, "chance": s.chance} for f, s in swap.items()
                      if f != "overall"}}
         drawn, load = self.packed()
+        load = load or self.load
         results["expert_load"] = load
         self.model.save_pretrained(o.out / "final")
         self.encoder.tokenizer.save(o.out / "final")
@@ -332,7 +370,7 @@ def main(o: Options) -> int:
     ladder.supervised(pretrain.TOY, "language", "accuracy on described pictures (text)", ["text"])
     language = pretrain.stand_in_parts(ladder.model)
     ladder.image()
-    ladder.supervised(pretrain.TOY, "vit1", "caption F1", ["caption"])
+    ladder.warm_up()
     ladder.supervised(pretrain.TOY, "vit2", "caption F1", ["caption"])
     ladder.supervised(pretrain.TOY, "vit3", "overall accuracy", list(ladder.groups))
     ladder.basic(language)
@@ -342,6 +380,8 @@ def main(o: Options) -> int:
     for name, families in sft.PHASES.items():
         ladder.supervised(sft.TOY, name, f"accuracy on {', '.join(families)}", list(families))
     ladder.soup()
+    if o.model == "dense":
+        ladder.moe_branch()
     ladder.long_cot()
     ladder.reinforce("verifiable")
     ladder.fusion()

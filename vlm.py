@@ -77,12 +77,12 @@ QWEN3 = {"0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
          "30B-A3B": LLMConfig(num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, num_experts=128,
                               tie_word_embeddings=False)}
 SAIL_VIT = {"large": ViTConfig(1024, 2816, 24, 8), "huge": ViTConfig()}
-TOY_VIT = ViTConfig(96, 256, 3, 3, patch_size=8, image_size=48)
-TOY_LLM = LLMConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+TOY_VIT = ViTConfig(96, 256, 3, 3, patch_size=8, image_size=32)
+TOY_LLM = LLMConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                     num_key_value_heads=2, head_dim=32, rope_theta=1e4,
                     tie_word_embeddings=False)
 PRESETS = {"toy": VLMConfig(TOY_VIT, TOY_LLM, max_tiles=1),
-           "toy-moe": VLMConfig(TOY_VIT, replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=384),
+           "toy-moe": VLMConfig(TOY_VIT, replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256),
                                 max_tiles=1)} | {
     f"SAIL-VL2-{name}": VLMConfig(SAIL_VIT["huge"], QWEN3[llm])
     for name, llm in (("1B", "0.6B"), ("2B", "1.7B"), ("8B", "8B"), ("30B-A3B", "30B-A3B"))}

@@ -4,13 +4,13 @@ What it teaches: that a recipe can be judged without a benchmark download, if ev
 A scene can be drawn (`draw`), put into words (`words`, its caption) and asked about (`ask`), so the same question exists with
 a picture and, for the text-only part of the mixture, with a description in its place.
 
-Six kinds of scene on a 48 x 48 canvas with a 3 x 3 grid of cells:
-    objects     1 to 5 shapes in different cells     caption, attributes, spatial, counting, grounding
-    reading     three characters                     reading
-    chart       three bars                           charts
-    sum         digit, operator, digit               arithmetic
-    odd         one shape differs from the others    odd
-    video       three frames, one shape that moves   video
+Six kinds of scene on a 32 x 32 canvas with a 2 x 2 grid of cells (each becomes one visual token):
+    objects     1 to 3 shapes in different cells     caption, listing, attributes, spatial, counting, grounding
+    reading     three characters                     caption, reading
+    chart       three bars                           caption, charts, arithmetic (differences)
+    sum         digit, operator, digit               caption, arithmetic
+    odd         one shape differs from the others    caption, odd
+    video       three frames, one shape that moves   caption, video
 
 Deterministic: sample i of a seed is always the same. Train and held-out scenes differ by content, not only by seed: a
 scene's content is hashed, one in eight hashes is held out, and neither side ever draws the other's. `python world.py`
@@ -31,15 +31,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Message, Sample
 
-SIZE, CELL = 48, 16
+SIZE, CELL, SIDE = 32, 16, 2
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
           "purple": (150, 60, 170), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
+PLACES = ("northwest", "northeast", "southwest", "southeast")
 CHARACTERS = "0123456789ACEHKLNPTX"
 INKS = ("red", "green", "blue", "black")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-LEVELS, BAR_UNIT = 6, 7
+LEVELS, BAR_UNIT = 6, 5
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,16 @@ def font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=18)  # Pillow carries it: no file, no download
 
 
-def write(d: ImageDraw.ImageDraw, rng: random.Random, text: str, row: int, ink: str) -> None:
-    """Up to three characters, one to a cell of a row, each moved by at most a pixel."""
+def write(d: ImageDraw.ImageDraw, rng: random.Random, text: str, ink: str) -> None:
+    """Up to four characters, one to a cell in reading order, each moved by at most a pixel."""
     for i, c in enumerate(text):
-        center = (i * CELL + 8 + rng.randint(-1, 1), row * CELL + 8 + rng.randint(-1, 1))
-        d.text(center, c, fill=COLORS[ink], font=font(), anchor="mm")
+        x, y = corner(i)
+        d.text((x + 8 + rng.randint(-1, 1), y + 8 + rng.randint(-1, 1)), c, fill=COLORS[ink], font=font(), anchor="mm")
 
 
-def boxes_overlap(a: tuple, b: tuple) -> float:
-    """Intersection over union of two (x0, y0, x1, y1)."""
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if w <= 0 or h <= 0:
-        return 0.0
-    area = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return w * h / (sum(area) - w * h)
+def corner(cell: int) -> tuple[int, int]:
+    """Top left pixel of a cell."""
+    return cell % SIDE * CELL, cell // SIDE * CELL
 
 
 def say(objects) -> str:
@@ -105,13 +101,13 @@ class Objects:
     turns = 5
 
     def __init__(self, rng: random.Random):
-        cells = sorted(rng.sample(range(9), rng.choice((1, 2, 2, 3, 3, 4, 5))))
+        cells = sorted(rng.sample(range(4), rng.choice((1, 2, 2, 3, 3))))
         pool = [(s, c) for s in rng.sample(SHAPES, rng.choice((2, 3, 5))) for c in COLORS]
         self.objects = tuple((s, c, cell) for (s, c), cell in zip(rng.sample(pool, len(cells)), cells))
         self.content = self.objects
         self.boxes = []
         for _, _, cell in self.objects:
-            side, x, y = rng.randint(11, 13), cell % 3 * CELL, cell // 3 * CELL
+            side, (x, y) = rng.randint(11, 13), corner(cell)
             x0, y0 = x + rng.randint(0, 15 - side), y + rng.randint(0, 15 - side)
             self.boxes.append((x0, y0, x0 + side, y0 + side))
 
@@ -129,9 +125,7 @@ class Objects:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
         if family == "listing":
-            first, order = rng.choice(("shape", "color")), rng.sample(self.objects, len(self.objects))
-            pairs = [f"{s} {c}" if first == "shape" else f"{c} {s}" for s, c, _ in order]
-            return Turn(family, f"list every {first} with its {'color' if first == 'shape' else 'shape'}.", ", ".join(pairs), "")
+            return self._list(rng)
         if family == "counting":
             return self._count(rng)
         if family == "grounding":
@@ -141,7 +135,7 @@ class Objects:
         if family == "spatial":
             return self._place(rng, shape, color, cell)
         if rng.random() < 0.3:
-            cell = rng.randrange(9)
+            cell = rng.randrange(4)
             seen = [f"{c} {s}" for s, c, at in self.objects if at == cell]
             return Turn(family, f"what is in the {PLACES[cell]}?", (seen or ["nothing"])[0], f"{self.words()}.")
         alone_in_shape = [o for o in self.objects if [p[0] for p in self.objects].count(o[0]) == 1]
@@ -154,22 +148,34 @@ class Objects:
         name = f"the {color} thing" if color != "thing" else f"the thing in the {PLACES[cell]}"
         return Turn(family, f"what shape is {name}?", shape, f"{self.words()}.")
 
+    def _list(self, rng: random.Random) -> Turn:
+        """A drill: eight look-ups in a row, `key value` with keys drawn again and again. Looking a value up at the token that
+        names its key is the part of every question that is learned last; here it is asked for every third token."""
+        key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2)))  # of shape, color, place
+        named = [(s, c, PLACES[cell]) for s, c, cell in self.objects]
+        clear = [o for o in named if [p[key] for p in named].count(o[key]) == 1]
+        if not clear:
+            return Turn("listing", "describe the picture.", self.words(), "")
+        kind = ("shape", "color", "place")
+        pairs = ", ".join(f"{o[key]} {o[value]}" for o in rng.choices(clear, k=8))
+        return Turn("listing", f"list {kind[key]} and {kind[value]}.", pairs, "")
+
     def _place(self, rng: random.Random, shape: str, color: str, cell: int) -> Turn:
         others = [o for o in self.objects if o[2] != cell]
-        if not others or rng.random() < 0.5:
+        if not others or rng.random() < 0.6:
             return Turn("spatial", f"where is the {color} {shape}?", PLACES[cell], f"{self.words()}.")
         s, c, other = rng.choice(others)
-        word, yes = rng.choice((("left of", cell % 3 < other % 3), ("right of", cell % 3 > other % 3),
-                                ("above", cell // 3 < other // 3), ("below", cell // 3 > other // 3)))
+        word, yes = rng.choice((("left of", cell % 2 < other % 2), ("right of", cell % 2 > other % 2),
+                                ("above", cell // 2 < other // 2), ("below", cell // 2 > other // 2)))
         chain = f"{say([(shape, color, cell), (s, c, other)])}."
         return Turn("spatial", f"is the {color} {shape} {word} the {c} {s}?", "yes" if yes else "no", chain)
 
     def _count(self, rng: random.Random) -> Turn:
-        what = rng.choice((rng.choice(SHAPES), rng.choice([o[0] for o in self.objects]), "thing", rng.choice(list(COLORS))))
+        shape, color, _ = rng.choice(self.objects)
+        what = rng.choice(("thing", "thing", shape, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
         hits = [o for o in self.objects if what in (o[0], o[1], "thing")]
         noun = f"{what} things" if what in COLORS else f"{what}es" if what == "cross" else f"{what}s"
-        chain = say(hits) or "none"
-        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{chain}. that is {len(hits)}.")
+        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{self.words()}. {noun} {len(hits)}.")
 
 
 class Reading:
@@ -178,12 +184,12 @@ class Reading:
 
     def __init__(self, rng: random.Random):
         self.text = "".join(rng.choice(CHARACTERS) for _ in range(3))
-        self.row, self.ink = rng.randrange(3), rng.choice(INKS)
-        self.content = self.text  # a held-out string is held out in every place and colour
+        self.ink = rng.choice(INKS)
+        self.content = self.text  # a held-out string is held out in every colour
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, d = canvas(rng)
-        write(d, rng, self.text, self.row, self.ink)
+        write(d, rng, self.text, self.ink)
         return [image]
 
     def words(self) -> str:
@@ -196,19 +202,19 @@ class Reading:
 
 
 class Chart:
-    families = ("caption", "charts")
+    families = ("caption", "charts", "arithmetic")
     turns = 3
 
     def __init__(self, rng: random.Random):
         self.bars = tuple(zip(rng.sample(list(COLORS), 3), rng.sample(range(1, LEVELS + 1), 3)))
-        self.content = self.bars
+        self.columns = sorted(rng.sample(range(4), 3))
+        self.content = (self.bars, self.columns)
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, d = canvas(rng)
-        for i, (color, height) in enumerate(self.bars):
-            x = i * CELL + 2 + rng.randint(-1, 1)
-            d.rectangle((x, SIZE - 3 - height * BAR_UNIT, x + 11, SIZE - 3), fill=COLORS[color])
-        d.line((0, SIZE - 2, SIZE, SIZE - 2), fill=(90, 90, 90))
+        for column, (color, height) in zip(self.columns, self.bars):
+            x = column * 8 + rng.randint(0, 1)
+            d.rectangle((x, SIZE - 1 - height * BAR_UNIT, x + 6, SIZE - 1), fill=COLORS[color])
         return [image]
 
     def words(self) -> str:
@@ -217,13 +223,12 @@ class Chart:
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
-        kind, (color, height) = rng.choice(("highest", "lowest", "value", "value", "more")), rng.choice(self.bars)
+        if family == "arithmetic":
+            (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
+            return Turn(family, f"how much higher is {a} than {b}?", str(x - y), f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
+        kind, (color, height) = rng.choice(("highest", "lowest", "value", "value")), rng.choice(self.bars)
         if kind == "value":
             return Turn(family, f"how high is the {color} bar?", str(height), f"{self.words()}.")
-        if kind == "more":
-            (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
-            return Turn(family, f"how much higher is the {a} bar than the {b} bar?", str(x - y),
-                        f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
         color = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])[0]
         return Turn(family, f"which bar is the {kind}?", color, f"{self.words()}.")
 
@@ -235,12 +240,12 @@ class Sum:
     def __init__(self, rng: random.Random):
         a, b, self.op = rng.randrange(10), rng.randrange(10), rng.choice("+-")
         self.a, self.b = (a, b) if self.op == "+" else (max(a, b), min(a, b))
-        self.row, self.ink = rng.randrange(3), rng.choice(INKS)
-        self.content = (self.a, self.op, self.b, self.row, self.ink)
+        self.ink = rng.choice(INKS)
+        self.content = (self.a, self.op, self.b, self.ink)
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, d = canvas(rng)
-        write(d, rng, f"{self.a}{self.op}{self.b}", self.row, self.ink)
+        write(d, rng, f"{self.a}{self.op}{self.b}", self.ink)
         return [image]
 
     def words(self) -> str:
@@ -258,14 +263,14 @@ class Odd:
     turns = 1
 
     def __init__(self, rng: random.Random):
-        cells = sorted(rng.sample(range(9), rng.randint(3, 5)))
+        cells = sorted(rng.sample(range(4), rng.choice((3, 4, 4))))
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         other = ((rng.choice([s for s in SHAPES if s != shape]), color) if rng.random() < 0.5
                  else (shape, rng.choice([c for c in COLORS if c != color])))
         self.cell = rng.choice(cells)
         self.objects = tuple((*(other if cell == self.cell else (shape, color)), cell) for cell in cells)
         self.content = self.objects
-        self.boxes = [(cell % 3 * CELL + rng.randint(1, 3), cell // 3 * CELL + rng.randint(1, 3)) for cell in cells]
+        self.boxes = [(x + rng.randint(0, 3), y + rng.randint(0, 3)) for x, y in map(corner, cells)]
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, d = canvas(rng)
@@ -283,15 +288,16 @@ class Odd:
 
 
 class Video:
-    """Three frames of one shape that moves by a cell a frame (a wall stops it on the third)."""
+    """Three frames of one shape that moves by a cell a frame (a wall stops it for the third)."""
     families = ("caption", "video")
     turns = 1
 
     def __init__(self, rng: random.Random):
         self.shape, self.color, self.move = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(MOVES))
         dx, dy = MOVES[self.move]
-        x, y = rng.choice([(x, y) for x in range(3) for y in range(3) if 0 <= x + dx < 3 and 0 <= y + dy < 3])
-        self.cells = [(min(max(x + dx * t, 0), 2), min(max(y + dy * t, 0), 2)) for t in range(3)]
+        x, y = rng.choice([(x, y) for x in range(SIDE) for y in range(SIDE)
+                           if 0 <= x + dx < SIDE and 0 <= y + dy < SIDE])
+        self.cells = [(min(max(x + dx * t, 0), 1), min(max(y + dy * t, 0), 1)) for t in range(3)]
         self.content = (self.shape, self.color, self.move, x, y)
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
@@ -304,7 +310,7 @@ class Video:
         return frames
 
     def words(self) -> str:
-        return say([(self.shape, self.color, 3 * y + x) for x, y in self.cells])
+        return say([(self.shape, self.color, SIDE * y + x) for x, y in self.cells])
 
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
@@ -400,12 +406,12 @@ def corpus(n: int, seed: int = 0) -> list[str]:
 def scene_counts() -> dict[str, str]:
     """How many different scenes each kind can show (before jitter, background shade and held-out split)."""
     looks = len(SHAPES) * len(COLORS)
-    objects = sum(math.comb(9, n) * math.perm(looks, n) for n in range(1, 6))
+    objects = sum(math.comb(4, n) * math.perm(looks, n) for n in range(1, 4))
     others = len(SHAPES) + len(COLORS) - 2
-    odd = sum(math.comb(9, n) * n * looks * others for n in range(3, 6))
-    bars = math.perm(len(COLORS), 3) * math.perm(LEVELS, 3)
-    return {"objects": objects, "reading": len(CHARACTERS) ** 3 * 3 * len(INKS), "chart": bars,
-            "sum": (100 + 55) * 3 * len(INKS), "odd": odd, "video": looks * 4 * 6}
+    odd = sum(math.comb(4, n) * n * looks * others for n in (3, 4))
+    bars = math.perm(len(COLORS), 3) * math.perm(LEVELS, 3) * math.comb(4, 3)
+    return {"objects": objects, "reading": len(CHARACTERS) ** 3 * len(INKS), "chart": bars,
+            "sum": (100 + 55) * len(INKS), "odd": odd, "video": looks * 4 * 2}
 
 
 def main() -> None:
@@ -424,13 +430,13 @@ def main() -> None:
         for family, seen in answers.items():
             top, n = seen.most_common(1)[0]
             print(f"{family:12s} {len(seen):4d} answers in 400 questions; the commonest, {top!r}, {n / 400:.0%}")
-        board = Image.new("RGB", (12 * 52, len(KINDS) * 52), "white")
+        board = Image.new("RGB", (12 * 36, len(KINDS) * 36), "white")
         for row, kind in enumerate(KINDS):
             for column in range(12):
                 rng = random.Random(f"{seed}/{kind}/{column}")
-                board.paste(scene(kind, rng, False).draw(rng)[0], (column * 52 + 2, row * 52 + 2))
+                board.paste(scene(kind, rng, False).draw(rng)[0], (column * 36 + 2, row * 36 + 2))
         out.parent.mkdir(parents=True, exist_ok=True)
-        board.resize((board.width * 2, board.height * 2), Image.NEAREST).save(out)
+        board.resize((board.width * 3, board.height * 3), Image.NEAREST).save(out)
         print(f"wrote {out}")
 
     tyro.cli(sheet)

@@ -1,0 +1,80 @@
+"""Regenerate what README.md claims: lines per file, and the tables of the last `make toy` and `make real`.
+
+Text between `<!-- name -->` and `<!-- /name -->` is replaced; everything else is left alone. `--check` changes nothing and
+fails when the file table is out of date (the suite runs it).
+"""
+import ast
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+
+
+def files() -> str:
+    """Every Python file at the top: lines, and the first sentence of its docstring."""
+    rows = []
+    for path in sorted(ROOT.glob("*.py")):
+        text = path.read_text()
+        first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append(f"| [`{path.name}`]({path.name}) | {len(text.splitlines())} | {first} |")
+    tests = sorted((ROOT / "tests").glob("*.py"))
+    lines = sum(len(p.read_text().splitlines()) for p in tests)
+    return "\n".join(["| file | lines | what it teaches |", "|---|---:|---|", *rows,
+                      f"| `tests/` | {lines} | {len(tests)} files; the suite behind `make test` |"])
+
+
+def ladder(run: str) -> str:
+    """The stages and final scores of a finished run."""
+    path = ROOT / "runs" / run / "results.json"
+    if not path.is_file():
+        return f"(no {path.relative_to(ROOT)} yet: run `make {run}`)"
+    r = json.loads(path.read_text())
+    out = ["| stage | seconds | graded by | before | after | chance | n |", "|---|---:|---|---:|---:|---:|---:|"]
+    for s in r["stages"]:
+        out.append(f"| {s['name']} | {s['seconds']:.0f} | {s['metric']} | {s['before']:.3f} | **{s['after']:.3f}** | "
+                   f"{s['chance']:.3f} | {s['samples']} |")
+    out += ["", "| family | final accuracy | standard error | chance (best blind answer) | images swapped | n |",
+            "|---|---:|---:|---:|---:|---:|"]
+    for family, s in r["final"].items():
+        swapped = r["swap"].get(family, {}).get("swapped")
+        out.append(f"| {family} | **{s['accuracy']:.1%}** | {s['error']:.1%} | {s['chance']:.1%} | "
+                   f"{'' if swapped is None else f'{swapped:.1%}'} | {s['n']} |")
+    a, m = r["adalrs"], r["modes"]
+    out += ["", f"{r['total_seconds']:.0f} seconds on {r['cores']} cores, torch {r['versions']['torch']}, seed {r['seed']}. AdaLRS moved "
+            f"the rate from {a['start_lr']:.1e} to {a['final_lr']:.1e} in {len(a['decisions'])} decisions ({a['extra_steps']} extra "
+            f"steps): loss {a['loss']:.3f}, against {a['fixed_rate_loss']:.3f} at the fixed rate. Rows at least "
+            f"{r['packing']['filled']:.1%} full. By default {m['direct_thinks']:.0%} of reasoning answers think (accuracy "
+            f"{m['direct_accuracy']:.1%}); asked to, {m['think_thinks']:.0%} do ({m['think_accuracy']:.1%})."]
+    return "\n".join(out)
+
+
+def rewrite(text: str) -> str:
+    for name, value in (("files", files()), ("toy", ladder("toy")), ("real", ladder("real"))):
+        text, n = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m: m[1] + value + m[2], text, flags=re.DOTALL)
+        assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
+    return text
+
+
+@dataclass
+class Options:
+    """Regenerate the measured parts of README.md."""
+    check: bool = False  # only compare the table of files; fail when it differs
+
+
+def main(o: Options) -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    if o.check:
+        fresh = files() in old
+        print("README.md is up to date" if fresh else "README.md: the table of files is out of date; run `make readme`")
+        return 0 if fresh else 1
+    path.write_text(rewrite(old))
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))

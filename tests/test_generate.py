@@ -1,0 +1,204 @@
+"""Generation: cached decoding is the training forward, groups share their prompt, sampling follows the distribution."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import world
+from conftest import EVERY
+from data import Encoder, Message, Sample, normalise
+from generate import choose, generate
+
+NEVER = 10**6  # an end token that no vocabulary has
+
+
+@pytest.fixture
+def model(model, tokenizer):
+    """Untrained, but never prefers the image placeholder, which would end an answer."""
+    with torch.no_grad():
+        model.language_model.lm_head.weight[tokenizer.image] = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def prompts(encoder):
+    """Sixteen prompts of every kind: pictures, videos, text only."""
+    found = [encoder.prompt(world.sample(i, 0, EVERY)) for i in range(60)]
+    chosen = [p for p in found if not p[1]][:4] + [p for p in found if len(p[1]) > 1][:4] + found[:8]
+    assert len({len(ids) for ids, _ in chosen}) > 6
+    return chosen[::3] + chosen[1::3] + chosen[2::3]
+
+
+@torch.no_grad()
+def recompute(model, prompt, ids, temperature=1.0):
+    """Log-probabilities (n, V) before each of the answer's tokens, from one forward without cache."""
+    row = torch.tensor([prompt[0] + ids[:-1]])  # the last token is not fed
+    logits = model(row, normalise(prompt[1]) if prompt[1] else None)[0, len(prompt[0]) - 1:]
+    return (logits / temperature).log_softmax(-1)
+
+
+def stop_in(answers):
+    """The token that, taken for the end token, cuts these answers at the most lengths, and not all of them."""
+    def lengths(token):
+        return {a.ids.index(token) if token in a.ids else None for a in answers}
+    found = {token for a in answers for token in a.ids}
+    return max((t for t in found if None in lengths(t)), key=lambda t: (len(lengths(t)), t))
+
+
+def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(model, prompts):
+    answers = generate(model, prompts, NEVER, max_new=12)
+    assert len({tuple(a.ids) for a in answers}) > 8  # different prompts, different answers
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.ids) == 12
+        assert recompute(model, prompt, answer.ids).argmax(-1).tolist() == answer.ids  # by induction over the tokens
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (0.7, 0), (0.7, 5)])
+def test_returned_log_probabilities_are_those_of_the_training_forward(model, prompts, tokenizer, temperature, top_k):
+    answers = generate(model, prompts, NEVER, max_new=6, samples=2, temperature=temperature, top_k=top_k, seed=1)
+    assert len(answers) == 2 * len(prompts)
+    for answer in answers:
+        ids, images = prompts[answer.prompt]
+        row, at = torch.tensor([ids + answer.ids[:-1]]), torch.arange(len(answer.ids)) + len(ids) - 1
+        with torch.no_grad():
+            wanted = model.logprobs(row, normalise(images) if images else None, None, None, at,
+                                    torch.tensor(answer.ids), temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
+
+
+def test_every_answer_of_a_group_draws_its_own_first_token(model, prompts):
+    answers = generate(model, prompts[:4], NEVER, max_new=2, samples=8, temperature=1.0)
+    assert [a.prompt for a in answers] == [p for p in range(4) for _ in range(8)]
+    for p in range(4):
+        assert len({a.ids[0] for a in answers if a.prompt == p}) > 1
+
+
+def test_answers_come_in_the_order_of_their_prompts(model, prompts):
+    forth, back = generate(model, prompts, NEVER, max_new=6), generate(model, prompts[::-1], NEVER, max_new=6)
+    assert [a.prompt for a in forth] == [a.prompt for a in back] == list(range(16))
+    assert [a.ids for a in forth] == [a.ids for a in back[::-1]]
+
+
+def test_a_group_runs_its_image_and_its_prompt_once(model, prompts):
+    pictures, tokens = [], []
+    model.vision_model.register_forward_hook(lambda module, inputs, output: pictures.append(len(inputs[0])))
+    model.language_model.register_forward_hook(lambda module, inputs, output: tokens.append(len(inputs[0])))
+    generate(model, prompts, NEVER, max_new=4, samples=5, temperature=1.0)
+    assert pictures == [sum(len(images) for _, images in prompts)]
+    assert tokens == [sum(len(ids) for ids, _ in prompts)] + [5 * len(prompts)] * 3  # the last token is not fed
+
+
+def test_rows_that_have_ended_are_no_longer_computed(model, prompts):
+    free = generate(model, prompts, NEVER, max_new=12)
+    end = stop_in(free)
+    rows = []
+    model.language_model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    answers = generate(model, prompts, end, max_new=12)
+    assert rows[1:] == [n for t in range(1, 12) if (n := sum(len(a.ids) > t for a in answers))]
+    assert len(set(rows[1:])) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_are_drawn_as_often_as_the_softmax_says(model, prompts, temperature):
+    n, bins = 3000, 10
+    prompt = min(prompts, key=lambda p: len(p[0]))
+    p = recompute(model, prompt, [0], temperature)[0].exp().double()
+    drawn = [a.ids[0] for a in generate(model, [prompt], NEVER, 1, samples=n, temperature=temperature)]
+    order = p.argsort(descending=True)  # bins of about equal probability, likely tokens first
+    before = p[order].cumsum(0) - p[order]
+    which = torch.empty_like(order).scatter_(0, order, (before * bins).long().clamp(max=bins - 1))
+    expected = torch.zeros(bins).double().index_add(0, which, p) * n
+    counts = torch.bincount(which[torch.tensor(drawn)], minlength=bins)
+    assert expected.min() > 50
+    assert ((counts - expected).square() / expected).sum() < 34  # chi-square of 9 degrees: one in ten thousand
+
+
+def test_keeping_one_token_is_greedy(model, prompts):
+    greedy = generate(model, prompts, NEVER, max_new=6)
+    for how in ({"top_k": 1}, {"top_p": 1e-6}):
+        sampled = generate(model, prompts, NEVER, max_new=6, temperature=1.0, **how)
+        assert [a.ids for a in sampled] == [a.ids for a in greedy]
+
+
+@pytest.mark.parametrize("how, allowed", [({"top_k": 2}, {1, 3}), ({"top_p": 0.7}, {1, 3}), ({"top_p": 0.45}, {3}),
+                                          ({"top_p": 0.85}, {0, 1, 3}), ({"top_k": 3, "top_p": 0.6}, {1, 3}),
+                                          ({}, {0, 1, 2, 3})])
+def test_top_k_and_top_p_leave_the_likeliest_tokens_scored_by_the_full_distribution(how, allowed):
+    p = torch.tensor([0.15, 0.3, 0.05, 0.5])
+    options = {"top_k": 0, "top_p": 1.0} | how
+    picked, scores = choose(p.log().expand(2000, 4), 1.0, generator=torch.Generator().manual_seed(0), **options)
+    assert set(picked.tolist()) == allowed
+    torch.testing.assert_close(scores, p.log()[picked])
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 4}], ids=str)
+def test_the_end_token_closes_a_finished_answer_and_is_nowhere_else(model, prompts, how):
+    end = stop_in(generate(model, prompts, NEVER, max_new=12, **how))
+    answers = generate(model, prompts, end, max_new=12, samples=4, **how)
+    assert {a.finished for a in answers} == {True, False}
+    for a in answers:
+        assert len(a.ids) == len(a.logprobs) <= 12
+        assert a.finished == (a.ids[-1] == end) and end not in a.ids[:-1]
+        assert a.finished or len(a.ids) == 12
+
+
+def test_an_end_token_cuts_the_answer_and_changes_nothing_before(model, prompts):
+    free = generate(model, prompts, NEVER, max_new=12)
+    end = stop_in(free)
+    cut = generate(model, prompts, end, max_new=12)
+    for a, b in zip(cut, free, strict=True):
+        n = b.ids.index(end) + 1 if end in b.ids else 12
+        assert a.ids == b.ids[:n] and a.finished == (end in b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs[:n], atol=1e-5)
+    assert {a.finished for a in cut} == {True, False}
+
+
+def test_an_image_placeholder_ends_an_answer_unfinished(model, prompts, tokenizer):
+    """There are no pixels for it, so the training forward could not be run on what follows."""
+    free = generate(model, prompts, NEVER, max_new=12)
+    head, stop = model.language_model.lm_head.weight.data, stop_in(free)
+    head[[tokenizer.image, stop]] = head[[stop, tokenizer.image]]  # where it said `stop` it now says the placeholder
+    for prompt, a, b in zip(prompts, generate(model, prompts, NEVER, max_new=12), free, strict=True):
+        n = b.ids.index(stop) if stop in b.ids else 12
+        assert a.ids == b.ids[:n] + [tokenizer.image] * (n < 12) and not a.finished
+        assert recompute(model, prompt, a.ids).argmax(-1).tolist() == a.ids
+
+
+def test_the_other_prompts_of_a_batch_do_not_change_an_answer(model, prompts):
+    together = generate(model, prompts, NEVER, max_new=8)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone, = generate(model, [prompt], NEVER, max_new=8)
+        assert alone.ids == answer.ids
+        np.testing.assert_allclose(alone.logprobs, answer.logprobs, atol=1e-5)
+
+
+def test_images_of_different_sizes_may_share_a_batch(model, config, tokenizer):
+    encoder = Encoder(tokenizer, replace(config, any_resolution=True))
+    rng = np.random.default_rng(0)
+    sizes = (32, 32), (48, 90), (20, 64)
+    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+    prompts = [encoder.prompt(Sample((Message("user", (picture, "what?")),))) for picture in pictures]
+    for prompt, answer in zip(prompts, generate(model, prompts, NEVER, max_new=6), strict=True):
+        alone, = generate(model, [prompt], NEVER, max_new=6)
+        assert alone.ids == answer.ids
+
+
+def test_a_start_belongs_to_the_prompt_and_not_to_the_answer(model, prompts, tokenizer):
+    begun = [(ids + [tokenizer.think, 40], images) for ids, images in prompts]
+    given = generate(model, prompts, NEVER, max_new=4, start=[tokenizer.think, 40])
+    wanted, without = generate(model, begun, NEVER, max_new=4), generate(model, prompts, NEVER, max_new=4)
+    assert [a.ids for a in given] == [a.ids for a in wanted] != [a.ids for a in without]
+
+
+def test_the_seed_alone_decides_what_is_drawn(model, prompts):
+    def draw(seed):
+        torch.manual_seed(torch.seed() % 1000)  # the global generator must not matter
+        return [a.ids for a in generate(model, prompts[:4], NEVER, max_new=4, samples=2, temperature=1.0, seed=seed)]
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_no_prompts_is_an_error(model):
+    with pytest.raises(ValueError, match="no prompts"):
+        generate(model, [], NEVER)

@@ -1,0 +1,526 @@
+"""The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import weights
+from adapter import pixel_shuffle
+from attention import Segments
+from conftest import SHARED
+from data import Encoder, Message, Sample, grid_for, normalise, tiles
+from llm import rotate
+from packing import collate
+from vit import ViT
+from vlm import PRESETS, SAIL_VIT, SailVL, VLMConfig, token_logprobs
+
+RELEASED = SHARED / "released"
+released = pytest.mark.skipif(not RELEASED.is_dir(), reason="the released files are not here")
+
+
+# ---------------------------------------------------------------------------------------------- the released checkpoint
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random checkpoint in the released layout, and what the released code computes with it."""
+    golden = {k: torch.from_numpy(v) for k, v in np.load(RELEASED / "tiny" / "golden.npz").items()}
+    model = SailVL.from_pretrained(RELEASED / "tiny").eval()
+    model.image_token_id = int(golden["img_context_token_id"])
+    return model, golden
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@released
+@torch.no_grad()
+def test_the_vit_computes_what_the_released_code_computes(tiny):
+    model, golden = tiny
+    features, grids = model.vision_model(golden["pixel_values"])
+    assert grids == [(4, 4)] * 3
+    close(features.view(3, 16, -1), golden["vit_last_hidden_state"])
+
+
+@released
+@torch.no_grad()
+def test_the_adapter_computes_what_the_released_code_computes(tiny):
+    model, golden = tiny
+    out = model.mlp1(golden["vit_last_hidden_state"].flatten(0, 1), [(4, 4)] * 3)
+    close(out.view(3, 4, -1), golden["adapter_output"])
+
+
+@released
+@torch.no_grad()
+def test_logits_and_loss_are_those_of_the_released_code(tiny):
+    model, golden = tiny
+    ids, pixels, labels = golden["input_ids"], golden["pixel_values"], golden["labels"]
+    close(model(ids, pixels), golden["logits"])
+    at = (labels[0, 1:] != -100).nonzero()[:, 0]  # position t is asked for token t + 1
+    close(-model.logprobs(ids, pixels, None, None, at, labels[0, at + 1]).mean(), golden["loss"])
+
+
+@released
+@pytest.mark.parametrize("shard_bytes", [5 << 30, 50_000])
+def test_a_released_checkpoint_saved_again_keeps_every_name_and_bit(tiny, tmp_path, shard_bytes):
+    model, _ = tiny
+    before = load_file(RELEASED / "tiny" / "model.safetensors")
+    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 1 << 20) == (tmp_path / weights.INDEX).is_file()
+    after = {name: t for f in files for name, t in load_file(f).items()}
+    assert after.keys() == before.keys()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
+    again = weights.tensors(SailVL.from_pretrained(tmp_path))
+    assert again.keys() == before.keys() and all(torch.equal(again[n], t) for n, t in before.items())
+
+
+@released
+def test_the_2b_preset_has_exactly_the_490_released_names_and_the_released_configuration():
+    with torch.device("meta"):
+        model = SailVL(PRESETS["SAIL-VL2-2B"])
+    index = json.loads((RELEASED / "model.safetensors.index.json").read_text())
+    ours = weights.tensors(model)
+    assert len(index["weight_map"]) == 490 and ours.keys() == index["weight_map"].keys()
+    assert sum(t.numel() for t in ours.values()) * 2 == index["metadata"]["total_size"]  # bf16
+    read = VLMConfig.from_dict(json.loads((RELEASED / "config.json").read_text()))
+    assert read.vision == model.config.vision
+    assert replace(read.text, tie_word_embeddings=False) == model.config.text  # the config says tied, the file is not
+
+
+@pytest.mark.parametrize("preset, parameters", [("SAIL-VL2-2B", 2_730_565_120), ("SAIL-VL2-8B", 8_914_730_496)])
+def test_a_preset_has_exactly_the_published_number_of_parameters(preset, parameters):
+    with torch.device("meta"):
+        model = SailVL(PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_sail_vit_large_at_448_pixels_has_exactly_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = ViT(replace(SAIL_VIT["large"], image_size=448))
+    assert sum(p.numel() for p in model.parameters()) == 309_984_256
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_survives_being_written_and_read(preset):
+    config = replace(PRESETS[preset], any_resolution=True, image_token_id=7, min_tiles=2, thumbnail=False)
+    assert VLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+@pytest.fixture(scope="session")
+def mixed(documents, encoder):
+    """One and several images, a video, text only: six documents of four kinds."""
+    one, none, video = ([d for d in documents if len(d.images) == n] for n in (1, 0, 3))
+    picture = Image.fromarray(one[0].images[0])
+    question = Message("user", (picture, " or ", picture.transpose(Image.Transpose.ROTATE_90), "?"))
+    two = encoder(Sample((question, Message("assistant", ("the first",)))))
+    return [one[0], none[0], video[0], two, one[1], none[1]]
+
+
+def packed(group, tokenizer):
+    """Two rows, the shorter one padded."""
+    return collate([group[:3], group[3:]], None, tokenizer.pad)
+
+
+def logits_of(model, batch):
+    """The logits of each document of a batch, padding left out."""
+    out = model(batch.ids, batch.images, batch.positions, batch.segments).flatten(0, 1).split(batch.segments.lengths)
+    return [o for o, owner in zip(out, batch.owners) if owner != "padding"]
+
+
+def alone(model, d):
+    return model(torch.from_numpy(d.ids)[None], normalise(list(d.images)) if d.images else None)[0]
+
+
+@torch.no_grad()
+def test_a_packed_document_has_the_logits_it_has_alone(model, mixed, tokenizer):
+    model.double()
+    batch = packed(mixed, tokenizer)
+    assert "padding" in batch.owners and {len(d.images) for d in mixed} == {0, 1, 2, 3}
+    for d, together in zip(mixed, logits_of(model, batch), strict=True):
+        close(together, alone(model, d), 1e-12)
+
+
+@torch.no_grad()
+def test_documents_of_equal_length_keep_the_logits_they_have_alone(model, mixed, tokenizer):
+    model.double()
+    group = [mixed[0], replace(mixed[0], images=(255 - mixed[0].images[0],)), mixed[0]]
+    batch = collate([group], None, tokenizer.pad)
+    assert len(set(batch.segments.lengths)) == 1  # takes the batched branch of packed_attention
+    for d, together in zip(group, logits_of(model, batch), strict=True):
+        close(together, alone(model, d), 1e-12)
+
+
+@pytest.mark.parametrize("lengths", ["different", "equal"])
+@pytest.mark.parametrize("change", ["ids", "pixels"])
+@torch.no_grad()
+def test_changing_one_document_leaves_the_others_bit_identical(model, mixed, tokenizer, change, lengths):
+    group = mixed if lengths == "different" else [mixed[2]] * 6
+    before = logits_of(model, packed(group, tokenizer))
+    for i, d in enumerate(group[:3]):
+        if change == "ids":
+            other = replace(d, ids=np.where(d.ids == tokenizer.image, d.ids, (d.ids + 7) % 200))
+        else:
+            other = replace(d, images=tuple(255 - image for image in d.images))
+        after = logits_of(model, packed(group[:i] + [other] + group[i + 1:], tokenizer))
+        touched = change == "ids" or len(d.images) > 0
+        assert [torch.equal(a, b) for a, b in zip(before, after)] == [j != i or not touched for j in range(len(group))]
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model, mixed):
+    d = mixed[0]
+    cut = len(d) // 2
+    keep = (np.arange(len(d)) < cut) | (d.ids == model.image_token_id)
+    other = replace(d, ids=np.where(keep, d.ids, (d.ids + 7) % 200))
+    before, after = alone(model, d), alone(model, other)
+    assert torch.equal(before[:cut], after[:cut]) and not torch.equal(before[cut], after[cut])
+
+
+def test_gradients_of_a_packed_batch_are_the_sum_of_those_of_its_documents(model, mixed, tokenizer):
+    model.double()
+
+    def gradients(group):
+        batch = collate(group, None, tokenizer.pad)
+        logits = model(batch.ids, batch.images, batch.positions, batch.segments)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none") * batch.weights.flatten()
+        return torch.autograd.grad(loss.sum(), list(model.parameters()))
+
+    apart = [gradients([[d]]) for d in mixed]
+    for (name, _), g, *parts in zip(model.named_parameters(), gradients([mixed[:3], mixed[3:]]), *apart, strict=True):
+        assert g.norm() > 0, name
+        assert (g - sum(parts)).norm() <= 1e-11 * g.norm(), name
+
+
+def test_positions_restart_and_borders_fall_where_documents_begin(mixed, tokenizer):
+    """Asserted on the batch itself: RoPE sees only differences of positions, so logits cannot show it."""
+    batch = packed(mixed, tokenizer)
+    B, T = batch.ids.shape
+    room = min(sum(map(len, mixed[:3])), sum(map(len, mixed[3:])))
+    row = [len(d) for d in mixed[:3]], [len(d) for d in mixed[3:]]
+    lengths = [n for r in row for n in r + ([T - room] if sum(r) == room else [])]
+    assert batch.segments.lengths == tuple(lengths) and sum(lengths) == B * T
+    assert batch.segments.cu.tolist() == [0, *np.cumsum(lengths)] and batch.segments.cu.dtype == torch.int32
+    assert batch.positions.flatten().tolist() == [t for n in lengths for t in range(n)]
+    assert torch.equal(batch.segments.positions(), batch.positions.flatten())
+    assert batch.real().tolist() == [o != "padding" for o, n in zip(batch.owners, lengths) for _ in range(n)]
+
+
+@torch.no_grad()
+def test_the_decoder_uses_the_differences_of_the_positions_it_is_given(model, mixed):
+    model.double()
+    ids, pixels = torch.from_numpy(mixed[0].ids)[None], normalise(list(mixed[0].images))
+    at = torch.arange(ids.shape[1])
+    plain = model(ids, pixels)
+    close(model(ids, pixels, at + 1000), plain, 1e-9)
+    assert (model(ids, pixels, at * 2) - plain).abs().max() > 1e-2
+
+
+def test_an_empty_document_is_refused():
+    with pytest.raises(AssertionError, match="empty document"):
+        Segments.of([3, 0, 2])
+
+
+# ---------------------------------------------------------------------------------------- images and their placeholders
+
+@pytest.mark.parametrize("kept", [0, 3, 5])
+def test_a_wrong_number_of_images_is_an_error_with_both_numbers(model, mixed, tokenizer, kept):
+    batch = collate([[mixed[0], mixed[2]]], None, tokenizer.pad)  # 1 + 3 images of 4 visual tokens
+    pixels = torch.cat([batch.images, batch.images])[:kept]
+    with pytest.raises(ValueError) as e:
+        model(batch.ids, pixels, batch.positions, batch.segments)
+    numbers = re.findall(r"\d+", str(e.value))
+    assert "16" in numbers and str(4 * kept) in numbers
+
+
+@torch.no_grad()
+def test_visual_tokens_take_the_places_of_the_placeholders_in_order(model, mixed, tokenizer):
+    batch = packed(mixed, tokenizer)
+    x = model.embed(batch.ids, batch.images)
+    holes = batch.ids.flatten() == tokenizer.image
+    assert torch.equal(x[holes], model.mlp1(*model.vision_model(batch.images)))
+    assert torch.equal(x[~holes], model.language_model.embed(batch.ids.flatten()[~holes]))
+
+
+def test_a_text_only_batch_gives_the_vision_parameters_zero_gradients_not_none(model, mixed):
+    alone(model, mixed[1]).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.any() == name.startswith("language_model"), name
+
+
+def test_touching_the_vision_modules_does_not_change_a_text_only_batch(model, mixed):
+    training = alone(model, mixed[1])
+    with torch.no_grad():
+        assert torch.equal(training, alone(model, mixed[1]))
+    for part in (model.vision_model, model.mlp1):
+        part.requires_grad_(False)
+    alone(model, mixed[1]).mean().backward()
+    assert all(p.grad is None for part in (model.vision_model, model.mlp1) for p in part.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- any resolution
+
+def noise(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, h, w, generator=generator) for h, w in sizes]
+
+
+@torch.no_grad()
+def test_base_size_images_in_a_list_give_the_bits_of_the_fixed_resolution_path(model, config):
+    side = config.vision.image_size
+    images = noise(*[(side, side)] * 3)
+    table = model.vision_model.position_table(side // config.vision.patch_size, side // config.vision.patch_size)
+    assert torch.equal(table, model.vision_model.preprocessor.pos_embed[0])
+    for image in images:
+        assert torch.equal(model.vision_model([image])[0], model.vision_model(image[None])[0])
+    close(model.vision_model(images)[0], model.vision_model(torch.stack(images))[0])
+
+
+@pytest.mark.parametrize("position", ["table", "rope2d"])
+@torch.no_grad()
+def test_images_of_different_sizes_have_together_the_features_they_have_alone(config, position):
+    vit = SailVL(replace(config, vision=replace(config.vision, position=position))).init_weights(0).vision_model
+    images = noise((32, 32), (16, 64), (48, 32), (80, 96))
+    features, grids = vit(images)
+    assert grids == [(4, 4), (2, 8), (6, 4), (10, 12)]
+    for together, image in zip(features.split([h * w for h, w in grids]), images, strict=True):
+        close(together, vit(image[None])[0])
+
+
+@torch.no_grad()
+def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(model, config, tokenizer):
+    encoder = Encoder(tokenizer, replace(config, any_resolution=True))
+    rng = np.random.default_rng(0)
+
+    def document(*sizes):
+        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+        return encoder(Sample((Message("user", (*pictures, "what?")), Message("assistant", ("that",)))))
+
+    group = [document((40, 70), (100, 33)), document((32, 32)), document(), document((16, 160))]
+    batch = collate([group[:2], group[2:]], None, tokenizer.pad)
+    assert isinstance(batch.images, list) and len({i.shape for i in batch.images}) == 4
+    for d, together in zip(group, logits_of(model, batch), strict=True):
+        close(together, alone(model, d), 2e-5)
+
+
+@torch.no_grad()
+def test_the_position_table_is_resized_along_the_right_axes(model, config):
+    side = config.vision.image_size // config.vision.patch_size
+    rows = torch.arange(side).float().repeat_interleave(side)  # a table that says in which row a patch is
+    table = model.vision_model.preprocessor.pos_embed
+    table.copy_(rows[None, :, None].expand_as(table))
+    resized = model.vision_model.position_table(2 * side, 3 * side).reshape(2 * side, 3 * side, -1)
+    close(resized, resized[:, :1, :1].expand_as(resized))
+    assert (resized[1:, 0, 0] > resized[:-1, 0, 0]).all()
+
+
+def test_an_image_of_a_broken_number_of_patches_is_refused(model):
+    with pytest.raises(ValueError, match="36x32"):
+        model.vision_model(torch.zeros(1, 3, 36, 32))
+
+
+@pytest.mark.parametrize("grids", [[(3, 4)], [(4, 4), (4, 5)]])
+def test_an_odd_grid_is_refused_by_name(grids):
+    odd = grids[-1]
+    with pytest.raises(ValueError, match=re.escape(str(odd))):
+        pixel_shuffle(torch.zeros(sum(h * w for h, w in grids), 2), grids)
+
+
+@torch.no_grad()
+def test_two_dimensional_rope_changes_features_and_sees_only_offsets(config, model):
+    vit = SailVL(replace(config, vision=replace(config.vision, position="rope2d"))).init_weights(0).vision_model
+    image = noise((32, 32))[0][None]
+    assert (vit(image)[0] - model.vision_model(image)[0]).abs().max() > 1e-2  # the same weights otherwise
+    cos, sin = vit.rope([(4, 4)], vit(image)[0].double())
+    q, k = (torch.randn(1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(i)).double() for i in (0, 1))
+    score = (rotate(q, cos, sin)[:, 0] @ rotate(k, cos, sin)[:, 0].T).view(4, 4, 4, 4)  # by row, column of q and of k
+    close(score[0, 0, 1, 2], score[2, 1, 3, 3], 1e-12)
+    assert len({round(float(score[0, 0, r, c]), 6) for r in range(4) for c in range(4)}) == 16
+
+
+# --------------------------------------------------------------------------------------------------- adapter, log-probs
+
+def test_pixel_shuffle_merges_neighbours_in_reading_order():
+    cells = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    patches = torch.arange(16)[:, None]
+    assert pixel_shuffle(patches, [(4, 4)]).tolist() == cells
+    two = torch.cat([patches, 100 + patches])
+    assert pixel_shuffle(two, [(4, 4)] * 2).tolist() == cells + [[100 + i for i in row] for row in cells]
+    wide = torch.cat([patches, torch.arange(16, 24)[:, None]])  # and a second image of 2 x 4 patches
+    assert pixel_shuffle(wide, [(4, 4), (2, 4)]).tolist() == cells + [[16, 17, 20, 21], [18, 19, 22, 23]]
+    channels = pixel_shuffle(torch.stack([patches[:, 0], -patches[:, 0]], 1), [(4, 4)])
+    assert channels[0].tolist() == [0, 0, 1, -1, 4, -4, 5, -5]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_in_chunks_are_those_of_one_softmax_with_their_gradients(temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (11, 50))
+    labels = torch.randint(50, (11,), generator=generator)
+    direction = torch.randn(11, generator=generator)
+
+    def with_gradients(logp):
+        return logp, *torch.autograd.grad((logp * direction).sum(), (hidden, head))
+
+    wanted = with_gradients(((hidden @ head.T) / temperature).log_softmax(-1)[torch.arange(11), labels])
+    for chunk in (4, 11, 4096):
+        got = with_gradients(token_logprobs(hidden, head, labels, temperature, chunk))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_are_of_the_labels_at_the_asked_positions(model, mixed, tokenizer):
+    batch = packed(mixed, tokenizer)
+    at = (batch.labels.flatten() >= 0).nonzero()[:, 0]
+    labels = batch.labels.flatten()[at]
+    with torch.no_grad():
+        got = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, at, labels, 0.5)
+        logits = model(batch.ids, batch.images, batch.positions, batch.segments).flatten(0, 1)
+    close(got, (logits / 0.5).log_softmax(-1)[at, labels])
+
+
+# ------------------------------------------------------------------------------------------------------- strict loading
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+NAME = "vision_model.trunk.blocks.0.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t: t.pop(NAME),
+    lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()),
+    lambda t: t.__setitem__(NAME, t[NAME].T.contiguous()),
+    lambda t: t.__setitem__(NAME, t[NAME].to(torch.int64)),
+], ids=["missing", "short", "transposed", "integers"])
+def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(saved, damage):
+    tensors = load_file(saved / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(NAME)):
+        SailVL.from_pretrained(saved)
+
+
+def test_a_tensor_that_nobody_asked_for_is_an_error_that_names_it(saved):
+    tensors = load_file(saved / "model.safetensors") | {"vision_model.surprise": torch.zeros(1)}
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="vision_model.surprise"):
+        SailVL.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.001, 0.5, 0.9999])
+def test_a_truncated_file_is_an_error_that_names_it(saved, left):
+    file = saved / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * left)])
+    with pytest.raises(ValueError, match="model.safetensors: truncated"):
+        SailVL.from_pretrained(saved)
+
+
+def test_a_missing_file_is_an_error_that_names_it(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: missing"):
+        SailVL.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("read", [SailVL.from_pretrained, weights.locate])
+def test_a_directory_without_config_is_an_error_that_names_it(saved, read):
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json"):
+        read(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"vision_config": {}}', '{"vision_config": {"hidden_size": 8}}'])
+def test_a_config_that_is_no_configuration_is_an_error_that_names_it(saved, text):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json"):
+        SailVL.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_an_index_cannot_lead_out_of_its_directory(saved, relative):
+    outside = saved / "model"
+    outside.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.move(saved / file, outside / file)
+    (saved / "elsewhere").mkdir()
+    index = saved / "elsewhere" / weights.INDEX
+    shutil.copy(outside / "config.json", saved / "elsewhere")
+    target = "../model/model.safetensors" if relative else str(outside / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(outside / "model.safetensors"), target)}))
+    with pytest.raises(ValueError, match="outside"):
+        SailVL.from_pretrained(saved / "elsewhere")
+
+
+def test_an_index_that_disagrees_with_the_files_is_an_error_that_names_the_tensor(model, tmp_path):
+    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
+    index = json.loads((tmp_path / weights.INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"][NAME] = next(f for f in files if f != index["weight_map"][NAME])
+    (tmp_path / weights.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=re.escape(NAME)):
+        SailVL.from_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_an_error_that_names_it(model, tmp_path):
+    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
+    for file in sorted(tmp_path.glob("*.safetensors"))[:2]:
+        save_file(load_file(file) | {NAME: torch.zeros(256, 96)}, file)
+    with pytest.raises(ValueError, match=re.escape(NAME) + " is already in"):
+        SailVL.from_pretrained(tmp_path)
+
+
+def test_a_saved_model_comes_back_bit_equal_and_in_the_asked_type(model, saved):
+    ours, half = dict(model.named_parameters()), dict(SailVL.from_pretrained(saved, torch.bfloat16).named_parameters())
+    again = dict(SailVL.from_pretrained(saved).named_parameters())
+    assert ours.keys() == again.keys() == half.keys()
+    assert all(torch.equal(p, again[n]) and torch.equal(p.bfloat16(), half[n]) for n, p in ours.items())
+    assert SailVL.from_pretrained(saved).config == model.config
+
+
+# ------------------------------------------------------------------------------------------------------------ the tiler
+
+def chart(w, h):
+    """The test image of tiling.json: pixel (x, y) is (x*255//(w-1), y*255//(h-1), (x+y)%256)."""
+    x, y = np.arange(w)[None], np.arange(h)[:, None]
+    parts = np.broadcast_arrays(x * 255 // (w - 1), y * 255 // (h - 1), (x + y) % 256)
+    return Image.fromarray(np.stack(parts, -1).astype(np.uint8))
+
+
+@released
+def test_the_tiler_cuts_what_the_released_tiler_cuts():
+    entries, seen = json.loads((RELEASED / "tiling.json").read_text()), 0
+    pictures = {size: chart(*size) for size in {(e["width"], e["height"]) for e in entries}}
+    for e in entries:
+        w, h, side = e["width"], e["height"], e["image_size"]
+        assert grid_for(w, h, e["max_num"], side) == (e["grid_cols"], e["grid_rows"]), e
+        if side > 28:  # no hashes there; the number of tiles follows from the grid
+            columns, rows = e["grid_cols"], e["grid_rows"]
+            assert columns * rows + (columns * rows > 1) == e["tiles"], e
+            continue
+        cut = tiles(pictures[w, h], e["max_num"], side)
+        assert [hashlib.sha256(t.tobytes()).hexdigest()[:16] for t in cut] == e["sha256"] and len(cut) == e["tiles"], e
+        seen += 1
+    assert seen == 56 and len(entries) == 112
+
+
+def test_a_thumbnail_comes_last_when_wanted_and_only_beside_several_tiles():
+    wide, square = chart(200, 100), chart(50, 50)
+    assert len(tiles(square, 10, 28)) > 1 and len(tiles(square, 1, 28)) == 1
+    with_it, without = tiles(wide, 2, 28), tiles(wide, 2, 28, thumbnail=False)
+    assert [t.tobytes() for t in with_it[:-1]] == [t.tobytes() for t in without]
+    assert with_it[-1].tobytes() == wide.resize((28, 28)).tobytes()
