@@ -115,17 +115,19 @@ def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], e
     B = len(rows)
     out = torch.full((B, max_new), -1, dtype=torch.long, device=device)
     scores = torch.zeros(B, max_new, device=device)
-    alive = torch.arange(B, device=device)  # which answer each cache row belongs to
+    alive, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)  # of the cache's rows
     for t in range(max_new):
         picked, score = choose(logits, temperature, top_k, top_p, generator)
-        out[alive, t], scores[alive, t] = picked, score
+        going = ~ended
+        out[alive[going], t], scores[alive[going], t] = picked[going], score[going]
         # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
-        going = ((picked != end) & (picked != model.image_token_id)).nonzero()[:, 0]
-        if t + 1 == max_new or len(going) == 0:
+        ended = ended | (picked == end) | (picked == model.image_token_id)
+        if t + 1 == max_new or bool(ended.all()):
             break
-        if len(going) < len(alive):  # drop ended rows
-            cache.select(going)
-            alive, picked = alive[going], picked[going]
+        if ended.float().mean() > 0.25:  # drop ended rows, but not at every step: each drop copies the cache
+            keep = (~ended).nonzero()[:, 0]
+            cache.select(keep)
+            alive, picked, ended = alive[keep], picked[keep], ended[keep]
         hidden = llm(llm.embed(picked), cache.lengths, cache.decode)  # (B, C)
         cache.lengths += 1
         logits = llm.lm_head(hidden)

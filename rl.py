@@ -122,12 +122,12 @@ class RolloutBatch(Batch):
 
 
 def reward_of(text: str, sample: Sample, finished: bool, kind: str) -> float:
-    """The stage's reward of one completion. Verifiable: 1 for a right answer in a right format (both binary, paper section
-    4.2.3, which does not say how they combine: their mean is our choice)."""
+    """The stage's reward of one completion. Verifiable: 1 for a right answer in a right format, else 0 (both are binary in
+    the paper, section 4.2.3, which does not say how they combine: their product is our choice)."""
     if kind == "mixed":
         return rewards.mixed_reward(text, sample.facts, finished)
     if kind == "verifiable":
-        return (rewards.answer_reward(text, sample.facts["answer"], finished) + rewards.format_reward(text, finished)) / 2
+        return rewards.answer_reward(text, sample.facts["answer"], finished) * rewards.format_reward(text, finished)
     raise ValueError(f"unknown reward {kind!r}; choose verifiable or mixed")
 
 
@@ -153,9 +153,10 @@ def rollouts(model: SailVL, encoder: Encoder, source: Iterator[Sample], stage: R
     if share * world.size != stage.prompts or share % stage.updates:
         raise ValueError(f"{stage.prompts} prompts do not divide over {world.size} ranks x {stage.updates} updates")
     while True:
-        kept, seen = [], {"reward": 0.0, "answer": 0.0, "length": 0.0, "groups": 0, "useless": 0}
+        kept, seen = [], {"reward": 0.0, "length": 0.0, "groups": 0, "useless": 0}
         for attempt in range(stage.tries):
-            drawn = [next(source) for _ in range(share * world.size)][world.rank::world.size]
+            n = share if attempt == 0 else max(1, share // 2)  # later rounds only fill the gaps
+            drawn = [next(source) for _ in range(n * world.size)][world.rank::world.size]
             round_number += 1
             prompts, answers, reward, texts = rollout(model, encoder, drawn, stage, stage.seed + 7919 * round_number + world.rank)
             shaped = reward + torch.tensor([overlong_penalty(len(a.ids), stage.max_new, stage.overlong) for a in answers])
@@ -167,15 +168,14 @@ def rollouts(model: SailVL, encoder: Encoder, source: Iterator[Sample], stage: R
                 seen["useless"] += not mixed
                 if mixed:
                     kept.append((prompt, answers[part], advantage[part]))
-            seen["reward"] += float(reward.mean()) / stage.tries
-            seen["length"] += sum(len(a.ids) for a in answers) / len(answers)
+            seen["reward"] += float(reward.sum())
+            seen["length"] += sum(len(a.ids) for a in answers)
             full = parallel.total(float(len(kept) >= share))[0] == world.size  # all ranks go on, or none
             if full or attempt + 1 == stage.tries:
-                seen["reward"] *= stage.tries / (attempt + 1)
-                seen["length"] /= attempt + 1
                 break
         kept = kept[:share] or [(prompts[0], answers[:stage.group], advantage[:stage.group])]
-        stats = {"reward": seen["reward"], "length": seen["length"], "useless": seen["useless"] / seen["groups"]}
+        sampled = seen["groups"] * stage.group
+        stats = {"reward": seen["reward"] / sampled, "length": seen["length"] / sampled, "useless": seen["useless"] / seen["groups"]}
         size = max(1, -(-len(kept) // stage.updates))
         for at in range(stage.updates):
             yield [pack_rollouts(kept[at * size:(at + 1) * size] or kept[:1], encoder, stage, stats)]
@@ -234,8 +234,8 @@ def policy(stage: RLStage):
 REASONING = {"counting": 1.0, "charts": 1.0, "arithmetic": 1.0, "odd": 1.0}
 ALL = ("vision", "adapter", "llm")
 TOY = {s.name: s for s in (
-    RLStage("verifiable", ALL, REASONING, steps=24, lr=1e-3, optimizer="adamw", schedule="constant", turns=1, seed=21),
-    RLStage("mixed", ALL, REASONING, steps=16, lr=5e-4, optimizer="adamw", schedule="constant", turns=1, seed=22, reward="mixed"),
+    RLStage("verifiable", ALL, REASONING, steps=72, lr=1e-3, optimizer="muon", turns=1, tries=1, seed=21),
+    RLStage("mixed", ALL, REASONING, steps=24, lr=5e-4, optimizer="muon", turns=1, tries=1, seed=22, reward="mixed"),
 )}
 # 2,048 rollouts an episode, 8 updates, rate 1e-6, clip in [0.20, 0.28], 16,384 + 4,096 tokens (paper); groups of 8 are ours.
 PAPER = {s.name: s for s in (

@@ -110,6 +110,7 @@ class Ladder:
     def score_all(self, name: str) -> None:
         self.scores, self.graded = self.grade()
         self.after[name] = {f: s.accuracy for f, s in self.scores.items()}
+        print(f"{'':>18s}  " + " ".join(f"{f} {100 * a:.0f}" for f, a in self.after[name].items()), flush=True)
 
     def note(self, name: str, seconds: float, metric: str, before: float, after: float, chance: float, samples: int,
              lower: bool = False) -> None:
@@ -119,14 +120,17 @@ class Ladder:
               f"{'' if better else '   NOT BETTER'}", flush=True)
 
     def record(self, name: str, run: Run) -> None:
-        self.model.save_pretrained(self.o.out / name)
-        self.encoder.tokenizer.save(self.o.out / name)
+        self.save(name)
         self.runs[name] = {"losses": [r["loss"] for r in run.log], "lrs": [r["lr"] for r in run.log],
                            "decisions": run.decisions, "seconds": run.seconds}
         if "reward" in run.log[0]:
             self.runs[name]["reward"] = [r["reward"] for r in run.log]
         elif "filled" in run.log[0] and name != "image":
             self.filled += [r["filled"] for r in run.log]
+
+    def save(self, name: str) -> None:
+        self.model.save_pretrained(self.o.out / name)
+        self.encoder.tokenizer.save(self.o.out / name)
 
     # ---------------------------------------------------------------------------------------------------- supervised
 
@@ -136,7 +140,9 @@ class Ladder:
 
     def supervised(self, recipe: dict, name: str, metric: str, families: list[str]) -> Run:
         """A stage graded by the mean accuracy over `families`, which the previous grading already knows."""
-        families = [f for f in families if f in self.groups] or list(self.groups)
+        families = [f for f in families if f in self.groups]
+        if not families:  # files have their own families
+            families, metric = list(self.groups), "overall accuracy"
         if not self.scores:
             self.score_all("start")
         before, began = self.mean(families), time.time()
@@ -171,7 +177,7 @@ class Ladder:
 
     def caption_loss(self, swap: bool = False) -> float:
         """Nats a token on held-out captions; `swap` shows each the next one's picture."""
-        found = [self.encoder(s) for s in self.groups["caption"]]
+        found = [self.encoder(s) for s in self.groups.get("caption") or self.mixed()]
         if swap:
             alike: dict[int, list] = {}
             for d in found:
@@ -181,6 +187,9 @@ class Ladder:
         with torch.no_grad():
             return answers(self.model, batch)[1]["loss"] / batch.weight
 
+    def mixed(self) -> list[Sample]:
+        return [s for group in self.groups.values() for s in group]
+
     def warm_up(self) -> None:
         """SAIL-ViT I moves the adapter alone: too little to write captions, enough to make true ones likelier."""
         before, began = self.caption_loss(), time.time()
@@ -189,8 +198,8 @@ class Ladder:
         self.record("vit1", run)
         seconds = time.time() - began
         self.score_all("vit1")
-        self.note("vit1", seconds, "caption loss (chance: another's picture)", before, self.caption_loss(),
-                  self.caption_loss(swap=True), len(self.groups["caption"]), lower=True)
+        self.note("vit1", seconds, "held-out loss (chance: another's picture)", before, self.caption_loss(),
+                  self.caption_loss(swap=True), len(self.groups.get("caption") or self.mixed()), lower=True)
 
     def basic(self, language: dict) -> None:
         """The language model and the adapter start again; AdaLRS against the same run at the fixed starting rate."""
@@ -221,6 +230,7 @@ class Ladder:
             states.append({k: v.clone() for k, v in self.model.state_dict().items()})
         print(f"{'':>18s}  ingredients {means[0]:.3f} and {means[1]:.3f}, distance {distance(*states):.3f}")
         self.model.load_state_dict(average(states))
+        self.save("soup")
         self.score_all("soup")
         s = self.scores["overall"]
         self.note("soup", time.time() - began, "overall accuracy (before: mean of the two)", sum(means) / 2, s.accuracy, s.chance, s.n)
@@ -265,6 +275,9 @@ class Ladder:
         stream = self.source.stream({f: 1.0 for f in self.reasoning}, stage.seed + 5, 1)
         usable = [s for s in islice(stream, 400) if s.facts.get("chain")]
         harvest = rejection_sample(self.model, self.encoder, usable, seed=self.o.seed)
+        if not harvest:  # a policy that solves nothing (a few steps of a smoke test): fuse the reference chains, and say so
+            print(f"{'':>18s}  no chain of the policy was right: the reference chains stand in")
+            harvest = [with_thinking(s, self.encoder.tokenizer.think_prompt) for s in usable]
         run = sft.fusion(self.model, stage, self.source, harvest, self.encoder, self.world, self.o.out / "fusion")
         self.record("fusion", run)
         seconds = time.time() - began
@@ -331,8 +344,7 @@ class Ladder:
         drawn, load = self.packed()
         load = load or self.load
         results["expert_load"] = load
-        self.model.save_pretrained(o.out / "final")
-        self.encoder.tokenizer.save(o.out / "final")
+        self.save("final")
         write_json(o.out / "results.json", results)
         cards, seen = [], Counter()
         for mode, graded in (("direct", self.graded), ("think", thoughts)):

@@ -7,7 +7,7 @@ a picture and, for the text-only part of the mixture, with a description in its 
 Six kinds of scene on a 32 x 32 canvas with a 2 x 2 grid of cells (each becomes one visual token):
     objects     1 to 3 shapes in different cells     caption, listing, attributes, spatial, counting, grounding
     reading     three characters                     caption, reading
-    chart       three bars                           caption, charts, arithmetic (differences)
+    chart       three bars                           caption, listing, charts, arithmetic (differences)
     sum         digit, operator, digit               caption, arithmetic
     odd         one shape differs from the others    caption, odd
     video       three frames, one shape that moves   caption, video
@@ -151,6 +151,10 @@ class Objects:
     def _list(self, rng: random.Random) -> Turn:
         """A drill: eight look-ups in a row, `key value` with keys drawn again and again. Looking a value up at the token that
         names its key is the part of every question that is learned last; here it is asked for every third token."""
+        if rng.random() < 0.4:  # or count: every shape, or every color, with how often it is there
+            axis, names = rng.choice(((0, SHAPES), (1, tuple(COLORS))))
+            counts = ", ".join(f"{n} {sum(o[axis] == n for o in self.objects)}" for n in rng.sample(names, len(names)))
+            return Turn("listing", f"count every {('shape', 'color')[axis]}.", counts, "")
         key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2)))  # of shape, color, place
         named = [(s, c, PLACES[cell]) for s, c, cell in self.objects]
         clear = [o for o in named if [p[key] for p in named].count(o[key]) == 1]
@@ -175,7 +179,8 @@ class Objects:
         what = rng.choice(("thing", "thing", shape, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
         hits = [o for o in self.objects if what in (o[0], o[1], "thing")]
         noun = f"{what} things" if what in COLORS else f"{what}es" if what == "cross" else f"{what}s"
-        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{self.words()}. {noun} {len(hits)}.")
+        chain = ", ".join(f"{i} {say([o])}" for i, o in enumerate(hits, 1)) or "none"
+        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{chain}.")
 
 
 class Reading:
@@ -202,7 +207,7 @@ class Reading:
 
 
 class Chart:
-    families = ("caption", "charts", "arithmetic")
+    families = ("caption", "listing", "charts", "arithmetic")
     turns = 3
 
     def __init__(self, rng: random.Random):
@@ -223,14 +228,16 @@ class Chart:
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
+        if family == "listing":
+            return Turn(family, "list color and height.", ", ".join(f"{c} {h}" for c, h in rng.choices(self.bars, k=8)), "")
         if family == "arithmetic":
             (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
             return Turn(family, f"how much higher is {a} than {b}?", str(x - y), f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
         kind, (color, height) = rng.choice(("highest", "lowest", "value", "value")), rng.choice(self.bars)
         if kind == "value":
-            return Turn(family, f"how high is the {color} bar?", str(height), f"{self.words()}.")
-        color = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])[0]
-        return Turn(family, f"which bar is the {kind}?", color, f"{self.words()}.")
+            return Turn(family, f"how high is the {color} bar?", str(height), f"{self.words()}. {color} {height}.")
+        color, height = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])
+        return Turn(family, f"which bar is the {kind}?", color, f"{self.words()}. {kind} {color} {height}.")
 
 
 class Sum:
@@ -284,7 +291,9 @@ class Odd:
     def ask(self, family: str, rng: random.Random) -> Turn:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
-        return Turn(family, "where is the odd one out?", PLACES[self.cell], f"{self.words()}.")
+        (shape, color, _), *_ = [o for o in self.objects if o[2] != self.cell]
+        odd = [o for o in self.objects if o[2] == self.cell]
+        return Turn(family, "where is the odd one out?", PLACES[self.cell], f"{self.words()}. most are {color} {shape}. {say(odd)}.")
 
 
 class Video:
@@ -361,7 +370,8 @@ def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False,
     visual = visual or dict.fromkeys((f for f in FAMILIES if f not in ("text", "grounding")), 1.0)
     if text_only:  # a description has no pixels to box
         visual = {f: w for f, w in visual.items() if f != "grounding"} or {"caption": 1.0}
-    shares = {name: sum(visual.get(f, 0) / (len(KINDS) if f == "caption" else 1) for f in kind.families) / kind.turns
+    homes = {f: sum(f in kind.families for kind in KINDS.values()) for f in visual}  # kinds that share a family's weight
+    shares = {name: sum(visual.get(f, 0) / homes[f] for f in kind.families if f in homes) / kind.turns
               for name, kind in KINDS.items()}
     kind = rng.choices(list(shares), list(shares.values()))[0]
     s = scene(kind, rng, test)
