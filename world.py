@@ -4,8 +4,9 @@ What it teaches: that a recipe can be judged without a benchmark download, if ev
 A scene can be drawn (`draw`), put into words (`words`, its caption) and asked about (`ask`), so the same question exists with
 a picture and, for the text-only part of the mixture, with a description in its place.
 
-Six kinds of scene on a 32 x 32 canvas with a 2 x 2 grid of cells (each becomes one visual token):
+Seven kinds of scene on a 32 x 32 canvas with a 2 x 2 grid of cells (each becomes one visual token):
     objects     1 to 3 shapes in different cells     caption, listing, attributes, spatial, counting, grounding
+    dots        1 to 6 equal dots                    caption, counting
     reading     three characters                     caption, reading
     chart       three bars                           caption, listing, charts, arithmetic (differences)
     sum         digit, operator, digit               caption, arithmetic
@@ -127,7 +128,8 @@ class Objects:
         if family == "listing":
             return self._list(rng)
         if family == "counting":
-            return self._count(rng)
+            chain = ", ".join(f"{i} {say([o])}" for i, o in enumerate(self.objects, 1))
+            return Turn(family, "how many things are there?", str(len(self.objects)), f"{chain}.")
         if family == "grounding":
             at = self.objects.index((shape, color, cell))
             box = " ".join(str(round(1000 * v / SIZE / 25) * 25) for v in self.boxes[at])
@@ -151,10 +153,6 @@ class Objects:
     def _list(self, rng: random.Random) -> Turn:
         """A drill: eight look-ups in a row, `key value` with keys drawn again and again. Looking a value up at the token that
         names its key is the part of every question that is learned last; here it is asked for every third token."""
-        if rng.random() < 0.4:  # or count: every shape, or every color, with how often it is there
-            axis, names = rng.choice(((0, SHAPES), (1, tuple(COLORS))))
-            counts = ", ".join(f"{n} {sum(o[axis] == n for o in self.objects)}" for n in rng.sample(names, len(names)))
-            return Turn("listing", f"count every {('shape', 'color')[axis]}.", counts, "")
         key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2)))  # of shape, color, place
         named = [(s, c, PLACES[cell]) for s, c, cell in self.objects]
         clear = [o for o in named if [p[key] for p in named].count(o[key]) == 1]
@@ -174,13 +172,31 @@ class Objects:
         chain = f"{say([(shape, color, cell), (s, c, other)])}."
         return Turn("spatial", f"is the {color} {shape} {word} the {c} {s}?", "yes" if yes else "no", chain)
 
-    def _count(self, rng: random.Random) -> Turn:
-        shape, color, _ = rng.choice(self.objects)
-        what = rng.choice(("thing", "thing", shape, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
-        hits = [o for o in self.objects if what in (o[0], o[1], "thing")]
-        noun = f"{what} things" if what in COLORS else f"{what}es" if what == "cross" else f"{what}s"
-        chain = ", ".join(f"{i} {say([o])}" for i, o in enumerate(hits, 1)) or "none"
-        return Turn("counting", f"how many {noun} are there?", str(len(hits)), f"{chain}.")
+
+class Dots:
+    """One to six equal dots on a 4 x 4 grid of patches: counting that no single cell can answer."""
+    families = ("caption", "counting")
+    turns = 1
+
+    def __init__(self, rng: random.Random):
+        self.color, self.cells = rng.choice(list(COLORS)), sorted(rng.sample(range(16), rng.randint(1, 6)))
+        self.content = (self.color, tuple(self.cells))
+
+    def draw(self, rng: random.Random) -> list[Image.Image]:
+        image, d = canvas(rng)
+        for cell in self.cells:
+            x, y = cell % 4 * 8 + rng.randint(0, 2), cell // 4 * 8 + rng.randint(0, 2)
+            d.ellipse((x, y, x + 5, y + 5), fill=COLORS[self.color])
+        return [image]
+
+    def words(self) -> str:
+        return f"{self.color} dots {len(self.cells)}"
+
+    def ask(self, family: str, rng: random.Random) -> Turn:
+        if family == "caption":
+            return Turn(family, "describe the picture.", self.words(), "")
+        rows = [str(sum(cell // 4 == row for cell in self.cells)) for row in range(4)]
+        return Turn(family, "how many things are there?", str(len(self.cells)), f"{' + '.join(rows)} = {len(self.cells)}.")
 
 
 class Reading:
@@ -327,7 +343,7 @@ class Video:
         return Turn(family, "which way does it move?", self.move, f"{self.words()}.")
 
 
-KINDS = {kind.__name__.lower(): kind for kind in (Objects, Reading, Chart, Sum, Odd, Video)}
+KINDS = {kind.__name__.lower(): kind for kind in (Objects, Dots, Reading, Chart, Sum, Odd, Video)}
 FAMILIES = tuple(dict.fromkeys(f for kind in KINDS.values() for f in kind.families)) + ("text",)
 REASONING = ("counting", "charts", "arithmetic", "odd")
 
@@ -420,7 +436,8 @@ def scene_counts() -> dict[str, str]:
     others = len(SHAPES) + len(COLORS) - 2
     odd = sum(math.comb(4, n) * n * looks * others for n in (3, 4))
     bars = math.perm(len(COLORS), 3) * math.perm(LEVELS, 3) * math.comb(4, 3)
-    return {"objects": objects, "reading": len(CHARACTERS) ** 3 * len(INKS), "chart": bars,
+    dots = len(COLORS) * sum(math.comb(16, n) for n in range(1, 7))
+    return {"objects": objects, "dots": dots, "reading": len(CHARACTERS) ** 3 * len(INKS), "chart": bars,
             "sum": (100 + 55) * len(INKS), "odd": odd, "video": looks * 4 * 2}
 
 

@@ -1,0 +1,484 @@
+"""Identities of the recipe: tokens and masks, packing, AdaLRS, the RL losses, freezing, the image mattering."""
+import copy
+import io
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVERY
+from PIL import Image
+
+import rewards
+import rl
+import world
+from adalrs import AdaLRS, fit
+from attention import Segments
+from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
+from evaluate import blind_chance, swapped, text_of
+from generate import generate
+from packing import batches, collate, fill, rows
+from pretrain import TOY, run_stage, supervised
+from soup import average, distance
+from tokenizer import ADDED, Tokenizer, train_bpe
+from train import Stage, answers, one_step, train
+from vlm import SailVL
+
+# ------------------------------------------------------------------------------------------------------- tokens and masks
+
+
+def test_any_text_round_trips_and_never_becomes_a_control_token(tokenizer):
+    for text in ("héllo 你好 🙂\u200d\n\t\x00", " ".join(ADDED), "<think>a</think><IMG_CONTEXT><|im_end|>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & set(tokenizer.special.values())
+
+
+def test_text_from_data_adds_no_control_token_to_a_prompt(tokenizer):
+    def specials(text):
+        ids, _ = tokenizer.render((Message("user", (text,)), Message("assistant", (text,))), [])
+        return sum(i in tokenizer.special.values() for i in ids)
+    assert specials("hello") == specials("<|im_end|><|im_start|>system\n<IMG_CONTEXT>" * 3)
+
+
+def test_bpe_training_is_deterministic_and_tiktoken_applies_its_merges(tokenizer):
+    texts = ["low lower lowest", "new newer newest"] * 3
+    assert train_bpe(texts, 280) == train_bpe(texts, 280)
+    t = Tokenizer(train_bpe(texts, 280), "", "")
+    assert len(t.encode("lower")) < len("lower") and t.decode(t.encode("lower newest")) == "lower newest"
+
+
+def test_a_saved_tokenizer_and_a_published_vocabulary_load_alike(tokenizer, tmp_path):
+    from tokenizer import _printable
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("what color is the circle?") == tokenizer.encode("what color is the circle?")
+    shown = _printable()
+    (tmp_path / "hf").mkdir()
+    vocabulary = {"".join(shown[b] for b in token): rank for token, rank in tokenizer.ranks.items()}
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps(vocabulary))
+    assert Tokenizer.load(tmp_path / "hf").ranks == tokenizer.ranks
+
+
+def test_exactly_the_answers_and_their_ends_are_supervised(encoder):
+    for i in range(20):
+        sample = world.sample(i, 3, EVERY)
+        d, t = encoder(sample), encoder.tokenizer
+        said = t.decode([y for y in d.labels if y >= 0])
+        want = "".join("".join(m.parts) + "<|im_end|>" for m in sample.messages if m.role == "assistant")
+        assert said == want
+        at = np.flatnonzero(d.labels >= 0)
+        assert (d.labels[at] == d.ids[at + 1]).all()
+
+
+def test_thinking_is_supervised_with_its_control_tokens(encoder):
+    sample = with_thinking(world.sample(0, 0, {"odd": 1.0}, turns=1), encoder.tokenizer.think_prompt)
+    d, t = encoder(sample), encoder.tokenizer
+    labels = [y for y in d.labels if y >= 0]
+    assert labels[0] == t.think and t.unthink in labels and labels[-1] == t.end
+    assert rewards.answer_reward(t.decode(labels[:-1]), sample.facts["answer"], True) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- world and files
+
+def test_scenes_of_one_side_never_appear_on_the_other():
+    for kind in world.KINDS:
+        sides = [{repr(world.scene(kind, random.Random(i), test).content) for i in range(60)} for test in (False, True)]
+        assert not sides[0] & sides[1], kind
+    same = [world.sample(5, 0, EVERY).facts for _ in range(2)]
+    assert same[0] == same[1] != world.sample(6, 0, EVERY).facts
+
+
+def test_the_world_refuses_a_family_it_does_not_have():
+    with pytest.raises(ValueError, match="no family 'dogs'"):
+        world.sample(0, 0, {"dogs": 1.0})
+
+
+def save(path, image, **how):
+    image.save(path, **how)
+    return path
+
+
+def test_every_broken_picture_has_its_reason(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = save(tmp_path / "a.jpg", Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))).read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "less.jpg").write_bytes(whole[:-2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    save(tmp_path / "thin.png", Image.new("RGB", (1, 5000)))
+    buffer = io.BytesIO()
+    Image.new("1", (12000, 9000)).save(buffer, "PNG")
+    (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
+    (tmp_path / "link.jpg").symlink_to("/etc/hostname")
+    cases = {"half.jpg": "unreadable", "less.jpg": "unreadable", "empty.png": "unreadable", "thin.png": "oversized",
+             "bomb.png": "oversized", "gone.png": "missing", "../a.jpg": "outside", "/etc/hostname": "outside", "link.jpg": "outside"}
+    for name, reason in cases.items():
+        with pytest.raises(BadSample, match=reason):
+            open_image(name, tmp_path)
+
+
+def test_transparency_is_white_16_bits_are_scaled_and_exif_rotation_applies(tmp_path):
+    clear = save(tmp_path / "clear.png", Image.new("RGBA", (4, 4), (255, 0, 0, 0)))
+    assert open_image(clear).getpixel((0, 0)) == (255, 255, 255)
+    ramp = Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16))
+    assert len(set(np.asarray(open_image(save(tmp_path / "ramp.png", ramp)))[..., 0].ravel())) == 256
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(save(tmp_path / "turned.jpg", Image.new("RGB", (96, 64)), exif=exif)).size == (64, 96)
+
+
+def test_good_records_arrive_and_each_fault_is_counted(tmp_path):
+    save(tmp_path / "a.png", Image.new("RGB", (8, 8)))
+    ask = lambda q, a, image="a.png": {"image": image, "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+    good = [ask("<image>\nwhat?", "this"), ask("what?", "that"), {"conversations": ask("hi", "yes")["conversations"]}]
+    bad = [ask("<image><image>", "x"), ask("<image>", " "), {"image": "a.png"}, ask("<image>", "x", ["a.png", "a.png"]),
+           {"conversations": [{"from": "human", "value": "alone"}]}, {"conversations": [{"from": "alien", "value": "x"}]}]
+    lines = "\n".join(map(json.dumps, good + bad)) + "\n{broken\n" + "[" * 100000 + "\n"
+    (tmp_path / "my.jsonl").write_text(lines)
+    folder = Folder(tmp_path / "my.jsonl")
+    assert len(folder.samples) == 3 and folder.faults.counts.total() == 8
+    assert set(folder.faults.counts) == {"wrong placeholder count", "empty answer", "malformed record", "no answer"}
+    (tmp_path / "my.json").write_text(json.dumps(good))
+    assert [s.messages for s in Folder(tmp_path / "my.json").samples] == [s.messages for s in folder.samples]
+    (tmp_path / "none.jsonl").write_text(json.dumps(bad[0]))
+    with pytest.raises(ValueError, match="0 usable samples"):
+        Folder(tmp_path / "none.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+def blank(n: int, name: str = "") -> Document:
+    return Document(np.zeros(n, np.int64), np.full(n, -100), np.zeros(n, np.float32), (), "", name, {})
+
+
+@pytest.mark.parametrize("draw", [lambda r: r.randint(1, 40), lambda r: r.randint(200, 256), lambda r: r.choice((100, 130)),
+                                  lambda r: min(256, int(r.paretovariate(1)) + 3)])
+def test_packing_keeps_every_document_once_and_none_waits_long(draw):
+    rng = random.Random(0)
+    given = [blank(draw(rng), str(i)) for i in range(600)]
+    made = list(rows(iter(given), 256, 64))
+    assert sorted(d.origin for row in made for d in row) == sorted(d.origin for d in given)
+    assert all(sum(map(len, row)) <= 256 for row in made)
+    first = {d.origin: i for i, row in enumerate(made) for d in row}
+    oldest = [min(int(d.origin) for d in row) for row in made]
+    assert oldest == sorted(oldest) and max(first[d.origin] - oldest.index(min(oldest)) for d in given[:1]) == 0
+
+
+def test_fill_is_as_good_as_trying_every_subset():
+    rng = random.Random(1)
+    for _ in range(50):
+        lengths, room = [rng.randint(1, 20) for _ in range(9)], rng.randint(5, 80)
+        best = max(s for m in range(512) if (s := sum(n for i, n in enumerate(lengths) if m >> i & 1)) <= room)
+        assert sum(lengths[i] for i in fill(lengths, room)) == best
+
+
+def test_mixed_lengths_fill_the_rows(documents):
+    stream = (documents[i % len(documents)] for i in range(2000))
+    made = list(rows(stream, 512))[:-3]
+    assert sum(len(d) for row in made for d in row) / (512 * len(made)) > 0.97
+
+
+def test_a_batch_is_laid_out_as_its_documents(documents, tokenizer):
+    batch = collate([documents[:2], documents[2:3]], 400, tokenizer.pad)
+    a, b, c = documents[:3]
+    n, m = len(a), len(b)
+    assert batch.ids[0, n:n + m].tolist() == b.ids.tolist() and batch.labels[1, :len(c)].tolist() == c.labels.tolist()
+    assert batch.positions[0, n:n + m].tolist() == list(range(m)) and batch.positions[0, n + m] == 0
+    assert batch.segments.lengths == (n, m, 400 - n - m, len(c), 400 - len(c))
+    assert batch.segments.cu.tolist() == [0, n, n + m, 400, 400 + len(c), 800]
+    assert int(batch.real().sum()) == n + m + len(c) and (batch.labels[0, n + m:] == -100).all()
+
+
+def test_ranks_and_accumulation_share_one_global_batch(documents, tokenizer):
+    take = lambda world, accumulate: sorted(
+        tuple(row.tolist()) for rank in range(world)
+        for b in next(batches(iter(documents), 512, 4, accumulate, tokenizer.pad, rank, world, 8)) for row in b.ids)
+    assert take(1, 1) == take(1, 4) == take(2, 2) == take(4, 1)
+    with pytest.raises(ValueError, match="do not divide"):
+        next(batches(iter(documents), 512, 4, 3, tokenizer.pad))
+
+
+def test_gradients_do_not_depend_on_accumulation(model, documents, tokenizer):
+    model.double()
+    def gradient(parts):
+        weight = sum(b.weight for b in parts)
+        for b in parts:
+            b.images = b.images.double() if b.images is not None else None
+            (answers(model, b)[0] / weight).backward()
+        out = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return out
+    group = [documents[:2], documents[2:4], documents[4:6], documents[6:8]]
+    whole = gradient([collate(group, 512, tokenizer.pad)])
+    parts = gradient([collate([row], 512, tokenizer.pad) for row in group])
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------------- AdaLRS
+
+def quadratic(seed=0, n=20):
+    torch.manual_seed(seed)
+    w = torch.nn.Parameter(torch.randn(n))
+    return w, torch.optim.Adam([w], lr=1e-3)
+
+
+def state_of(w, optimizer):
+    return copy.deepcopy((w.data, optimizer.state_dict()["state"]))
+
+
+def forced(trace, **how):
+    """Drive the search with a made-up loss trace; returns it and the snapshots of real training beneath."""
+    w, optimizer = quadratic()
+    search = AdaLRS([w], [optimizer], total_steps=100, k=5, window=(0.0, 1.0), decay=1.0, up=1.5, down=1.5, **how)
+    states, returned = [], []
+    for loss in trace:
+        optimizer.zero_grad()
+        w.square().sum().backward()
+        optimizer.step()
+        returned.append(search.observe(loss))
+        states.append(state_of(w, optimizer))
+    return search, states, returned
+
+
+def line(start, slope, n=5):
+    return [start + slope * i for i in range(n)]
+
+
+def same_state(a, b):
+    return torch.equal(a[0], b[0]) and all(torch.equal(a[1][0][k], b[1][0][k]) for k in a[1][0])
+
+
+def test_a_faster_trial_is_kept():
+    search, _, returned = forced(line(10, -0.1) + line(9.5, -0.5))
+    assert [d.action for d in search.decisions] == ["up"] and search.scale == 1.5 and not any(returned)
+
+
+@pytest.mark.parametrize("trial,action,scale", [(line(9.5, 0.05), "down", 1 / 1.5), (line(9.5, -0.1), "stay", 1.0)])
+def test_a_slower_or_equal_trial_is_rolled_back_bit_for_bit(trial, action, scale):
+    search, states, returned = forced(line(10, -0.1) + trial)
+    assert [d.action for d in search.decisions] == [action] and search.scale == pytest.approx(scale)
+    assert returned[-1] == 5 and search.extra_steps == 5 and same_state(states[-1], states[4])
+
+
+@pytest.mark.parametrize("bad", [99.0, math.nan])
+def test_a_trial_above_the_highest_loss_is_aborted_at_once(bad):
+    search, states, returned = forced(line(10, -0.1) + [9.5, bad])
+    assert search.decisions[0].action == "abort" and returned[-1] == 2 and same_state(states[-1], states[4])
+
+
+def test_two_rising_windows_lower_the_rate_without_a_trial():
+    w, optimizer = quadratic()
+    search = AdaLRS([w], [optimizer], 100, k=5, window=(0.0, 1.0), decay=1.0, up=1.5, down=1.5)
+    search.base, search.previous = (0.5, 0.0, 1.0), 0.5
+    search.highest = 100.0
+    search._consider(5.0, 0.1, 2.0)
+    search.snapshot = None
+    search.scale = 1.0
+    search._consider(5.0, 0.1, 3.0)
+    assert search.decisions[-1].action == "rising" and search.scale == pytest.approx(1 / 1.5)
+
+
+def test_after_a_roll_back_training_is_as_if_never_tried():
+    def run(trace):
+        w, optimizer = quadratic()
+        search = AdaLRS([w], [optimizer], 100, k=5, window=(0.0, 0.09), up=1.5, down=1.5)
+        step = 0
+        for loss in trace:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * search.scale
+            optimizer.zero_grad()
+            w.square().sum().backward()
+            optimizer.step()
+            step += 1 - search.observe(loss)
+        return w.data, step
+    tried, steps = run(line(10, -0.1) + line(9.5, -0.1) + line(9.5, -0.1, 10))  # the trial is undecided: rolled back
+    w, optimizer = quadratic()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        w.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(tried, w.data)
+
+
+def test_three_kept_raises_of_three_halves_are_the_papers_step():
+    scale = 1.0
+    search, _, _ = forced(line(100, -0.1) + line(99, -0.5) + line(96, -0.5) + line(90, -2) + line(80, -2) + line(60, -8))
+    assert [d.action for d in search.decisions] == ["up"] * 3
+    assert 2e-4 * search.scale == pytest.approx(6.75e-4)
+
+
+def test_the_fit_is_exact_on_a_line_and_its_error_is_the_true_spread():
+    assert fit(line(3, -0.25, 7))[0] == pytest.approx(0.25) and fit(line(3, -0.25, 7))[1] == pytest.approx(0, abs=1e-9)
+    rng = random.Random(0)
+    fits = [fit([rng.gauss(0, 1) for _ in range(20)]) for _ in range(4000)]
+    spread = np.std([v for v, _ in fits])
+    assert spread == pytest.approx(math.sqrt(12 / (20 * 399)), rel=0.05)
+    assert np.mean([e for _, e in fits]) == pytest.approx(spread, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------------ RL
+
+def tensors(N=4, L=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(N, L, generator=g, dtype=torch.double)
+    mask = (torch.arange(L) < torch.tensor([5, 3, 1, 4])[:N, None]).double()
+    return logp.requires_grad_(), mask, torch.tensor([1.0, -0.5, 2.0, -1.0], dtype=torch.double)[:N]
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_on_the_first_minibatch_the_gradient_is_reinforce(name):
+    logp, mask, A = tensors()
+    loss, clipped = rl.ALGORITHMS[name](logp, logp.detach(), mask, A, 0.2, 0.28)
+    loss.backward()
+    want = -A[:, None] * mask / (1 if name == "dapo" else mask.sum(1, keepdim=True))
+    torch.testing.assert_close(logp.grad, want)
+    assert clipped == 0
+
+
+@pytest.mark.parametrize("A,ratio,slope", [(1, .5, .5), (1, .9, .9), (1, 1.1, 1.1), (1, 1.5, 0), (-1, .5, 0), (-1, .9, -.9),
+                                           (-1, 1.1, -1.1), (-1, 1.5, -1.5)])
+def test_the_clip_gates(A, ratio, slope):
+    old = torch.tensor([[-1.0]], dtype=torch.double)
+    logp = (old + math.log(ratio)).requires_grad_()
+    rl.dapo(logp, old, torch.ones(1, 1), torch.tensor([float(A)]), 0.2, 0.28)[0].backward()
+    assert -logp.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_equal_rewards_give_exactly_no_gradient(group):
+    for dtype in (torch.float32, torch.bfloat16):
+        advantage = rl.group_advantage(torch.full((8,), 0.7, dtype=dtype), group)
+        assert (advantage == 0).all()
+    logp, mask, _ = tensors()
+    rl.dapo(logp, logp.detach() - 0.1, mask, torch.zeros(4), 0.2, 0.28)[0].backward()
+    assert (logp.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_padding_and_splitting_change_nothing(name):
+    logp, mask, A = tensors()
+    old = logp.detach() + 0.1 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double) * mask
+    loss = rl.ALGORITHMS[name]
+    whole = loss(logp, old, mask, A, 0.2, 0.28)[0]
+    wide = [torch.cat([t, torch.full((4, 3), v, dtype=torch.double)], 1) for t, v in ((logp, 9.0), (old, -9.0), (mask, 0.0))]
+    torch.testing.assert_close(loss(*wide, A, 0.2, 0.28)[0], whole)
+    halves = sum(loss(logp[s], old[s], mask[s], A[s], 0.2, 0.28)[0] for s in (slice(0, 1), slice(1, 4)))
+    torch.testing.assert_close(halves, whole)
+
+
+def test_a_real_rollout_scores_as_it_was_sampled(model, encoder):
+    samples = [world.sample(i, 0, {"counting": 1.0, "video": 1.0}, turns=1) for i in range(3)]
+    stage = rl.RLStage("x", mixture={}, group=2, max_new=6, prompts=3, updates=1)
+    prompts, answers_, reward, _ = rl.rollout(model, encoder, samples, stage, 0)
+    groups = [(p, answers_[2 * i:2 * i + 2], torch.tensor([1.0, -1.0])) for i, p in enumerate(prompts)]
+    batch = rl.pack_rollouts(groups, encoder, stage, {})
+    loss, stats = rl.policy(stage)(model, batch)
+    assert stats["kl"] / batch.weight < 1e-6 and stats["clipped"] == 0
+    flat = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, batch.at, batch.labels)
+    torch.testing.assert_close(flat.detach(), batch.old[batch.sequence, batch.place], rtol=1e-4, atol=1e-5)
+    assert batch.labels.tolist() == [i for a in answers_ for i in a.ids] and batch.mask.sum() == len(batch.labels)
+
+
+def test_rollouts_end_when_every_group_agrees(model, encoder, monkeypatch):
+    monkeypatch.setattr(rl, "reward_of", lambda *a: 1.0)
+    stage = rl.RLStage("x", mixture={}, group=2, max_new=3, prompts=2, updates=1, tries=2, overlong=0)
+    step = next(rl.rollouts(model, encoder, world.World().stream({"counting": 1.0}, 0, 1), stage))
+    assert (step[0].advantage == 0).all() and step[0].stats["useless"] == 1
+
+
+VERDICTS = [  # completion, truth, answer reward, format reward
+    ("<think>a</think>\\boxed{3}", "3", 1, 1), ("<think>a</think>so \\boxed{3}.", "3", 1, 1), ("\\boxed{3}", "3", 1, 0),
+    ("<think>a</think>3", "3", 0, 0), ("<think>\\boxed{3}</think>3", "3", 0, 0), ("<think>a</think>\\boxed{3} \\boxed{4}", "3", 0, 0),
+    ("<think>a</think>\\boxed{3", "3", 0, 0), ("<think>a</think>\\boxed{}", "", 0, 0), ("<think></think>\\boxed{3}", "3", 1, 0),
+    ("<think>a<think>b</think>\\boxed{3}", "3", 1, 0), ("a<think>b</think>\\boxed{3}", "3", 1, 0),
+    ("<think>a</think>\\boxed{3.0}", "3", 1, 1), ("<think>a</think>\\boxed{1/2}", "0.5", 1, 1), ("<think>a</think>\\boxed{1/0}", "1", 0, 1),
+    ("<think>a</think>\\boxed{Red }", "red", 1, 1), ("<think>a</think>\\boxed{red circle}", "red", 0, 1),
+    ("<think>a</think>\\boxed{" + "9" * 5000 + "}", "9", 0, 0), ("<think>a</think>\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1, 1),
+    ("<think>a</think>\\boxed{0 1 2 3}", "3", 0, 1), ("", "3", 0, 0), ("<think>a</think>\\boxed{None}", "", 0, 1)]
+
+
+@pytest.mark.parametrize("text,truth,right,form", VERDICTS)
+def test_reward_verdicts(text, truth, right, form):
+    assert rewards.answer_reward(text, truth, True) == right and rewards.format_reward(text, True) == form
+    assert rewards.answer_reward(text, truth, False) == 0 == rewards.format_reward(text, False)
+
+
+def test_nothing_equals_a_missing_answer_and_mixed_weights_sum_to_one():
+    assert not rewards.same(None, None) and not rewards.same("", "") and not rewards.same(None, "3")
+    with pytest.raises(ValueError, match="sum to 1"):
+        rewards.mixed_reward("x", {"answer": "3"}, True, {"answer": 1.0, "think": 0.2, "format": 0.1})
+    facts = {"answer": "2", "family": "counting", "chain": "1 west red ring, 2 east red ring.", "words": "west red ring, east red ring"}
+    full = "<think>1 west red ring, 2 east red ring.</think>\\boxed{2}"
+    assert rewards.mixed_reward(full, facts, True) == pytest.approx(1.0)
+    assert rewards.think_reward(full.replace("ring, 2", "cube, 2"), facts) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+@pytest.mark.parametrize("part,module", [("vision", "vision_model"), ("adapter", "mlp1"), ("llm", "language_model")])
+def test_frozen_parts_stay_bit_identical_and_hold_no_optimizer_state(model, encoder, part, module, monkeypatch):
+    import train as loop
+    made, make = [], loop.make_optimizers
+    monkeypatch.setattr(loop, "make_optimizers", lambda *a: made.append(make(*a)) or made[-1])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run_stage(model, Stage("x", (part,), EVERY, steps=2, rows=2, length=256, lr=1e-2), world.World(), encoder)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.startswith(module) for k in changed)
+    held = {id(p) for o in made[0] for p in o.state}
+    assert held <= {id(p) for p in getattr(model, module).parameters()}
+
+
+def test_a_non_finite_step_changes_nothing_and_a_few_end_the_run(model, encoder):
+    stage = Stage("x", ("llm",), EVERY, steps=9, rows=2, length=256)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def broken(m, b):
+        loss, stats = answers(m, b)
+        return loss * float("nan"), {"loss": float("nan")}
+
+    with pytest.raises(ValueError, match="non-finite"):
+        train(model, stage, supervised(world.World(), stage, encoder, Faults()), broken, patience=3)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_training_learns_and_repeats_itself_exactly(config, encoder):
+    def go():
+        m = SailVL(config).init_weights(0)
+        run = run_stage(m, Stage("x", mixture={"counting": 1.0}, steps=6, rows=2, length=256, lr=5e-3), world.World(), encoder)
+        return [r["loss"] for r in run.log]
+    one, two = go(), go()
+    assert one == two and one[-1] < 0.7 * one[0]
+
+
+def test_the_picture_matters_to_a_model_that_learned_from_it(config, encoder):
+    """Fifty steps on a question with one answer token are enough to use the picture; swapping pictures undoes it."""
+    model = SailVL(config).init_weights(0)
+    stage = Stage("x", mixture={"caption": 1.0}, steps=50, rows=4, length=256, lr=5e-3, turns=1)
+    run_stage(model, stage, world.World(), encoder)
+    held = [encoder(s) for s in world.World().held_out("caption", 40) if "odd" not in s.origin]
+    alike = [d for d in held if len(d.images) == 1]
+    def loss(found):
+        b = collate([found], None, encoder.tokenizer.pad)
+        with torch.no_grad():
+            return answers(model, b)[1]["loss"] / b.weight
+    from dataclasses import replace
+    moved = [replace(d, images=e.images) for d, e in zip(alike, alike[1:] + alike[:1])]
+    assert loss(moved) > loss(alike) + 0.1
+
+
+def test_soup_of_a_model_with_itself_is_itself_and_strangers_are_far(config):
+    a, b = (SailVL(config).init_weights(s).state_dict() for s in (0, 1))
+    assert all(torch.allclose(v, a[k]) for k, v in average([a, a]).items()) and distance(a, a) == 0
+    assert distance(a, b) > 0.5
+    with pytest.raises(ValueError, match="different architectures"):
+        average([a, {k: v for k, v in list(b.items())[1:]}])
+
+
+def test_chance_is_the_best_blind_strategy():
+    ask = lambda q, a: Sample((Message("user", (q,)), Message("assistant", (a,))), "t", "", {"answer": a, "family": "t"})
+    samples = [ask("color?", "red")] * 3 + [ask("color?", "blue")] + [ask("n?", "1")] * 2
+    assert blind_chance(samples) == pytest.approx(5 / 6)
+    prompts = [([1], [np.zeros((2, 2, 3))]), ([2], [np.ones((2, 2, 3))]), ([3], [])]
+    out = swapped(prompts)
+    assert out[0][1][0].max() == 1 and out[1][1][0].max() == 0 and out[2][1] == []
