@@ -78,7 +78,8 @@ def run(o: RunOptions, recipes, stage_runner) -> int:
     model.to(world.device).train()
     if world.main:
         print(json.dumps(dataclasses.asdict(o), default=str))
-    encoder, faults = Encoder(tokenizer, model.config, source.root), getattr(source, "faults", Faults(o.strict))
+    encoder = Encoder(tokenizer, model.config, source.root)
+    faults = source.faults if o.data else Faults(o.strict)
     result = stage_runner(model, o.stage, source, encoder, world, o.out, faults)
     if world.main:
         model.save_pretrained(o.out)

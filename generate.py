@@ -10,7 +10,7 @@ is that of the training forward at the same temperature.
 Legend: P prompts, n samples each, B = P * n rows, T cache length, H query heads, G key/value heads, D head size.
 """
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

@@ -43,7 +43,7 @@ def ladder(run: str) -> str:
         out.append(f"| {family} | **{s['accuracy']:.1%}** | {s['error']:.1%} | {s['chance']:.1%} | "
                    f"{'' if swapped is None else f'{swapped:.1%}'} | {s['n']} |")
     a, m = r["adalrs"], r["modes"]
-    out += ["", f"{r['total_seconds']:.0f} seconds on {r['cores']} cores, torch {r['versions']['torch']}, seed {r['seed']}. AdaLRS moved "
+    out += ["", f"{r['total_seconds']:.0f} seconds on {r['cores']} cores, peak memory {r['peak_memory_gib']:.1f} GiB, torch {r['versions']['torch']}, seed {r['seed']}. AdaLRS moved "
             f"the rate from {a['start_lr']:.1e} to {a['final_lr']:.1e} in {len(a['decisions'])} decisions ({a['extra_steps']} extra "
             f"steps): loss {a['loss']:.3f}, against {a['fixed_rate_loss']:.3f} at the fixed rate. Rows at least "
             f"{r['packing']['filled']:.1%} full. By default {m['direct_thinks']:.0%} of reasoning answers think (accuracy "

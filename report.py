@@ -36,8 +36,9 @@ section { margin-top: 52px; border-top: 1px solid var(--line); padding-top: 14px
 .note { margin: 2px 0 16px } .scroll { overflow-x: auto } figcaption .soft { font-size: 12px }
 .scroll table { min-width: 720px } .facts { display: flex; flex-wrap: wrap; gap: 16px 44px }
 .two, .family { display: grid; gap: 6px 36px } table { border-collapse: collapse; width: 100% }
-td, th { padding: 4px 10px 4px 0; text-align: left } th { font-weight: 500; font-size: 12px } tr + tr td { border-top: 1px solid var(--line) }
-.r { text-align: right; white-space: nowrap } .heat th, .heat td { padding: 3px; text-align: center; font-size: 12px }
+td, th { padding: 4px 10px 4px 0; text-align: left } th { font-weight: 500; font-size: 12px }
+tr + tr td { border-top: 1px solid var(--line) } .r { text-align: right; white-space: nowrap }
+.heat th, .heat td { padding: 3px; text-align: center; font-size: 12px }
 .heat td { border: 1px solid var(--paper); background: color-mix(in srgb, var(--heat) var(--v, 0%), var(--paper)) }
 .heat th:first-child { text-align: left; white-space: nowrap; width: 130px; color: var(--ink) }
 svg { display: block; width: 100%; overflow: visible; font-size: 11px; fill: currentColor } td svg { min-width: 110px }

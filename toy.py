@@ -9,14 +9,13 @@ Writes, into `out`: one directory per stage (log.jsonl), final/ (the model in th
 report.html. The recipes themselves stand in pretrain.py, sft.py and rl.py; here is only their order and their grading.
 `--data` replaces the drawn world by files (see real.py): the same ladder on data that people made.
 """
-import json
 import os
 import platform
-import random
+import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -34,13 +33,13 @@ import rl
 import sft
 import world
 from curate import rejection_sample
-from data import BadSample, Encoder, Faults, Sample, with_thinking
+from data import Encoder, Faults, Folder, Sample, normalise, open_image, with_thinking
 from evaluate import Graded, Score, ask, evaluate, summary, text_of
 from packing import Batch, collate
-from rewards import split_think
+from rewards import format_reward, split_think
 from soup import average, distance
 from train import Run, answers
-from vlm import PRESETS, SailVL
+from vlm import PRESETS
 from weights import write_json
 
 GRADED = ("caption", "attributes", "spatial", "counting", "grounding", "reading", "charts", "arithmetic", "odd", "video", "text")
@@ -77,7 +76,6 @@ class Ladder:
         self.o, self.world = o, parallel.World()
         torch.manual_seed(o.seed)
         if o.data:
-            from data import Folder
             self.source, held = Folder(o.data / "train.jsonl"), Folder(o.data / "held_out.jsonl")
             self.groups: dict[str, list[Sample]] = {}
             for s in held.samples:
@@ -99,7 +97,7 @@ class Ladder:
         self.scores: dict[str, Score] = {}
         self.graded: list[Graded] = []
         self.reasoning = [f for f in world.REASONING if f in self.groups] or [
-            f for f, group in self.groups.items() if group[0].facts.get("chain")]
+            f for f, group in self.groups.items() if any(s.facts.get("chain") for s in group)]
 
     # ------------------------------------------------------------------------------------------------------- grading
 
@@ -164,7 +162,6 @@ class Ladder:
         """Patch prediction, graded on held-out pictures against predicting each patch's mean (1.0 by construction)."""
         stage, began = self.stage(pretrain.TOY, "image"), time.time()
         held = [a for f in self.groups if f != "text" for s in self.groups[f] for a in self.encoder.images(s)[0]][:400]
-        from data import normalise
         pictures = normalise(held)
         predictor = pretrain.PatchPredictor(self.model.vision_model)
         with torch.no_grad():
@@ -247,7 +244,6 @@ class Ladder:
 
     def reward(self, stage: rl.RLStage) -> tuple[float, float]:
         """Mean reward and share of whole formats of sampled completions on held-out questions."""
-        from rewards import format_reward
         held = [s for f in self.reasoning for s in self.groups[f]]
         answers = ask(self.model, self.encoder, held, think=True, max_new=stage.max_new, temperature=stage.temperature, seed=1)
         texts = [text_of(a, self.encoder.tokenizer) for a in answers]
@@ -333,6 +329,7 @@ class Ladder:
         results = {
             "title": "nanosail toy ladder" if not o.data else f"nanosail ladder on {o.data}", "model": o.model, "seed": o.seed,
             "total_seconds": round(time.time() - began, 1), "cores": os.cpu_count(),
+            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "pillow": PIL.__version__},
             "stages": [asdict(r) for r in self.rows],
@@ -358,7 +355,6 @@ class Ladder:
         self.table(results)
 
     def picture(self, part):
-        from data import open_image
         return open_image(part, self.source.root)
 
     def table(self, results: dict) -> None:
@@ -373,7 +369,7 @@ class Ladder:
         m = results["modes"]
         print(f"\nby default {m['direct_thinks']:.0%} of the reasoning answers think (accuracy {m['direct_accuracy']:.1%}); asked to "
               f"think, {m['think_thinks']:.0%} do ({m['think_accuracy']:.1%})")
-        print(f"{results['total_seconds']:.0f} seconds on {results['cores']} cores; rows at least {results['packing']['filled']:.1%} full; "
+        print(f"{results['total_seconds']:.0f} seconds on {results['cores']} cores, peak memory {results['peak_memory_gib']:.1f} GiB; rows at least {results['packing']['filled']:.1%} full; "
               f"{self.o.out / 'results.json'}, {self.o.out / 'report.html'}, {self.o.out / 'final'}")
 
 

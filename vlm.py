@@ -21,7 +21,7 @@ import weights
 from adapter import Adapter
 from attention import Attend, Segments, inside
 from llm import LLM, LLMConfig
-from moe import MoE, upcycle
+from moe import upcycle
 from vit import ViT, ViTConfig
 
 

@@ -34,13 +34,13 @@ from data import Message, Sample
 
 SIZE, CELL, SIDE = 32, 16, 2
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
-          "purple": (150, 60, 170), "black": (20, 20, 20)}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+          "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 CHARACTERS = "0123456789ACEHKLNPTX"
 INKS = ("red", "green", "blue", "black")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-LEVELS, BAR_UNIT = 6, 5
+LEVELS, BAR_UNIT = 5, 6
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ def draw_shape(d: ImageDraw.ImageDraw, shape: str, color: str, box: tuple[int, i
         d.rectangle(box, fill=ink)
     elif shape == "triangle":
         d.polygon([((x0 + x1) // 2, y0), (x1, y1), (x0, y1)], fill=ink)
-    elif shape == "cross":
+    else:
         d.rectangle((x0 + third, y0, x1 - third, y1), fill=ink)
         d.rectangle((x0, y0 + third, x1, y1 - third), fill=ink)
-    else:
-        d.ellipse(box, outline=ink, width=3)
 
 
 @functools.lru_cache
@@ -103,7 +101,7 @@ class Objects:
 
     def __init__(self, rng: random.Random):
         cells = sorted(rng.sample(range(4), rng.choice((1, 2, 2, 3, 3))))
-        pool = [(s, c) for s in rng.sample(SHAPES, rng.choice((2, 3, 5))) for c in COLORS]
+        pool = [(s, c) for s in rng.sample(SHAPES, rng.choice((2, 3, 4))) for c in COLORS]
         self.objects = tuple((s, c, cell) for (s, c), cell in zip(rng.sample(pool, len(cells)), cells))
         self.content = self.objects
         self.boxes = []

@@ -15,15 +15,13 @@ import rewards
 import rl
 import world
 from adalrs import AdaLRS, fit
-from attention import Segments
 from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
-from evaluate import blind_chance, swapped, text_of
-from generate import generate
+from evaluate import blind_chance, swapped
 from packing import batches, collate, fill, rows
-from pretrain import TOY, run_stage, supervised
+from pretrain import run_stage, supervised
 from soup import average, distance
 from tokenizer import ADDED, Tokenizer, train_bpe
-from train import Stage, answers, one_step, train
+from train import Stage, answers, train
 from vlm import SailVL
 
 # ------------------------------------------------------------------------------------------------------- tokens and masks
@@ -302,7 +300,6 @@ def test_after_a_roll_back_training_is_as_if_never_tried():
 
 
 def test_three_kept_raises_of_three_halves_are_the_papers_step():
-    scale = 1.0
     search, _, _ = forced(line(100, -0.1) + line(99, -0.5) + line(96, -0.5) + line(90, -2) + line(80, -2) + line(60, -8))
     assert [d.action for d in search.decisions] == ["up"] * 3
     assert 2e-4 * search.scale == pytest.approx(6.75e-4)
