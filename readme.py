@@ -53,7 +53,7 @@ def ladder(run: str) -> str:
 
 def rewrite(text: str) -> str:
     for name, value in (("files", files()), ("toy", ladder("toy")), ("real", ladder("real"))):
-        text, n = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m: m[1] + value + m[2], text, flags=re.DOTALL)
+        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + value + "\n" + m[2], text, flags=re.DOTALL)
         assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
     return text
 

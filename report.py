@@ -37,7 +37,7 @@ section { margin-top: 52px; border-top: 1px solid var(--line); padding-top: 14px
 .scroll table { min-width: 720px } .facts { display: flex; flex-wrap: wrap; gap: 16px 44px }
 .two, .family { display: grid; gap: 6px 36px } table { border-collapse: collapse; width: 100% }
 td, th { padding: 4px 10px 4px 0; text-align: left } th { font-weight: 500; font-size: 12px }
-tr + tr td { border-top: 1px solid var(--line) } .r { text-align: right; white-space: nowrap }
+tr + tr td { border-top: 1px solid var(--line) } .r, td b { white-space: nowrap } .r { text-align: right }
 .heat th, .heat td { padding: 3px; text-align: center; font-size: 12px }
 .heat td { border: 1px solid var(--paper); background: color-mix(in srgb, var(--heat) var(--v, 0%), var(--paper)) }
 .heat th:first-child { text-align: left; white-space: nowrap; width: 130px; color: var(--ink) }
@@ -112,8 +112,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """Moving mean over a thirtieth of the run, centred. Leaves out steps that the loop skipped (not a finite value)."""
-    v, kernel = np.asarray(values, float), np.ones(2 * (len(values) // 60) + 1)
+    """Centred mean over a thirtieth of the run, or 5 steps. Leaves out non-finite losses, which the loop skipped."""
+    v, kernel = np.asarray(values, float), np.ones(2 * max(len(values) // 60, min(len(values) // 8, 2)) + 1)
     total, count = (np.convolve(a, kernel, "same") for a in (np.nan_to_num(v, posinf=0, neginf=0), np.isfinite(v)))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -180,8 +180,7 @@ def chart(name: str, run: dict) -> str:
     steps, lines = max(len(losses), len(fixed)), [(losses, "loss raw"), (smooth(losses), "loss")]
     (body, at), bottom = axes("loss", ([(smooth(fixed), "fixed")] if fixed else []) + lines, steps, 18, 104), 122
     if fixed:
-        x, y = at(len(fixed), smooth(fixed)[-1])
-        body += word("fixed rate", x, y - 6, "tick e halo")
+        body += word("— the same at a fixed rate", RIGHT, 12, "tick e")  # the dash has its line's colour
     if run.get("reward"):
         lines = [(run["reward"], "reward raw"), (smooth(run["reward"]), "reward")]
         body, bottom = body + axes("reward", lines, steps, bottom + 26, 64)[0], bottom + 90
@@ -252,7 +251,7 @@ def stage_table(stages: list[dict]) -> str:
 def packing(rows: list[list[tuple[int, bool | None]]]) -> str:
     """Every row of a packed batch as a bar, every document as a rectangle."""
     kinds = {True: ("blue", "with image"), False: ("pale", "text only"), None: ("padding", "padding")}
-    length = max((sum(n for n, _ in row) for row in rows), default=1)
+    length = max((sum(n for n, _ in row) for row in rows), default=0) or 1
     at = lambda n: 20 + 1040 * n / length
     out = el("defs", el("pattern", el("rect", width=2, height=5, cls="undone"), id="hatch", width=5, height=5,
                         patternUnits="userSpaceOnUse", patternTransform="rotate(45)"))
@@ -336,7 +335,7 @@ def curves(runs: dict[str, dict]) -> str:
     signs = legend(*((s, a, f"{a}: {t}") for a, (s, t) in SIGNS.items()), ("", "undone", "steps taken back"))
     searched = any(r.get("decisions") for r in runs.values())
     charts = el("div", *(chart(n, r) for n, r in runs.items()), cls="charts") if runs else ""
-    return section("Losses", "Smoothed over a thirtieth of the run, raw behind it, against all executed steps.",
+    return section("Losses", "Smoothed, with the raw values behind, over all executed steps.",
                    signs * searched, charts)
 
 
@@ -365,7 +364,7 @@ def write(path: Path, results: dict, runs: dict[str, dict], graded: list[dict],
         section("Score per task after every stage", "In percent. Read down: what a stage taught, what another forgot.",
                 heat(after, families)),
         curves(runs),
-        two(section("Time per stage", "Its training and its own grading.", spent),
+        two(section("Time per stage", "As measured on this machine.", spent),
             section("Two choices, measured", "A rate found while training; thinking on demand.", choices(results))),
         section("A packed batch", "One row a line, one rectangle a document, in tokens. No document sees another.",
                 packing(packed) if packed else ""),

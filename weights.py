@@ -33,22 +33,25 @@ def on_disk(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every stored tensor of a model under its published name (views, nothing copied). Tied heads appear twice."""
+    """Every tensor of a model under its published name (views, nothing copied). A tied head appears under both names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {disk: view for name, p in parameters.items() for disk, view in on_disk(name, p.data).items()}
 
 
 def save(model: nn.Module, directory, config: dict, shard_bytes: int = 5 << 30) -> None:
-    """config.json and one or more safetensors files (with an index when more than one)."""
+    """config.json and one or more safetensors files (with an index when more than one). A tied head is not stored: a file
+    that holds one is read as having a head of its own."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)  # an earlier checkpoint's would be believed
+    stored = {name: t for name, t in tensors(model).items() if not (_is_tied(model) and name.endswith("lm_head.weight"))}
     (directory / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
     shards, size = [{}], 0
-    for name, t in sorted(tensors(model).items()):
+    for name, t in sorted(stored.items()):
         if size and size + t.nbytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = t.detach().cpu().contiguous().clone()  # a clone, so that tied tensors may both be stored
+        shards[-1][name] = t.detach().cpu().contiguous().clone()  # views of stacked experts must not share storage
         size += t.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -71,8 +74,10 @@ def locate(directory) -> dict[str, Path]:
             listed = json.loads((directory / INDEX).read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{directory / INDEX}: not a safetensors index ({e})") from e
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+            raise ValueError(f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)")
         files = sorted(set(listed.values()))
-        if any(not isinstance(f, str) or Path(f).name != f for f in files):
+        if any(Path(f).name != f for f in files):
             raise ValueError(f"{directory / INDEX}: names a file outside its directory")
     else:
         listed, files = None, ["model.safetensors"]

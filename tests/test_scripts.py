@@ -80,7 +80,7 @@ def test_help_works_on_every_script(script):
 
 
 def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
-    run("toy.py", "--out", tmp_path, "--effort", "0.02", "--samples", "6", OMP_NUM_THREADS="2")
+    run("toy.py", "--out", tmp_path, "--effort", "0.01", "--samples", "4", OMP_NUM_THREADS="2")
     results = json.loads((tmp_path / "results.json").read_text())
     for row in results["stages"]:
         assert {"name", "seconds", "metric", "before", "after", "chance", "lower_is_better", "samples"} <= row.keys()

@@ -300,7 +300,7 @@ def test_after_a_roll_back_training_is_as_if_never_tried():
 
 
 def test_three_kept_raises_of_three_halves_are_the_papers_step():
-    search, _, _ = forced(line(100, -0.1) + line(99, -0.5) + line(96, -0.5) + line(90, -2) + line(80, -2) + line(60, -8))
+    search, _, _ = forced(line(100, -0.1) + line(99, -0.5) + line(96, -0.4) + line(90, -2) + line(80, -1.5) + line(60, -8))
     assert [d.action for d in search.decisions] == ["up"] * 3
     assert 2e-4 * search.scale == pytest.approx(6.75e-4)
 
