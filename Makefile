@@ -17,7 +17,7 @@ toy: $(VENV)/core         ## the whole recipe on a drawn world, graded stage by 
 
 real: $(VENV)/real        ## the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) real.py --out real
-	$(PY) toy.py --data real --effort 0.6 --out runs/real --model $(MODEL) --seed $(SEED)
+	$(PY) toy.py --data real --effort 0.5 --out runs/real --model $(MODEL) --seed $(SEED)
 
 test: $(VENV)/test        ## the quick suite
 	$(PY) -m pytest -q tests
