@@ -58,7 +58,7 @@ class FusedRMSNorm(torch.autograd.Function):
         normal, inverse, weight = ctx.saved_tensors
         scaled = grad * weight
         mean = (scaled * normal).mean(-1, keepdim=True)
-        dw = (grad * normal).view(-1, weight.shape[0]).sum(0)
+        dw = (grad * normal).reshape(-1, weight.shape[0]).sum(0)
         return torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse), dw, None
 
 
