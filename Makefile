@@ -5,6 +5,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 MODEL  ?= dense
 SEED   ?= 0
+RANKS  ?= 2
+LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
 
 .DEFAULT_GOAL := help
 .PHONY: help toy real test readme clean
@@ -12,12 +14,12 @@ SEED   ?= 0
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-toy: $(VENV)/core         ## the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0)
-	$(PY) toy.py --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
+toy: $(VENV)/core         ## the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
+	$(LADDER) --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
 
 real: $(VENV)/real        ## the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) real.py --out real
-	$(PY) toy.py --data real --effort 0.5 --out runs/real --model $(MODEL) --seed $(SEED)
+	$(LADDER) --data real --effort 0.5 --out runs/real --model $(MODEL) --seed $(SEED)
 
 test: $(VENV)/test        ## the quick suite
 	$(PY) -m pytest -q tests

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import parallel
 from data import BadSample, Encoder, Folder, Sample, with_thinking
 from generate import Answer, generate, load
 from rewards import answer_reward, box_iou, phrase_f1, same
@@ -79,7 +80,10 @@ def family_of(sample: Sample) -> str:
 
 def ask(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool = False, max_new: int = 48, batch: int = 512,
         temperature: float = 0.0, seed: int = 0, swap: bool = False) -> list[Answer]:
-    """Answers to the last question of each sample. `swap` gives each sample the images of the next one (same count)."""
+    """Answers to the last question of each sample, on every rank; each rank works out its share. `swap` gives each sample
+    the images of another one (same count)."""
+    rank, size = parallel.place()
+    everything, samples = samples, samples[rank::size]
     prompts = [encoder.prompt(with_thinking(s, encoder.tokenizer.think_prompt) if think else s) for s in samples]
     if swap:
         prompts = swapped(prompts)
@@ -93,7 +97,10 @@ def ask(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool = Fa
                                        temperature=temperature, seed=seed + at)):
             answers[i] = a
     model.train(was)
-    return answers
+    whole: list[Answer | None] = [None] * len(everything)
+    for r, part in enumerate(parallel.gather([answers])):
+        whole[r::size] = part
+    return whole
 
 
 def swapped(prompts: list) -> list:

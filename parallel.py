@@ -48,6 +48,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def place() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def total(*values: float) -> list[float]:
     """Sum over ranks of each value, in float64."""
     if not dist.is_initialized():

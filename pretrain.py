@@ -42,20 +42,20 @@ from vit import ViT, patchify
 from vlm import SailVL
 
 CAPTION = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
-UNDERSTANDING = {"caption": 1.0, "listing": 1.0, "reading": 0.5, "grounding": 0.4}
-INSTRUCTION = {"attributes": 3.0, "spatial": 2.0, "counting": 2.0, "charts": 2.0, "arithmetic": 2.0, "odd": 1.5}
+UNDERSTANDING = {"caption": 1.0, "listing": 1.0, "reading": 0.5, "grounding": 0.8}
+INSTRUCTION = {"attributes": 3.0, "spatial": 3.0, "counting": 2.0, "charts": 2.0, "arithmetic": 2.0, "odd": 1.5}
 ALL = ("vision", "adapter", "llm")
 
 TOY = {s.name: s for s in (
-    Stage("language", ("llm",), {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}, steps=150, rows=3, lr=1e-2,
+    Stage("language", ("llm",), {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}, steps=150, rows=4, lr=1e-2,
           schedule="wsd", weighting="sqrt"),
     Stage("image", ("vision",), {"caption": 1.0}, steps=30, rows=4, lr=5e-3),
     Stage("vit1", ("adapter",), CAPTION, steps=30, rows=4, lr=5e-3),
     Stage("vit2", ("vision", "adapter"), CAPTION, steps=60, rows=4, lr=5e-3),
-    Stage("vit3", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=90, rows=3, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("vit3", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=90, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
     Stage("basic", ("adapter",), CAPTION, steps=120, rows=4, lr=1e-4, optimizer="adamw", schedule="constant", adalrs=True,
           adalrs_k=12, adalrs_window=(0.0, 0.7)),
-    Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=680, rows=3, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=680, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
 )}
 
 # Rows x length follow from the paper's batch sizes only in samples; rows here are (ours): Table 3 gives tokens and length.

@@ -71,6 +71,8 @@ def easy_vqa(o: Options) -> tuple[list[dict], list[dict]]:
             name, chain = f"easyvqa-{split}-{image}.png", shown(asked)
             Image.open(root / split / "images" / f"{image}.png").convert("RGB").save(o.out / "images" / name)
             if split == "train":
+                if chain:  # the shape and its color, which the answers of the picture give away
+                    records.append(record(name, "caption", [("describe the picture.", chain[:-1])]))
                 records.append(record(name, "easy-vqa", rng.sample(asked, min(o.turns, len(asked))), chain))
             else:
                 records += [record(name, "easy-vqa", [pair], chain) for pair in asked]

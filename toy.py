@@ -1,4 +1,4 @@
-"""The whole recipe, in the paper's order, at a size that a laptop trains: `make toy`, or `python toy.py`.
+"""The whole recipe, in the paper's order, at a size that a laptop trains: `make toy`, or `torchrun --nproc-per-node 2 toy.py`.
 
 What it teaches: what every stage is *for*. Each is graded on held-out pictures before and after, on the metric that it is
 meant to move, beside the chance level of not looking at all.
@@ -73,7 +73,7 @@ class Ladder:
     """The state that walks from stage to stage: model, encoder, source, and everything that was measured."""
 
     def __init__(self, o: Options):
-        self.o, self.world = o, parallel.World()
+        self.o, self.world = o, parallel.start()
         torch.manual_seed(o.seed)
         if o.data:
             self.source, held = Folder(o.data / "train.jsonl"), Folder(o.data / "held_out.jsonl")
@@ -105,17 +105,21 @@ class Ladder:
         chosen = [s for f in families or self.groups for s in self.groups[f]]
         return evaluate(self.model, self.encoder, chosen, think, swap, max_new=64 if think else 40)
 
+    def say(self, text: str, name: str = "") -> None:
+        if self.world.main:
+            print(f"{name:>18s}  {text}", flush=True)
+
     def score_all(self, name: str) -> None:
         self.scores, self.graded = self.grade()
         self.after[name] = {f: s.accuracy for f, s in self.scores.items()}
-        print(f"{'':>18s}  " + " ".join(f"{f} {100 * a:.0f}" for f, a in self.after[name].items()), flush=True)
+        self.say(" ".join(f"{f} {100 * a:.0f}" for f, a in self.after[name].items()))
 
     def note(self, name: str, seconds: float, metric: str, before: float, after: float, chance: float, samples: int,
              lower: bool = False) -> None:
         self.rows.append(Row(name, round(seconds, 1), metric, before, after, chance, lower, samples))
         better = (after < before) if lower else (after > before)
-        print(f"{name:>18s}  {seconds:5.1f} s  {metric:44s} {before:7.3f} -> {after:7.3f}  (chance {chance:.3f}, n {samples})"
-              f"{'' if better else '   NOT BETTER'}", flush=True)
+        self.say(f"{seconds:5.1f} s  {metric:44s} {before:7.3f} -> {after:7.3f}  (chance {chance:.3f}, n {samples})"
+                 f"{'' if better else '   NOT BETTER'}", name)
 
     def record(self, name: str, run: Run) -> None:
         self.save(name)
@@ -127,8 +131,9 @@ class Ladder:
             self.filled += [r["filled"] for r in run.log]
 
     def save(self, name: str) -> None:
-        self.model.save_pretrained(self.o.out / name)
-        self.encoder.tokenizer.save(self.o.out / name)
+        if self.world.main:
+            self.model.save_pretrained(self.o.out / name)
+            self.encoder.tokenizer.save(self.o.out / name)
 
     # ---------------------------------------------------------------------------------------------------- supervised
 
@@ -211,8 +216,8 @@ class Ladder:
         self.runs["basic"]["compare"] = [r["loss"] for r in plain.log]
         self.adalrs = {"start_lr": stage.lr, "final_lr": run.log[-1]["lr"], "loss": run.tail(), "fixed_rate_loss": plain.tail(),
                        "extra_steps": len(run.log) - stage.steps, "decisions": run.decisions}
-        print(f"{'':>18s}  AdaLRS: rate {stage.lr:.1e} -> {run.log[-1]['lr']:.1e}, loss {run.tail():.3f}; fixed rate "
-              f"{plain.tail():.3f}; {len(run.decisions)} decisions, {len(run.log) - stage.steps} extra steps")
+        self.say(f"AdaLRS: rate {stage.lr:.1e} -> {run.log[-1]['lr']:.1e}, loss {run.tail():.3f}; fixed rate "
+                 f"{plain.tail():.3f}; {len(run.decisions)} decisions, {len(run.log) - stage.steps} extra steps")
 
     def soup(self) -> None:
         """Two runs from one checkpoint that differ in data order, and their mean."""
@@ -225,7 +230,7 @@ class Ladder:
             self.score_all(name)
             means.append(self.scores["overall"].accuracy)
             states.append({k: v.clone() for k, v in self.model.state_dict().items()})
-        print(f"{'':>18s}  ingredients {means[0]:.3f} and {means[1]:.3f}, distance {distance(*states):.3f}")
+        self.say(f"ingredients {means[0]:.3f} and {means[1]:.3f}, distance {distance(*states):.3f}")
         self.model.load_state_dict(average(states))
         self.save("soup")
         self.score_all("soup")
@@ -261,7 +266,7 @@ class Ladder:
         seconds, (after, form) = time.time() - began, self.reward(stage)
         n = sum(len(self.groups[f]) for f in self.reasoning)
         self.note(name, seconds, f"mean {stage.reward} reward (sampled)", before, after, 0.0, n)
-        print(f"{'':>18s}  format {form:.1%}")
+        self.say(f"format {form:.1%}")
         self.formats = form
 
     def fusion(self) -> None:
@@ -272,7 +277,7 @@ class Ladder:
         usable = [s for s in islice(stream, 400) if s.facts.get("chain")]
         harvest = rejection_sample(self.model, self.encoder, usable, seed=self.o.seed)
         if not harvest:  # a policy that solves nothing (a few steps of a smoke test): fuse the reference chains, and say so
-            print(f"{'':>18s}  no chain of the policy was right: the reference chains stand in")
+            self.say("no chain of the policy was right: the reference chains stand in")
             harvest = [with_thinking(s, self.encoder.tokenizer.think_prompt) for s in usable]
         run = sft.fusion(self.model, stage, self.source, harvest, self.encoder, self.world, self.o.out / "fusion")
         self.record("fusion", run)
@@ -281,7 +286,7 @@ class Ladder:
         chance = sum(self.scores[f].chance for f in self.reasoning) / len(self.reasoning)
         self.note("fusion", seconds, "direct accuracy by default (reasoning)", before["overall"].accuracy,
                   self.mean(self.reasoning), chance, sum(self.scores[f].n for f in self.reasoning))
-        print(f"{'':>18s}  {len(harvest)} chains harvested from {len(usable)} questions")
+        self.say(f"{len(harvest)} chains harvested from {len(usable)} questions")
 
     def to_moe(self) -> None:
         """Upcycle: the dense language model becomes a mixture of experts that computes the same function."""
@@ -328,8 +333,8 @@ class Ladder:
                  "think_thinks": share(thoughts), "think_accuracy": thought["overall"].accuracy}
         results = {
             "title": "nanosail toy ladder" if not o.data else f"nanosail ladder on {o.data}", "model": o.model, "seed": o.seed,
-            "total_seconds": round(time.time() - began, 1), "cores": os.cpu_count(),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
+            "total_seconds": round(time.time() - began, 1), "cores": os.cpu_count(), "processes": self.world.size,
+            "peak_memory_gib": round(parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0] / 2 ** 20, 2),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "pillow": PIL.__version__},
             "stages": [asdict(r) for r in self.rows],
@@ -342,6 +347,8 @@ class Ladder:
         load = load or self.load
         results["expert_load"] = load
         self.save("final")
+        if not self.world.main:
+            return
         write_json(o.out / "results.json", results)
         cards, seen = [], Counter()
         for mode, graded in (("direct", self.graded), ("think", thoughts)):
@@ -396,6 +403,7 @@ def main(o: Options) -> int:
     ladder.reinforce("mixed")
     ladder.score_all("mixed")
     ladder.finish(began)
+    parallel.stop()
     return 0
 
 

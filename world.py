@@ -131,7 +131,7 @@ class Objects:
         if family == "grounding":
             at = self.objects.index((shape, color, cell))
             box = " ".join(str(round(1000 * v / SIZE / 25) * 25) for v in self.boxes[at])
-            return Turn(family, f"where is the {color} {shape}? give its box.", box, f"{say([self.objects[at]])}.")
+            return Turn(family, f"box of {self._name(rng, shape, color)}?", f"{PLACES[cell]} {box}", f"{say([self.objects[at]])}.")
         if family == "spatial":
             return self._place(rng, shape, color, cell)
         if rng.random() < 0.3:
@@ -151,7 +151,7 @@ class Objects:
     def _list(self, rng: random.Random) -> Turn:
         """A drill: eight look-ups in a row, `key value` with keys drawn again and again. Looking a value up at the token that
         names its key is the part of every question that is learned last; here it is asked for every third token."""
-        key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2)))  # of shape, color, place
+        key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (0, 2), (1, 2), (1, 2)))  # of shape, color, place
         named = [(s, c, PLACES[cell]) for s, c, cell in self.objects]
         clear = [o for o in named if [p[key] for p in named].count(o[key]) == 1]
         if not clear:
@@ -160,15 +160,19 @@ class Objects:
         pairs = ", ".join(f"{o[key]} {o[value]}" for o in rng.choices(clear, k=8))
         return Turn("listing", f"list {kind[key]} and {kind[value]}.", pairs, "")
 
+    def _name(self, rng: random.Random, shape: str, color: str) -> str:
+        """A thing by what sets it apart: its shape or its color if that is enough, else both."""
+        shapes, colors, _ = zip(*self.objects)
+        clear = [f"the {shape}"] * (shapes.count(shape) == 1) + [f"the {color} thing"] * (colors.count(color) == 1)
+        return rng.choice(clear or [f"the {color} {shape}"])
+
     def _place(self, rng: random.Random, shape: str, color: str, cell: int) -> Turn:
-        others = [o for o in self.objects if o[2] != cell]
-        if not others or rng.random() < 0.6:
-            return Turn("spatial", f"where is the {color} {shape}?", PLACES[cell], f"{self.words()}.")
-        s, c, other = rng.choice(others)
-        word, yes = rng.choice((("left of", cell % 2 < other % 2), ("right of", cell % 2 > other % 2),
-                                ("above", cell // 2 < other // 2), ("below", cell // 2 > other // 2)))
-        chain = f"{say([(shape, color, cell), (s, c, other)])}."
-        return Turn("spatial", f"is the {color} {shape} {word} the {c} {s}?", "yes" if yes else "no", chain)
+        name, chain = self._name(rng, shape, color), f"{say([(shape, color, cell)])}."
+        if rng.random() < 0.7:
+            return Turn("spatial", f"where is {name}?", PLACES[cell], chain)
+        if rng.random() < 0.5:
+            return Turn("spatial", f"is {name} on the left or right?", ("left", "right")[cell % 2], chain)
+        return Turn("spatial", f"is {name} above or below?", ("above", "below")[cell // 2], chain)
 
 
 class Dots:
