@@ -19,7 +19,7 @@ toy: $(VENV)/core         ## the whole recipe on a drawn world, graded stage by 
 
 real: $(VENV)/real        ## the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) real.py --out real
-	$(LADDER) --data real --effort 0.5 --out runs/real --model $(MODEL) --seed $(SEED)
+	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 
 test: $(VENV)/test        ## the quick suite
 	$(PY) -m pytest -q tests

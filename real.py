@@ -52,11 +52,12 @@ def share(key, parts: int) -> bool:
     return hashlib.blake2b(repr(key).encode(), digest_size=4).digest()[0] % parts == 0
 
 
-def record(name: str, task: str, turns: list[tuple[str, str]], chain: str = "") -> dict:
+def record(name: str, task: str, family: str, turns: list[tuple[str, str]], chain: str = "") -> dict:
+    """One LLaVA record. `task` is what the recipe's mixtures call such data; `family` is what it is graded as."""
     said = [{"from": who, "value": text} for q, a in turns for who, text in (("human", q), ("gpt", a))]
     said[0]["value"] = "<image>\n" + said[0]["value"]
     return {"id": name, "image": f"images/{name}", "task": task, "conversations": said,
-            "facts": {"answer": turns[-1][1], "family": task, "chain": chain, "words": chain}}
+            "facts": {"answer": turns[-1][1], "family": family, "chain": chain, "words": chain}}
 
 
 def easy_vqa(o: Options) -> tuple[list[dict], list[dict]]:
@@ -72,10 +73,10 @@ def easy_vqa(o: Options) -> tuple[list[dict], list[dict]]:
             Image.open(root / split / "images" / f"{image}.png").convert("RGB").save(o.out / "images" / name)
             if split == "train":
                 if chain:  # the shape and its color, which the answers of the picture give away
-                    records.append(record(name, "caption", [("describe the picture.", chain[:-1])]))
-                records.append(record(name, "easy-vqa", rng.sample(asked, min(o.turns, len(asked))), chain))
+                    records.append(record(name, "caption", "easy-vqa", [("describe the picture.", chain[:-1])]))
+                records.append(record(name, "attributes", "easy-vqa", rng.sample(asked, min(o.turns, len(asked))), chain))
             else:
-                records += [record(name, "easy-vqa", [pair], chain) for pair in asked]
+                records += [record(name, "attributes", "easy-vqa", [pair], chain) for pair in asked]
         written[split] = records
     return written["train"], rng.sample(written["test"], o.held_out)
 
@@ -105,7 +106,7 @@ def openmoji(o: Options) -> tuple[list[dict], list[dict]]:
             png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=64, height=64, background="#ffffff"))
             name = f"openmoji-{path.stem}.png"
             Image.open(io.BytesIO(png)).convert("RGB").save(o.out / "images" / name)
-            sides[share(title, 8)].append(record(name, "openmoji", [("describe the picture.", title)]))
+            sides[share(title, 8)].append(record(name, "caption", "openmoji", [("describe the picture.", title)]))
     return sides
 
 
@@ -120,7 +121,7 @@ def digits(o: Options) -> tuple[list[dict], list[dict]]:
         name = f"digit-{i}.png"
         Image.fromarray((255 - pixels * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC).save(o.out / "images" / name)
         side = sides[share(pixels.tolist(), 5)]
-        side.append(record(name, "digits", [("which digit is this?", str(label))], f"a handwritten {label}."))
+        side.append(record(name, "reading", "digits", [("which digit is this?", str(label))], f"a handwritten {label}."))
     return sides
 
 

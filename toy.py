@@ -34,7 +34,7 @@ import sft
 import world
 from curate import rejection_sample
 from data import Encoder, Faults, Folder, Sample, normalise, open_image, with_thinking
-from evaluate import Graded, Score, ask, evaluate, summary, text_of
+from evaluate import Graded, Score, ask, evaluate, family_of, summary, text_of
 from packing import Batch, collate
 from rewards import format_reward, split_think
 from soup import average, distance
@@ -79,7 +79,7 @@ class Ladder:
             self.source, held = Folder(o.data / "train.jsonl"), Folder(o.data / "held_out.jsonl")
             self.groups: dict[str, list[Sample]] = {}
             for s in held.samples:
-                self.groups.setdefault(s.task, []).append(s)
+                self.groups.setdefault(family_of(s), []).append(s)
         else:
             self.source = world.World()
             self.groups = {f: self.source.held_out(f, o.samples) for f in GRADED}
@@ -143,8 +143,8 @@ class Ladder:
 
     def supervised(self, recipe: dict, name: str, metric: str, families: list[str]) -> Run:
         """A stage graded by the mean accuracy over `families`, which the previous grading already knows."""
-        families = [f for f in families if f in self.groups]
-        if not families:  # files have their own families
+        families = [f for f in self.groups if f in families or self.groups[f][0].task in families]
+        if not families:  # files need not have every family of the world
             families, metric = list(self.groups), "overall accuracy"
         if not self.scores:
             self.score_all("start")
