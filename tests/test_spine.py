@@ -18,7 +18,6 @@ from data import BadSample, Document, Faults, Folder, Message, Sample, open_imag
 from evaluate import blind_chance, swapped
 from packing import batches, collate, fill, rows
 from pretrain import run_stage, supervised
-from soup import average, distance
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import SailVL
@@ -364,14 +363,6 @@ def test_the_picture_matters_to_a_model_that_learned_from_it(config, encoder):
     from dataclasses import replace
     moved = [replace(d, images=e.images) for d, e in zip(alike, alike[1:] + alike[:1])]
     assert loss(moved) > loss(alike) + 0.1
-
-
-def test_soup_of_a_model_with_itself_is_itself_and_strangers_are_far(config):
-    a, b = (SailVL(config).init_weights(s).state_dict() for s in (0, 1))
-    assert all(torch.allclose(v, a[k]) for k, v in average([a, a]).items()) and distance(a, a) == 0
-    assert distance(a, b) > 0.5
-    with pytest.raises(ValueError, match="different architectures"):
-        average([a, {k: v for k, v in list(b.items())[1:]}])
 
 
 def test_chance_is_the_best_blind_strategy():
