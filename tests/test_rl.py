@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import bench_rl
 import moe
 import rl
 import world
@@ -474,6 +475,19 @@ def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
     assert after > 1.5 * before, (before, after)
     before, after = go("dapo")
     assert abs(after - before) < 0.25
+
+
+def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
+    """The same policy, paid when the truth stands anywhere: it learns to name numbers without ever answering."""
+    model = SailVL(config).init_weights(0)
+    with torch.no_grad():  # one that says numbers now and then, as any trained model does
+        model.language_model.lm_head.weight[[encoder.tokenizer.encode(str(i))[0] for i in range(1, 7)]] *= 2.5
+    questions = [world.sample(i, 0, {"counting": 1.0}, turns=1) for i in range(4)]
+    stage = rl.RLStage("x", ("llm",), {}, steps=8, lr=5e-3, prompts=4, group=16, updates=1, max_new=8, overlong=0, schedule="constant",
+                       dynamic=False)
+    log = rl.run(model, stage, SimpleNamespace(stream=lambda *_: itertools.cycle(questions)), encoder, reward=bench_rl.weak).log
+    assert sum(r["reward"] for r in log[-3:]) > 2 * sum(r["reward"] for r in log[:3])
+    assert all(r["answer"] == 0 for r in log)  # what our extractor paid
 
 
 def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_when_rewards_agree(model, config, encoder):
