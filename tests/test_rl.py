@@ -342,12 +342,15 @@ def test_rollouts_end_when_every_group_agrees(model, encoder):
 
 
 def test_dynamic_sampling_keeps_only_groups_that_disagree_and_fills_the_gaps(model, encoder):
-    flip = itertools.count()
-    agree = lambda text, sample, finished: {"reward": float(next(flip) % 2 and int(sample.origin.split("/")[-1]) % 2)}
-    rollouts = make(model, encoder, replace(SMALL, dynamic=True, tries=4), reward=agree)
-    rollouts.collect()
-    kept = [c.index for part in rollouts.queue for c in part]
-    assert len(kept) == 4 * 3 and all(i % 2 for i in kept) and rollouts.drawn > 4 and 0 < rollouts.stats["useless"] < 1
+    """Samples 0 and 1 teach nothing: 2 and 3 are kept, a second round brings 4 and 5, and 6 and 7 are never asked for. With
+    only sample 0 useless, 1 to 3 are kept and the second round brings one too many."""
+    for useless, wanted in ((2, {2, 3, 4, 5}), (1, {1, 2, 3, 4})):
+        flip = itertools.count()
+        agree = lambda text, sample, finished: {"reward": float(next(flip) % 2 and int(sample.origin.split("/")[-1]) >= useless)}
+        rollouts = make(model, encoder, replace(SMALL, dynamic=True, tries=4), reward=agree)
+        rollouts.collect()
+        assert {c.index for part in rollouts.queue for c in part} == wanted and rollouts.drawn == 6
+        assert rollouts.stats["useless"] == pytest.approx(useless / 6)
 
 
 def test_a_group_without_a_verdict_is_dropped_and_counted(model, encoder):
