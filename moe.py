@@ -27,8 +27,23 @@ class Routing:
     weights: Tensor
 
 
-def route(logits: Tensor, k: int, normalise: bool) -> Routing:
-    """Qwen3 semantics: softmax over all E in fp32, top K, optionally re-normalised to sum 1.
+class Replay(list):
+    """A routing list that also says which experts to use: `choices`, per layer (S, K) as an earlier forward chose them. Only
+    the selection is replayed; the weights come from the present router, which would get no gradient otherwise."""
+
+    def __init__(self, choices: list[Tensor]):
+        super().__init__()
+        self.choices = choices
+
+    def moved(self) -> float:
+        """Share of the replayed choices that the present router would not make."""
+        own = [r.logits.topk(c.shape[1], dim=-1).indices for r, c in zip(self, self.choices, strict=True)]
+        same = [(c[:, :, None] == o[:, None]).any(2).float().mean() for c, o in zip(self.choices, own)]
+        return 1 - float(sum(same)) / len(same)
+
+
+def route(logits: Tensor, k: int, normalise: bool, given: Tensor | None = None) -> Routing:
+    """Qwen3 semantics: softmax over all E in fp32, top K (or the `given` (S, K)), optionally re-normalised to sum 1.
 
     Raises ValueError for K = 1 with re-normalisation: the single weight is then always 1, and the router would get no
     gradient from the task (seen in the wild as a router that never learns).
@@ -37,7 +52,8 @@ def route(logits: Tensor, k: int, normalise: bool) -> Routing:
         raise ValueError("num_experts_per_tok=1 with norm_topk_prob=True: the kept weight is always 1, so the router gets "
                          "no task gradient; set norm_topk_prob=False or use at least 2 experts per token")
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    weights, indices = wide.softmax(-1).topk(k, dim=-1)
+    shares = wide.softmax(-1)
+    weights, indices = shares.topk(k, dim=-1) if given is None else (shares.gather(-1, given), given)
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return Routing(wide, indices, weights)
@@ -92,7 +108,8 @@ class MoE(nn.Module):
         self.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
 
     def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
-        r = route(self.gate(x), self.top_k, self.normalise)
+        given = routing.choices[len(routing)] if isinstance(routing, Replay) else None
+        r = route(self.gate(x), self.top_k, self.normalise, given)
         if routing is not None:
             routing.append(r)
         w = self.experts

@@ -15,8 +15,10 @@ chains, so that one model answers directly by default and thinks when it is aske
 
     python sft.py --stage sft1 --data my.jsonl --images dir/ --model runs/pretrain
 
-The loss is on answers only (chain and box for thinking samples). Per-token weights; Eq. 2 and 3 literally sum each sequence
-and divide by samples: that is `--weighting token` up to the constant, since every batch holds many samples.
+The loss is on answers only (chain and box for thinking samples). What its sum is divided by is `--weighting`:
+    sequence   samples: Eq. 2 and 3 as they stand, -(1/|D|) sum over samples of log P(T, A | I), a sum over each one's tokens
+    token      tokens: the same direction, and a loss in nats a token that does not grow with the length of chains
+    sample     each sample's own tokens first, then samples: a chain counts as much as a one-word answer
 """
 import sys
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,7 @@ import cli
 import parallel
 from curate import blend
 from data import Encoder, Faults, Sample, documents, with_thinking
-from packing import batches
+from packing import Batch, batches
 from pretrain import ALL, INSTRUCTION, UNDERSTANDING, answers_of, run_stage
 from train import Run, Stage, train
 from vlm import SailVL
@@ -58,10 +60,22 @@ PAPER = {s.name: s for s in (
     Stage("sft2", ALL, {}, steps=9540, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
     Stage("sft3", ALL, {}, steps=3810, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
     Stage("sft4", ALL, {"image": 1.0, "video": 1.0}, steps=8340, rows=512, length=16384, lr=1e-5, optimizer="adamw"),
-    Stage("long-cot", ALL, {}, steps=390, rows=1024, length=20480, lr=1e-6, think=1.0, optimizer="adamw"),
-    Stage("fusion", ALL, {}, steps=977, rows=1024, length=20480, lr=1e-6, think=0.1, optimizer="adamw"),
+    Stage("long-cot", ALL, {}, steps=390, rows=1024, length=20480, lr=1e-6, think=1.0, optimizer="adamw",
+          weighting="sequence"),
+    Stage("fusion", ALL, {}, steps=977, rows=1024, length=20480, lr=1e-6, think=0.1, optimizer="adamw", weighting="sequence"),
 )}
 RECIPES = {"toy": TOY, "paper": PAPER}
+
+
+class PerSample(Batch):
+    """A batch whose loss is divided by its number of samples instead of its tokens."""
+
+    @property
+    def weight(self) -> float:
+        return float(sum(bool((part >= 0).any()) for part in self.labels.reshape(-1).split(self.segments.lengths)))
+
+    def to(self, device) -> "PerSample":
+        return PerSample(**vars(super().to(device)))
 
 
 def chains(source, stage: Stage, encoder: Encoder) -> Iterator[Sample]:
@@ -76,9 +90,12 @@ def chains(source, stage: Stage, encoder: Encoder) -> Iterator[Sample]:
 def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder: Encoder, world=parallel.World(),
                 directory: Path | None = None, faults: Faults | None = None) -> Run:
     """A supervised stage on a given stream of samples."""
-    encoder = replace(encoder, weighting=stage.weighting, max_length=min(stage.length, encoder.max_length))
+    literal = stage.weighting == "sequence"
+    encoder = replace(encoder, weighting="token" if literal else stage.weighting, max_length=min(stage.length, encoder.max_length))
     data = batches(documents(samples, encoder, faults or Faults()), stage.length, stage.rows, stage.accumulate,
                    encoder.tokenizer.pad, world.rank, world.size)
+    if literal:
+        data = ([PerSample(**vars(batch)) for batch in micro] for micro in data)
     return train(model, stage, data, answers_of(stage), world, directory)
 
 

@@ -74,7 +74,7 @@ def test_an_unknown_option_or_stage_is_an_error():
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "sft.py", "rl.py", "soup.py", "generate.py", "evaluate.py", "data.py", "world.py",
-                                    "toy.py", "real.py", "readme.py"])
+                                    "toy.py", "real.py", "readme.py", "bench_rl.py", "bench_sft.py", "bench_rollout.py"])
 def test_help_works_on_every_script(script):
     assert "usage" in run(script, "--help").lower()
 

@@ -12,14 +12,12 @@ from conftest import EVERY
 from PIL import Image
 
 import rewards
-import rl
 import world
 from adalrs import AdaLRS, fit
 from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
 from evaluate import blind_chance, swapped
 from packing import batches, collate, fill, rows
 from pretrain import run_stage, supervised
-from soup import average, distance
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import SailVL
@@ -314,103 +312,6 @@ def test_the_fit_is_exact_on_a_line_and_its_error_is_the_true_spread():
     assert np.mean([e for _, e in fits]) == pytest.approx(spread, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------------ RL
-
-def tensors(N=4, L=5, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logp = -torch.rand(N, L, generator=g, dtype=torch.double)
-    mask = (torch.arange(L) < torch.tensor([5, 3, 1, 4])[:N, None]).double()
-    return logp.requires_grad_(), mask, torch.tensor([1.0, -0.5, 2.0, -1.0], dtype=torch.double)[:N]
-
-
-@pytest.mark.parametrize("name", ["dapo", "gspo"])
-def test_on_the_first_minibatch_the_gradient_is_reinforce(name):
-    logp, mask, A = tensors()
-    loss, clipped = rl.ALGORITHMS[name](logp, logp.detach(), mask, A, 0.2, 0.28)
-    loss.backward()
-    want = -A[:, None] * mask / (1 if name == "dapo" else mask.sum(1, keepdim=True))
-    torch.testing.assert_close(logp.grad, want)
-    assert clipped == 0
-
-
-@pytest.mark.parametrize("A,ratio,slope", [(1, .5, .5), (1, .9, .9), (1, 1.1, 1.1), (1, 1.5, 0), (-1, .5, 0), (-1, .9, -.9),
-                                           (-1, 1.1, -1.1), (-1, 1.5, -1.5)])
-def test_the_clip_gates(A, ratio, slope):
-    old = torch.tensor([[-1.0]], dtype=torch.double)
-    logp = (old + math.log(ratio)).requires_grad_()
-    rl.dapo(logp, old, torch.ones(1, 1), torch.tensor([float(A)]), 0.2, 0.28)[0].backward()
-    assert -logp.grad.item() == pytest.approx(slope)
-
-
-@pytest.mark.parametrize("group", [1, 4])
-def test_equal_rewards_give_exactly_no_gradient(group):
-    for dtype in (torch.float32, torch.bfloat16):
-        advantage = rl.group_advantage(torch.full((8,), 0.7, dtype=dtype), group)
-        assert (advantage == 0).all()
-    logp, mask, _ = tensors()
-    rl.dapo(logp, logp.detach() - 0.1, mask, torch.zeros(4), 0.2, 0.28)[0].backward()
-    assert (logp.grad == 0).all()
-
-
-@pytest.mark.parametrize("name", ["dapo", "gspo"])
-def test_padding_and_splitting_change_nothing(name):
-    logp, mask, A = tensors()
-    old = logp.detach() + 0.1 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double) * mask
-    loss = rl.ALGORITHMS[name]
-    whole = loss(logp, old, mask, A, 0.2, 0.28)[0]
-    wide = [torch.cat([t, torch.full((4, 3), v, dtype=torch.double)], 1) for t, v in ((logp, 9.0), (old, -9.0), (mask, 0.0))]
-    torch.testing.assert_close(loss(*wide, A, 0.2, 0.28)[0], whole)
-    halves = sum(loss(logp[s], old[s], mask[s], A[s], 0.2, 0.28)[0] for s in (slice(0, 1), slice(1, 4)))
-    torch.testing.assert_close(halves, whole)
-
-
-def test_a_real_rollout_scores_as_it_was_sampled(model, encoder):
-    samples = [world.sample(i, 0, {"counting": 1.0, "video": 1.0}, turns=1) for i in range(3)]
-    stage = rl.RLStage("x", mixture={}, group=2, max_new=6, prompts=3, updates=1)
-    prompts, answers_, reward, _ = rl.rollout(model, encoder, samples, stage, 0)
-    groups = [(p, answers_[2 * i:2 * i + 2], torch.tensor([1.0, -1.0])) for i, p in enumerate(prompts)]
-    batch = rl.pack_rollouts(groups, encoder, stage, {})
-    loss, stats = rl.policy(stage)(model, batch)
-    assert stats["kl"] / batch.weight < 1e-6 and stats["clipped"] == 0
-    flat = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, batch.at, batch.labels)
-    torch.testing.assert_close(flat.detach(), batch.old[batch.sequence, batch.place], rtol=1e-4, atol=1e-5)
-    assert batch.labels.tolist() == [i for a in answers_ for i in a.ids] and batch.mask.sum() == len(batch.labels)
-
-
-def test_rollouts_end_when_every_group_agrees(model, encoder, monkeypatch):
-    monkeypatch.setattr(rl, "reward_of", lambda *a: 1.0)
-    stage = rl.RLStage("x", mixture={}, group=2, max_new=3, prompts=2, updates=1, tries=2, overlong=0)
-    step = next(rl.rollouts(model, encoder, world.World().stream({"counting": 1.0}, 0, 1), stage))
-    assert (step[0].advantage == 0).all() and step[0].stats["useless"] == 1
-
-
-VERDICTS = [  # completion, truth, answer reward, format reward
-    ("<think>a</think>\\boxed{3}", "3", 1, 1), ("<think>a</think>so \\boxed{3}.", "3", 1, 1), ("\\boxed{3}", "3", 1, 0),
-    ("<think>a</think>3", "3", 0, 0), ("<think>\\boxed{3}</think>3", "3", 0, 0), ("<think>a</think>\\boxed{3} \\boxed{4}", "3", 0, 0),
-    ("<think>a</think>\\boxed{3", "3", 0, 0), ("<think>a</think>\\boxed{}", "", 0, 0), ("<think></think>\\boxed{3}", "3", 1, 0),
-    ("<think>a<think>b</think>\\boxed{3}", "3", 1, 0), ("a<think>b</think>\\boxed{3}", "3", 1, 0),
-    ("<think>a</think>\\boxed{3.0}", "3", 1, 1), ("<think>a</think>\\boxed{1/2}", "0.5", 1, 1), ("<think>a</think>\\boxed{1/0}", "1", 0, 1),
-    ("<think>a</think>\\boxed{Red }", "red", 1, 1), ("<think>a</think>\\boxed{red circle}", "red", 0, 1),
-    ("<think>a</think>\\boxed{" + "9" * 5000 + "}", "9", 0, 0), ("<think>a</think>\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1, 1),
-    ("<think>a</think>\\boxed{0 1 2 3}", "3", 0, 1), ("", "3", 0, 0), ("<think>a</think>\\boxed{None}", "", 0, 1)]
-
-
-@pytest.mark.parametrize("text,truth,right,form", VERDICTS)
-def test_reward_verdicts(text, truth, right, form):
-    assert rewards.answer_reward(text, truth, True) == right and rewards.format_reward(text, True) == form
-    assert rewards.answer_reward(text, truth, False) == 0 == rewards.format_reward(text, False)
-
-
-def test_nothing_equals_a_missing_answer_and_mixed_weights_sum_to_one():
-    assert not rewards.same(None, None) and not rewards.same("", "") and not rewards.same(None, "3")
-    with pytest.raises(ValueError, match="sum to 1"):
-        rewards.mixed_reward("x", {"answer": "3"}, True, {"answer": 1.0, "think": 0.2, "format": 0.1})
-    facts = {"answer": "2", "family": "counting", "chain": "1 west red ring, 2 east red ring.", "words": "west red ring, east red ring"}
-    full = "<think>1 west red ring, 2 east red ring.</think>\\boxed{2}"
-    assert rewards.mixed_reward(full, facts, True) == pytest.approx(1.0)
-    assert rewards.think_reward(full.replace("ring, 2", "cube, 2"), facts) == 0
-
-
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 @pytest.mark.parametrize("part,module", [("vision", "vision_model"), ("adapter", "mlp1"), ("llm", "language_model")])
@@ -462,14 +363,6 @@ def test_the_picture_matters_to_a_model_that_learned_from_it(config, encoder):
     from dataclasses import replace
     moved = [replace(d, images=e.images) for d, e in zip(alike, alike[1:] + alike[:1])]
     assert loss(moved) > loss(alike) + 0.1
-
-
-def test_soup_of_a_model_with_itself_is_itself_and_strangers_are_far(config):
-    a, b = (SailVL(config).init_weights(s).state_dict() for s in (0, 1))
-    assert all(torch.allclose(v, a[k]) for k, v in average([a, a]).items()) and distance(a, a) == 0
-    assert distance(a, b) > 0.5
-    with pytest.raises(ValueError, match="different architectures"):
-        average([a, {k: v for k, v in list(b.items())[1:]}])
 
 
 def test_chance_is_the_best_blind_strategy():

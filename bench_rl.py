@@ -1,0 +1,184 @@
+"""Does RL work here, and which part of it does the work? Every algorithm on the toy, over seeds: one table, one figure.
+
+    python bench_rl.py --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot      # everything
+    python bench_rl.py --model runs/toy/long-cot --only learn hack --seeds 1            # some of it
+
+Groups of runs, all with the same number of updates from the same checkpoint:
+    learn     five algorithms, dense and MoE: pass@1 on held-out questions before and after
+    control   a reward that is a coin toss: whatever is gained here is not learned
+    ablate    DAPO less each of its four parts (entropy with and without clip-higher is the figure's second panel)
+    replay    GRPO on the MoE with the sampling policy's experts: what GSPO does without
+    hack      a policy paid by a weak extractor, judged by it and by ours
+
+Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows too easy.
+Finished runs stand in rows.jsonl and are not run again, so the command can be stopped and repeated; a run's seed changes its
+questions and its sampling, not the held-out set. Legend: pass@1 is the mean over one sampled chain a question at temperature
+1, greedy the accuracy of the likeliest chain.
+"""
+import json
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+import report
+import rl
+from data import Encoder, Sample
+from evaluate import ask, evaluate, text_of
+from generate import load
+from rewards import answer_reward, same
+from vlm import PRESETS
+from world import REASONING, World
+
+LEARN = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+WITHOUT = {"clip-higher": {"high": 0.2}, "token mean": {"aggregation": "sequences"}, "dynamic sampling": {"dynamic": False},
+           "soft overlong": {"overlong": 0}}
+
+
+@dataclass
+class Options:
+    """Train the toy by RL in every way, over seeds."""
+    model: Path = Path("runs/toy/long-cot")  # where every dense run starts
+    moe_model: Path | None = None  # where every MoE run starts; none: the dense model, upcycled
+    only: tuple[str, ...] = ("learn", "control", "ablate", "replay", "hack")
+    names: tuple[str, ...] = ()  # of these groups only the runs with these names, e.g. dapo
+    seeds: int = 5
+    effort: float = 1.0  # multiplies the updates of rl.TOY
+    samples: int = 200  # held-out questions per family
+    out: Path = Path("runs/bench-rl")
+
+
+def weak(text: str, sample: Sample, finished: bool) -> dict[str, float]:
+    """What not to do: paid when the truth stands anywhere in the completion. Naming everything is then the best policy."""
+    said, truth = re.findall(r"[\w.]+", text), sample.facts["answer"]
+    return {"reward": float(any(same(word, truth) for word in said)), "answer": answer_reward(text, truth, finished)}
+
+
+def plan(o: Options) -> list[tuple[str, str, str, dict]]:
+    """(group, name, dense or moe, what differs from rl.TOY) of every run, before seeds."""
+    own = lambda name: {"algorithm": name, "dynamic": name in ("dapo", "cispo")}  # who uses dynamic sampling in its own paper
+    runs = [("learn", name, kind, own(name)) for kind in ("dense", "moe") for name in LEARN]
+    runs += [("control", "dapo, random reward", "dense", own("dapo") | {"reward": "random"})]
+    runs += [("ablate", f"dapo less {part}", "dense", own("dapo") | change) for part, change in WITHOUT.items()]
+    runs += [("replay", "grpo, routing replayed", "moe", own("grpo") | {"replay": True})]
+    runs += [("hack", "dapo, weak extractor", "dense", own("dapo")), ("hack", "dapo, strict extractor", "dense", own("dapo"))]
+    unknown = set(o.only) - {group for group, *_ in runs}
+    if unknown:
+        raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(dict.fromkeys(g for g, *_ in runs))}")
+    return [run for run in runs if run[0] in o.only and (not o.names or run[1] in o.names)]
+
+
+def start(o: Options, kind: str):
+    """The checkpoint of a kind, fresh."""
+    if kind == "moe" and o.moe_model is None:
+        model, tokenizer = load(o.model)
+        return model.to_moe(replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)), tokenizer
+    return load(o.moe_model if kind == "moe" else o.model)
+
+
+def measure(model, encoder: Encoder, held: list[Sample]) -> dict:
+    """pass@1 (all and by family), greedy accuracy, the weak reward and the mean length, on held-out questions."""
+    answers = ask(model, encoder, held, think=True, max_new=64, temperature=1.0, seed=1)
+    texts = [text_of(a, encoder.tokenizer) for a in answers]
+    right = [answer_reward(t, s.facts["answer"], a.finished) for t, s, a in zip(texts, held, answers)]
+    by = {f: statistics.mean(r for r, s in zip(right, held) if s.facts["family"] == f) for f in REASONING}
+    return {"pass@1": statistics.mean(by.values()), "families": by,
+            "greedy": evaluate(model, encoder, held, think=True, max_new=64)[0]["overall"].accuracy,
+            "weak": statistics.mean(weak(t, s, a.finished)["reward"] for t, s, a in zip(texts, held, answers)),
+            "length": statistics.mean(len(a.ids) for a in answers)}
+
+
+def one(o: Options, group: str, name: str, kind: str, change: dict, seed: int, held: list[Sample]) -> dict:
+    """One run: measure, train, measure."""
+    model, tokenizer = start(o, kind)
+    encoder = Encoder(tokenizer, model.config, max_length=512)
+    stage = replace(rl.TOY["verifiable"], **change)
+    stage = replace(stage, steps=max(2, round(stage.steps * o.effort)), seed=stage.seed + 1000 * seed)
+    before, began = measure(model, encoder, held), time.time()
+    run = rl.run(model, stage, World(), encoder, reward=weak if "weak" in name else None)
+    curves = {key: [row[key] for row in run.log] for key in ("reward", "entropy", "clipped", "spread", "spread_sequence", "rerouted")
+              if key in run.log[0]}
+    return {"group": group, "name": name, "kind": kind, "seed": seed, "steps": stage.steps, "seconds": time.time() - began,
+            "before": before, "after": measure(model, encoder, held), "curves": curves}
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+
+def spread(values: list[float]) -> str:
+    """mean +- standard error, in points."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):+5.1f} +- {100 * error:3.1f}"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line per kind of run, means over its seeds."""
+    heads = ("run", "model", "seeds", "pass@1 before", "after", "gain (points)", *REASONING, "greedy gain", "weak gain", "length", "entropy",
+             "clipped", "spread token / sequence", "seconds")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    grouped: dict[tuple, list[dict]] = {}
+    for r in rows:
+        grouped.setdefault((r["name"], r["kind"]), []).append(r)
+    mean = lambda group, get: statistics.mean(get(r) for r in group)
+    gain = lambda group, get: spread([get(r["after"]) - get(r["before"]) for r in group])
+    for (name, kind), g in grouped.items():
+        last = lambda key: mean(g, lambda r: statistics.mean(r["curves"][key][-8:]))
+        moved = f"; {100 * last('rerouted'):.1f} % rerouted" if "rerouted" in g[0]["curves"] else ""
+        cells = (name, kind, str(len(g)), f"{100 * mean(g, lambda r: r['before']['pass@1']):.1f}", f"{100 * mean(g, lambda r: r['after']['pass@1']):.1f}",
+                 gain(g, lambda m: m["pass@1"]), *(gain(g, lambda m: m["families"][f]) for f in REASONING), gain(g, lambda m: m["greedy"]),
+                 gain(g, lambda m: m["weak"]), f"{mean(g, lambda r: r['before']['length']):.1f} -> {mean(g, lambda r: r['after']['length']):.1f}",
+                 f"{mean(g, lambda r: r['curves']['entropy'][0]):.3f} -> {last('entropy'):.3f}", f"{100 * last('clipped'):.2f} %",
+                 f"{last('spread'):.3f} / {last('spread_sequence'):.3f}{moved}", f"{mean(g, lambda r: r['seconds']):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+COLORS = ("#2b6693", "#b27318", "#2c7a4b", "#b23a31", "#7a4d96", "#6a6963")
+
+
+def figure(rows: list[dict]) -> str:
+    """SVG: sampled reward over the updates by algorithm (dense, MoE), and entropy with and without clip-higher."""
+    def curve(key: str, name: str, kind: str) -> list[float]:
+        seeds = [r["curves"][key] for r in rows if (r["name"], r["kind"]) == (name, kind)]
+        return [statistics.mean(values) for values in zip(*seeds)]
+
+    panels = [(f"reward, {kind}", [(n, c) for n in (*LEARN, "dapo, random reward") if (c := curve("reward", n, kind))]) for kind in ("dense", "moe")]
+    panels.append(("entropy, nats a token", [(n, c) for n in ("dapo", "dapo less clip-higher") if (c := curve("entropy", n, "dense"))]))
+    out, y = "", 24.0
+    for title, lines in panels:
+        if not lines:
+            continue
+        body, _ = report.axes(title, [(c, f"c{i}") for i, (_, c) in enumerate(lines)], len(lines[0][1]) - 1, y, 130)
+        names = "".join(report.word(name, 345, y + 10 + 14 * i, f"t{i}") for i, (name, _) in enumerate(lines))
+        out, y = out + body + names, y + 175
+    style = "text { font: 10px sans-serif } .e { text-anchor: end } line { stroke: #ddd } polyline { fill: none; stroke-width: 1.5 }" + "".join(
+        f" .c{i} {{ stroke: {c} }} .t{i} {{ fill: {c} }}" for i, c in enumerate(COLORS))
+    picture = report.svg(480, y, "RL on the toy", report.el("style", style), out)
+    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def main(o: Options) -> int:
+    o.out.mkdir(parents=True, exist_ok=True)
+    path, world = o.out / "rows.jsonl", World()
+    rows = [json.loads(line) for line in open(path)] if path.is_file() else []
+    held = [s for f in REASONING for s in world.held_out(f, o.samples)]
+    for group, name, kind, change in plan(o):
+        for seed in range(o.seeds):
+            if any((r["name"], r["kind"], r["seed"]) == (name, kind, seed) for r in rows):
+                continue
+            rows.append(one(o, group, name, kind, change, seed, held))
+            with open(path, "a") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+            r = rows[-1]
+            print(f"{name} ({kind}), seed {seed}: pass@1 {r['before']['pass@1']:.3f} -> {r['after']['pass@1']:.3f} in {r['seconds']:.0f} s", flush=True)
+    (o.out / "table.md").write_text(table(rows) + "\n")
+    (o.out / "figure.svg").write_text(figure(rows))
+    print(table(rows) + f"\n\n{o.out / 'table.md'}, {o.out / 'figure.svg'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))

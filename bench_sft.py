@@ -1,0 +1,186 @@
+"""Is the curriculum worth its order, a soup its pot, think-fusion its data? Each against its plain alternative, over seeds.
+
+    python bench_sft.py --only curriculum --runs runs/toy
+    python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
+    python bench_sft.py --only modes --runs runs/toy
+
+    curriculum   the four SFT phases in order, against their mixtures stirred together, at equal tokens (SAIL-VL Fig. 5)
+    soup         runs from one checkpoint that differ in data order, uniform and greedy, and a stranger (SAIL-VL2 Table 5)
+    modes        the SFT model's direct answers, and both modes after think-fusion and after mixed RL, with transcripts
+
+Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is on held-out questions; the greedy soup chooses
+on other held-out ones. Prints one markdown table a part; all numbers go to results.json.
+"""
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import tyro
+
+import rl
+import sft
+from curate import rejection_sample
+from data import Encoder, Sample
+from evaluate import ask, evaluate, question, text_of
+from generate import load
+from rewards import answer_reward, same, split_think
+from soup import average, distance, greedy
+from toy import GRADED
+from weights import write_json
+from world import REASONING, World
+
+
+@dataclass
+class Options:
+    """Compare the parts of supervised post-training with their plain alternatives."""
+    runs: Path = Path("runs/toy")  # a finished ladder
+    stranger: Path | None = None  # a model of the same sizes with another history, for the heterologous soup
+    only: tuple[str, ...] = ("curriculum", "soup", "modes")
+    seeds: int = 3
+    effort: float = 1.0  # multiplies the steps of every stage
+    samples: int = 100  # held-out questions per family
+    out: Path = Path("runs/bench-sft")
+
+
+class Bench:
+    """The world, the held-out questions, and how a checkpoint is loaded, trained on and graded."""
+
+    def __init__(self, o: Options):
+        self.o, self.world = o, World()
+        self.held = {f: self.world.held_out(f, o.samples) for f in GRADED}
+        self.results: dict[str, list[dict]] = defaultdict(list)
+
+    def load(self, name: str):
+        model, tokenizer = load(self.o.runs / name)
+        return model, Encoder(tokenizer, model.config, max_length=512)
+
+    def stage(self, recipe: dict, name: str, seed: int):
+        s = recipe[name]
+        return replace(s, steps=max(2, round(s.steps * self.o.effort)), seed=s.seed + 1000 * seed)
+
+    def overall(self, model, encoder: Encoder) -> dict[str, float]:
+        scores, _ = evaluate(model, encoder, [s for f in GRADED for s in self.held[f]])
+        return {f: s.accuracy for f, s in scores.items()}
+
+    # --------------------------------------------------------------------------------------------------- curriculum
+
+    def curriculum(self, seed: int) -> None:
+        """The phases in order, and one stage of as many steps whose mixture is the sum of theirs, weighed by their steps."""
+        phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
+        stirred: dict[str, float] = defaultdict(float)
+        for s in phases:
+            total = sum(w for f, w in s.mixture.items() if f != "text")
+            for family, w in s.mixture.items():
+                stirred[family] += s.steps / sum(p.steps for p in phases) * (w if family == "text" else w / total)
+        together = replace(phases[0], name="all in one", mixture=dict(stirred), steps=sum(s.steps for s in phases))
+        for name, stages in (("curriculum", phases), ("all in one", [together])):
+            model, encoder = self.load("multitask")
+            tokens = 0
+            for stage in stages:
+                sft.run_stage(model, stage, self.world, encoder)
+                tokens += stage.steps * stage.rows * stage.length
+            self.results["curriculum"].append({"run": name, "seed": seed, "tokens": tokens} | self.overall(model, encoder))
+
+    # --------------------------------------------------------------------------------------------------------- soup
+
+    def soup(self, seed: int) -> None:
+        """Three runs from sft4, their uniform mean, the greedy one, and one of them with a stranger."""
+        model, encoder = self.load("sft4")
+        begin = {k: v.clone() for k, v in model.state_dict().items()}
+        copy = lambda: {k: v.clone() for k, v in model.state_dict().items()}
+        states, row = [], lambda name, **more: self.results["soup"].append(
+            {"run": name, "seed": seed} | more | self.overall(model, encoder))
+        for i in range(3):
+            model.load_state_dict(begin)
+            stage = self.stage(sft.TOY, "soup-a", seed)
+            sft.run_stage(model, replace(stage, seed=stage.seed + 10 * i), self.world, encoder)
+            states.append(copy())
+            row("ingredient")
+        choosing = [s for f in GRADED for s in self.world.held_out(f, max(1, self.o.samples // 2), seed=2)]
+
+        def score(state) -> float:
+            model.load_state_dict(state)
+            return evaluate(model, encoder, choosing)[0]["overall"].accuracy
+
+        best, chosen = greedy(states, score)
+        pots = {"uniform": average(states), "greedy": best}
+        more = {"uniform": {"distance": distance(states[0], states[1])}, "greedy": {"chosen": len(chosen)}, "stranger": {}}
+        if self.o.stranger:
+            other = load(self.o.stranger)[0]
+            model.load_state_dict(other.state_dict())
+            row("stranger alone")
+            pots["stranger"] = average([states[0], other.state_dict()])
+            more["stranger"] = {"distance": distance(states[0], other.state_dict())}
+        for name, state in pots.items():
+            model.load_state_dict(state)
+            row(f"soup, {name}" if name != "stranger" else "soup with the stranger", **more[name])
+
+    # -------------------------------------------------------------------------------------------------------- modes
+
+    def both(self, model, encoder: Encoder, name: str, seed: int) -> list[str]:
+        """Grade a model in both modes on the reasoning questions; returns a few transcripts."""
+        held, transcripts = [s for f in REASONING for s in self.held[f]], []
+        out: dict[str, float] = {}
+        for mode, think in (("direct", False), ("thinking", True)):
+            answers = ask(model, encoder, held, think=think, max_new=64)
+            texts = [text_of(a, encoder.tokenizer) for a in answers]
+            right = [answer_reward(t, s.facts["answer"], a.finished) if think else float(a.finished and same(t, s.facts["answer"]))
+                     for t, s, a in zip(texts, held, answers)]
+            out |= {f"{mode} accuracy": statistics.mean(right), f"{mode} length": statistics.mean(len(a.ids) for a in answers),
+                    f"{mode} that think": statistics.mean(split_think(t)[0] is not None for t in texts)}
+            transcripts += [f"[{name}, {mode}] {question(s)}  ->  {t}   (truth {s.facts['answer']})"
+                            for s, t in list(zip(held, texts))[::max(1, self.o.samples)]]
+        self.results["modes"].append({"run": name, "seed": seed} | out)
+        return transcripts
+
+    def modes(self, seed: int) -> None:
+        """SFT's direct answers; then fusion from the RL policy with its own chains; then mixed RL."""
+        direct, encoder = self.load("soup")
+        lines = self.both(direct, encoder, "SFT", seed)
+        model, encoder = self.load("verifiable")
+        lines += self.both(model, encoder, "verifiable RL", seed)
+        stage = self.stage(sft.TOY, "fusion", seed)
+        stream: list[Sample] = [s for s in islice(self.world.stream(dict.fromkeys(REASONING, 1.0), stage.seed + 5, 1), 400) if s.facts["chain"]]
+        sft.fusion(model, stage, self.world, rejection_sample(model, encoder, stream, seed=seed), encoder)
+        lines += self.both(model, encoder, "think-fusion", seed)
+        rl.run(model, self.stage(rl.TOY, "mixed", seed), self.world, encoder)
+        lines += self.both(model, encoder, "mixed RL", seed)
+        (self.o.out / f"transcripts-{seed}.txt").write_text("\n".join(lines) + "\n")
+
+    def table(self, part: str) -> str:
+        """Markdown: a line per kind of run, mean +- standard error over its rows."""
+        grouped: dict[str, list[dict]] = defaultdict(list)
+        for r in self.results[part]:
+            grouped[r["run"]].append(r)
+        keys = list(dict.fromkeys(k for r in self.results[part] for k in r if k not in ("run", "seed")))
+        heads = ["run", "rows", *keys]
+        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for name, rows in grouped.items():
+            cells = [name, str(len(rows))]
+            for k in keys:
+                values = [r[k] for r in rows if k in r]
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+                cells.append(f"{statistics.mean(values):.4g} +- {error:.2g}" if values else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def main(o: Options) -> int:
+    bench = Bench(o)
+    parts = {"curriculum": bench.curriculum, "soup": bench.soup, "modes": bench.modes}
+    if unknown := set(o.only) - set(parts):
+        raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(parts)}")
+    o.out.mkdir(parents=True, exist_ok=True)
+    for part in o.only:
+        for seed in range(o.seeds):
+            parts[part](seed)
+            write_json(o.out / "results.json", bench.results)
+        print(f"\n{bench.table(part)}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
