@@ -64,8 +64,7 @@ PAPER = {s.name: s for s in (
     Stage("vit1", ("adapter",), PAPER_MIX, steps=4167, rows=1920, length=8192, lr=2e-4, optimizer="adamw"),
     Stage("vit2", ("vision", "adapter"), PAPER_MIX, steps=28711, rows=512, length=8192, lr=2e-5, optimizer="adamw"),
     Stage("vit3", ALL, {}, steps=71289, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-    Stage("basic", ("adapter",), PAPER_MIX, steps=31250, rows=2048, length=8192, lr=2e-4, optimizer="adamw", adalrs=True,
-          adalrs_k=150),
+    Stage("basic", ("adapter",), PAPER_MIX, steps=31250, rows=2048, length=8192, lr=2e-4, optimizer="adamw", adalrs=True),
     Stage("multitask", ALL, {}, steps=87891, rows=2048, length=8192, lr=2e-5, optimizer="adamw"),
 )}
 RECIPES = {"toy": TOY, "paper": PAPER}

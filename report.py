@@ -21,7 +21,8 @@ from PIL import Image
 SMALL, LEFT, RIGHT = 340, 42, 330  # width of a loss chart and the ends of its axis, in px
 SIGNS = {"up": ("▲", "faster, higher rate kept"), "stay": ("●", "no clear gain, taken back"),
          "down": ("▼", "slower, taken back, rate lowered"), "abort": ("✕", "loss too high, taken back, rate lowered"),
-         "rising": ("◆", "loss rose for two windows, rate lowered")}
+         "rising": ("◆", "loss rose for two windows, rate lowered"),
+         "rescue": ("✚", "loss not finite or above its start, taken back, rate lowered")}
 CSS = """
 :root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #15171a); --ink: light-dark(#1e2022, #e3e1da);
   --soft: light-dark(#6a6963, #a09e97); --line: light-dark(#e0ddd4, #33363a); --blue: light-dark(#2b6693, #82b6de);
@@ -44,7 +45,7 @@ tr + tr td { border-top: 1px solid var(--line) } .r, td b { white-space: nowrap 
 svg { display: block; width: 100%; overflow: visible; font-size: 11px; fill: currentColor } td svg { min-width: 110px }
 line, polyline { color: var(--line); stroke: currentColor; fill: none } polyline { stroke-width: 1.6 }
 .note, .soft, .facts, .legend, th, .tick, .stay, .undone, .fixed { color: var(--soft) } .abort { color: var(--violet) }
-.good, .up, .reward { color: var(--good) } .bad, .down { color: var(--bad) } .blue, .loss { color: var(--blue) }
+.good, .up, .reward { color: var(--good) } .bad, .down, .rescue { color: var(--bad) } .blue, .loss { color: var(--blue) }
 .rising, .rate { color: var(--ochre) } .pale { color: var(--pale) } .padding { fill: url(#hatch); stroke: var(--line) }
 .undone { opacity: .2 } .chance { color: var(--ink); stroke-width: 1.3 } .under { color: var(--paper); stroke-width: 4 }
 .raw { stroke-width: .7; opacity: .35 } .halo { stroke: var(--paper); stroke-width: 3px; paint-order: stroke }
@@ -118,24 +119,6 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def undone(decisions: list[dict], lrs: list[float]) -> list[tuple[int, int]]:
-    """Per decision, the executed steps [first, last) that it took back (none: first == last).
-
-    A decision's `step` counts steps that stand, a log holds all that ran: every rollback shifts what follows. How long
-    a trial ran is read off the rates, which fall sharply where it ended (no schedule does that during the search).
-    """
-    spans, shift = [], 0
-    for d in decisions:
-        first = last = d["step"] + shift
-        if d["action"] in ("stay", "down", "abort"):
-            last += 1
-            while last < len(lrs) and lrs[last] > lrs[last - 1] / 1.2:
-                last += 1
-        spans.append((first, last))
-        shift += last - first
-    return spans
-
-
 def axes(label: str, lines: list[tuple[list[float], str]], steps: int, top: float, height: float,
          log: bool = False) -> tuple[str, Callable]:
     """Lines (values, class) on y ticks; also the map from (step, value) to a point, for what is drawn over them.
@@ -162,13 +145,15 @@ def axes(label: str, lines: list[tuple[list[float], str]], steps: int, top: floa
     return out, at
 
 
-def marks(decisions: list[dict], lrs: list[float], curve: np.ndarray, at: Callable, bottom: float) -> str:
+def marks(decisions: list[dict], curve: np.ndarray, at: Callable, bottom: float) -> str:
     """AdaLRS over a loss chart: a sign where each decision fell, a grey band over the steps that it took back."""
     out = ""
-    for d, (first, last) in zip(decisions, undone(decisions, lrs)):
-        x0, (x1, y) = at(first, 1)[0], at(last, curve[min(last, len(curve) - 1)])
+    for d in decisions:
+        first, last = d["lost"]
+        x0, (x1, y) = at(first, 1)[0], at(d["made"], curve[min(d["made"], len(curve) - 1)])
         out += el("rect", x=x0, y=18, width=x1 - x0, height=bottom - 18, cls="undone") if last > first else ""
-        tip = f"step {d['step']}: {d['action']}, rate x {d['scale']:.3g}; velocity {d['before']:.2g} ± {d['error']:.2g}"
+        tip = f"step {d['step']}: {d['action']}, rate x {d['scale']:.3g}"
+        tip += f"; velocity {d['before']:.2g} ± {d['error']:.2g}" if math.isfinite(d["before"]) else ""
         tip += f", tried {d['trial']:.2g}" if math.isfinite(d["trial"]) else ""
         out += word(SIGNS[d["action"]][0], x1, y - 7, f"m halo {d['action']}", tip)
     return out
@@ -187,7 +172,7 @@ def chart(name: str, run: dict) -> str:
     if lrs:
         rate, _ = axes("learning rate", [(lrs, "rate")], steps, bottom + 26, 34, log=True)
         body, bottom = body + rate, bottom + 60
-    body += marks(run.get("decisions") or [], lrs, smooth(losses), at, bottom)
+    body += marks(run.get("decisions") or [], smooth(losses), at, bottom)
     body += "".join(word(f"{t:g}", at(t, 1)[0], bottom + 15, "tick m") for t in ticks(0, steps))
     size = el("span", f"{len(losses)} steps, {duration(run.get('seconds', 0))}", cls="soft")
     caption = el("figcaption", el("h3", escape(name)), size)

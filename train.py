@@ -48,7 +48,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
     clip: float = 1.0  # gradient norm
     adalrs: bool = False  # search the rate while training
-    adalrs_k: int = 10  # steps of a window
+    adalrs_k: int = 0  # steps of a window; 0: from the measured noise
     adalrs_window: tuple[float, float] = (0.1, 0.4)  # share of the run in which to search
     think: float = 0.0  # share of samples that ask for thinking
     turns: int = 0  # questions per picture; 0: as many as the kind of picture usually gets
@@ -146,7 +146,7 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
     """
     parameters = freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
     optimizers = make_optimizers(model, stage)
-    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k, stage.adalrs_window) if stage.adalrs else None
+    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window) if stage.adalrs else None
     run, step, bad, started = Run(), 0, 0, time.time()
     log = None
     if directory is not None and world.main:
@@ -168,9 +168,9 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
         run.log.append({"step": step, "lr": rate} | row)
         if log:
             log.write(json.dumps(run.log[-1]) + "\n")
-        back = search.observe(row["loss"]) if search else 0
-        step += 1 - back
-        bar.update(1 - back)
+        at = step
+        step = search.observe(row["loss"]) if search else step + 1
+        bar.update(step - at)
         bar.set_postfix_str(f"loss {row['loss']:.3f} lr {rate:.1e}", refresh=False)
     bar.close()
     if log:

@@ -1,8 +1,6 @@
-"""Identities of the recipe: tokens and masks, packing, AdaLRS, the RL losses, freezing, the image mattering."""
-import copy
+"""Identities of the recipe: tokens and masks, packing, the RL losses, freezing, the image mattering."""
 import io
 import json
-import math
 import random
 
 import numpy as np
@@ -13,7 +11,6 @@ from PIL import Image
 
 import rewards
 import world
-from adalrs import AdaLRS, fit
 from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
 from evaluate import blind_chance, swapped
 from packing import batches, collate, fill, rows
@@ -211,105 +208,6 @@ def test_gradients_do_not_depend_on_accumulation(model, documents, tokenizer):
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------------------- AdaLRS
-
-def quadratic(seed=0, n=20):
-    torch.manual_seed(seed)
-    w = torch.nn.Parameter(torch.randn(n))
-    return w, torch.optim.Adam([w], lr=1e-3)
-
-
-def state_of(w, optimizer):
-    return copy.deepcopy((w.data, optimizer.state_dict()["state"]))
-
-
-def forced(trace, **how):
-    """Drive the search with a made-up loss trace; returns it and the snapshots of real training beneath."""
-    w, optimizer = quadratic()
-    search = AdaLRS([w], [optimizer], total_steps=100, k=5, window=(0.0, 1.0), decay=1.0, up=1.5, down=1.5, **how)
-    states, returned = [], []
-    for loss in trace:
-        optimizer.zero_grad()
-        w.square().sum().backward()
-        optimizer.step()
-        returned.append(search.observe(loss))
-        states.append(state_of(w, optimizer))
-    return search, states, returned
-
-
-def line(start, slope, n=5):
-    return [start + slope * i for i in range(n)]
-
-
-def same_state(a, b):
-    return torch.equal(a[0], b[0]) and all(torch.equal(a[1][0][k], b[1][0][k]) for k in a[1][0])
-
-
-def test_a_faster_trial_is_kept():
-    search, _, returned = forced(line(10, -0.1) + line(9.5, -0.5))
-    assert [d.action for d in search.decisions] == ["up"] and search.scale == 1.5 and not any(returned)
-
-
-@pytest.mark.parametrize("trial,action,scale", [(line(9.5, 0.05), "down", 1 / 1.5), (line(9.5, -0.1), "stay", 1.0)])
-def test_a_slower_or_equal_trial_is_rolled_back_bit_for_bit(trial, action, scale):
-    search, states, returned = forced(line(10, -0.1) + trial)
-    assert [d.action for d in search.decisions] == [action] and search.scale == pytest.approx(scale)
-    assert returned[-1] == 5 and search.extra_steps == 5 and same_state(states[-1], states[4])
-
-
-@pytest.mark.parametrize("bad", [99.0, math.nan])
-def test_a_trial_above_the_highest_loss_is_aborted_at_once(bad):
-    search, states, returned = forced(line(10, -0.1) + [9.5, bad])
-    assert search.decisions[0].action == "abort" and returned[-1] == 2 and same_state(states[-1], states[4])
-
-
-def test_two_rising_windows_lower_the_rate_without_a_trial():
-    w, optimizer = quadratic()
-    search = AdaLRS([w], [optimizer], 100, k=5, window=(0.0, 1.0), decay=1.0, up=1.5, down=1.5)
-    search.base, search.previous = (0.5, 0.0, 1.0), 0.5
-    search.highest = 100.0
-    search._consider(5.0, 0.1, 2.0)
-    search.snapshot = None
-    search.scale = 1.0
-    search._consider(5.0, 0.1, 3.0)
-    assert search.decisions[-1].action == "rising" and search.scale == pytest.approx(1 / 1.5)
-
-
-def test_after_a_roll_back_training_is_as_if_never_tried():
-    def run(trace):
-        w, optimizer = quadratic()
-        search = AdaLRS([w], [optimizer], 100, k=5, window=(0.0, 0.09), up=1.5, down=1.5)
-        step = 0
-        for loss in trace:
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * search.scale
-            optimizer.zero_grad()
-            w.square().sum().backward()
-            optimizer.step()
-            step += 1 - search.observe(loss)
-        return w.data, step
-    tried, steps = run(line(10, -0.1) + line(9.5, -0.1) + line(9.5, -0.1, 10))  # the trial is undecided: rolled back
-    w, optimizer = quadratic()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        w.square().sum().backward()
-        optimizer.step()
-    assert torch.equal(tried, w.data)
-
-
-def test_three_kept_raises_of_three_halves_are_the_papers_step():
-    search, _, _ = forced(line(100, -0.1) + line(99, -0.5) + line(96, -0.4) + line(90, -2) + line(80, -1.5) + line(60, -8))
-    assert [d.action for d in search.decisions] == ["up"] * 3
-    assert 2e-4 * search.scale == pytest.approx(6.75e-4)
-
-
-def test_the_fit_is_exact_on_a_line_and_its_error_is_the_true_spread():
-    assert fit(line(3, -0.25, 7))[0] == pytest.approx(0.25) and fit(line(3, -0.25, 7))[1] == pytest.approx(0, abs=1e-9)
-    rng = random.Random(0)
-    fits = [fit([rng.gauss(0, 1) for _ in range(20)]) for _ in range(4000)]
-    spread = np.std([v for v, _ in fits])
-    assert spread == pytest.approx(math.sqrt(12 / (20 * 399)), rel=0.05)
-    assert np.mean([e for _, e in fits]) == pytest.approx(spread, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
