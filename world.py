@@ -257,7 +257,7 @@ class Chart:
             return Turn(family, f"how much higher is {a} than {b}?", str(x - y), f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
         kind, (color, height) = rng.choice(("highest", "lowest", "value", "value")), rng.choice(self.bars)
         if kind == "value":
-            return Turn(family, f"how high is the {color} bar?", f"{color} {height}", f"{self.words()}.")
+            return Turn(family, f"how high is the {color} bar?", f"{color} {height}", f"{self.words()}. {color} {height}.")
         color, height = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])
         return Turn(family, f"which bar is the {kind}?", f"{color} {height}", f"{self.words()}. {kind} {color} {height}.")
 
