@@ -36,8 +36,9 @@ $(VENV)/core: requirements.txt
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test: $(VENV)/core requirements-test.txt
+$(VENV)/test: $(VENV)/core requirements-test.txt requirements-oracle.txt
 	$(VENV)/bin/pip install --quiet -r requirements-test.txt
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements-oracle.txt
 	touch $@
 
 $(VENV)/real: $(VENV)/core requirements-real.txt
