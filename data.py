@@ -40,8 +40,11 @@ class BadSample(ValueError):
     """A sample that cannot be used: `reason` is a short class to count by, the message says where and what to do."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # both, so that it can travel between processes
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
 
 
 @dataclass(frozen=True)
@@ -106,14 +109,12 @@ def open_image(source, root: Path | None = None, origin: str = "") -> Image.Imag
     """
     if isinstance(source, Image.Image):
         return source if source.mode == "RGB" else to_rgb(source)
-    path = Path(source)
-    if root is not None:
-        path = Path(root, source)
-        if not path.resolve().is_relative_to(Path(root).resolve()):
-            raise BadSample("path outside the image folder", f"{origin}: {source}")
-    if not path.is_file():
-        raise BadSample("missing image", f"{origin}: no file {path}")
     try:
+        path = Path(root, source) if root is not None else Path(source)
+        if root is not None and not path.resolve().is_relative_to(Path(root).resolve()):
+            raise BadSample("path outside the image folder", f"{origin}: {source}")
+        if not path.is_file():
+            raise BadSample("missing image", f"{origin}: no file {path}")
         with Image.open(path, formats=FORMATS) as image:
             w, h = image.size
             if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
@@ -122,8 +123,8 @@ def open_image(source, root: Path | None = None, origin: str = "") -> Image.Imag
             return to_rgb(ImageOps.exif_transpose(image))
     except BadSample:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadSample("unreadable image", f"{origin}: {path}: {e}") from e
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:  # RuntimeError: a link to itself
+        raise BadSample("unreadable image", f"{origin}: {source!r:.200}: {e}") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -246,9 +247,11 @@ def read_llava(path) -> Iterator[Sample | BadSample]:
         first = f.read(1)
         while first.isspace():
             first = f.read(1)
+        if first == b"\xef":  # a byte order mark
+            first = f.read(3)[2:]
     if first == b"[":
         try:
-            rows = enumerate(json.loads(path.read_bytes()), 1)
+            rows = enumerate(json.loads(path.read_text("utf-8-sig")), 1)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}: not a JSON list ({e})") from e
     else:
@@ -270,8 +273,9 @@ def llava_sample(row: dict, origin: str) -> Sample:
     turns = [({"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}[t["from"]],
               t["value"]) for t in row["conversations"]]
     marks = sum(text.count("<image>") for role, text in turns if role == "user")
-    if marks == 0 and len(images) == 1:
-        at = next(i for i, (role, _) in enumerate(turns) if role == "user")
+    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    if marks == 0 and len(images) == 1 and asked:
+        at = asked[0]
         turns[at], marks = ("user", "<image>\n" + turns[at][1]), 1
     if marks != len(images):
         raise BadSample("wrong placeholder count", f"{origin}: {marks} <image> marks for {len(images)} images")
@@ -289,13 +293,19 @@ def llava_sample(row: dict, origin: str) -> Sample:
             if piece:
                 parts.append(Path(next(queue)) if piece == "<image>" and role == "user" else piece)
         messages.append(Message(role, tuple(parts), think))
-    return Sample(tuple(messages), row.get("task", ""), origin, row.get("facts", {"answer": turns[-1][1]}))
+    answer = "".join(p for p in messages[-1].parts if isinstance(p, str))
+    task, facts = row.get("task", ""), row.get("facts", {"answer": answer})
+    if not isinstance(task, str) or not isinstance(facts, dict):
+        raise TypeError("`task` must be a string and `facts` an object")
+    return Sample(tuple(messages), task, origin, facts)
 
 
 def with_thinking(sample: Sample, think_prompt: str) -> Sample:
     """The last question with the request to think; its answer becomes chain and box (`facts["chain"]` holds the chain)."""
     *history, user, _ = sample.messages
-    asked = Message("user", (*user.parts[:-1], f"{user.parts[-1]} {think_prompt}"))
+    *before, last = user.parts
+    parts = (*before, f"{last} {think_prompt}") if isinstance(last, str) else (*user.parts, think_prompt)
+    asked = Message("user", parts)
     answer = Message("assistant", (f"\\boxed{{{sample.facts['answer']}}}",), think=sample.facts.get("chain", ""))
     return Sample((*history, asked, answer), sample.task, sample.origin, sample.facts)
 

@@ -110,7 +110,7 @@ class Tokenizer:
             answer = message.role == "assistant"
             put({"user": self._user, "assistant": self._assistant, "system": self._system}[message.role])
             if message.think is not None:
-                put([self.think] + self.encode(message.think) + [self.unthink], answer)
+                put([self.think] + self.encode(message.think) + [self.unthink], answer and message.learn)
             for part in message.parts:
                 if isinstance(part, str):
                     put(self.encode(part), answer and message.learn)

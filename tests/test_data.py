@@ -538,13 +538,11 @@ def read_one(folder, r) -> tuple[int, Faults]:
     return len(source.samples), source.faults
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: StopIteration leaves the generator")
 def test_a_picture_that_no_user_asks_about_costs_only_its_record(folder):
     usable, faults = read_one(folder, {"image": "good.png", "conversations": [{"from": "gpt", "value": "a caption"}]})
     assert usable == 1 and faults.counts.total() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: resolve() and is_file() stand outside the try")
 @pytest.mark.parametrize("name", ["nul\0.png", "x" * 300 + ".png", "\ud800.png", "loop.png"],
                          ids=["nul", "long", "surrogate", "loop"])
 def test_a_path_that_no_file_system_takes_costs_only_its_record(folder, tokenizer, config, name):
@@ -555,33 +553,28 @@ def test_a_path_that_no_file_system_takes_costs_only_its_record(folder, tokenize
     assert len(list(found)) == 1 and source.faults.counts.total() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: task and facts are not checked")
 @pytest.mark.parametrize("more", [{"task": ["a"]}, {"facts": None}, {"facts": ["x"]}], ids=str)
 def test_a_label_of_the_wrong_type_costs_only_its_record(folder, more):
     usable, faults = read_one(folder, record("q", "a", **more))
     assert usable == 1 and faults.counts == {"malformed record": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: a list after a mark is read as JSON lines")
 def test_a_byte_order_mark_does_not_make_a_list_unreadable(folder):
     (folder.parent / "my.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert len(Folder(folder.parent / "my.json", folder).samples) == len(GOOD)
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: with_thinking formats the path into the text")
 def test_a_request_to_think_keeps_a_picture_that_ends_the_question(folder):
     (folder.parent / "my.jsonl").write_text(lines([record("what?\n<image>", "a", "good.png")]))
     asked = with_thinking(Folder(folder.parent / "my.jsonl", folder).samples[0], "think first.").messages[0]
     assert sum(not isinstance(p, str) for p in asked.parts) == 1 and "think first." in asked.parts[-1]
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: facts hold the raw turn")
 def test_the_truth_of_a_record_with_a_chain_is_the_answer_after_it(folder):
     (folder.parent / "my.jsonl").write_text(lines([GOOD[5]]))
     assert Folder(folder.parent / "my.jsonl").samples[0].facts["answer"] == "f"
 
 
-@pytest.mark.xfail(strict=True, reason="open bug: render ignores learn for the chain")
 def test_a_chain_that_is_not_to_be_learned_is_not_supervised(encoder):
     first = Message("assistant", ("first",), think="chain", learn=False)
     sample = Sample((Message("user", ("a",)), first, Message("user", ("b",)), Message("assistant", ("second",))))
