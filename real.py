@@ -106,7 +106,8 @@ def openmoji(o: Options) -> tuple[list[dict], list[dict]]:
             png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=64, height=64, background="#ffffff"))
             name = f"openmoji-{path.stem}.png"
             Image.open(io.BytesIO(png)).convert("RGB").save(o.out / "images" / name)
-            sides[share(title, 8)].append(record(name, "caption", "openmoji", [("describe the picture.", title)]))
+            held = share(title, 8)
+            sides[held].append(record(name, "openmoji" if held else "caption", "openmoji", [("describe the picture.", title)]))
     return sides
 
 

@@ -274,7 +274,8 @@ def test_a_chart_answer_follows_from_its_bars_and_the_bars_are_the_pictures():
         ends = {"highest": max(areas, key=areas.get), "lowest": min(areas, key=areas.get)}
         kind = next((k for k in ends if k in question), "value")
         asked[kind] += 1
-        assert s.facts["answer"] == (str(bars[named[0]]) if kind == "value" else ends[kind])
+        about = named[0] if kind == "value" else ends[kind]
+        assert s.facts["answer"] == f"{about} {bars[about]}"
     assert min(asked[k] for k in ("highest", "lowest", "value")) > 10
 
 
