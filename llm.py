@@ -9,13 +9,14 @@ I feed-forward width, V vocabulary. Sources: Qwen3 as released; SAIL-VL2 section
 
 Left out on purpose: sliding windows, RoPE scaling, dropout, attention bias (no released SAIL-VL2 uses them).
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import weights
 from attention import Attend
 from moe import MoE
 
@@ -37,6 +38,29 @@ class LLMConfig:
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
     norm_topk_prob: bool = True
+
+    @staticmethod
+    def from_dict(c: dict, source: str = "config.json") -> "LLMConfig":
+        """From a published Qwen3 or Qwen3-MoE configuration. Raises ValueError naming a key that is missing or unsupported."""
+        if isinstance(c, dict):  # transformers 5 writes two of the keys elsewhere
+            rope = c["rope_parameters"] if isinstance(c.get("rope_parameters"), dict) else {}
+            c = {"rope_theta": rope.get("rope_theta"), "rope_type": rope.get("rope_type"), "num_experts": c.get("num_local_experts")} | c
+        dense = isinstance(c, dict) and not c["num_experts"]
+        experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        config = weights.pick(LLMConfig, c, source, experts if dense else (), hidden_act="silu", attention_bias=False, rope_scaling=None,
+                              rope_type="default", use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
+                             f"{config.num_key_value_heads} key heads")
+        if config.num_experts and config.num_experts_per_tok > config.num_experts:
+            raise ValueError(f"{source}: {config.num_experts_per_tok} experts a token of {config.num_experts}")
+        return config
+
+    def to_dict(self) -> dict:
+        """The published layout, which transformers reads."""
+        kind = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.num_experts else ("qwen3", "Qwen3ForCausalLM")
+        return asdict(self) | {"model_type": kind[0], "architectures": [kind[1]], "hidden_act": "silu", "attention_bias": False,
+                               "rope_scaling": None, "max_position_embeddings": 40960}
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -173,6 +197,22 @@ class LLM(nn.Module):
         for i, block in enumerate(self.model.layers):
             x = block(x, rope, attend, i, routing)
         return self.model.norm(x)
+
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
+        """A published Qwen3 or Qwen3-MoE directory, or one of ours. Raises ValueError naming what does not fit."""
+        config = LLMConfig.from_dict(weights.read_config(directory), f"{directory}/config.json")
+        where, (head, embedding) = weights.locate(directory), ("lm_head.weight", "model.embed_tokens.weight")
+        if config.tie_word_embeddings and head in where and embedding in where and not weights.same(where, head, embedding):
+            config = replace(config, tie_word_embeddings=False)  # the file is believed, not its config
+        with torch.device("meta"):
+            model = LLM(config)
+        return weights.load(model, directory, dtype, device)
+
+    def save_pretrained(self, directory) -> None:
+        """Qwen3's own layout, so that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads it."""
+        kind = str(self.model.norm.weight.dtype).removeprefix("torch.")
+        weights.save(self, directory, self.config.to_dict() | {"torch_dtype": kind})
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -9,18 +9,20 @@ Positions. The paper's text (section 2.1.2) says that the learned table "is resi
 label in its Figure 2 says "Interpolate 2D RoPE". No any-resolution code or weights are public, so the two cannot be
 reconciled: `position="table"`, the text, is the default; `position="rope2d"` is the label, on top of the resized table.
 The resize is bicubic with anti-aliasing off and half-pixel centres (our choice, the usual one for ViT tables), and the
-identity at the base size, so a full square image gives the fixed-resolution output bit for bit.
+identity at the base size, so a full square image gives the fixed-resolution output bit for bit. AIMv2's own answer to any
+resolution is a third way: no table at all but sines and cosines of row and column (`position="sincos"`, its "native" weights).
 
 Legend: N images, h x w patch grid of an image, S patches of all images end to end, C width, H heads, D head size.
 Parameter names are those of the released checkpoints (`preprocessor.patchifier...`, `trunk.blocks...`).
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import weights
 from attention import Attend, Segments, inside
 from llm import RMSNorm, rotary_table, rotate
 
@@ -36,7 +38,22 @@ class ViTConfig:
     image_size: int = 448
     num_channels: int = 3
     rms_norm_eps: float = 1e-5
-    position: str = "table"  # or "rope2d"
+    position: str = "table"  # or "rope2d", "sincos"
+
+    @staticmethod
+    def from_dict(c: dict, source: str = "config.json") -> "ViTConfig":
+        """From a SAIL-ViT or AIMv2 configuration. Raises ValueError naming a key that is missing or unsupported."""
+        c = {"position": "sincos" if c.get("is_native") else "table"} | c if isinstance(c, dict) else c
+        config = weights.pick(ViTConfig, c, source, hidden_act="silu", qkv_bias=False, use_bias=False, mlp_bias=False, use_head=False)
+        width, heads = config.hidden_size, config.num_attention_heads
+        unit = {"table": 1, "rope2d": 4 * heads, "sincos": 4}.get(config.position)  # what positions want the width to be a multiple of
+        if unit is None or width % heads or width % unit or config.image_size % config.patch_size:
+            raise ValueError(f"{source}: width {width} of {heads} heads, {config.image_size} pixels in patches of "
+                             f"{config.patch_size} and positions {config.position!r} do not make a ViT")
+        return config
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"model_type": "sailvit", "qkv_bias": False, "use_bias": False, "is_native": self.position == "sincos"}
 
 
 class VisionAttention(nn.Module):
@@ -88,7 +105,8 @@ class Preprocessor(nn.Module):
     def __init__(self, c: ViTConfig):
         super().__init__()
         self.patchifier = Patchifier(c)
-        self.pos_embed = nn.Parameter(torch.empty(1, (c.image_size // c.patch_size) ** 2, c.hidden_size))
+        if c.position != "sincos":
+            self.pos_embed = nn.Parameter(torch.empty(1, (c.image_size // c.patch_size) ** 2, c.hidden_size))
 
 
 class VisionTrunk(nn.Module):
@@ -107,6 +125,30 @@ def patchify(images: Tensor, size: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, channels * size * size)
 
 
+def sincos(h: int, w: int, width: int) -> Tensor:
+    """(h*w, width) fp64: sines and cosines of the column, then of the row, at width/4 frequencies from 1 down to 1/10,000."""
+    frequency = 1e4 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = (torch.arange(n, dtype=torch.float64)[:, None] * frequency for n in (h, w))
+    row, column = row.repeat_interleave(w, 0), column.repeat(h, 1)  # (h*w, width/4)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
+
+
+RENAMED = (("preprocessor.patchifier.proj", "embeddings.patch_embed"), ("preprocessor.patchifier.norm", "embeddings.rms_norm"),
+           ("trunk.blocks", "encoder.layers"), ("trunk.post_trunk_norm", "rms_norm"), ("attn.proj", "attention.out_proj"),
+           ("norm_", "rms_norm"), ("mlp.fc1", "ffn.gate_proj"), ("mlp.fc3", "ffn.up_proj"), ("mlp.fc2", "ffn.down_proj"))
+
+
+def transformers_names(name: str, value: Tensor) -> dict[str, Tensor]:
+    """The layout (see weights.py) of transformers' Aimv2VisionModel: other names, query, key and value apart."""
+    if name == "preprocessor.pos_embed":
+        return {"embeddings.position_embedding.weight": value[0]}
+    for ours, theirs in RENAMED:
+        name = name.replace(ours, theirs)
+    if "attn.qkv" in name:
+        return {name.replace("attn.qkv", f"attention.{part}_proj"): w for part, w in zip("qkv", value.chunk(3))}
+    return {name: value}
+
+
 class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -116,6 +158,8 @@ class ViT(nn.Module):
 
     def position_table(self, h: int, w: int) -> Tensor:
         """(h*w, C): the learned table resized to an h x w grid."""
+        if self.config.position == "sincos":
+            return sincos(h, w, self.config.hidden_size).to(self.preprocessor.patchifier.norm.weight)
         table = self.preprocessor.pos_embed[0]
         side = self.config.image_size // self.config.patch_size
         if (h, w) == (side, side):
@@ -126,7 +170,7 @@ class ViT(nn.Module):
 
     def rope(self, grids: list[tuple[int, int]], like: Tensor):
         """2-D RoPE: half of each head turns with the row, half with the column. Base-grid units, so sizes interpolate."""
-        if self.config.position == "table":
+        if self.config.position != "rope2d":
             return None
         side, dim = self.config.image_size // self.config.patch_size, like.shape[1] // self.config.num_attention_heads
         turns = []
@@ -158,6 +202,24 @@ class ViT(nn.Module):
         for i, block in enumerate(self.trunk.blocks):
             x = block(x, rope, attend, i)
         return self.trunk.post_trunk_norm(x), grids
+
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "ViT":
+        """A SAIL-ViT or AIMv2 directory, under AIMv2's original names or transformers' (either may open with `vision_model.`).
+        Raises ValueError naming what does not fit."""
+        config = ViTConfig.from_dict(weights.read_config(directory), f"{directory}/config.json")
+        names = weights.locate(directory).keys()
+        prefix = "vision_model." if all(n.startswith("vision_model.") for n in names) else ""
+        original = lambda name, value: {name: value}
+        layout = transformers_names if any(n.startswith(prefix + "encoder.") for n in names) else original
+        with torch.device("meta"):
+            model = ViT(config)
+        return weights.load(model, directory, dtype, device,
+                            lambda name, value: {prefix + disk: view for disk, view in layout(name, value).items()})
+
+    def save_pretrained(self, directory) -> None:
+        """SAIL-ViT's own layout."""
+        weights.save(self, directory, self.config.to_dict())
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

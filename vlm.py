@@ -9,7 +9,9 @@ then overwritten, in order, by the adapter's visual tokens; the decoder sees one
 Legend: B rows, T tokens a row, C text width, V vocabulary, N images, S patches of all images.
 Source: SAIL-VL2 section 2.1 and the released configuration; names as in the released safetensors.
 """
-from dataclasses import asdict, dataclass, fields, replace
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -33,41 +35,32 @@ class VLMConfig:
     min_tiles: int = 1
     max_tiles: int = 10  # the released processor; its config.json says 12
     thumbnail: bool = True
+    msac: bool = False  # a second pass over grids (tiling.py)
     any_resolution: bool = False
     image_token_id: int = 151671
 
     @staticmethod
-    def from_dict(c: dict) -> "VLMConfig":
-        """From a released config.json. Raises ValueError naming a missing key or an unsupported choice."""
-        try:
-            vision = _pick(ViTConfig, c["vision_config"], required=("hidden_size", "num_hidden_layers", "image_size"))
-            text = _pick(LLMConfig, c["llm_config"], required=("hidden_size", "num_hidden_layers", "vocab_size"))
-        except KeyError as e:
-            raise ValueError(f"config.json: key {e} is missing; is this a SAIL-VL2 checkpoint?") from e
-        if c.get("select_layer", -1) != -1 or c.get("downsample_ratio", 0.5) != 0.5 or c.get("ps_version", "v2") != "v2":
-            raise ValueError("config.json: only select_layer -1, downsample_ratio 0.5 and ps_version v2 are supported")
-        extra = c.get("nanosail", {})
-        return VLMConfig(vision, text, c.get("min_dynamic_patch", 1), extra.get("max_tiles", c.get("max_dynamic_patch", 12)),
-                         c.get("use_thumbnail", True), extra.get("any_resolution", False), extra.get("image_token_id", 151671))
+    def from_dict(c: dict, processor: dict | None = None) -> "VLMConfig":
+        """From a released config.json and, when there is one, preprocessor_config.json: the released tiler obeys the latter.
+        Raises ValueError naming a missing key or an unsupported choice."""
+        own, processor = c.get("nanosail", {}), processor or {}
+        values = {"vision": c.get("vision_config"), "text": c.get("llm_config"), "min_tiles": c.get("min_dynamic_patch"),
+                  "max_tiles": processor.get("max_dynamic_patch", c.get("max_dynamic_patch", 12)),
+                  "msac": processor.get("use_msac"), "thumbnail": c.get("use_thumbnail")}
+        values |= own if isinstance(own, dict) else {}
+        values["vision"] = ViTConfig.from_dict(values["vision"], "config.json: vision_config")
+        values["text"] = LLMConfig.from_dict(values["text"], "config.json: llm_config")
+        optional = tuple(f.name for f in fields(VLMConfig))
+        return weights.pick(VLMConfig, values | {key: c.get(key) for key in ("select_layer", "downsample_ratio", "ps_version")},
+                            "config.json", optional, select_layer=-1, downsample_ratio=0.5, ps_version="v2")
 
     def to_dict(self) -> dict:
         """The released layout; what it has no field for goes under "nanosail"."""
-        text = asdict(self.text) | {"model_type": "qwen3_moe" if self.text.num_experts else "qwen3", "hidden_act": "silu",
-                                    "attention_bias": False, "rope_scaling": None}
-        vision = asdict(self.vision) | {"model_type": "sailvit", "qkv_bias": False, "use_bias": False}
         return {"architectures": ["SAILVLModel"], "model_type": "sailvl", "downsample_ratio": 0.5, "ps_version": "v2",
                 "select_layer": -1, "template": "univl-chat", "dynamic_image_size": True, "use_thumbnail": self.thumbnail,
                 "force_image_size": self.vision.image_size, "min_dynamic_patch": self.min_tiles,
-                "max_dynamic_patch": self.max_tiles, "llm_config": text, "vision_config": vision,
-                "nanosail": {"max_tiles": self.max_tiles, "any_resolution": self.any_resolution,
-                             "image_token_id": self.image_token_id}}
-
-
-def _pick(kind, values: dict, required: tuple) -> object:
-    """A config dataclass from a larger dictionary; unknown keys belong to other tools."""
-    for key in required:
-        values[key]
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+                "max_dynamic_patch": self.max_tiles, "llm_config": self.text.to_dict(), "vision_config": self.vision.to_dict(),
+                "nanosail": {key: getattr(self, key) for key in ("max_tiles", "msac", "any_resolution", "image_token_id")}}
 
 
 QWEN3 = {"0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
@@ -119,10 +112,11 @@ class SailVL(nn.Module):
 
         Without it a rank with no image would skip collectives that its peers wait for. Costs one minimal image.
         """
+        weight = self.vision_model.preprocessor.patchifier.proj.weight
         if not (torch.is_grad_enabled() and any(p.requires_grad for m in (self.vision_model, self.mlp1) for p in m.parameters())):
-            return torch.zeros((), device=self.vision_model.preprocessor.pos_embed.device)
+            return torch.zeros((), device=weight.device)
         c = self.config.vision
-        blank = self.vision_model.preprocessor.pos_embed.new_zeros(1, c.num_channels, 2 * c.patch_size, 2 * c.patch_size)
+        blank = weight.new_zeros(1, c.num_channels, 2 * c.patch_size, 2 * c.patch_size)
         return self.mlp1(*self.vision_model(blank)).sum() * 0.0
 
     def _mismatch(self, input_ids: Tensor, visual: int) -> str:
@@ -164,13 +158,29 @@ class SailVL(nn.Module):
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
         """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
-        config = VLMConfig.from_dict(weights.read_config(directory))
+        processor = Path(directory, "preprocessor_config.json")
+        config = VLMConfig.from_dict(weights.read_config(directory), weights.read_config(directory, processor.name) if processor.is_file() else None)
         where = weights.locate(directory)
         if "language_model.lm_head.weight" in where:  # the 2B stores a head although its config says tied: believe the file
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))
         with torch.device("meta"):
             model = SailVL(config)
         return weights.load(model, directory, dtype, device)
+
+    @staticmethod
+    def from_parts(vision, text, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, **preprocessing) -> "SailVL":
+        """How the paper starts: a trained ViT (a SAIL-ViT or AIMv2 directory), a trained language model (a Qwen3 directory), and
+        between them a fresh adapter. `preprocessing`: fields of VLMConfig, e.g. any_resolution=True."""
+        vision, text = ViT.from_pretrained(vision, dtype, device), LLM.from_pretrained(text, dtype, device)
+        with torch.device("meta"):
+            model = SailVL(VLMConfig(vision.config, text.config, **preprocessing))
+        model.vision_model, model.language_model = vision, text
+        model.mlp1 = Adapter(vision.config.hidden_size, text.config.hidden_size)
+        embeddings = text.model.embed_tokens.weight.detach()  # visual tokens start at their size (our choice)
+        size = torch.linalg.vector_norm(embeddings, dtype=torch.float32) / embeddings.numel() ** 0.5
+        model.mlp1.init_weights(torch.Generator().manual_seed(seed), float(size))
+        model.mlp1.to(device, dtype)
+        return model
 
     def to_moe(self, text: LLMConfig) -> "SailVL":
         """A copy with mixture-of-experts layers that computes the same function (see moe.upcycle)."""
@@ -198,3 +208,28 @@ def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: fl
         return some(hidden, labels)
     pairs = zip(hidden.split(chunk), labels.split(chunk))
     return torch.cat([checkpoint(some, h, y, use_reentrant=False) for h, y in pairs])
+
+
+@dataclass
+class Join:
+    """Make a VLM of a vision encoder, a language model and a fresh adapter: what the first stage starts from."""
+    vision: Path  # a SAIL-ViT or AIMv2 directory
+    text: Path  # a Qwen3 directory, with its tokenizer
+    out: Path
+    any_resolution: bool = False
+    seed: int = 0  # of the adapter
+
+
+def main(o: Join) -> int:
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer.load(o.text)
+    model = SailVL.from_parts(o.vision, o.text, torch.bfloat16, seed=o.seed, any_resolution=o.any_resolution, image_token_id=tokenizer.image)
+    model.save_pretrained(o.out)
+    tokenizer.save(o.out)
+    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+    sys.exit(main(tyro.cli(Join, config=(tyro.conf.FlagConversionOff,))))

@@ -1,16 +1,22 @@
 """Weights on disk: safetensors by name, strictly.
 
 What it teaches: a checkpoint is a dictionary of names and shapes plus a config.json, nothing more, and loading it needs no
-framework. Files are read tensor by tensor, straight into the target dtype and device, so the peak is the model plus one
-tensor. Anything that does not match exactly is an error that names the tensor: a loader that shrugs is how models end up
-half random.
+framework. Files are read tensor by tensor, straight into the target dtype and device, so the peak is the model plus its
+largest tensor. Anything that does not match exactly is an error that names it: a loader that shrugs is how models end up
+half random. Pickles are never opened: reading one runs the code in it.
 
-Names in memory are the released ones but for one case: a MoE layer holds its experts stacked (`experts.gate_up_proj`
-(E, 2I, C)), while files hold them one by one (`experts.3.gate_proj.weight`). `on_disk` is that map.
+Names in memory are the published ones. Where a file stores a parameter otherwise, a *layout* says how: a function from one
+parameter (name, value) to the {name: tensor} that the file holds, the tensors being views of the value. Reading copies into
+the views, writing copies out of them, so one function serves both. `published` is the layout of Qwen3 and SAIL-VL2: in
+memory a MoE layer holds its experts stacked (`experts.gate_up_proj` (E, 2I, C)), in files one by one
+(`experts.3.gate_proj.weight`). `vit.transformers_names` is another.
 """
 import json
+import math
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -19,9 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}  # of a config that we believe; any other count: 2**20
+Layout = Callable[[str, Tensor], dict[str, Tensor]]
 
 
-def on_disk(name: str, value: Tensor) -> dict[str, Tensor]:
+def published(name: str, value: Tensor) -> dict[str, Tensor]:
     """One parameter in memory -> the tensors that the published layout stores for it."""
     head, _, leaf = name.rpartition(".")
     if head.endswith(".experts") and leaf == "gate_up_proj":
@@ -32,64 +40,133 @@ def on_disk(name: str, value: Tensor) -> dict[str, Tensor]:
     return {name: value}
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a model under its published name (views, nothing copied). A tied head appears under both names."""
+def tensors(model: nn.Module, layout: Layout = published) -> dict[str, Tensor]:
+    """Every tensor of a model under its name on disk (views, nothing copied). A tied head appears under both names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {disk: view for name, p in parameters.items() for disk, view in on_disk(name, p.data).items()}
+    return {disk: view for name, p in parameters.items() for disk, view in layout(name, p.data).items()}
 
 
-def save(model: nn.Module, directory, config: dict, shard_bytes: int = 5 << 30) -> None:
-    """config.json and one or more safetensors files (with an index when more than one). A tied head is not stored: a file
-    that holds one is read as having a head of its own."""
+# ------------------------------------------------------------------------------------------------------------------ save
+
+def save(model: nn.Module, directory, config: dict, shard_bytes: int = 5 << 30, layout: Layout = published) -> None:
+    """config.json and one or more safetensors files (with an index when more than one), in place of an earlier checkpoint's.
+    A tied head is not stored: a file that holds one is read as having a head of its own. One shard is in memory at a time."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / INDEX).unlink(missing_ok=True)  # an earlier checkpoint's would be believed
-    stored = {name: t for name, t in tensors(model).items() if not (_is_tied(model) and name.endswith("lm_head.weight"))}
-    (directory / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    shards, size = [{}], 0
+    stored = {name: t for name, t in tensors(model, layout).items() if not (_is_tied(model) and name.endswith("lm_head.weight"))}
+    shards, size = [[]], 0
     for name, t in sorted(stored.items()):
         if size and size + t.nbytes > shard_bytes:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = t.detach().cpu().contiguous().clone()  # views of stacked experts must not share storage
+        shards[-1].append(name)
         size += t.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
+    files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_file(shard, directory / name, metadata={"format": "pt"})
+    for file, names in zip(files, shards):
+        views = {n: stored[n].cpu().contiguous().clone() for n in names}  # views of stacked experts must not share storage
+        save_file(views, directory / (file + ".tmp"), metadata={"format": "pt"})
+        os.replace(directory / (file + ".tmp"), directory / file)
+    write_json(directory / "config.json", config)
     if len(shards) > 1:
-        where = {t: name for name, shard in zip(names, shards) for t in shard}
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+        where = {n: file for file, names in zip(files, shards) for n in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": where})
+    else:
+        (directory / INDEX).unlink(missing_ok=True)  # an earlier checkpoint's would be believed
+    for old in {*directory.glob("model.safetensors"), *directory.glob("model-*-of-*.safetensors")} - {directory / f for f in files}:
+        old.unlink()
 
+
+def write_json(path, value) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------------------- configs
+
+def parse_json(text: bytes, source) -> dict:
+    """A JSON object in which no key occurs twice (a second one would silently win). Raises ValueError naming the source."""
+    def once(pairs: list) -> dict:
+        if len(keys := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return keys
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{source}: not readable as JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: not a JSON object")
+    return value
+
+
+def read_config(directory, name: str = "config.json") -> dict:
+    path = Path(directory) / name
+    if not path.is_file():
+        raise ValueError(f"{directory}: no {name} here; give the directory of a saved or released model")
+    return parse_json(path.read_bytes(), path)
+
+
+def checked(value, kind: type, source: str):
+    """A value of a config: of its type, numbers positive and not absurd. Raises ValueError naming the key."""
+    key, number = source.rpartition(" ")[2], isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and number and isinstance(value, int) and (key != "num_experts") <= value <= LIMITS.get(key, 1 << 20):
+        return value
+    if kind is float and number and 0 < value < math.inf:
+        return float(value)
+    if kind not in (int, float) and isinstance(value, kind):
+        return value
+    raise ValueError(f"{source} is {value!r:.80}, not a sensible {kind.__name__}")
+
+
+def pick(kind, values, source: str, optional: tuple[str, ...] = (), **only):
+    """A config dataclass from a larger dictionary (unknown keys belong to other tools). `only`: the single value of a key
+    that we support. Raises ValueError naming a key that is missing, of a wrong type, or asks for what is not built."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: missing, or not an object")
+    values = {key: value for key, value in values.items() if value is not None}
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise ValueError(f"{source}: {key} {values[key]!r} is not supported, only {value!r}")
+    lacking = [f.name for f in fields(kind) if f.name not in values and f.name not in optional]
+    if lacking:
+        raise ValueError(f"{source}: key {lacking[0]} is missing")
+    return kind(**{f.name: checked(values[f.name], f.type, f"{source}: {f.name}") for f in fields(kind) if f.name in values})
+
+
+# ------------------------------------------------------------------------------------------------------------------ load
 
 def locate(directory) -> dict[str, Path]:
     """Tensor name -> the file that holds it. Raises ValueError for missing, foreign or inconsistent files."""
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory}: no config.json here; give the directory of a saved or released model")
-    found: dict[str, Path] = {}
     if (directory / INDEX).is_file():
-        try:
-            listed = json.loads((directory / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{directory / INDEX}: not a safetensors index ({e})") from e
-        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        listed = read_config(directory, INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
             raise ValueError(f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)")
         files = sorted(set(listed.values()))
         if any(Path(f).name != f for f in files):
             raise ValueError(f"{directory / INDEX}: names a file outside its directory")
     else:
         listed, files = None, ["model.safetensors"]
+    found: dict[str, Path] = {}
     for file in files:
         path = directory / file
         if not path.is_file():
-            raise ValueError(f"{path}: missing")
+            pickles = sorted(p.name for end in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{end}"))
+            raise ValueError(f"{path}: missing" + (f"; {pickles[0]} is a pickle, which is never opened, as that would run "
+                                                   "the code in it: convert it to safetensors" if pickles else ""))
         try:
             with safe_open(path, "pt") as f:
                 names = list(f.keys())
         except SafetensorError as e:
             raise ValueError(f"{path}: truncated, or not a safetensors file ({e})") from e
+        with open(path, "rb") as f:
+            parse_json(f.read(int.from_bytes(f.read(8), "little")), path)
         twice = [n for n in names if n in found]
         if twice:
             raise ValueError(f"{path}: tensor {twice[0]} is already in {found[twice[0]].name}")
@@ -100,68 +177,59 @@ def locate(directory) -> dict[str, Path]:
     return found
 
 
-def read_config(directory) -> dict:
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: no readable config.json ({e})") from e
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return config
+def same(where: dict[str, Path], a: str, b: str) -> bool:
+    """Whether two stored tensors are equal."""
+    with safe_open(where[a], "pt") as f, safe_open(where[b], "pt") as g:
+        return torch.equal(f.get_tensor(a), g.get_tensor(b))
 
 
-def load(model: nn.Module, directory, dtype: torch.dtype = torch.float32, device="cpu", rename=lambda name: name) -> nn.Module:
-    """Fill a model built on the meta device. `rename` maps our published name to the file's.
+def load(model: nn.Module, directory, dtype: torch.dtype = torch.float32, device="cpu", layout: Layout = published) -> nn.Module:
+    """Fill a model, best built on the meta device, which owns no memory yet.
 
     Raises ValueError naming the first tensor that is missing, unused, or has a wrong shape or type. Nothing is half loaded:
-    names and shapes of the whole directory are checked before the first value is read.
+    names, shapes and types of the whole directory are checked before the first value is read.
     """
-    where, wanted = locate(directory), tensors(model)
-    names = {ours: rename(ours) for ours in wanted}
-    tied = "lm_head.weight"  # a tied checkpoint may leave the head out
-    names = {ours: disk for ours, disk in names.items() if disk in where or not (ours.endswith(tied) and _is_tied(model))}
-    for kind, odd in (("missing", set(names.values()) - set(where)), ("not used by this model", set(where) - set(names.values()))):
+    where, wanted = locate(directory), tensors(model, layout)
+    if _is_tied(model):  # such a checkpoint may leave the head out
+        wanted = {name: view for name, view in wanted.items() if name in where or not name.endswith("lm_head.weight")}
+    for kind, odd in (("missing", wanted.keys() - where.keys()), ("not used by this model", where.keys() - wanted.keys())):
         if odd:
             raise ValueError(f"{directory}: {len(odd)} tensor(s) {kind}, first {sorted(odd)[0]}")
-    files: dict[Path, list[str]] = {}
-    for ours, disk in names.items():
-        files.setdefault(where[disk], []).append(ours)
-    for path, group in files.items():
+    for path in sorted(set(where.values())):
         with safe_open(path, "pt") as f:
-            for ours in group:
-                s = f.get_slice(names[ours])
-                if list(s.get_shape()) != list(wanted[ours].shape):
-                    raise ValueError(f"{path}: {names[ours]} has shape {list(s.get_shape())}, the model wants {list(wanted[ours].shape)}")
+            for name in f.keys():
+                s, shape = f.get_slice(name), list(wanted[name].shape)
+                if list(s.get_shape()) != shape:
+                    raise ValueError(f"{path}: {name} has shape {list(s.get_shape())}, the model wants {shape}")
                 if s.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{path}: {names[ours]} has type {s.get_dtype()}, a floating type is wanted")
-    model.to_empty(device=device)
-    model.to(dtype)
-    _retie(model)
-    target = tensors(model)
+                    raise ValueError(f"{path}: {name} has type {s.get_dtype()}, a floating type is wanted")
+    llm = getattr(model, "language_model", model)
+    if _is_tied(model):
+        llm.lm_head.weight = None  # to_empty would give each of the two names storage of its own
+    model.to(dtype).to_empty(device=device)
+    if _is_tied(model):
+        llm.lm_head.weight = llm.model.embed_tokens.weight
+    target = tensors(model, layout)
     with torch.no_grad():
-        for path, group in files.items():
+        for path, names in _bites({name: where[name] for name in wanted}, {name: target[name].numel() for name in wanted}):
             with safe_open(path, "pt", device=str(device)) as f:
-                for ours in group:
-                    target[ours].copy_(f.get_tensor(names[ours]))
+                for name in names:
+                    target[name].copy_(f.get_tensor(name))
     return model
+
+
+def _bites(where: dict[str, Path], sizes: dict[str, int]):
+    """(file, names) in turn, no bite larger than the largest tensor: what was read of a mapped file counts as memory in use
+    until the file is closed."""
+    bite, most = [], max(sizes.values())
+    for name in sorted(where, key=lambda n: (where[n], n)):
+        if bite and (where[name] != where[bite[0]] or sum(sizes[n] for n in bite) + sizes[name] > most):
+            yield where[bite[0]], bite
+            bite = []
+        bite.append(name)
+    yield where[bite[0]], bite
 
 
 def _is_tied(model: nn.Module) -> bool:
     llm = getattr(model, "language_model", model)
-    return llm.config.tie_word_embeddings
-
-
-def _retie(model: nn.Module) -> None:
-    """`to_empty` gives each module storage of its own: tie the head to the embedding again where the config says so."""
-    llm = getattr(model, "language_model", model)
-    if hasattr(llm, "lm_head") and llm.config.tie_word_embeddings:
-        llm.lm_head.weight = llm.model.embed_tokens.weight
-
-
-def write_json(path, value) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    return getattr(llm.config, "tie_word_embeddings", False)
