@@ -1,0 +1,336 @@
+"""The experts of `moe.py` on a GPU: eight small Triton kernels, forward and full backward.
+
+What it teaches: a MoE layer is memory traffic around five matrix products. Three ideas remove most of that traffic:
+rows are gathered *inside* the products (no sorted copy of x or of the gradient), SwiGLU and its backward run in a product's
+epilogue, while the numbers are still in registers, and the gradient of a routing weight is <dO W2, a> instead of <dO, y>, so
+that the largest tensor, y (S*K, C), is never kept. What is kept for the backward pass: x, z and indices.
+
+    routing    count_slots, place_slots, tile_table     sorted order of the S*K slots and a table of tiles; no host sync
+    forward    up_swiglu      z = gather(x) W13^T, a = silu(gate) up      grouped_matmul   y = a W2^T
+               gather_sum     out[t] = sum_k s[t,k] y[inverse[t,k]]
+    backward   down_grad      da = gather(dO) W2; epilogue: ds = <da, a>, dz, a s
+               weight_grad    dW2 = gather(dO)^T (a s)                    grouped_matmul   dx_slots = dz W13
+               weight_grad    dW13 = dz^T gather(x)                       gather_sum       dx[t] = sum_k dx_slots[...]
+
+Legend: S tokens, K experts per token, E experts, C model width, I expert width; a *slot* is t * K + k, a *row* its place
+after sorting by expert. gate_up W13 (E, 2I, C), down W2 (E, C, I), z (S*K, 2I), gate first.
+No atomics and a fixed order of every sum: two runs are bit-identical. Products accumulate in fp32 (fp32 inputs: IEEE, no TF32).
+
+Any S, K, E (an expert may have no token, or all of them), more than 2^31 elements; rows of C and of I must be multiples of
+16 bytes, which tensor descriptors (TMA on Hopper and later, plain loads before) ask for. Gathered rows go through pointers:
+Hopper has no TMA gather. No autotuning: `BLOCKS` is a table, so that the first step is not minutes of compiling.
+
+    python kernels/bench.py             speed, where there is a CUDA GPU
+    python kernels/bench.py --compile   everything compiled for sm_90, registers and shared memory shown; needs no GPU
+    TRITON_INTERPRET=1                  the same kernels on a CPU: how tests/test_kernels.py runs them
+
+Sources: the set of saved tensors and the ds identity are those of SonicMoE (arXiv 2512.14080); the code is ours.
+Written for Triton 3.6 to 3.9. Traps: the interpreter multiplies bf16 as integers, hence `dot`.
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+SORT = 128  # slots per program while sorting
+
+# (rows, columns, depth) of a product's tile, warps, pipeline stages. `up_swiglu` has two accumulators: its columns count
+# twice. Chosen so that accumulators stay within 128 registers a thread and stages within 227 KB; not yet tuned on a GPU.
+BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": (128, 256, 64, 8, 4), "grad": (128, 128, 64, 8, 4),
+                   "weight": (128, 256, 64, 8, 3)},
+          "short": {"up": (64, 128, 64, 4, 4), "grouped": (64, 256, 64, 4, 4), "grad": (64, 128, 64, 4, 4),
+                    "weight": (128, 256, 64, 8, 3)},  # fewer than 512 rows an expert: half-empty tiles cost more
+          "full": {"up": (64, 32, 32, 4, 2), "grouped": (64, 64, 32, 4, 2), "grad": (64, 32, 32, 4, 2),
+                   "weight": (64, 64, 32, 4, 2)},  # fp32: correct, not fast
+          "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1))}
+
+
+def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
+    if INTERPRET:
+        return BLOCKS["interpret"]
+    return BLOCKS["full" if dtype == torch.float32 else "short" if rows_per_expert < 512 else "half"]
+
+
+@triton.jit
+def dot(a, b, acc):
+    if INTERPRET:  # bf16 is a numpy uint16 there
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+# ---------------------------------------------------------------------------------------------------------- routing
+# A stable counting sort in two passes. `counts` is (experts, blocks), so that one running sum over all of it says where the
+# slots of each expert from each block begin.
+
+@triton.jit
+def count_slots(indices, counts, slots, n_blocks, E, BE: tl.constexpr, BLOCK: tl.constexpr):
+    b = tl.program_id(0)
+    at = b * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(indices + at, mask=at < slots, other=0).to(tl.int32)
+    n = tl.histogram(expert, BE, mask=at < slots)  # (BE,)
+    experts = tl.arange(0, BE)
+    tl.store(counts + experts * n_blocks + b, n, mask=experts <= E)  # row E stays 0: its running sum is the end
+
+
+@triton.jit
+def place_slots(indices, base, order, inverse, slots, n_blocks, BLOCK: tl.constexpr):
+    b = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    at = b * BLOCK + i
+    expert = tl.load(indices + at, mask=at < slots, other=0).to(tl.int32)
+    earlier = (expert[:, None] == expert[None, :]) & (i[None, :] < i[:, None])
+    row = tl.load(base + expert * n_blocks + b) + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(order + row, at, mask=at < slots)
+    tl.store(inverse + at, row, mask=at < slots)
+
+
+@triton.jit
+def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.constexpr):
+    """Program e writes the tiles of expert e; program E marks the unused rest with -1."""
+    e, experts = tl.program_id(0), tl.arange(0, BE)
+    start = tl.load(offs + experts, mask=experts < E, other=0)
+    n = tl.cdiv(tl.load(offs + experts + 1, mask=experts < E, other=0) - start, BM)  # tiles of every expert
+    first = tl.sum(tl.where(experts < e, n, 0))
+    mine = tl.where(e == E, most - first, tl.sum(tl.where(experts == e, n, 0)))
+    row = tl.sum(tl.where(experts == e, start, 0))
+    for i in range(0, mine, BE):
+        at = i + experts
+        tl.store(tile_expert + first + at, tl.where(e == E, -1, e) + 0 * at, mask=at < mine)
+        tl.store(tile_row + first + at, row + at * BM, mask=at < mine)
+
+
+@dataclass
+class Plan:
+    """Where every slot goes. order (S*K,): row -> slot; inverse: slot -> row; expert e owns rows offs[e]:offs[e+1]; tile i
+    of the products is `tile_expert[i]` (-1: none) from row `tile_row[i]`. All int32, all made on the device."""
+    order: Tensor
+    inverse: Tensor
+    offs: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+
+    @staticmethod
+    def of(indices: Tensor, E: int, rows: int) -> "Plan":
+        """From the router's choice (S, K); `rows` of a tile."""
+        slots, empty = indices.numel(), lambda *n: torch.empty(n, dtype=torch.int32, device=indices.device)
+        indices, n_blocks, wide = indices.contiguous(), triton.cdiv(slots, SORT), triton.next_power_of_2(E + 1)
+        counts, order, inverse = empty(E + 1, n_blocks), empty(slots), empty(slots)
+        count_slots[(n_blocks,)](indices, counts, slots, n_blocks, E, wide, SORT)
+        base = counts.view(-1).cumsum(0, dtype=torch.int32).sub_(counts.view(-1))
+        place_slots[(n_blocks,)](indices, base, order, inverse, slots, n_blocks, SORT)
+        offs = base.view(E + 1, n_blocks)[:, 0].contiguous()
+        most = triton.cdiv(slots, rows) + E  # a bound that needs no look at the counts
+        tile_expert, tile_row = empty(most), empty(most)
+        tile_table[(E + 1,)](offs, tile_expert, tile_row, E, most, rows, wide)
+        return Plan(order, inverse, offs, tile_expert, tile_row)
+
+
+# --------------------------------------------------------------------------------------------------------- products
+# A tile's last rows may belong to the next expert: they are computed and not stored. Programs run columns first, so that
+# those at work at one time share an expert's weights and a few blocks of rows, which the L2 cache holds.
+
+@triton.jit
+def up_swiglu(x, w13, z, a, order, offs, tile_expert, tile_row, K: tl.constexpr, C: tl.constexpr, I: tl.constexpr,
+              KEEP_Z: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
+    e = tl.load(tile_expert + tile)
+    if e < 0:
+        return
+    end = tl.load(offs + e + 1)
+    rows, cols, ks = tl.load(tile_row + tile) + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    token = tl.load(order + tl.minimum(rows, end - 1)) // K
+    x += token.to(tl.int64)[:, None] * C + ks[None, :]
+    gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    for k in range(0, C, BK):
+        if C % BK == 0:
+            some = tl.load(x)
+        else:
+            some = tl.load(x, mask=(k + ks)[None, :] < C, other=0.0)
+        gate = dot(some, w13.load([e, n, k]).reshape(BN, BK).T, gate)
+        up = dot(some, w13.load([e, I + n, k]).reshape(BN, BK).T, up)
+        x += BK
+    keep, row = (rows < end)[:, None] & (cols < I)[None, :], rows.to(tl.int64)[:, None]
+    if KEEP_Z:
+        tl.store(z + row * (2 * I) + cols[None, :], gate.to(z.dtype.element_ty), mask=keep)
+        tl.store(z + row * (2 * I) + I + cols[None, :], up.to(z.dtype.element_ty), mask=keep)
+    tl.store(a + row * I + cols[None, :], (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def grouped_matmul(a, w, out, offs, tile_expert, tile_row, D: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out (rows, N) = a (rows, D) times w[e], stored (N, D) if TRANSPOSED, else (D, N)."""
+    tile, n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN) * BN
+    e = tl.load(tile_expert + tile)
+    if e < 0:
+        return
+    first = tl.load(tile_row + tile)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, D, BK):
+        if TRANSPOSED:
+            acc = dot(a.load([first, k]), w.load([e, n, k]).reshape(BN, BK).T, acc)
+        else:
+            acc = dot(a.load([first, k]), w.load([e, k, n]).reshape(BK, BN), acc)
+    rows, cols = first + tl.arange(0, BM), n + tl.arange(0, BN)
+    keep = (rows < tl.load(offs + e + 1))[:, None] & (cols < N)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, tile_row, K: tl.constexpr, C: tl.constexpr,
+              I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """da = gather(grad) w2, and all that follows from it and z: dz, a * s (`scaled`), ds as one partial sum per column tile."""
+    tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
+    e = tl.load(tile_expert + tile)
+    if e < 0:
+        return
+    end = tl.load(offs + e + 1)
+    rows, cols, ks = tl.load(tile_row + tile) + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    slot = tl.load(order + tl.minimum(rows, end - 1))
+    grad += (slot // K).to(tl.int64)[:, None] * C + ks[None, :]
+    da = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, C, BK):
+        if C % BK == 0:
+            some = tl.load(grad)
+        else:
+            some = tl.load(grad, mask=(k + ks)[None, :] < C, other=0.0)
+        da = dot(some, w2.load([e, k, n]).reshape(BK, BN), da)
+        grad += BK
+    keep, row = (rows < end)[:, None] & (cols < I)[None, :], rows.to(tl.int64)[:, None]
+    at = row * (2 * I) + cols[None, :]
+    gate, up = tl.load(z + at, mask=keep, other=0.0).to(tl.float32), tl.load(z + at + I, mask=keep, other=0.0).to(tl.float32)
+    s = tl.load(weights + slot).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(ds + slot.to(tl.int64) * tl.cdiv(I, BN) + n // BN, tl.sum(da * silu * up, 1), mask=rows < end)
+    tl.store(scaled + row * I + cols[None, :], (silu * up * s[:, None]).to(scaled.dtype.element_ty), mask=keep)
+    da *= s[:, None]
+    tl.store(dz + at, (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty), mask=keep)
+    tl.store(dz + at + I, (da * silu).to(dz.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def weight_grad(d, x, dw, order, offs, stride_m, stride_n, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """dw[e] (M, N) = sum over the rows of expert e of d[row] (M,) outer x[token of row] (N,). No rows: zeros.
+
+    Rows of `d` past the expert's end meet zeros of x, so that only x needs a mask."""
+    e, tile = tl.program_id(0) // (tl.cdiv(M, BM) * tl.cdiv(N, BN)), tl.program_id(0) % (tl.cdiv(M, BM) * tl.cdiv(N, BN))
+    m, n = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
+    first, end = tl.load(offs + e), tl.load(offs + e + 1)
+    i, j, ks = m + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for r in range(first, end, BK):
+        token = tl.load(order + r + ks, mask=r + ks < end, other=0) // K
+        some = tl.load(x + token.to(tl.int64)[:, None] * N + j[None, :], mask=(r + ks < end)[:, None] & (j < N)[None, :], other=0.0)
+        acc = dot(d.load([r, m]).T, some, acc)
+    dw += e.to(tl.int64) * M * N + i[:, None] * stride_m + j[None, :] * stride_n
+    tl.store(dw, acc.to(dw.dtype.element_ty), mask=(i < M)[:, None] & (j < N)[None, :])
+
+
+@triton.jit
+def gather_sum(y, inverse, weights, out, K: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over k, in order and in fp32, of (s[t,k]) y[inverse[t,k]]: every token pulls, nobody scatters."""
+    t, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(inverse + t * K + k).to(tl.int64)
+        part = tl.load(y + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            part *= tl.load(weights + t * K + k).to(tl.float32)
+        total += part
+    tl.store(out + t * C + cols, total.to(out.dtype.element_ty), mask=cols < C)
+
+
+# ------------------------------------------------------------------------------------------------------- host side
+
+def tiled(t: Tensor, *block: int) -> TensorDescriptor:
+    """A contiguous tensor to be read in blocks; what lies outside reads as zero."""
+    return TensorDescriptor.from_tensor(t, list(block))
+
+
+def run_products(kernel, block: tuple, plan: Plan, columns: int, *arguments, **shape) -> None:
+    """Launch a kernel over (tiles of the plan) x (column tiles)."""
+    BM, BN, BK, warps, stages = block
+    kernel[(plan.tile_row.numel() * triton.cdiv(columns, BN),)](
+        *arguments, plan.offs, plan.tile_expert, plan.tile_row, **shape, BM=BM, BN=BN, BK=BK, num_warps=warps,
+        num_stages=stages)
+
+
+def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> Tensor:
+    """(rows, D) by (E, N, D) if transposed, else (E, D, N) -> (rows, N)."""
+    BM, BN, BK, *_ = block
+    N = w.shape[1 if transposed else 2]
+    out = a.new_empty(a.shape[0], N)
+    run_products(grouped_matmul, block, plan, N, tiled(a, BM, BK), tiled(w, 1, *((BN, BK) if transposed else (BK, BN))), out,
+                 D=a.shape[1], N=N, TRANSPOSED=transposed)
+    return out
+
+
+def outer(block: tuple, plan: Plan, d: Tensor, x: Tensor, K: int, dw: Tensor, transposed: bool) -> Tensor:
+    """Fill dw (E, M, N), or (E, N, M) if transposed, from d (rows, M) and gathered x (S, N)."""
+    (BM, BN, BK, warps, stages), M, N = block, d.shape[1], x.shape[1]
+    weight_grad[(dw.shape[0] * triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+        tiled(d, BK, BM), x, dw, plan.order, plan.offs, *((1, M) if transposed else (N, 1)), K=K, M=M, N=N,
+        BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages)
+    return dw
+
+
+def pull(plan: Plan, y: Tensor, weights: Tensor, weighted: bool) -> Tensor:
+    """(rows, C) -> (S, C)."""
+    (S, K), C = weights.shape, y.shape[1]
+    out, block = y.new_empty(S, C), min(triton.next_power_of_2(C), 2048)
+    gather_sum[(S, triton.cdiv(C, block))](y, plan.inverse, weights, out, K=K, C=C, WEIGHTED=weighted, BLOCK=block)
+    return out
+
+
+class TritonExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, differentiable: bool) -> Tensor:
+        (S, C), (E, _, I), K = x.shape, down.shape, indices.shape[1]
+        size = blocks(x.dtype, S * K / E)
+        x, weights = x.contiguous(), weights.contiguous()
+        plan = Plan.of(indices, E, size["up"][0])
+        z, a = x.new_empty(S * K if differentiable else 0, 2 * I), x.new_empty(S * K, I)
+        run_products(up_swiglu, size["up"], plan, I, x, tiled(gate_up, 1, *size["up"][1:3]), z, a, plan.order,
+                     K=K, C=C, I=I, KEEP_Z=differentiable)
+        y = matmul(size["grouped"], plan, a, down, transposed=True)
+        ctx.save_for_backward(x, z, weights, gate_up, down, *vars(plan).values())
+        return pull(plan, y, weights, weighted=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, z, weights, gate_up, down, *plan = ctx.saved_tensors
+        plan, (E, C, I), K = Plan(*plan), down.shape, weights.shape[1]
+        size, grad = blocks(x.dtype, weights.numel() / E), grad.contiguous()
+        dz, scaled = torch.empty_like(z), x.new_empty(z.shape[0], I)
+        ds = weights.new_empty(z.shape[0], triton.cdiv(I, size["grad"][1]), dtype=torch.float32)
+        run_products(down_grad, size["grad"], plan, I, grad, tiled(down, 1, *size["grad"][2:0:-1]), z, weights, dz, scaled, ds,
+                     plan.order, K=K, C=C, I=I)
+        wants = ctx.needs_input_grad
+        dx = pull(plan, matmul(size["grouped"], plan, dz, gate_up, transposed=False), weights, False) if wants[0] else None
+        dw2 = outer(size["weight"], plan, scaled, grad, K, torch.empty_like(down), True) if wants[4] else None
+        dw13 = outer(size["weight"], plan, dz, x, K, torch.empty_like(gate_up), False) if wants[3] else None
+        return dx, None, ds.sum(1).view_as(weights).to(weights.dtype), dw13, dw2, None
+
+
+def expert_mixture_triton(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Same signature as `moe.expert_mixture`. One dtype for x and both weights: bf16, fp16 or fp32.
+
+    Raises ValueError for rows that are not a multiple of 16 bytes or for mixed dtypes.
+    """
+    if {x.dtype, gate_up.dtype, down.dtype} - {x.dtype} or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x, gate_up and down must share bf16, fp16 or fp32; got {x.dtype}, {gate_up.dtype}, {down.dtype}")
+    if any(n * x.element_size() % 16 for n in (x.shape[1], down.shape[2])):
+        raise ValueError(f"widths {x.shape[1]} and {down.shape[2]} in {x.dtype}: rows must be multiples of 16 bytes")
+    if x.shape[0] == 0:
+        return x * 0 + (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype) * 0
+    inputs = x, weights, gate_up, down
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return TritonExperts.apply(x, indices, weights, gate_up.contiguous(), down.contiguous(), differentiable)
