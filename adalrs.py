@@ -33,6 +33,9 @@ the highest so far, lower the rate when the loss rises over two windows. **Ours*
       k = (6 z^2 s^2 / ((a - 1) v)^2)^(1/3),    s the noise of one loss, z = 4,
   measured over and over (k=None). A k that is given is used; a warning says when it is too small. Below it every verdict is
   "stay": the search is blind, not wrong.
+- *Leaps.* Where even the longest window (a third of the search) is too short to see a raise by a work, the trial is a raise by
+  a^2, which gains (a + 1) times as much. It is kept if it is faster; if not, nothing follows from it, the rate stays, and the
+  next trial at this rate is an ordinary one.
 - *n counts adjustments* (counted in steps, decay .99 would end the search after 110 of them). "Slows down" means that v has not
   clearly risen. A rise counts for the two-window rule when it exceeds its standard error. After a verdict "stay" that was not
   blind the search waits 1, 3, 7, ... windows.
@@ -164,6 +167,8 @@ class AdaLRS:
         self.control: list[float] = []  # during a trial: the losses that it is compared with
         self.before = 1.0  # during a trial: the scale to return to,
         self.limit = math.inf  # and the loss at which to give it up
+        self.factor = up  # of the next raise, or of the one on trial
+        self.leapt = False  # a leap failed at this rate
         self.first: float | None = None  # mean loss of the first window,
         self.mean: float | None = None  # of the last one,
         self.velocity: float | None = None  # and its velocity
@@ -211,25 +216,29 @@ class AdaLRS:
         if self.rising >= 2:
             self.scale /= self._factor(self.down)
             self._record("rising", velocity, math.nan, error, k, 0)
-            self.rising, self.recent, self.velocity = 0, [], None
+            self.rising, self.recent, self.velocity, self.leapt = 0, [], None, False
         elif self.wait > 0:
             self.wait -= 1
         elif slowed and needed <= 1.5 * k and self.extra_steps + k <= self.budget:
-            self.control, self.before, self.scale = window, self.scale, self.scale * self._factor(self.up)
+            self.control, self.before, self.scale = window, self.scale, self.scale * self.factor
             self.limit = self.highest + 2 * noise(window)
             self._restore(begin)
 
     def _choose_k(self) -> float:
-        """Sets the next window's length from noise and velocity at this rate; returns what a trial would need now."""
+        """Sets the next raise and the next window's length from noise and velocity at this rate; returns the length wanted."""
         velocity, error = fit(self.recent)
-        needed = steps_needed(noise(self.recent), max(velocity, error), self._factor(self.up))
-        if self.given:
-            if needed > 1.5 * self.k and not self.warned and self.start < self.step < self.stop:
-                self.warned = True
-                warnings.warn(f"AdaLRS: k = {self.k} is too small to see a raise by {self.up:g} work: noise {noise(self.recent):.2g} "
-                              f"a step and velocity {velocity:.2g} want k = {needed:.0f} (or larger batches)", stacklevel=4)
-            return self.k
-        self.k = round(min(max(needed, self.shortest), self.longest))
+        wanted = lambda factor: steps_needed(noise(self.recent), max(velocity, error), factor)
+        most, self.factor = 1.5 * self.k if self.given else self.longest, self._factor(self.up)
+        if wanted(self.factor) > most and not self.leapt:
+            self.factor **= 2
+        needed = wanted(self.factor)
+        if not self.given:
+            self.k = round(min(max(needed, self.shortest), self.longest))
+        elif needed > most and not self.warned and self.start < self.step < self.stop:
+            self.warned = True
+            warnings.warn(f"AdaLRS: k = {self.k} is too small to see a raise by {self.factor:.3g} work: noise "
+                          f"{noise(self.recent):.2g} a step and velocity {velocity:.2g} want k = {needed:.0f} (or larger batches)",
+                          stacklevel=4)
         return self.k
 
     def _judge(self) -> None:
@@ -237,7 +246,7 @@ class AdaLRS:
         (faster, error), velocity, k = gain(self.control, self.losses), fit(self.control)[0], len(self.control)
         if faster > 2 * error + 1e-9 * abs(velocity):
             self.recent, self.velocity, self.mean = self.losses, velocity + faster, sum(self.losses) / k
-            self.losses, self.control, self.stays, self.end = [], [], 0, self._copy()
+            self.losses, self.control, self.stays, self.leapt, self.end = [], [], 0, False, self._copy()
             self.extra_steps += k
             self._record("up", velocity, velocity + faster, error, k, k, at=self.made - 2 * k)
         else:
@@ -246,16 +255,18 @@ class AdaLRS:
     def _give_up(self, action: str, velocity: float, error: float) -> None:
         """Back to where the control ended, at the rate before, or at a lower one."""
         before, k, made = fit(self.control)[0], len(self.control), len(self.losses)
+        leap = self.factor > self._factor(self.up)
+        action = "stay" if leap else action
         self.control, self.scale = [], self.before
         self._restore(self.end)
         self.extra_steps += made
         if action == "stay":
-            blind = 2 * error > (self._factor(self.up) - 1) * before
-            self.stays = 0 if blind else self.stays + 1
+            blind = leap or 2 * error > (self.factor - 1) * before
+            self.stays, self.leapt = 0 if blind else self.stays + 1, leap or self.leapt
             self.wait = 2 ** self.stays - 1
         else:
             self.scale /= self._factor(self.down)
-            self.stays, self.recent, self.velocity = 0, [], None
+            self.stays, self.recent, self.velocity, self.leapt = 0, [], None, False
         self._record(action, before, velocity, error, k, made)
 
     def _rescue(self) -> None:
@@ -267,7 +278,7 @@ class AdaLRS:
         self._restore(self.end)
         self.extra_steps += made
         self.scale /= self._factor(self.down)
-        self.recent, self.velocity = [], None
+        self.recent, self.velocity, self.leapt = [], None, False
         self._record("rescue", math.nan, math.nan, math.nan, made, made)
 
     def _factor(self, base: float) -> float:
@@ -297,7 +308,7 @@ class AdaLRS:
         load_optimizer_state(self.optimizers, {n[2:]: t for n, t in s.tensors.items() if n.startswith("o.")}, s.rest)
         self.step, self.losses = s.step, []
 
-    PLAIN = ("k", "scale", "step", "made", "adjustments", "extra_steps", "losses", "recent", "control", "before", "limit", "first", "mean",
+    PLAIN = ("k", "scale", "step", "made", "adjustments", "extra_steps", "losses", "recent", "control", "before", "limit", "factor", "leapt", "first", "mean",
              "velocity", "highest", "rising", "stays", "wait", "rescues", "warned")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:

@@ -314,13 +314,14 @@ def table(results: Results) -> str:
 
 
 def page(results: Results, path: Path) -> None:
-    """Loss and rate with every decision, for each problem from each start (seed 0), beside the same start held fixed."""
-    runs = {}
+    """Loss and rate with every decision, for each problem from each start (seed 0), beside the same start held fixed. Losses
+    are drawn up to one and a half times the first."""
+    runs, cut = {}, lambda losses: [min(x, 1.5 * losses[0]) if math.isfinite(x) else 1.5 * losses[0] for x in losses]
     for (problem, method, place, seed), r in results.rows.items():
         if method == "adalrs" and seed == 0:
-            same = results.rows[problem, "fixed", place, seed]["losses"]
-            runs[f"{problem}, start {10 ** place:.2g} of the best"] = {k: r[k] for k in ("losses", "lrs", "decisions")} | {
-                "compare": [x if math.isfinite(x) else None for x in same] if all(map(math.isfinite, same)) else []}
+            runs[f"{problem}, start {10 ** place:.2g} of the best"] = {
+                "losses": cut(r["losses"]), "lrs": r["lrs"], "decisions": r["decisions"],
+                "compare": cut(results.rows[problem, "fixed", place, seed]["losses"])}
     body = report.el("h1", "AdaLRS from wrong starts") + report.curves(runs)
     path.write_text(f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{report.el("title", "AdaLRS")}'
                     f'{report.el("style", report.CSS)}<body>{body}</body></html>\n', encoding="utf-8")

@@ -9,13 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 import parallel
+from checkpoint import RunDirectory
 from data import Encoder, Faults, Folder
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
-from world import World, corpus
+from world import FAMILIES, World, corpus
 
 THINK = "think first."  # the toy's request to think: the released sentence would be longer than its answers
 
@@ -29,6 +31,12 @@ class RunOptions:
     preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
     out: Path = Path("runs/out")  # directory for the trained model and the log
     strict: bool = False  # make the first bad sample an error
+    resume: bool = True  # go on from the newest whole checkpoint in --out; False: remove them and begin again
+    save_every: int = 200  # steps between checkpoints (one more at SIGTERM and at the end)
+    keep: int = 2  # newest checkpoints to keep, beside the best
+    check_every: int = 0  # steps between checks: accuracy on held-out samples and some answers in the log; 0: never
+    held_out: Path | None = None  # LLaVA file to check on; none: held-out scenes of the toy world
+    tracker: str = ""  # module to log to as well: wandb, trackio
 
 
 def parse(options: type, recipes: dict[str, dict]):
@@ -69,18 +77,38 @@ def new_model(preset: str, source, seed: int = 0) -> tuple[SailVL, Tokenizer]:
     return SailVL(config).init_weights(seed), tokenizer
 
 
+def checker(o: RunOptions, model: SailVL, encoder: Encoder):
+    """A check for the log: accuracy over 64 held-out samples, and what was said to the first four. Score: the share wrong."""
+    from evaluate import evaluate
+    if o.data and not o.held_out:
+        raise ValueError("--check-every needs --held-out FILE: samples that --data does not contain")
+    samples = (Folder(o.held_out, o.images).samples[:64] if o.held_out else
+               [s for family in FAMILIES for s in World().held_out(family, 64 // len(FAMILIES) + 1)])
+
+    def check(step: int) -> dict:
+        scores, graded = evaluate(model, encoder, samples)
+        said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
+        return {"accuracy": scores["overall"].accuracy, "score": 1 - scores["overall"].accuracy, "said": said}
+
+    return check
+
+
 def run(o: RunOptions, recipes, stage_runner) -> int:
-    """Set up world, source and model, run the chosen stage, save the result."""
+    """Set up world, source and model, run the chosen stage (from its newest checkpoint, if any), save the result."""
     from generate import load
     world = parallel.start()
+    torch.manual_seed(o.stage.seed)
     source = Folder(o.data, o.images, o.strict) if o.data else World()
     model, tokenizer = load(o.model) if o.model else new_model(o.preset, source, o.stage.seed)
     model.to(world.device).train()
+    config = {k: v for k, v in dataclasses.asdict(o).items() if k in ("data", "images", "model", "preset", "stage")}
     if world.main:
         print(json.dumps(dataclasses.asdict(o), default=str))
     encoder = Encoder(tokenizer, model.config, source.root)
     faults = source.faults if o.data else Faults(o.strict)
-    result = stage_runner(model, o.stage, source, encoder, world, o.out, faults)
+    check = checker(o, model, encoder) if o.check_every else None
+    home = RunDirectory(o.out, config, o.save_every, o.keep, o.resume, check, o.check_every, o.tracker)
+    result = stage_runner(model, o.stage, source, encoder, world, home, faults)
     if world.main:
         model.save_pretrained(o.out)
         tokenizer.save(o.out)

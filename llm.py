@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import weights
 from attention import Attend
@@ -179,7 +180,7 @@ class LLM(nn.Module):
 
     def __init__(self, config: LLMConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False  # recompute: keep no activations inside blocks
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -195,7 +196,8 @@ class LLM(nn.Module):
         """
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
-            x = block(x, rope, attend, i, routing)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, attend, i, routing, use_reentrant=False) if again else block(x, rope, attend, i, routing)
         return self.model.norm(x)
 
     @staticmethod

@@ -176,7 +176,7 @@ class Options(cli.RunOptions):
 
 def main(o: Options) -> int:
     return cli.run(o, RECIPES, lambda model, stage, source, encoder, world, directory, faults: (
-        pretrain_vit(model, stage, source, encoder, world, directory)[0] if stage.name == "image" else
+        pretrain_vit(model, stage, source, encoder, world, directory.path)[0] if stage.name == "image" else
         run_stage(model, stage, source, encoder, world, directory, faults)))
 
 

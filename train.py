@@ -7,23 +7,29 @@ gives the same gradient.
 
     batches -> objective(model, batch) -> (loss sum, statistics) -> backward -> clip -> AdaLRS? -> step -> log.jsonl
 
+What a long run needs besides stands in two files of its own: journal.py (log, progress, tracker) and checkpoint.py (save,
+resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the weights stay fp32.
+
 Legend: B rows, T tokens a row. An objective returns the *sum* of weighted losses; `batch.weight` is what it is divided by.
 """
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import moe
 import parallel
 from adalrs import AdaLRS
+from checkpoint import Keeper, RunDirectory, resumable
+from journal import Journal
+from llm import LLM, Block
 from packing import Batch
+from vit import ViT, VisionBlock
 from vlm import SailVL
 
 PARTS = {"vision": "vision_model", "adapter": "mlp1", "llm": "language_model"}
@@ -44,7 +50,8 @@ class Stage:
     schedule: str = "cosine"  # constant, cosine (to a tenth) or wsd (linear to zero over the last fifth)
     warmup: float = 0.05  # share of the steps
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices only
+    lr_scale: dict[str, float] = field(default_factory=dict)  # part -> multiple of the rate; parts not named: 1
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
     clip: float = 1.0  # gradient norm
     adalrs: bool = False  # search the rate while training
@@ -55,6 +62,9 @@ class Stage:
     everything: bool = False  # supervise all text, not only answers
     weighting: str = "token"  # loss weight of a token: token, sample or sqrt
     balance: float = 0.001  # coefficient of the expert balance loss (MoE only)
+    precision: str = "auto"  # of the forward pass: fp32, bf16 (weights stay fp32), or auto: bf16 on an accelerator
+    recompute: bool = False  # keep no activations inside blocks; run each again in the backward pass
+    compile: bool = False  # torch.compile each block
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -72,7 +82,7 @@ class Stage:
         raise ValueError(f"unknown schedule {self.schedule!r}; choose constant, cosine or wsd")
 
 
-def answers(model: SailVL, batch: Batch, balance: float = 0.0) -> tuple[Tensor, dict[str, float]]:
+def answers(model: SailVL, batch: Batch, balance: float = 0.0) -> tuple[Tensor, dict]:
     """The objective of all supervised stages: -sum of weight * log p(label) over the labelled positions of a packed batch.
 
     For a MoE, adds the balance loss (over real tokens), scaled so that dividing by the weight leaves its coefficient.
@@ -81,13 +91,27 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0) -> tuple[Tensor, 
     at = (batch.labels.reshape(-1) >= 0).nonzero()[:, 0]
     logprobs = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, at, batch.labels.reshape(-1)[at],
                               routing=routing)
-    loss = -(logprobs * batch.weights.reshape(-1)[at]).sum()
-    stats = {"loss": float(loss.detach())}
+    weights = batch.weights.reshape(-1)[at]
+    losses = -logprobs * weights
+    loss = losses.sum()
+    stats = {"loss": float(loss.detach()), "tasks": by_task(losses.detach(), weights, at, batch)}
     if routing:
         aux = moe.balance_loss(routing, batch.real())
         stats["balance"] = float(aux.detach()) * batch.weight
         loss = loss + balance * aux * batch.weight
     return loss, stats
+
+
+def by_task(losses: Tensor, weights: Tensor, at: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
+    """(sum of losses, sum of weights) of each task, for losses (n,) at the flat positions `at` (n,)."""
+    document = torch.bucketize(at, batch.segments.cu[1:].to(at.dtype), right=True)
+    sums = losses.new_zeros(len(batch.owners), 2).index_add_(0, document, torch.stack((losses, weights), 1))
+    found: dict[str, tuple[float, float]] = {}
+    for task, (loss, weight) in zip(batch.owners, sums.tolist()):
+        if weight:
+            before = found.get(task, (0.0, 0.0))
+            found[task] = before[0] + loss, before[1] + weight
+    return found
 
 
 def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
@@ -101,25 +125,52 @@ def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to: vision, adapter, llm, or head (the image stage's)."""
+    return next((part for part, module in PARTS.items() if name.startswith(module)), "head")
+
+
 def make_optimizers(model: torch.nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest (embeddings, norms, stacked experts).
 
     Muon is our choice for the toy's pre-training (the paper names AdamW for its post-training only); its update is scaled to
-    AdamW's size, so that one learning rate serves both. Weight decay touches matrices only.
+    AdamW's size, so that one learning rate serves both. Weight decay touches matrices only. A group's "scale" is its part's
+    `lr_scale`. Raises ValueError for an unknown optimizer or part.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    outside = ("embed_tokens", "lm_head", "pos_embed", "patchifier")
-    hidden = [p for n, p in named if p.ndim == 2 and not any(o in n for o in outside)] if stage.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": stage.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=stage.betas, fused=True)] if rest else []
-    if hidden:
-        made.append(torch.optim.Muon(hidden, lr=stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"))
     if stage.optimizer not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer {stage.optimizer!r}; choose muon or adamw")
-    return made
+    if unknown := set(stage.lr_scale) - set(PARTS):
+        raise ValueError(f"--lr-scale for unknown part {min(unknown)!r}; choose from {', '.join(PARTS)}")
+    outside = ("embed_tokens", "lm_head", "pos_embed", "patchifier")
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            hidden = stage.optimizer == "muon" and p.ndim == 2 and not any(o in name for o in outside)
+            groups[hidden, p.ndim >= 2, stage.lr_scale.get(part_of(name), 1.0)].append(p)
+    made = lambda muon: [{"params": ps, "weight_decay": stage.weight_decay if matrix else 0.0, "scale": scale}
+                         for (hidden, matrix, scale), ps in sorted(groups.items(), key=lambda g: g[0], reverse=True) if hidden == muon]
+    optimizers: list[torch.optim.Optimizer] = []
+    if made(False):
+        optimizers.append(torch.optim.AdamW(made(False), lr=stage.lr, betas=stage.betas, fused=True))
+    if made(True):
+        optimizers.append(torch.optim.Muon(made(True), lr=stage.lr, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def prepare(model: torch.nn.Module, stage: Stage) -> None:
+    """Recomputation and compilation, block by block: they change memory and speed, not names."""
+    for m in model.modules():
+        if isinstance(m, (LLM, ViT)):
+            m.recompute = stage.recompute
+        if stage.compile and isinstance(m, (Block, VisionBlock)):
+            m.compile(dynamic=True)
+
+
+def precision(stage: Stage, device: str) -> torch.autocast:
+    kind = str(device).partition(":")[0]
+    if stage.precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"unknown precision {stage.precision!r}; choose auto, fp32 or bf16")
+    return torch.autocast(kind, torch.bfloat16, enabled=stage.precision == "bf16" or (stage.precision == "auto" and kind != "cpu"))
 
 
 @dataclass
@@ -138,67 +189,96 @@ class Run:
 
 
 def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], objective: Objective, world=parallel.World(),
-          directory: Path | None = None, patience: int = 5) -> Run:
-    """Run one stage in place. Writes `log.jsonl` (one line a step, always) into `directory` when given.
+          directory: Path | RunDirectory | None = None, patience: int = 5) -> Run:
+    """Run one stage in place. Writes `log.jsonl` (one line a step, always) into `directory` when given; a `RunDirectory` also
+    keeps checkpoints and resumes from them, leaves on SIGTERM, and checks the model on its schedule.
 
     A step with a non-finite loss or gradient changes nothing, is counted, and stops the run with ValueError after `patience`
     in a row. Raises ValueError when the data ends early.
     """
     parameters = freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
+    prepare(model, stage)
     optimizers = make_optimizers(model, stage)
     search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window) if stage.adalrs else None
-    run, step, bad, started = Run(), 0, 0, time.time()
-    log = None
-    if directory is not None and world.main:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "stage.json").write_text(json.dumps(asdict(stage), indent=1) + "\n")
-        log = open(directory / "log.jsonl", "w")
-    bar = tqdm(total=stage.steps, desc=f"{stage.name:>18s}", disable=not world.main, mininterval=1.0, ncols=110)
+    home, data = directory if isinstance(directory, RunDirectory) else None, resumable(data)
+    keeper = Keeper(home, model, optimizers, search, data, world) if home else None
+    saved = keeper.resume() if keeper else {}
+    step, bad, started = saved.get("step", 0), 0, time.time()
+    journal = Journal(stage, directory, world.main, step, saved.get("made", 0))
     while step < stage.steps:
         micro = next(data, None)
         if micro is None:
             raise ValueError(f"stage {stage.name}: the data ended at step {step} of {stage.steps}")
         rate = stage.rate(step) * (search.scale if search else 1.0)
-        row = one_step(model, parameters, optimizers, micro, objective, rate, stage.clip, world)
-        bad = 0 if row["finite"] else bad + 1
-        run.skipped += not row.pop("finite")
+        with precision(stage, world.device):
+            row = {"step": step, "lr": rate} | one_step(model, optimizers, micro, objective, rate, stage.clip, world)
+        bad = bad + 1 if row["skipped"] else 0
         if bad >= patience:
             raise ValueError(f"stage {stage.name}: {bad} steps in a row with a non-finite loss or gradient, the last at step "
                              f"{step} (rate {rate:.2e}); lower --lr or look at the data")
-        run.log.append({"step": step, "lr": rate} | row)
-        if log:
-            log.write(json.dumps(run.log[-1]) + "\n")
-        at = step
         step = search.observe(row["loss"]) if search else step + 1
-        bar.update(step - at)
-        bar.set_postfix_str(f"loss {row['loss']:.3f} lr {rate:.1e}", refresh=False)
-    bar.close()
-    if log:
-        log.close()
-    run.decisions, run.seconds = search.log() if search else [], time.time() - started
-    return run
+        if home and home.check and home.check_every and step % home.check_every == 0:
+            row["check"] = home.check(step)
+        journal.write(row, step)
+        if keeper and (keeper.due(step) or keeper.told_to_stop() or step == stage.steps):
+            journal.sync()
+            keeper.save(step, len(journal.rows), row.get("check", {}).get("score"))
+            if keeper.told_to_stop():
+                keeper.stop(step)
+    journal.close()
+    if keeper:
+        keeper.close()
+    return Run(journal.rows, search.log() if search else [], sum(row["skipped"] for row in journal.rows), time.time() - started)
 
 
-def one_step(model, parameters, optimizers, micro: list[Batch], objective: Objective, rate: float, clip: float, world) -> dict:
-    """Gradient of a global batch, clipped, applied. Returns loss, gradient norm, tokens a second and the statistics."""
+def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: float, clip: float, world) -> dict:
+    """Gradient of a global batch, clipped, applied. Returns loss, loss per task, gradient norms, tokens and images a second
+    and the objective's statistics. A loss or gradient that is not finite on any rank skips the step on all of them."""
     began = time.time()
     weight, = parallel.total(sum(b.weight for b in micro))
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = defaultdict(float)
+    tasks = []
     for batch in micro:
         loss, stats = objective(model, batch.to(world.device))
         (loss / max(weight, 1e-8)).backward()
+        tasks.append(stats.pop("tasks", {}))
         for key, value in stats.items():
-            sums[key] = sums.get(key, 0.0) + value
-    parallel.sum_gradients(parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    values = parallel.total(*sums.values(), sum(b.ids.numel() for b in micro))
-    row = {key: value / max(weight, 1e-8) for key, value in zip(sums, values)}
-    row["finite"] = math.isfinite(row["loss"]) and math.isfinite(norm)
+            sums[key] += value
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parallel.sum_gradients([p for _, p in named])
+    norm, norms = clip_gradients(named, clip)
+    seen = parallel.total(*sums.values(), sum(b.ids.numel() for b in micro), sum(len(b.images) for b in micro if b.images is not None))
+    row = {key: value / max(weight, 1e-8) for key, value in zip(sums, seen)}
+    finite = math.isfinite(row["loss"]) and math.isfinite(norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        if row["finite"]:
+            group["lr"] = rate * group["scale"]
+        if finite:
             optimizer.step()
         optimizer.zero_grad()
-    filled = sum(b.filled for b in micro) / len(micro)
-    return row | {"grad_norm": norm, "filled": filled, "tokens_per_second": values[-1] / (time.time() - began)}
+    seconds = time.time() - began
+    return row | {"tasks": mean_by_task(parallel.gather(tasks)), "grad_norm": norm, "grad_norms": norms, "skipped": not finite,
+                  "filled": sum(b.filled for b in micro) / len(micro), "tokens_per_second": seen[-2] / seconds,
+                  "images_per_second": seen[-1] / seconds}
+
+
+def clip_gradients(named: list[tuple[str, Tensor]], clip: float) -> tuple[float, dict[str, float]]:
+    """Scale all gradients so that their joint norm is at most `clip`. Returns the norm before, and that of each part."""
+    named = [(name, p) for name, p in named if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(p.grad) for _, p in named])
+    total = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in named], clip, total)
+    parts: dict[str, float] = defaultdict(float)
+    for (name, _), norm in zip(named, norms.tolist()):
+        parts[part_of(name)] += norm ** 2
+    return float(total), {part: math.sqrt(square) for part, square in parts.items()}
+
+
+def mean_by_task(found: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Loss per unit of weight of each task, over all micro-batches of all ranks."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for part in found:
+        for task, (loss, weight) in part.items():
+            sums[task][0] += loss
+            sums[task][1] += weight
+    return {task: loss / weight for task, (loss, weight) in sorted(sums.items())}

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import weights
 from attention import Attend, Segments, inside
@@ -155,6 +156,7 @@ class ViT(nn.Module):
         self.config = config
         self.preprocessor = Preprocessor(config)
         self.trunk = VisionTrunk(config)
+        self.recompute = False  # keep no activations inside blocks
 
     def position_table(self, h: int, w: int) -> Tensor:
         """(h*w, C): the learned table resized to an h x w grid."""
@@ -200,7 +202,8 @@ class ViT(nn.Module):
         rope = self.rope(grids, x)
         attend = attend or inside(Segments.of([h * w for h, w in grids], x.device), causal=False)
         for i, block in enumerate(self.trunk.blocks):
-            x = block(x, rope, attend, i)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, attend, i, use_reentrant=False) if again else block(x, rope, attend, i)
         return self.trunk.post_trunk_norm(x), grids
 
     @staticmethod

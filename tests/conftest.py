@@ -6,12 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 import torch
 
 import world
 from cli import THINK
-from data import Encoder
+from data import Document, Encoder
+from packing import batches
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
@@ -46,3 +48,22 @@ def encoder(tokenizer, config) -> Encoder:
 def documents(encoder):
     """Forty documents of every kind: pictures, videos, text only."""
     return [encoder(world.sample(i, 0, EVERY)) for i in range(40)]
+
+
+def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):
+    """Endless steps of one batch of invented documents, independent of the world: a coloured picture, its colour's token five
+    times over, counting tokens. For tests of the loop and for the golden losses."""
+    rng = np.random.default_rng(seed)
+
+    def documents():
+        while True:
+            color, n = int(rng.integers(4)), int(rng.integers(8, 40))
+            picture = np.zeros((32, 32, 3), np.uint8) + np.uint8(60 * color + 20)
+            text = [10 + color] * 5 + [(20 + color + i) % 60 for i in range(n)]
+            seen = rng.random() < 0.7
+            ids = np.array([tokenizer.image] * 4 * seen + text)
+            labels = np.append(ids[1:], tokenizer.end)
+            labels[:4 * seen] = -100
+            yield Document(ids, labels, (labels >= 0).astype(np.float32), (picture,) * seen, "seen" if seen else "text", "made up", {})
+
+    return batches(documents(), length, rows, 1, tokenizer.pad)

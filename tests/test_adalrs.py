@@ -166,8 +166,20 @@ def test_the_highest_loss_so_far_and_not_the_last_window_is_the_limit():
 
 def test_a_noisy_loss_is_no_divergence():
     """Two standard deviations above the highest loss so far are allowed."""
-    control = [10.0, 9.0, 10.0, 9.0, 10.0]
-    assert forced(control + [10.5])[0].trying and actions(forced(control + [12.0])[0]) == ["abort"]
+    control = [10.0, 9.2, 9.5, 8.8, 8.6]
+    assert forced(control + [10.3])[0].trying and actions(forced(control + [11.0])[0]) == ["abort"]
+
+
+def test_a_blind_search_leaps_once_and_a_leap_that_fails_says_nothing():
+    blind = [10.0, 9.0, 10.0, 9.0, 10.0]
+    search, *_ = forced(blind, up=3.0)
+    assert search.trying and search.scale == pytest.approx(9.0)
+    assert forced(blind + line(10, -4), up=3.0)[0].scale == pytest.approx(9.0)
+    for trial in ([30.0], line(10, 0.1)):
+        failed, _, returned, states = forced(blind + trial, up=3.0)
+        assert actions(failed) == ["stay"] and failed.scale == 1.0 and returned[-1] == K and identical(states[-1], never(K))
+        again, *_ = forced(blind + trial + blind, up=3.0)
+        assert again.trying and again.scale == pytest.approx(3.0)
 
 
 def test_a_jump_that_then_falls_fast_is_not_kept():
