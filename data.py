@@ -70,7 +70,7 @@ class Sample:
 @dataclass(frozen=True)
 class Document:
     """A Sample as the model takes it. ids (T,), labels (T,) already shifted and -100 where unsupervised, weights (T,),
-    images: uint8 arrays (H, W, 3) in order; every tile is an image of its own."""
+    images: uint8 arrays (H, W, 3) in order; every tile is an image of its own. number: its place in the stream."""
     ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
@@ -78,9 +78,15 @@ class Document:
     task: str
     origin: str
     facts: dict
+    number: int = -1
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def vision(self) -> int:
+        """Pixels: what the ViT's work is proportional to."""
+        return sum(a.shape[0] * a.shape[1] for a in self.images)
 
 
 @dataclass
@@ -340,23 +346,6 @@ class Folder:
             if not queues[task]:
                 queues[task] = rng.sample(groups[task], len(groups[task]))
             yield queues[task].pop()
-
-
-def documents(samples: Iterator[Sample], encoder: Encoder, faults: Faults, patience: int = 1000) -> Iterator[Document]:
-    """Encode a stream; bad samples are counted. Raises ValueError after `patience` bad ones in a row: no data is an error,
-    an endless silence is a worse one."""
-    bad = 0
-    for sample in samples:
-        try:
-            document = encoder(sample)
-        except BadSample as e:
-            faults.add(e)
-            bad += 1
-            if bad >= patience:
-                raise ValueError(f"{bad} samples in a row cannot be used\n{faults.report()}") from e
-            continue
-        bad = 0
-        yield document
 
 
 # ------------------------------------------------------------------------------------------------------------------ show

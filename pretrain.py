@@ -35,8 +35,9 @@ from torch import Tensor
 import cli
 import parallel
 from attention import sdpa
-from data import Encoder, Faults, documents, normalise
-from packing import batches
+from data import Encoder, Faults, normalise
+from packing import Batches
+from stream import Documents
 from train import Run, Stage, answers, train
 from vit import ViT, patchify
 from vlm import SailVL
@@ -74,8 +75,8 @@ def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=par
     """The batches of a supervised stage: source -> documents -> packed rows -> this rank's micro-batches."""
     encoder = replace(encoder, everything=stage.everything, weighting=stage.weighting,
                       max_length=min(stage.length, encoder.max_length), root=source.root)
-    found = documents(source.stream(stage.mixture, stage.seed, stage.turns), encoder, faults)
-    return batches(found, stage.length, stage.rows, stage.accumulate, encoder.tokenizer.pad, world.rank, world.size)
+    found = Documents(source.stream(stage.mixture, stage.seed, stage.turns), encoder, faults)
+    return Batches(found, stage.length, stage.rows, stage.accumulate, encoder.tokenizer.pad, world.rank, world.size)
 
 
 def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,

@@ -30,9 +30,10 @@ import tyro
 import cli
 import parallel
 from curate import blend
-from data import Encoder, Faults, Sample, documents, with_thinking
-from packing import Batch, batches
+from data import Encoder, Faults, Sample, with_thinking
+from packing import Batch, Batches
 from pretrain import ALL, INSTRUCTION, UNDERSTANDING, answers_of, run_stage
+from stream import Documents
 from train import Run, Stage, train
 from vlm import SailVL
 
@@ -92,7 +93,7 @@ def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder:
     """A supervised stage on a given stream of samples."""
     literal = stage.weighting == "sequence"
     encoder = replace(encoder, weighting="token" if literal else stage.weighting, max_length=min(stage.length, encoder.max_length))
-    data = batches(documents(samples, encoder, faults or Faults()), stage.length, stage.rows, stage.accumulate,
+    data = Batches(Documents(samples, encoder, faults or Faults()), stage.length, stage.rows, stage.accumulate,
                    encoder.tokenizer.pad, world.rank, world.size)
     if literal:
         data = ([PerSample(**vars(batch)) for batch in micro] for micro in data)

@@ -21,18 +21,17 @@ prints the number of scenes and answers of each kind and writes a sheet of examp
 """
 import functools
 import hashlib
-import itertools
 import math
 import random
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
 from data import Message, Sample
+from stream import Drawn
 
 SIZE, CELL, SIDE = 32, 16, 2
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
@@ -415,8 +414,8 @@ class World:
     """The world as a data source: `stream` for training, `held_out` for grading. Twin of `data.Folder`."""
     root = None
 
-    def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> Iterator[Sample]:
-        return (sample(i, seed, mixture, turns=turns) for i in itertools.count())
+    def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> Drawn:
+        return Drawn(functools.partial(sample, seed=seed, mixture=mixture, turns=turns))
 
     def held_out(self, family: str, n: int, seed: int = 1) -> list[Sample]:
         """n single-question samples of a family, all from held-out scenes."""

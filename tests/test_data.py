@@ -15,7 +15,8 @@ from PIL import Image, ImageFile
 
 import world
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Folder, Message, Sample, documents, open_image, with_thinking
+from data import BadSample, Encoder, Faults, Folder, Message, Sample, open_image, with_thinking
+from stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -364,7 +365,7 @@ def test_each_fault_is_counted_under_its_reason_and_every_good_sample_arrives(fo
     (folder.parent / "my.jsonl").write_text(lines(mixed) + no_json + lines(GOOD[:1]))
     source = Folder(folder.parent / "my.jsonl", folder)
     encoder = Encoder(tokenizer, config, source.root, max_length=512)
-    arrived = list(documents(iter(source.samples), encoder, source.faults))
+    arrived = list(Documents(iter(source.samples), encoder, source.faults))
     assert source.faults.counts == Counter(reason for reason, _ in BAD) + Counter({"malformed record": 3})
     answers = [tokenizer.decode(runs(d)[-1][:-1]) for d in arrived]
     assert answers == ["a", "b", "c", "d", "e", "<think>hm</think>f", "g", "a"]
@@ -403,7 +404,7 @@ def test_strict_makes_the_first_fault_an_error(folder, tokenizer, config):
         Folder(folder.parent / "record.jsonl", folder, strict=True)
     (folder.parent / "image.jsonl").write_text(lines([GOOD[0], record("<image>", "x", "gone.jpg"), GOOD[1]]))
     source = Folder(folder.parent / "image.jsonl", folder, strict=True)
-    stream = documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults)
+    stream = iter(Documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults))
     assert next(stream).origin == "image.jsonl:1"
     with pytest.raises(BadSample, match="missing image: image.jsonl:2"):
         next(stream)
@@ -424,13 +425,13 @@ def test_nothing_usable_is_an_error_that_says_why(folder, tokenizer, config):
     (folder.parent / "image.jsonl").write_text(lines([record("<image>", "x", "gone.jpg")]))  # endless, all of it bad
     source = Folder(folder.parent / "image.jsonl", folder)
     with pytest.raises(ValueError, match="7 samples in a row(.|\n)*7 x missing image"):
-        next(documents(source.stream({}, 0), Encoder(tokenizer, config, source.root), source.faults, patience=7))
+        next(iter(Documents(source.stream({}, 0), Encoder(tokenizer, config, source.root), source.faults, patience=7)))
 
 
 def test_a_good_sample_makes_the_reader_patient_again(encoder):
     good = Sample((Message("user", ("q",)), Message("assistant", ("a",))))
     bad, faults = Sample((Message("user", ("q",)),)), Faults()
-    assert len(list(documents(iter([bad, bad, good] * 5), encoder, faults, patience=3))) == 5
+    assert len(list(Documents(iter([bad, bad, good] * 5), encoder, faults, patience=3))) == 5
     assert faults.counts == {"nothing to learn": 10}
 
 
@@ -550,7 +551,7 @@ def test_a_path_that_no_file_system_takes_costs_only_its_record(folder, tokenize
     (folder / "loop.png").symlink_to("loop.png")
     (folder.parent / "my.jsonl").write_text(lines([GOOD[2], record("<image>", "x", name)]))
     source = Folder(folder.parent / "my.jsonl", folder)
-    found = documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults)
+    found = Documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults)
     assert len(list(found)) == 1 and source.faults.counts.total() == 1
 
 

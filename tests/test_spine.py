@@ -13,7 +13,7 @@ import rewards
 import world
 from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
 from evaluate import blind_chance, swapped
-from packing import batches, collate, fill, rows
+from packing import Batches, Rows, choose, collate
 from pretrain import run_stage, supervised
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
@@ -150,7 +150,7 @@ def blank(n: int, name: str = "") -> Document:
 def test_packing_keeps_every_document_once_and_none_waits_long(draw):
     rng = random.Random(0)
     given = [blank(draw(rng), str(i)) for i in range(600)]
-    made = list(rows(iter(given), 256, 64))
+    made = list(Rows(iter(given), 256, 64))
     assert sorted(d.origin for row in made for d in row) == sorted(d.origin for d in given)
     assert all(sum(map(len, row)) <= 256 for row in made)
     first = {d.origin: i for i, row in enumerate(made) for d in row}
@@ -163,12 +163,12 @@ def test_fill_is_as_good_as_trying_every_subset():
     for _ in range(50):
         lengths, room = [rng.randint(1, 20) for _ in range(9)], rng.randint(5, 80)
         best = max(s for m in range(512) if (s := sum(n for i, n in enumerate(lengths) if m >> i & 1)) <= room)
-        assert sum(lengths[i] for i in fill(lengths, room)) == best
+        assert sum(lengths[i] for i in choose([(n, 0) for n in lengths], room)) == best
 
 
 def test_mixed_lengths_fill_the_rows(documents):
     stream = (documents[i % len(documents)] for i in range(2000))
-    made = list(rows(stream, 512))[:-3]
+    made = list(Rows(stream, 512))[:-3]
     assert sum(len(d) for row in made for d in row) / (512 * len(made)) > 0.97
 
 
@@ -186,10 +186,10 @@ def test_a_batch_is_laid_out_as_its_documents(documents, tokenizer):
 def test_ranks_and_accumulation_share_one_global_batch(documents, tokenizer):
     take = lambda world, accumulate: sorted(
         tuple(row.tolist()) for rank in range(world)
-        for b in next(batches(iter(documents), 512, 4, accumulate, tokenizer.pad, rank, world, 8)) for row in b.ids)
+        for b in next(Batches(iter(documents), 512, 4, accumulate, tokenizer.pad, rank, world, 8)) for row in b.ids)
     assert take(1, 1) == take(1, 4) == take(2, 2) == take(4, 1)
     with pytest.raises(ValueError, match="do not divide"):
-        next(batches(iter(documents), 512, 4, 3, tokenizer.pad))
+        next(Batches(iter(documents), 512, 4, 3, tokenizer.pad))
 
 
 def test_gradients_do_not_depend_on_accumulation(model, documents, tokenizer):

@@ -1,0 +1,378 @@
+"""Packing: no document is lost, split or late, rows are full, and how the global batch is cut up changes nothing."""
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import packing
+import parallel
+import world
+from conftest import EVERY
+from data import Document, normalise
+from packing import Batches, Rows, choose, collate
+from stream import Documents, Drawn
+from train import answers, one_step
+
+CAPACITY = 256
+DRAWS = {"short": lambda r: r.randint(1, 12), "long": lambda r: r.randint(200, CAPACITY), "full": lambda r: CAPACITY,
+         "two-valued": lambda r: r.choice((85, 129)), "mixed": lambda r: r.choice((r.randint(4, 40), r.randint(60, 220))),
+         "zipf": lambda r: min(CAPACITY, int(3 * r.paretovariate(0.9)))}
+
+
+def made_of(lengths) -> list[Document]:
+    """Documents whose every token tells which document and which place it is from."""
+    def one(i: int, n: int) -> Document:
+        ids = 1000 * (i + 1) + np.arange(n)
+        labels = np.where(np.arange(n) % 3 == 1, ids + 1, -100)
+        return Document(ids, labels, (labels >= 0) * np.float32(1 / (i + 1)), (), f"task{i}", str(i), {})
+    return [one(i, n) for i, n in enumerate(lengths)]
+
+
+def stream(draw: str, seed: int, n: int) -> list[Document]:
+    rng = random.Random(seed)
+    return made_of([DRAWS[draw](rng) for _ in range(n)])
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("buffer", [1, 7, 64])
+def test_every_document_is_packed_once_whole_in_a_row_that_holds_it(draw, buffer):
+    for seed in range(3):
+        given = stream(draw, seed, 150)
+        made = list(Rows(iter(given), CAPACITY, buffer))
+        assert sorted(id(d) for row in made for d in row) == sorted(id(d) for d in given)  # the very objects, once each
+        assert all(0 < sum(map(len, row)) <= CAPACITY for row in made)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("buffer", [1, 5, 64])
+def test_the_oldest_document_goes_first_so_none_waits_longer_than_the_buffer(draw, buffer):
+    for seed in range(3):
+        entered, made = {}, []
+
+        def source():
+            for i, d in enumerate(stream(draw, seed, 200)):
+                entered[i] = len(made)  # how many rows had been handed out when it was read
+                yield d
+
+        for row in Rows(source(), CAPACITY, buffer):
+            waiting = set(entered) - {int(d.origin) for r in made for d in r}
+            assert int(row[0].origin) == min(waiting) and len(waiting - {int(d.origin) for d in row}) <= buffer
+            made.append(row)
+            assert all(len(made) - entered[int(d.origin)] <= buffer for d in row)
+
+
+def test_a_stream_without_end_is_packed_while_it_is_read():
+    endless = (d for i in itertools.count() for d in stream("mixed", i, 5))
+    assert len(list(itertools.islice(Rows(endless, CAPACITY), 20))) == 20
+    assert list(Rows(iter([]), CAPACITY)) == []
+
+
+def test_a_document_longer_than_a_row_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"^2: 257 tokens do not fit in a row of 256"):
+        list(Rows(iter(made_of([5, 256, 257])), CAPACITY))
+
+
+@pytest.mark.parametrize("largest", [1, 3, 20, 60])
+def test_fill_is_as_good_as_trying_every_subset(largest):
+    rng = random.Random(largest)
+    for _ in range(60):
+        lengths = [rng.randint(1, largest) for _ in range(rng.randint(0, 9))]
+        room = rng.randint(0, 4 * largest)
+        sums = (sum(c) for k in range(len(lengths) + 1) for c in itertools.combinations(lengths, k))
+        chosen = choose([(n, 0) for n in lengths], room)
+        assert len(set(chosen)) == len(chosen)
+        assert sum(lengths[i] for i in chosen) == max(s for s in sums if s <= room)
+
+
+def test_mixed_lengths_fill_the_rows_to_99_percent():
+    for seed in range(3):
+        made = list(Rows(iter(stream("mixed", seed, 1500)), CAPACITY))[:-2]  # the stream's end has nothing to fill with
+        assert sum(len(d) for row in made for d in row) / (CAPACITY * len(made)) >= 0.99
+    first_fit = list(Rows(iter(stream("mixed", 0, 1500)), CAPACITY, buffer=1))
+    assert sum(len(d) for row in first_fit for d in row) / (CAPACITY * len(first_fit)) < 0.8  # the buffer is what does it
+
+
+def test_the_worlds_own_documents_fill_the_rows_to_99_percent(documents):
+    made = list(Rows((documents[i % 40] for i in range(1200)), 512))[:-2]
+    assert sum(len(d) for row in made for d in row) / (512 * len(made)) >= 0.99
+
+
+# -------------------------------------------------------------------------------------------------------------- collate
+
+@pytest.mark.parametrize("capacity", [30, None])
+def test_a_batch_holds_each_document_at_its_place_and_padding_elsewhere(capacity):
+    given = made_of([7, 11, 5, 30, 1])
+    group, T = [given[:3], given[3:4], given[4:]], capacity or 30
+    batch = collate(group, capacity, pad=7)
+    assert batch.ids.shape == batch.labels.shape == batch.weights.shape == batch.positions.shape == (3, T)
+    assert (batch.ids.dtype, batch.labels.dtype, batch.weights.dtype) == (torch.int64, torch.int64, torch.float32)
+    lengths, owners, free = [], [], torch.ones(3, T, dtype=torch.bool)
+    for b, row in enumerate(group):
+        at = 0
+        for d in row:
+            part = slice(at, at + len(d))
+            assert batch.ids[b, part].tolist() == d.ids.tolist() and batch.labels[b, part].tolist() == d.labels.tolist()
+            assert batch.weights[b, part].tolist() == d.weights.tolist()
+            assert batch.positions[b, part].tolist() == list(range(len(d)))
+            free[b, part] = False
+            lengths.append(len(d))
+            owners.append(d.task)
+            at += len(d)
+        if at < T:
+            assert batch.positions[b, at:].tolist() == list(range(T - at))  # padding is a document of its own
+            lengths.append(T - at)
+            owners.append("padding")
+    assert (batch.ids[free] == 7).all() and (batch.labels[free] == -100).all() and (batch.weights[free] == 0).all()
+    assert batch.segments.lengths == tuple(lengths) and batch.segments.cu.tolist() == [0, *itertools.accumulate(lengths)]
+    assert batch.segments.positions().tolist() == batch.positions.reshape(-1).tolist()
+    assert batch.owners == owners and batch.real().tolist() == (~free).reshape(-1).tolist()
+    assert batch.filled == pytest.approx(54 / (3 * T)) and batch.images is None
+    assert batch.weight == pytest.approx(sum(float(d.weights.sum()) for d in given))
+
+
+def test_pictures_of_a_batch_come_in_the_order_of_their_placeholders(documents, tokenizer):
+    group = [documents[:3], documents[3:5]]
+    batch = collate(group, 512, tokenizer.pad)
+    arrays = [a for row in group for d in row for a in d.images]
+    assert len(arrays) > 2 and torch.equal(batch.images, normalise(arrays))
+    per_image = int((batch.ids == tokenizer.image).sum()) / len(arrays)
+    counts = [int((d.ids == tokenizer.image).sum()) for row in group for d in row]
+    assert counts == [per_image * len(d.images) for row in group for d in row]
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+def dealt(given, size: int, accumulate: int, steps: int = 3) -> list[list[tuple]]:
+    """For each step, the rows of all ranks' micro-batches, as tuples of ids."""
+    ranks = [Batches(iter(given), CAPACITY, 4, accumulate, 0, rank, size, 8) for rank in range(size)]
+    out = []
+    for _ in range(steps):
+        step = [next(r) for r in ranks]
+        assert all(len(mine) == accumulate and len(b.ids) == 4 // (size * accumulate) for mine in step for b in mine)
+        out.append([tuple(row.tolist()) for mine in step for b in mine for row in b.ids])
+    return out
+
+
+@pytest.mark.parametrize("size, accumulate", [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_ranks_and_accumulation_deal_out_the_same_rows_each_step(size, accumulate):
+    given = stream("mixed", 0, 300)
+    whole, cut = dealt(given, 1, 1), dealt(given, size, accumulate)
+    assert [sorted(step) for step in cut] == [sorted(step) for step in whole]
+    assert all(len(set(step)) == 4 for step in cut) and len({row for step in cut for row in step}) == 12
+
+
+@pytest.mark.parametrize("count, size, accumulate", [(4, 1, 3), (4, 3, 1), (6, 2, 2), (3, 4, 1)])
+def test_rows_that_do_not_divide_are_an_error(count, size, accumulate):
+    with pytest.raises(ValueError, match="do not divide"):
+        next(Batches(iter(stream("mixed", 0, 50)), CAPACITY, count, accumulate, 0, 0, size))
+
+
+def test_a_last_step_without_all_its_rows_is_filled_up_with_padding_of_no_weight():
+    steps = list(Batches(iter(made_of([CAPACITY] * 5)), CAPACITY, 4, 2, 7))
+    assert [len(step) for step in steps] == [2, 2] and steps[1][1].weight == 0 and (steps[1][1].ids == 7).all()
+    assert sum(b.weight for step in steps for b in step) == pytest.approx(sum(float(d.weights.sum()) for d in made_of([CAPACITY] * 5)))
+
+
+# ----------------------------------------------------------------------------------------------------------- stop, resume
+
+def told(step) -> list[list]:
+    """A step's rows as lists, to compare."""
+    return [row.tolist() for b in step for row in b.ids]
+
+
+def numbered(seed: int = 0):
+    """Encoded documents under their numbers, without end: a pure function of the number."""
+    def draw(n: int) -> Document:
+        length = DRAWS["mixed"](random.Random(f"{seed}/{n}"))
+        return Document(np.full(length, n), np.full(length, n), np.ones(length, np.float32), (), "", str(n), {})
+    return Documents(Drawn(draw), None, None)
+
+
+def test_after_a_stop_anywhere_the_steps_are_those_of_a_run_without_it():
+    def run():
+        return Batches(numbered(), CAPACITY, 4, 2, 0)
+    whole = [told(step) for _, step in zip(range(30), run())]
+    rng, made, data = random.Random(0), [], run()
+    for _ in range(20):  # each life ends after a few steps; what it leaves is a line of JSON
+        for _ in range(rng.randrange(3)):
+            made.append(told(next(data)))
+        left = json.dumps(data.state_dict())
+        assert len(left) < 3000
+        data = run()
+        data.load_state_dict(json.loads(left))
+    assert len(made) > 10 and made == whole[:len(made)]
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_another_number_of_ranks_goes_on_with_the_rows_that_would_have_followed(before, after):
+    def run(size: int, steps: int, state: dict | None) -> tuple[list, dict]:
+        ranks = [Batches(numbered(), CAPACITY, 4, 1, 0, rank, size) for rank in range(size)]
+        for r in ranks:
+            if state:
+                r.load_state_dict(state)
+        made = [[told(next(r)) for r in ranks] for _ in range(steps)]
+        parts = [r.state_dict() for r in ranks]
+        return made, parts[0] | {"buffers": {k: v for p in parts for k, v in p["buffers"].items()}}
+
+    whole, _ = run(1, 9, None)
+    first, state = run(before, 4, None)
+    second, _ = run(after, 5, json.loads(json.dumps(state)))
+    for a, b in zip(whole, first + second, strict=True):
+        assert sorted(a[0]) == sorted(row for rank in b for row in rank)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_over_a_change_of_ranks_an_epoch_has_every_document_once(before, after):
+    lengths = [DRAWS["mixed"](random.Random(i)) for i in range(200)]
+
+    def run(size: int, steps: int, state: dict | None) -> tuple[list, dict]:
+        ranks = [Batches(Documents(made_of(lengths), None, None), CAPACITY, 4, 1, 0, rank, size, lanes=4) for rank in range(size)]
+        for r in ranks:
+            if state:
+                r.load_state_dict(state)
+        seen = [int(i) // 1000 for r in ranks for _ in range(steps) for b in next(r, []) for i in b.ids[b.positions == 0] if i]
+        parts = [r.state_dict() for r in ranks]
+        return seen, parts[0] | {"buffers": {k: v for p in parts for k, v in p["buffers"].items()}}
+
+    first, state = run(before, 6, None)
+    second, _ = run(after, 100, state)
+    assert sorted(first + second) == list(range(1, 201)) and len(first) > 40
+
+
+def test_a_plain_iterator_is_walked_again_to_where_it_was():
+    def run():
+        return Batches((d for d in stream("mixed", 0, 300)), CAPACITY, 4, 1, 0)
+    whole = [told(step) for step in run()]
+    data = run()
+    first = [told(next(data)) for _ in range(5)]
+    again = run()
+    again.load_state_dict(data.state_dict())
+    assert first + [told(step) for step in again] == whole
+
+
+def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
+    """SIGKILL at a random moment, twenty times: each life logs rows and commits a state after each step."""
+    whole = [told(step) for _, step in zip(range(60), Batches(numbered(), CAPACITY, 4, 1, 0))]
+    rng, kills = random.Random(0), 0
+    log, state = tmp_path / "log", tmp_path / "state"
+    while not log.is_file() or len(log.read_text().splitlines()) < 60:
+        child = os.fork()
+        if child == 0:
+            data = Batches(numbered(), CAPACITY, 4, 1, 0)
+            done = 0
+            if state.is_file():
+                done, saved = json.loads(state.read_text())
+                data.load_state_dict(saved)
+            lines = log.read_text().splitlines(True)[:done] if log.is_file() else []
+            while done < 60:
+                lines, done = lines + [json.dumps(told(next(data))) + "\n"], done + 1
+                (tmp_path / "new").write_text("".join(lines))
+                (tmp_path / "new").rename(log)
+                (tmp_path / "new").write_text(json.dumps([done, data.state_dict()]))
+                (tmp_path / "new").rename(state)
+            os._exit(0)
+        if kills < 20:
+            time.sleep(rng.uniform(0.005, 0.05))
+            os.kill(child, signal.SIGKILL)
+            kills += 1
+        os.waitpid(child, 0)
+    assert kills == 20 and [json.loads(line) for line in log.read_text().splitlines()] == whole
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+@pytest.mark.parametrize("mix", ["tiles", "any-resolution", "short", "long", "two-valued", "zipf"])
+def test_rows_are_full_and_the_vision_balanced_whatever_the_lengths(mix):
+    sizes = [packing.Size(t, v) for t, v in packing.example(mix, 12000 if mix in ("short", "zipf") else 3000, seed=1)]
+    for ranks, most in ((8, 1.03), (32, 1.05)):
+        figures, made = packing.measure(Rows, sizes, 8192, ranks)
+        assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
+        assert figures["fill"] >= (0.999 if mix in ("tiles", "any-resolution") else 0.99) and figures["max_wait_rows"] <= 64
+        assert figures["vision_max_over_mean"] <= most or mix in ("long", "zipf")
+
+
+def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys):
+    assert packing.main(packing.Options(example=tmp_path / "lengths.txt", samples=600)) == 0
+    with open(tmp_path / "lengths.txt", "a") as f:
+        f.write("9000 3\n")
+    capsys.readouterr()
+    assert packing.main(packing.Options(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["naive"]["fill"] < 0.95 < found["ours"]["fill"] and found["first_fit"]["fill"] < found["ours"]["fill"]
+    assert found["ours"]["padding"] == pytest.approx(1 - found["ours"]["fill"])
+    assert set(found["ours"]) == {"fill", "padding", "vision_max_over_mean", "attention_max_over_mean",
+                                               "max_wait_rows", "us_per_sample"}
+    assert Image.open(tmp_path / "rows.png").size[0] > 100
+    assert packing.main(packing.Options(tmp_path / "lengths.txt", out=tmp_path / "rows.png")) == 0
+    assert "1 left out" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- loss weights
+
+@pytest.mark.parametrize("weighting, total", [("token", lambda n: n), ("sample", lambda n: 1), ("sqrt", lambda n: n ** 0.5)])
+def test_a_sample_weighs_as_much_as_its_weighting_says(encoder, weighting, total):
+    seen = set()
+    for i in range(20):
+        d = replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY))
+        n = int((d.labels >= 0).sum())
+        seen.add(n)
+        assert ((d.weights > 0) == (d.labels >= 0)).all() and len(set(d.weights[d.labels >= 0].tolist())) == 1
+        assert float(d.weights.sum()) == pytest.approx(total(n), rel=1e-5)
+    assert len(seen) > 5
+
+
+def test_the_objective_is_the_weighted_sum_of_the_labels_log_probabilities(model, encoder, tokenizer):
+    found = [replace(encoder, weighting="sqrt")(world.sample(i, 1, EVERY)) for i in range(5)]
+    batch = collate([found[:3], found[3:]], 512, tokenizer.pad)
+    loss, stats = answers(model, batch)
+    with torch.no_grad():
+        logits = model(batch.ids, batch.images, batch.positions, batch.segments)
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+    assert float(loss.detach()) == pytest.approx(float((each * batch.weights).sum()), rel=1e-5) and stats["loss"] == float(loss)
+
+
+class Caught:
+    """In the optimizer's place: keeps the gradient that a step would have used."""
+
+    def __init__(self, parameters):
+        self.parameters, self.param_groups = parameters, [{"lr": 0.0}]
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.parameters])
+
+    def zero_grad(self):
+        for p in self.parameters:
+            p.grad = None
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_gradient(model, encoder, tokenizer, weighting):
+    model.double()
+    found = [replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)) for i in range(8)]
+    group = [found[:4], found[4:5], found[5:7], found[7:]]  # rows of very different weight
+
+    def objective(m, b):
+        return answers(m, replace(b, images=None if b.images is None else b.images.double()))
+
+    def step(micro):
+        parameters = list(model.parameters())
+        caught = Caught(parameters)
+        row = one_step(model, parameters, [caught], micro, objective, 1.0, 1e9, parallel.World())
+        return row["loss"], row["grad_norm"], caught.gradient
+
+    whole = step([collate(group, 512, tokenizer.pad)])
+    parts = [collate([row], 512, tokenizer.pad) for row in group]
+    assert max(b.weight for b in parts) > 1.5 * min(b.weight for b in parts)
+    split = step(parts)
+    assert split[:2] == pytest.approx(whole[:2], rel=1e-6) and whole[1] > 0
+    assert (split[2] - whole[2]).norm() <= 1e-6 * whole[2].norm()
