@@ -13,7 +13,7 @@ import torch
 import world
 from cli import THINK
 from data import Document, Encoder
-from packing import batches
+from packing import Batches
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
@@ -66,4 +66,4 @@ def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):
             labels[:4 * seen] = -100
             yield Document(ids, labels, (labels >= 0).astype(np.float32), (picture,) * seen, "seen" if seen else "text", "made up", {})
 
-    return batches(documents(), length, rows, 1, tokenizer.pad)
+    return Batches(documents(), length, rows, 1, tokenizer.pad)

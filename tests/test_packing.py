@@ -345,7 +345,7 @@ class Caught:
     """In the optimizer's place: keeps the gradient that a step would have used."""
 
     def __init__(self, parameters):
-        self.parameters, self.param_groups = parameters, [{"lr": 0.0}]
+        self.parameters, self.param_groups = parameters, [{"lr": 0.0, "scale": 1.0}]
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.parameters])
@@ -367,7 +367,7 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     def step(micro):
         parameters = list(model.parameters())
         caught = Caught(parameters)
-        row = one_step(model, parameters, [caught], micro, objective, 1.0, 1e9, parallel.World())
+        row = one_step(model, [caught], micro, objective, 1.0, 1e9, parallel.World())
         return row["loss"], row["grad_norm"], caught.gradient
 
     whole = step([collate(group, 512, tokenizer.pad)])
