@@ -13,7 +13,6 @@ for the first token of its neighbour. `python data.py --data my.jsonl --images d
 Legend: T tokens of a document, n tiles, H x W pixels, p patch size.
 """
 import json
-import math
 import os
 import random
 import re
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from tiling import prepare
 from tokenizer import Tokenizer
 from vlm import VLMConfig
 
@@ -143,41 +143,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def grid_for(width: int, height: int, max_tiles: int, tile: int, min_tiles: int = 1) -> tuple[int, int]:
-    """(columns, rows) of tiles, as the released tiler chooses: the nearest aspect ratio among all grids of at most
-    `max_tiles`; on a tie the larger grid, if the image has over half its pixels."""
-    grids = sorted({(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
-                    if min_tiles <= i * j <= max_tiles}, key=lambda g: g[0] * g[1])
-    best, gap = (1, 1), math.inf
-    for i, j in grids:
-        difference = abs(width / height - i / j)
-        if difference < gap:
-            best, gap = (i, j), difference
-        elif difference == gap and width * height > 0.5 * tile * tile * i * j:
-            best = (i, j)
-    return best
-
-
-def tiles(image: Image.Image, max_tiles: int, tile: int, thumbnail: bool = True, min_tiles: int = 1) -> list[Image.Image]:
-    """Fixed resolution: the image resized (bicubic) to a grid of square tiles, row by row, and the whole image as a last
-    thumbnail when there is more than one."""
-    columns, rows = grid_for(*image.size, max_tiles, tile, min_tiles)
-    big = image.resize((columns * tile, rows * tile))
-    cut = [big.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile)) for y in range(rows) for x in range(columns)]
-    return cut + ([image.resize((tile, tile))] if thumbnail and len(cut) > 1 else [])
-
-
-def fit(image: Image.Image, unit: int, max_patches: int, patch: int) -> Image.Image:
-    """Any resolution: keep the aspect ratio, round each side to the merge unit (2 patches), stay within `max_patches`.
-    The rounding rule is our choice; the limit is the paper's (16,384 patches, 1792 x 1792 at patch 14)."""
-    w, h = image.size
-    scale = min(1.0, math.sqrt(max_patches * patch * patch / (w * h)))
-    sides = [max(unit, round(s * scale / unit) * unit) for s in (w, h)]
-    while sides[0] * sides[1] > max_patches * patch * patch:
-        sides[sides.index(max(sides))] -= unit
-    return image if tuple(sides) == image.size else image.resize(tuple(sides), Image.BICUBIC)
-
-
 def normalise(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
     """uint8 (H, W, 3) each -> (N, 3, H, W) float when all are equal in size, else a list of (3, H_i, W_i)."""
     mean, std = torch.tensor(MEAN)[:, None, None] * 255, torch.tensor(STD)[:, None, None] * 255
@@ -202,20 +167,17 @@ class Encoder:
     everything: bool = False
     weighting: str = "token"
 
-    def cut(self, image: Image.Image) -> list[Image.Image]:
-        """An image as the ViT takes it: tiles and thumbnail, or one image of any resolution."""
-        c = self.config
-        if c.any_resolution:
-            return [fit(image, 2 * c.vision.patch_size, 16384, c.vision.patch_size)]
-        return tiles(image, c.max_tiles, c.vision.image_size, c.thumbnail, c.min_tiles)
-
     def images(self, sample: Sample) -> tuple[list[np.ndarray], list[int]]:
         """Arrays of all tiles of all images, and the number of visual tokens of each image part."""
         arrays, counts = [], []
-        for part in (p for m in sample.messages for p in m.parts if not isinstance(p, str)):
-            cut = [np.asarray(t) for t in self.cut(open_image(part, self.root, sample.origin))]
-            arrays += cut
-            counts.append(sum(a.shape[0] * a.shape[1] for a in cut) // (2 * self.config.vision.patch_size) ** 2)
+        parts = [p for m in sample.messages for p in m.parts]
+        pictures = [p for p in parts if not isinstance(p, str)]
+        video = any(isinstance(p, str) and p.endswith("Frame-1: ") for p in parts)  # as the released prompt announces frames
+        for picture in pictures:
+            pieces = prepare(open_image(picture, self.root, sample.origin), self.config, len(pictures), video)
+            pieces = [np.asarray(p) for p in pieces]
+            arrays += pieces
+            counts.append(sum(a.shape[0] * a.shape[1] for a in pieces) // (2 * self.config.vision.patch_size) ** 2)
         return arrays, counts
 
     def prompt(self, sample: Sample) -> tuple[list[int], list[np.ndarray]]:

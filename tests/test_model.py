@@ -1,5 +1,4 @@
 """The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
-import hashlib
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ import weights
 from adapter import pixel_shuffle
 from attention import Segments
 from conftest import SHARED
-from data import Encoder, Message, Sample, grid_for, normalise, tiles
+from data import Encoder, Message, Sample, normalise
 from llm import RMSNorm, rotate
 from packing import collate
 from vit import ViT
@@ -573,42 +572,3 @@ def test_an_index_that_maps_no_names_to_files_is_an_error_that_names_it(saved, w
     (saved / weights.INDEX).write_text(json.dumps({"weight_map": where}))
     with pytest.raises(ValueError, match=weights.INDEX):
         SailVL.from_pretrained(saved)
-
-
-# ------------------------------------------------------------------------------------------------------------ the tiler
-
-def chart(w, h):
-    """The test image of tiling.json: pixel (x, y) is (x*255//(w-1), y*255//(h-1), (x+y)%256)."""
-    x, y = np.arange(w)[None], np.arange(h)[:, None]
-    parts = np.broadcast_arrays(x * 255 // (w - 1), y * 255 // (h - 1), (x + y) % 256)
-    return Image.fromarray(np.stack(parts, -1).astype(np.uint8))
-
-
-@released
-def test_the_tiler_cuts_what_the_released_tiler_cuts():
-    entries, seen = json.loads((RELEASED / "tiling.json").read_text()), 0
-    pictures = {size: chart(*size) for size in {(e["width"], e["height"]) for e in entries}}
-    for e in entries:
-        w, h, side = e["width"], e["height"], e["image_size"]
-        assert grid_for(w, h, e["max_num"], side) == (e["grid_cols"], e["grid_rows"]), e
-        if side > 28:  # no hashes there; the number of tiles follows from the grid
-            columns, rows = e["grid_cols"], e["grid_rows"]
-            assert columns * rows + (columns * rows > 1) == e["tiles"], e
-            continue
-        cut = tiles(pictures[w, h], e["max_num"], side)
-        assert [hashlib.sha256(t.tobytes()).hexdigest()[:16] for t in cut] == e["sha256"] and len(cut) == e["tiles"], e
-        seen += 1
-    assert seen == 56 and len(entries) == 112
-
-
-def test_a_thumbnail_comes_last_when_wanted_and_only_beside_several_tiles():
-    wide, square = chart(200, 100), chart(50, 50)
-    assert len(tiles(square, 10, 28)) > 1 and len(tiles(square, 1, 28)) == 1
-    with_it, without = tiles(wide, 2, 28), tiles(wide, 2, 28, thumbnail=False)
-    assert [t.tobytes() for t in with_it[:-1]] == [t.tobytes() for t in without]
-    assert with_it[-1].tobytes() == wide.resize((28, 28)).tobytes()
-
-
-def test_between_grids_of_one_shape_the_larger_is_taken_when_the_image_fills_over_half_of_it():
-    assert grid_for(45, 45, 4, 32) == (1, 1)  # 2025 pixels of 2 * 2 * 32 * 32 = 4096
-    assert grid_for(46, 46, 4, 32) == (2, 2)  # 2116
