@@ -172,13 +172,15 @@ def test_a_noisy_loss_is_no_divergence():
 
 def test_a_blind_search_leaps_once_and_a_leap_that_fails_says_nothing():
     blind = [10.0, 9.0, 10.0, 9.0, 10.0]
-    search, *_ = forced(blind, up=3.0)
+    go = lambda trace: forced(blind * 3 + trace, up=3.0, window=(0.11, 1.0))
+    search, *_ = go([])
     assert search.trying and search.scale == pytest.approx(9.0)
-    assert forced(blind + line(10, -4), up=3.0)[0].scale == pytest.approx(9.0)
-    for trial in ([30.0], line(10, 0.1)):
-        failed, _, returned, states = forced(blind + trial, up=3.0)
-        assert actions(failed) == ["stay"] and failed.scale == 1.0 and returned[-1] == K and identical(states[-1], never(K))
-        again, *_ = forced(blind + trial + blind, up=3.0)
+    kept, *_ = go(line(9, -4))
+    assert actions(kept) == ["up"] and kept.scale == pytest.approx(9.0)
+    for trial in ([30.0], line(9.4, 0.1)):
+        failed, _, returned, states = go(trial)
+        assert actions(failed) == ["stay"] and failed.scale == 1.0 and returned[-1] == 3 * K and identical(states[-1], never(3 * K))
+        again, *_ = go(trial + blind)
         assert again.trying and again.scale == pytest.approx(3.0)
 
 
