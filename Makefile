@@ -22,7 +22,7 @@ real: $(VENV)/real        ## the same ladder on published data: easy-VQA, OpenMo
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 
 test: $(VENV)/test        ## the quick suite
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 readme: $(VENV)/core      ## regenerate the README's measured parts from runs/ and the tree
 	$(PY) readme.py

@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, the project root on the path, one small model, encoder and set of documents."""
+"""Shared by all tests: one thread (the suite runs in two processes), the project root on the path, one small model, encoder and set of documents."""
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from packing import Batches
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
 EVERY = {f: 1.0 for f in world.FAMILIES} | {"text": 0.2}
 

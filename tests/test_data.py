@@ -4,7 +4,6 @@ import json
 import random
 import re
 import struct
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
