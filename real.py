@@ -35,7 +35,7 @@ class Options:
     """Write train.jsonl, held_out.jsonl and images/ from the installed packages."""
     out: Path = Path("real")
     held_out: int = 600  # questions of easy-VQA's test split to keep
-    turns: int = 10  # questions of one picture in a training sample
+    turns: int = 6  # questions of one picture in a training sample
     seed: int = 0
 
 
