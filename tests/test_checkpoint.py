@@ -20,6 +20,7 @@ from conftest import made_up
 from safetensors.torch import load_file
 
 import checkpoint
+import packing
 import weights
 from checkpoint import RunDirectory, fault, latest
 from train import Stage, answers, train
@@ -155,7 +156,7 @@ def test_what_is_not_restored_is_noticed(tmp_path, config, tokenizer, whole, pla
     elif planted == "search":
         monkeypatch.setattr(checkpoint.AdaLRS, "load_state_dict", nothing)
     else:
-        monkeypatch.setattr(checkpoint.Counted, "load_state_dict", nothing)
+        monkeypatch.setattr(packing.Batches, "load_state_dict", nothing)
     assert forked(lambda: run(tmp_path, config, tokenizer)) == 0
     assert results(tmp_path)[0] != whole[0]
 

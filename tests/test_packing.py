@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -261,13 +260,22 @@ def test_a_plain_iterator_is_walked_again_to_where_it_was():
 
 
 def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
-    """SIGKILL at a random moment, twenty times: each life logs rows and commits a state after each step."""
+    """SIGKILL between any two file operations, twenty times: each life logs rows and commits a state after each step."""
     whole = [told(step) for _, step in zip(range(60), Batches(numbered(), CAPACITY, 4, 1, 0))]
     rng, kills = random.Random(0), 0
     log, state = tmp_path / "log", tmp_path / "state"
     while not log.is_file() or len(log.read_text().splitlines()) < 60:
+        last = rng.randint(1, 6) if kills < 20 else None  # the file operation after which this life ends
         child = os.fork()
         if child == 0:
+            operations = itertools.count(1)
+
+            def put(path, text):
+                (tmp_path / "new").write_text(text)
+                (tmp_path / "new").rename(path)
+                if next(operations) == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
             data = Batches(numbered(), CAPACITY, 4, 1, 0)
             done = 0
             if state.is_file():
@@ -276,16 +284,10 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
             lines = log.read_text().splitlines(True)[:done] if log.is_file() else []
             while done < 60:
                 lines, done = lines + [json.dumps(told(next(data))) + "\n"], done + 1
-                (tmp_path / "new").write_text("".join(lines))
-                (tmp_path / "new").rename(log)
-                (tmp_path / "new").write_text(json.dumps([done, data.state_dict()]))
-                (tmp_path / "new").rename(state)
+                put(log, "".join(lines))
+                put(state, json.dumps([done, data.state_dict()]))
             os._exit(0)
-        if kills < 20:
-            time.sleep(rng.uniform(0.005, 0.05))
-            os.kill(child, signal.SIGKILL)
-            kills += 1
-        os.waitpid(child, 0)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
     assert kills == 20 and [json.loads(line) for line in log.read_text().splitlines()] == whole
 
 
