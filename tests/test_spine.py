@@ -9,10 +9,11 @@ import torch
 from conftest import EVERY
 from PIL import Image
 
+import parallel
 import rewards
 import world
 from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
-from evaluate import blind_chance, swapped
+from evaluate import ask, blind_chance, swapped
 from packing import Batches, Rows, choose, collate
 from pretrain import run_stage, supervised
 from tokenizer import ADDED, Tokenizer, train_bpe
@@ -270,3 +271,17 @@ def test_chance_is_the_best_blind_strategy():
     prompts = [([1], [np.zeros((2, 2, 3))]), ([2], [np.ones((2, 2, 3))]), ([3], [])]
     out = swapped(prompts)
     assert out[0][1][0].max() == 1 and out[1][1][0].max() == 0 and out[2][1] == []
+
+
+def test_grading_on_two_ranks_gives_every_sample_its_own_answer(model, encoder, monkeypatch):
+    samples = [world.sample(i, 1, EVERY, test=True, turns=1) for i in range(7)]
+    alone, parts = ask(model, encoder, samples, max_new=6), {}
+    for rank in (1, 0):
+        def gather(mine, rank=rank):
+            parts[rank] = mine[0]
+            return [parts.get(r, []) for r in (0, 1)] if rank == 0 else [[None] * 4, mine[0]]
+
+        monkeypatch.setattr(parallel, "place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(parallel, "gather", gather)
+        together = ask(model, encoder, samples, max_new=6)
+    assert [a.ids for a in together] == [a.ids for a in alone] and len({tuple(a.ids) for a in alone}) > 1
