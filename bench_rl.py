@@ -46,6 +46,7 @@ class Options:
     moe_model: Path | None = None  # where every MoE run starts; none: the dense model, upcycled
     only: tuple[str, ...] = ("learn", "control", "ablate", "replay", "hack")
     names: tuple[str, ...] = ()  # of these groups only the runs with these names, e.g. dapo
+    kinds: tuple[str, ...] = ("dense", "moe")  # and of those only these
     seeds: int = 5
     effort: float = 1.0  # multiplies the updates of rl.TOY
     samples: int = 200  # held-out questions per family
@@ -69,7 +70,7 @@ def plan(o: Options) -> list[tuple[str, str, str, dict]]:
     unknown = set(o.only) - {group for group, *_ in runs}
     if unknown:
         raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(dict.fromkeys(g for g, *_ in runs))}")
-    return [run for run in runs if run[0] in o.only and (not o.names or run[1] in o.names)]
+    return [run for run in runs if run[0] in o.only and run[2] in o.kinds and (not o.names or run[1] in o.names)]
 
 
 def start(o: Options, kind: str):

@@ -49,8 +49,8 @@ TOY = {s.name: s for s in (
     Stage("soup-a", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=101, weighting="sqrt"),
     Stage("soup-b", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=102, weighting="sqrt"),
     Stage("moe-branch", ALL, REHEARSE | {"video": 0.5}, steps=40, rows=4, lr=1e-3, schedule="wsd", weighting="sqrt", seed=103),
-    Stage("long-cot", ALL, {"counting": 1.0, "charts": 1.0, "arithmetic": 1.0, "odd": 1.0}, steps=90, rows=2, length=1024, lr=2e-3, schedule="constant",
-          think=1.0, turns=1, optimizer="adamw"),
+    Stage("long-cot", ALL, {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}, steps=120, rows=2, length=1024, lr=5e-3, schedule="wsd",
+          think=1.0, turns=1),
     Stage("fusion", ALL, REHEARSE | {"video": 0.5}, steps=100, rows=4, lr=1e-3, think=0.1, optimizer="adamw"),
 )}
 
