@@ -12,6 +12,7 @@ Legend: P prompts, n samples each, B = P * n rows, T cache length, H query heads
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator, Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Answer:
 
 
 class Cache:
-    """Keys and values (layers, B, G, T, D), written in place; `lengths` (B,) counts what each row holds."""
+    """Keys and values (layers, B, G, T, D), written in place at (`rows`, `at`); `lengths` (B,) counts what each row holds."""
 
     def __init__(self, llm, lengths: list[int], room: int, like: Tensor):
         c = llm.config
@@ -42,28 +43,27 @@ class Cache:
         shape = (c.num_hidden_layers, len(lengths), c.num_key_value_heads, max(lengths) + room, c.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.segments = Segments.of(lengths, like.device)
-        self.rows = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), self.lengths)
+        self.rows, self.at = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), self.lengths), self.segments.positions()
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` for packed prompts (S tokens): store, then attend inside each prompt."""
-        at = self.segments.positions()
-        self.k[layer, self.rows, :, at], self.v[layer, self.rows, :, at] = k, v
+        self.k[layer, self.rows, :, self.at], self.v[layer, self.rows, :, self.at] = k, v
         return packed_attention(q, k, v, self.segments, causal=True)
+
+    def step(self) -> Tensor:
+        """Make ready for one more token a row; returns their positions (B,)."""
+        self.at, self.rows = self.lengths, torch.arange(len(self.lengths), device=self.lengths.device)
+        self.room = int(self.at.max()) + 1
+        self.seen = (torch.arange(self.room, device=self.at.device) <= self.at[:, None])[:, None, None]  # (B, 1, 1, room)
+        self.lengths = self.lengths + 1
+        return self.at
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` for one new token a row: q (B, H, D). The H/G query heads of a group share its keys uncopied."""
-        B, H, D = q.shape
-        rows = torch.arange(B, device=q.device)
-        self.k[layer, rows, :, self.lengths], self.v[layer, rows, :, self.lengths] = k, v
-        T = int(self.longest) + 1
-        seen = (torch.arange(T, device=q.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, T)
-        grouped = q.view(B, self.k.shape[2], -1, D)  # (B, G, H/G, D)
-        out = F.scaled_dot_product_attention(grouped, self.k[layer, :, :, :T], self.v[layer, :, :, :T], attn_mask=seen)
-        return out.reshape(B, H, D)
-
-    @property
-    def longest(self) -> int:
-        return int(self.lengths.max())
+        self.k[layer, self.rows, :, self.at], self.v[layer, self.rows, :, self.at] = k, v
+        grouped = q.view(len(q), self.k.shape[2], -1, q.shape[-1])  # (B, G, H/G, D)
+        keys, values = self.k[layer, :, :, :self.room], self.v[layer, :, :, :self.room]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.seen).reshape(q.shape)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
@@ -91,11 +91,13 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 @torch.no_grad()
-def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], end: int, max_new: int = 64, samples: int = 1,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, start: list[int] = ()) -> list[Answer]:
-    """prompts: (ids, image arrays) each, as from `Encoder.prompt` -> `samples` answers per prompt, in prompt order.
+def stream(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], end: int | tuple[int, ...], max_new: int = 64,
+           samples: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+           start: list[int] = ()) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens as they are chosen: each step yields (rows, ids, log-probabilities), (n,) each, of the rows that are still going.
 
-    `start` is appended to every prompt (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
+    prompts: (ids, image arrays) each, as from `Encoder.prompt`. Rows `p * samples` and on answer prompt p. `end`: one stop token
+    or several. `start` is appended to every prompt (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
     """
     if not prompts:
         raise ValueError("nothing to generate: no prompts")
@@ -112,27 +114,40 @@ def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], e
     rows = torch.arange(len(ids), device=device).repeat_interleave(samples)
     cache.select(rows)
     logits = llm.lm_head(last).index_select(0, rows)  # every sample of a group draws its own first token
-    B = len(rows)
-    out = torch.full((B, max_new), -1, dtype=torch.long, device=device)
-    scores = torch.zeros(B, max_new, device=device)
-    alive, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)  # of the cache's rows
+    # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
+    stops = torch.tensor([*ends(end), model.image_token_id], device=device)
+    alive, ended = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)  # of the cache's rows
     for t in range(max_new):
-        picked, score = choose(logits, temperature, top_k, top_p, generator)
+        picked, scores = choose(logits, temperature, top_k, top_p, generator)
         going = ~ended
-        out[alive[going], t], scores[alive[going], t] = picked[going], score[going]
-        # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
-        ended = ended | (picked == end) | (picked == model.image_token_id)
+        yield alive[going], picked[going], scores[going]
+        ended = ended | torch.isin(picked, stops)
         if t + 1 == max_new or bool(ended.all()):
-            break
+            return
         if ended.float().mean() > 0.25:  # drop ended rows, but not at every step: each drop copies the cache
             keep = (~ended).nonzero()[:, 0]
             cache.select(keep)
             alive, picked, ended = alive[keep], picked[keep], ended[keep]
-        hidden = llm(llm.embed(picked), cache.lengths, cache.decode)  # (B, C)
-        cache.lengths += 1
-        logits = llm.lm_head(hidden)
+        logits = llm.lm_head(llm(llm.embed(picked), cache.step(), cache.decode))  # (B, V)
+
+
+def ends(end: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (end,) if isinstance(end, int) else tuple(end)
+
+
+def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], end: int | tuple[int, ...], max_new: int = 64,
+             samples: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+             start: list[int] = ()) -> list[Answer]:
+    """Whole answers, `samples` per prompt, in prompt order. Arguments and errors are those of `stream`."""
+    B = len(prompts) * samples
+    device = model.language_model.lm_head.weight.device
+    out = torch.full((B, max_new), -1, dtype=torch.long, device=device)
+    scores = torch.zeros(B, max_new, device=device)
+    steps = stream(model, prompts, end, max_new, samples, temperature, top_k, top_p, seed, start)
+    for t, (rows, picked, score) in enumerate(steps):
+        out[rows, t], scores[rows, t] = picked, score
     counts = (out >= 0).sum(1).tolist()
-    return [Answer(i // samples, row[:n], score[:n], row[n - 1] == end)
+    return [Answer(i // samples, row[:n], score[:n], row[n - 1] in ends(end))
             for i, (row, score, n) in enumerate(zip(out.tolist(), scores.tolist(), counts))]
 
 
@@ -156,16 +171,25 @@ class Ask:
     top_p: float = 1.0
     samples: int = 1
     seed: int = 0
+    device: str = "cpu"  # cuda, npu, mps
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def main(o: Ask) -> int:
-    model, tokenizer = load(o.model)
+    model, tokenizer = load(o.model, o.device, getattr(torch, o.dtype))
     question = f"{o.prompt} {tokenizer.think_prompt}" if o.think else o.prompt
     parts = [p for path in o.image for p in (open_image(path), "\n")]
     encoder = Encoder(tokenizer, model.config)
     prompt = encoder.prompt(Sample((Message("user", (*parts, question)),)))
-    for answer in generate(model, [prompt], tokenizer.end, o.max_new, o.samples, o.temperature, o.top_k, o.top_p, o.seed):
-        print(tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids))
+    how = (tokenizer.end, o.max_new, o.samples, o.temperature, o.top_k, o.top_p, o.seed)
+    if o.samples == 1:  # print as it is written
+        ids = (int(picked) for _, picked, _ in stream(model, [prompt], *how))
+        for piece in tokenizer.stream(i for i in ids if i != tokenizer.end):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for answer in generate(model, [prompt], *how):
+            print(tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids))
     return 0
 
 

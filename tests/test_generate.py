@@ -9,7 +9,7 @@ from PIL import Image
 import world
 from conftest import EVERY
 from data import Encoder, Message, Sample, normalise
-from generate import choose, generate
+from generate import choose, generate, stream
 
 NEVER = 10**6  # an end token that no vocabulary has
 
@@ -53,6 +53,44 @@ def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(mo
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.ids) == 12
         assert recompute(model, prompt, answer.ids).argmax(-1).tolist() == answer.ids  # by induction over the tokens
+
+
+def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_random_prompts(model, encoder):
+    rng = np.random.default_rng(0)
+    drawn = [encoder.prompt(world.sample(i, 7, EVERY)) for i in range(32)]
+    words = [(rng.integers(0, 256, rng.integers(1, 90)).tolist(), []) for _ in range(32)]
+    prompts = [p for pair in zip(drawn, words) for p in pair]
+    together = generate(model, prompts, NEVER, max_new=8)
+    for prompt, answer in zip(prompts, together, strict=True):
+        streamed = []
+        for rows, ids, scores in stream(model, [prompt], NEVER, max_new=8):
+            streamed.append(int(ids))
+            row = torch.tensor([prompt[0] + streamed[:-1]])
+            with torch.no_grad():  # nothing cached: the whole sequence again for each token
+                full = model(row, normalise(prompt[1]) if prompt[1] else None)[0, -1].log_softmax(-1)
+            assert int(full.argmax()) == streamed[-1] and abs(float(full.max() - scores)) < 1e-5
+        assert streamed == answer.ids and len(streamed) == 8
+
+
+def test_a_stream_yields_each_token_before_the_next_is_computed(model, prompts):
+    forwards = []
+    model.language_model.register_forward_hook(lambda module, inputs, output: forwards.append(1))
+    tokens = stream(model, prompts[:2], NEVER, max_new=5, samples=3, temperature=1.0, seed=2)
+    steps = []
+    for n, (rows, ids, scores) in enumerate(tokens, 1):
+        assert len(forwards) == n and rows.tolist() == list(range(6))
+        steps.append(ids.tolist())
+    answers = generate(model, prompts[:2], NEVER, max_new=5, samples=3, temperature=1.0, seed=2)
+    assert [a.ids for a in answers] == [list(row) for row in zip(*steps)]
+
+
+def test_any_of_several_stop_tokens_ends_an_answer(model, prompts):
+    free = generate(model, prompts, NEVER, max_new=12)
+    one = stop_in(free)
+    other = next(a.ids[4] for a in free if one not in a.ids)
+    for a, b in zip(generate(model, prompts, (one, other), max_new=12), free, strict=True):
+        n = min([b.ids.index(t) + 1 for t in (one, other) if t in b.ids], default=12)
+        assert a.ids == b.ids[:n] and a.finished == (a.ids[-1] in (one, other))
 
 
 @pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (0.7, 0), (0.7, 5)])

@@ -96,17 +96,20 @@ def test_the_2b_preset_has_exactly_the_490_released_names_and_the_released_confi
     assert replace(read.text, tie_word_embeddings=False) == model.config.text  # the config says tied, the file is not
 
 
-@pytest.mark.parametrize("preset, parameters", [("SAIL-VL2-2B", 2_730_565_120), ("SAIL-VL2-8B", 8_914_730_496)])
+@pytest.mark.parametrize("preset, parameters", [("SAIL-VL2-2B", 2_730_565_120), ("SAIL-VL2-8B", 8_914_730_496),
+                                                ("SAIL-VL2-30B-A3B", 682_031_616 + 30_532_122_624 + 16_793_600),
+                                                ("SAIL-VL2-1B", 682_031_616 + 596_049_920 + 7_354_368)])
 def test_a_preset_has_exactly_the_published_number_of_parameters(preset, parameters):
     with torch.device("meta"):
         model = SailVL(PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_sail_vit_large_at_448_pixels_has_exactly_the_published_number_of_parameters():
+@pytest.mark.parametrize("size, parameters", [("large", 309_984_256), ("huge", 682_031_616)])
+def test_sail_vit_at_448_pixels_has_exactly_the_published_number_of_parameters(size, parameters):
     with torch.device("meta"):
-        model = ViT(replace(SAIL_VIT["large"], image_size=448))
-    assert sum(p.numel() for p in model.parameters()) == 309_984_256
+        model = ViT(SAIL_VIT[size])
+    assert model.config.image_size == 448 and sum(p.numel() for p in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -298,8 +301,9 @@ def test_images_of_different_sizes_have_together_the_features_they_have_alone(co
         close(together, vit(image[None])[0])
 
 
-@torch.no_grad()
-def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(model, config, tokenizer):
+@pytest.fixture(scope="session")
+def sizes(config, tokenizer):
+    """Four documents with two, one, no and one image, all of different sizes."""
     encoder = Encoder(tokenizer, replace(config, any_resolution=True))
     rng = np.random.default_rng(0)
 
@@ -307,11 +311,39 @@ def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(mode
         pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
         return encoder(Sample((Message("user", (*pictures, "what?")), Message("assistant", ("that",)))))
 
-    group = [document((40, 70), (100, 33)), document((32, 32)), document(), document((16, 160))]
-    batch = collate([group[:2], group[2:]], None, tokenizer.pad)
+    return [document((40, 70), (100, 33)), document((32, 32)), document(), document((16, 160))]
+
+
+@torch.no_grad()
+def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(model, sizes, tokenizer):
+    batch = collate([sizes[:2], sizes[2:]], None, tokenizer.pad)
     assert isinstance(batch.images, list) and len({i.shape for i in batch.images}) == 4
-    for d, together in zip(group, logits_of(model, batch), strict=True):
-        close(together, alone(model, d), 2e-5)
+    for d, together in zip(sizes, logits_of(model, batch), strict=True):
+        close(together, alone(model, d))
+
+
+def test_gradients_of_packed_documents_of_any_resolution_are_the_sum_of_those_alone(model, sizes, tokenizer):
+    def gradients(group):
+        batch = collate(group, None, tokenizer.pad)
+        logits = model(batch.ids, batch.images, batch.positions, batch.segments)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none") * batch.weights.flatten()
+        return torch.autograd.grad(loss.sum(), list(model.parameters()))
+
+    apart = [gradients([[d]]) for d in sizes]
+    for (name, _), g, *parts in zip(model.named_parameters(), gradients([sizes[:2], sizes[2:]]), *apart, strict=True):
+        assert g.norm() > 0 and (g - sum(parts)).norm() <= 1e-5 * g.norm(), name
+
+
+@torch.no_grad()
+def test_changing_one_image_of_any_resolution_leaves_the_other_documents_bit_identical(model, sizes, tokenizer):
+    def logits(group):
+        return logits_of(model, collate([group[:2], group[2:]], None, tokenizer.pad))
+
+    before = logits(sizes)
+    for i in (0, 1, 3):
+        other = replace(sizes[i], images=(255 - sizes[i].images[0], *sizes[i].images[1:]))
+        after = logits(sizes[:i] + [other] + sizes[i + 1:])
+        assert [torch.equal(a, b) for a, b in zip(before, after)] == [j != i for j in range(4)]
 
 
 @torch.no_grad()
