@@ -1,7 +1,8 @@
 """How fast is decoding? Against transformers' `generate`, with the same random weights, in the same process.
 
     python bench_generate.py                         # 4 prompts x 8 samples, the toy's language model
-    python bench_generate.py --layers 8 --width 512
+    python bench_generate.py --layers 8 --width 256
+    python bench_generate.py --longest 64            # short prompts: nothing to share
 
 The language model is written in Qwen3's layout and read by transformers. Prompts are random ids of different lengths, text
 only, sampled at temperature 1 to exactly `--max-new` tokens (no end token), so that both do the same work. Ours runs a prompt
@@ -24,7 +25,7 @@ class Options:
     """Race our decoding against transformers' on the same weights."""
     prompts: int = 4
     samples: int = 8
-    longest: int = 64  # tokens of the longest prompt; the others have 1/n, 2/n, ... of it
+    longest: int = 256  # tokens of the longest prompt (one tile has 256); the others have 1/n, 2/n, ... of it
     max_new: int = 64
     width: int = 128
     layers: int = 4
@@ -57,8 +58,8 @@ def main(o: Options) -> int:
             times.append(time.perf_counter() - began)
     a, b = map(min, seconds)
     tokens = o.prompts * o.samples * o.max_new
-    print(f"{o.prompts} prompts x {o.samples} samples x {o.max_new} tokens, {o.layers} layers of {o.width}: ours {tokens / a:.0f} tokens a "
-          f"second, transformers {tokens / b:.0f}: {b / a:.1f} times")
+    print(f"{o.prompts} prompts of {lengths[0]} to {o.longest} tokens x {o.samples} samples x {o.max_new} tokens, {o.layers} layers of {o.width}: "
+          f"ours {tokens / a:.0f} tokens a second, transformers {tokens / b:.0f}: {b / a:.1f} times")
     return 0
 
 

@@ -101,8 +101,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = x.dtype in (torch.float32, torch.float64)
-        return (FusedRMSNorm.apply if whole else rms_norm)(x, self.weight, self.eps)
+        by_hand = torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64)
+        return (FusedRMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -431,12 +431,16 @@ def test_replayed_routing_keeps_the_experts_and_still_trains_the_router(config, 
     total.backward()
     gates = [block.mlp.gate.weight for block in model.language_model.model.layers]
     assert all(g.grad.abs().sum() > 0 for g in gates)
-    with torch.no_grad():
-        for g in gates:
-            g += 0.5 * torch.randn(g.shape, generator=torch.Generator().manual_seed(2))
-    moved = rl.policy(stage)(model, batch)[1]
-    free = rl.policy(stage)(model, replace(batch, choices=None))[1]
-    assert moved["rerouted"] / batch.weight > 0.05 and moved["spread"] < free["spread"]
+    start, moved, free = [g.clone() for g in gates], [], []
+    for seed in range(8):  # a single move of the routers may happen to say the opposite
+        with torch.no_grad():
+            for g, was in zip(gates, start):
+                g.copy_(was + 0.3 * torch.randn(g.shape, generator=torch.Generator().manual_seed(seed)))
+        moved.append(rl.policy(stage)(model, batch)[1])
+        free.append(rl.policy(stage)(model, replace(batch, choices=None))[1])
+    assert all(m["rerouted"] / batch.weight > 0.05 for m in moved)
+    print(sum(m["spread"] for m in moved), sum(f["spread"] for f in free))
+    assert sum(m["spread"] for m in moved) < 0.9 * sum(f["spread"] for f in free)
 
 
 def test_replaying_the_live_choices_is_the_live_layer(config):
