@@ -14,7 +14,8 @@ import tyro
 
 import parallel
 from checkpoint import RunDirectory
-from data import Encoder, Faults, Folder
+from data import Encoder, Faults
+from readers import Folder
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 from world import FAMILIES, World, corpus

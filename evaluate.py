@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import parallel
-from data import BadSample, Encoder, Folder, Sample, with_thinking
+from data import BadSample, Encoder, Sample, with_thinking
+from readers import Folder
 from generate import Answer, generate, load
 from rewards import answer_reward, box_iou, phrase_f1, same
 from tokenizer import Tokenizer

@@ -81,7 +81,7 @@ def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=par
 
 def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,
               faults: Faults | None = None) -> Run:
-    """One supervised stage on a source (`world.World` or `data.Folder`), in place."""
+    """One supervised stage on a source (`world.World` or `readers.Folder`), in place."""
     faults = faults or Faults()
     run = train(model, stage, supervised(source, stage, encoder, faults, world), answers_of(stage), world, directory)
     if faults.counts and world.main:

@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import weights
-from data import Encoder, Folder
+from data import Encoder
+from readers import Folder
 from evaluate import evaluate
 from generate import load
 from world import FAMILIES, World

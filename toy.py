@@ -33,9 +33,10 @@ import rl
 import sft
 import world
 from curate import rejection_sample
-from data import Encoder, Faults, Folder, Sample, normalise, open_image, with_thinking
+from data import Encoder, Faults, Sample, normalise, open_image, with_thinking
 from evaluate import Graded, Score, ask, evaluate, family_of, summary, text_of
 from packing import Batch, collate
+from readers import Folder
 from rewards import format_reward, split_think
 from soup import average, distance
 from train import Run, answers

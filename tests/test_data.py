@@ -14,7 +14,8 @@ from PIL import Image, ImageFile
 
 import world
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Folder, Message, Sample, open_image, with_thinking
+from data import BadSample, Encoder, Faults, Message, Sample, open_image, with_thinking
+from readers import Folder
 from stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 

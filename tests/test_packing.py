@@ -378,3 +378,25 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     split = step(parts)
     assert split[:2] == pytest.approx(whole[:2], rel=1e-6) and whole[1] > 0
     assert (split[2] - whole[2]).norm() <= 1e-6 * whole[2].norm()
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample", "sqrt"])
+def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(model, encoder, weighting):
+    """In fp32. Ranks are played one after another: their gradients are summed, as parallel.sum_gradients does."""
+    given = [replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i)) for i in range(60)]
+    steps = {(size, accumulate): [b for rank in range(size) for b in next(Batches(given, 512, 4, accumulate, 0, rank, size, 16, lanes=4))]
+             for size, accumulate in ((1, 1), (1, 4), (2, 2), (4, 1))}
+    inside = [given[int(name)] for b in steps[1, 1] for name in b.owners if name != "padding"]
+
+    def gradient(parts: list) -> torch.Tensor:
+        weight = sum(b.weight for b in parts)
+        for b in parts:
+            (answers(model, b)[0] / weight).backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return found
+
+    alone = gradient([collate([[d]], None, 0) for d in inside])
+    assert sum(b.weight for b in steps[1, 1]) == pytest.approx(sum(float(d.weights.sum()) for d in inside), rel=1e-5)
+    for how, parts in steps.items():
+        assert (gradient(parts) - alone).norm() <= 1e-5 * alone.norm(), how

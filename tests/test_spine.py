@@ -12,10 +12,11 @@ from PIL import Image
 import parallel
 import rewards
 import world
-from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
+from data import BadSample, Document, Faults, Message, Sample, open_image, with_thinking
 from evaluate import ask, blind_chance, swapped
 from packing import Batches, Rows, choose, collate
 from pretrain import run_stage, supervised
+from readers import Folder
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import SailVL
