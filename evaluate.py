@@ -159,7 +159,7 @@ def main(o: Options) -> int:
     model, tokenizer = load(o.model)
     folder = Folder(o.data, o.images)
     encoder, usable = Encoder(tokenizer, model.config, folder.root), []
-    for s in folder.samples[: o.limit or None]:
+    for s in folder.first(o.limit):
         try:
             encoder.prompt(s)
             usable.append(s)

@@ -28,7 +28,6 @@ import json
 import re
 import tarfile
 from array import array
-from collections import defaultdict
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -350,7 +349,7 @@ def shard(row: dict) -> tuple[Message, ...]:
     return dialogue([("user", "<image>\n" + ask), ("assistant", answer)], images[:1])
 
 
-def to_sample(row: dict, origin: str, d: "Dataset") -> Sample:
+def to_sample(row: dict, origin: str, root: Path, d: "Dataset") -> Sample:
     """Fields -> Sample. Raises BadSample."""
     try:
         facts = row.get("facts")
@@ -377,21 +376,22 @@ def to_sample(row: dict, origin: str, d: "Dataset") -> Sample:
         raise BadSample(e.reason, f"{origin}: {e.args[1]}") from e
     except (*WRONG, binascii.Error) as e:
         raise BadSample("malformed record", f"{origin}: {type(e).__name__} {e}"[:300]) from e
-    return Sample(messages, task, origin, facts, d.root, d.max_tiles)
+    return Sample(messages, task, origin, facts, root, d.max_tiles)
 
 
 # --------------------------------------------------------------------------------------------------------------- sources
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of a mixture. weight: how often it is drawn (0: by its size); epochs: how often it may be read (0: without
-    end); cap: at most so many of its records, a share of them when below 1 (0: all); max_tiles: for all images of a sample
-    together (0: as the model); min_rating: FineVision's turns below it are left out."""
+    """One entry of a mixture. weight: how often it is drawn (0: by its size, times `repeat`); epochs: how often it may be read
+    (0: without end); cap: at most so many of its records, a share of them when below 1 (0: all), evenly spaced; max_tiles: for
+    all images of a sample together (0: as the model); min_rating: FineVision's turns below it are left out."""
     data: str
     images: str = ""
     weight: float = 0.0
     epochs: float = 0.0
     cap: float = 0.0
+    repeat: float = 1.0
     task: str = ""
     max_tiles: int = 0
     min_rating: int = 0
@@ -405,9 +405,9 @@ class Dataset:
             raise ValueError(f"--data {self.data}: no such file, folder or pattern of {', '.join(SPANS)} files")
         return found
 
-    @cached_property
-    def root(self) -> Path:
-        return Path(self.images) if self.images else self.files[0].parent
+    def root(self, file: Path) -> Path:
+        """Where the image paths of one of its files start."""
+        return Path(self.images) if self.images else file.parent
 
 
 def mixture_of(path: Path, images=None) -> list[Dataset]:
@@ -438,8 +438,8 @@ def read_meta(path: Path) -> list[Dataset]:
             if wrong := set(e) - set(wanted):
                 raise ValueError(f"{path}: dataset {name!r}: unknown key {sorted(wrong)[0]!r}; keys are {', '.join(wanted)}")
         entries = {name: {"data": e["annotation"], "images": e.get("root", ""), "max_tiles": e.get("max_dynamic_patch", 0),
-                          "cap": min(1.0, e.get("repeat_time", 1)) % 1, "epochs": 0.0, "task": "",
-                          "weight": -float(max(1.0, e.get("repeat_time", 1)))} for name, e in meta.items()}
+                          "cap": min(1.0, e.get("repeat_time", 1)) % 1, "repeat": max(1.0, e.get("repeat_time", 1))}  # below 1 it is a share
+                   for name, e in meta.items()}
     else:
         return []
     return [Dataset(**(e | {"data": str(here / e["data"])} | ({"images": str(here / e["images"])} if e.get("images") else {})))
@@ -447,7 +447,7 @@ def read_meta(path: Path) -> list[Dataset]:
 
 
 class Folder:
-    """A user's data as a source: `stream` for training, `samples` to look at. Its records stay on disk; spans are kept.
+    """A user's data as a source: `stream` for training, `first` to look at. Its records stay on disk; spans are kept.
 
     Raises ValueError when nothing can be used. `faults` counts what the first look finds; the rest is counted when it is read.
     """
@@ -455,20 +455,21 @@ class Folder:
     def __init__(self, path, images=None, strict: bool = False):
         self.path, self.faults = Path(path), Faults(strict)
         self.datasets = mixture_of(self.path, images)
-        self.root = self.datasets[0].root if len(self.datasets) == 1 else None
+        self.root = self.datasets[0].root(self.datasets[0].files[0]) if len(self.datasets) == 1 else None
         self.files, spans, self.groups = [], array("q"), {}
         for k, d in enumerate(self.datasets):
-            mine: dict[str, array] = defaultdict(lambda: array("q"))
+            first, tasks, names = len(spans) // 4, array("q"), {}  # of each record its task, as a number
             for file in d.files:
                 for span in SPANS[file.suffix](file):
                     task = self.look(file, span, d)
                     if task is not None:
-                        mine[task].append(len(spans) // 4)
+                        tasks.append(names.setdefault(task, len(names)))
                         spans.extend((len(self.files), *span))
                 self.files.append((file, k))
-            for task, records in mine.items():
-                most = int(d.cap if d.cap >= 1 else d.cap * len(records)) or len(records)
-                self.groups[k, task] = torch.tensor(records[:: max(1, len(records) // most)][:most] if most < len(records) else records)
+            most = int(d.cap if d.cap >= 1 else d.cap * len(tasks)) or len(tasks)
+            kept = torch.arange(min(most, len(tasks))) * len(tasks) // max(1, min(most, len(tasks)))
+            of = torch.tensor(tasks)[kept]
+            self.groups |= {(k, task): first + kept[of == number] for task, number in names.items() if (of == number).any()}
         if not spans:
             raise ValueError(f"{self.path}: 0 usable samples\n{self.faults.report()}")
         self.spans = torch.tensor(spans).view(-1, 4)  # tensors, so that worker processes share them
@@ -489,32 +490,32 @@ class Folder:
     def __len__(self) -> int:
         return len(self.spans)
 
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """All of them, in memory: for grading and small files. Pixels stay on disk unless the container holds them."""
-        found = [self[i] for i in range(len(self))]
-        for bad in found:
-            if isinstance(bad, BadSample):
-                self.faults.add(bad)
-        return [s for s in found if isinstance(s, Sample)]
+    def first(self, most: int = 0) -> list[Sample]:
+        """The first usable ones, or all: for grading and small files. Pixels stay on disk unless the container holds them."""
+        found: list[Sample] = []
+        for i in range(len(self)):
+            if isinstance(sample := self[i], Sample):
+                found.append(sample)
+            else:
+                self.faults.add(sample)
+            if len(found) == most:
+                break
+        return found
 
     def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> "Picked":
-        """Tasks named in the mixture are drawn by weight; data without any of those tasks is drawn by the datasets' weights, or
-        whole. `turns` is for sources that make their questions: a file has those that it has."""
-        tasks = {t for _, t in self.groups}
-        keys = list(self.groups)
+        """Tasks named in the mixture are drawn by weight; data without any of those tasks is drawn by the datasets' weights.
+        `turns` is for sources that make their questions: a file has those that it has."""
+        tasks, keys = {t for _, t in self.groups}, list(self.groups)
         if tasks & set(mixture):
             parts = {t: [k for k in keys if k[1] == t] for t in mixture if t in tasks and mixture[t] > 0}
-            weights = {t: mixture[t] for t in parts}
-        elif any(d.weight or d.epochs for d in self.datasets):
-            parts = {k: [key for key in keys if key[0] == k] for k in range(len(self.datasets))}
-            sizes = {k: sum(len(self.groups[key]) for key in found) for k, found in parts.items()}
-            weights = {k: d.weight if d.weight > 0 else sizes[k] * (-d.weight or 1.0) for k, d in enumerate(self.datasets)}
+            weights = [mixture[t] for t in parts]
         else:
-            parts, weights = {0: keys}, {0: 1.0}
+            parts = {k: found for k in range(len(self.datasets)) if (found := [key for key in keys if key[0] == k])}
+            weights = [self.datasets[k].weight or self.datasets[k].repeat * sum(len(self.groups[key]) for key in found)
+                       for k, found in parts.items()]
         records = [torch.cat([self.groups[key] for key in found]) for found in parts.values()]
-        epochs = [max(self.datasets[k].epochs for k, _ in found) for found in parts.values()]
-        return Picked(self, Order(records, list(weights.values()), epochs, seed))
+        epochs = [[self.datasets[k].epochs for k, _ in found] for found in parts.values()]
+        return Picked(self, Order(records, weights, [max(e) if min(e) else 0 for e in epochs], seed))
 
 
 class Picked(Drawn):
@@ -543,7 +544,7 @@ class Picked(Drawn):
 def read(path: Path, a: int, b: int, number: int, d: Dataset) -> Sample | BadSample:
     origin = f"{path.name}:{number}"
     try:
-        return to_sample(fields_of(path, a, b), origin, d)
+        return to_sample(fields_of(path, a, b), origin, d.root(path), d)
     except BadSample as e:
         return e
     except (OSError, *WRONG) as e:

@@ -79,7 +79,7 @@ class Ladder:
         if o.data:
             self.source, held = Folder(o.data / "train.jsonl"), Folder(o.data / "held_out.jsonl")
             self.groups: dict[str, list[Sample]] = {}
-            for s in held.samples:
+            for s in held.first():
                 self.groups.setdefault(family_of(s), []).append(s)
         else:
             self.source = world.World()

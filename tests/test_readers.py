@@ -17,9 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Message, Sample, Video, frames_of
+from data import BadSample, Encoder, Faults, Message, Sample, Video, frames_of, open_image
 from packing import Batches
 from readers import Folder
 from stream import RUN, WINDOW, Documents, Order, Walk
@@ -44,7 +43,7 @@ def say(sample: Sample) -> list:
 
 
 def colors(sample: Sample, root: Path) -> list[tuple]:
-    return [data.open_image(p, sample.root or root).getpixel((3, 3)) for m in sample.messages for p in m.parts if not isinstance(p, str)]
+    return [open_image(p, sample.root or root).getpixel((3, 3)) for m in sample.messages for p in m.parts if not isinstance(p, str)]
 
 
 @pytest.fixture
