@@ -226,6 +226,29 @@ def test_a_mixture_is_drawn_by_weight_within_its_epochs_and_caps(root):
     assert set(x[0] for x in take(folder.stream({"bee": 1.0, "other": 9.0}, 0), 30)) == {"b"}
 
 
+def test_a_cap_counts_all_tasks_of_a_dataset_and_internvls_repeat_is_a_share_or_a_weight(root):
+    rows = [record(f"{i}?", f"a{i}", task="even" if i % 2 == 0 else "odd") for i in range(100)]
+    (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    written(root, "b", 50)
+    (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl", "cap": 66, "epochs": 1}}}))
+    kept = sorted(int(a[1:]) for a in take(Folder(root / "mix.json").stream({}, 0), 1000))
+    assert len(kept) == 66 and kept == [i * 100 // 66 for i in range(66)]
+    (root / "meta.json").write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.3},
+                                                "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 3}}))
+    seen = Counter(take(Folder(root / "meta.json").stream({}, 0), 3600))
+    assert len([a for a in seen if a[0] == "a"]) == 30 and len(seen) == 80
+    assert 4 < sum(n for a, n in seen.items() if a[0] == "b") / sum(n for a, n in seen.items() if a[0] == "a") < 6  # 150 to 30
+
+
+def test_image_paths_start_beside_their_own_file(root):
+    for name, body in (("x", RED), ("y", BLUE)):
+        (root / name).mkdir()
+        (root / name / "i.png").write_bytes(body)
+        (root / name / "my.jsonl").write_text(json.dumps(record("<image>?", name, "i.png")))
+    folder = Folder(root / "*" / "my.jsonl")
+    assert [colors(folder[i], Path("/nowhere"))[0] for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
+
+
 @pytest.mark.parametrize("wrong", [{"data": "a.jsonl", "wieght": 1}, {"weight": 1.0}, {"data": "no.jsonl"}])
 def test_a_mixture_with_an_unknown_key_or_file_is_an_error_that_names_it(root, wrong):
     written(root, "a", 3)
