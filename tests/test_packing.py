@@ -333,6 +333,8 @@ def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
         state = data.state_dict()
         if rank == 0:
             begun.write_text(json.dumps(state))
+    uneven = Batches(Documents(made_of([CAPACITY, 4] * 40), None, None), CAPACITY, 4, 1, 0, rank, 2, lanes=4)
+    (place / f"uneven-{rank}").write_text(json.dumps([sum(b.weight for b in step) for step in uneven]))
     torch.distributed.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -349,7 +351,7 @@ def two_ranks(place: Path, tokenizer, config) -> None:
 
 
 def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp_path, tokenizer, config):
-    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: both see as many steps."""
+    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: it gets padding till the end."""
     everything = sorted(f"{name}{i}" for name in "ab" for i in range(100) if i % 10 != 3)
 
     def alone() -> Batches:
@@ -360,6 +362,8 @@ def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp
     data = alone()
     data.load_state_dict(json.loads((tmp_path / "state").read_text()))
     assert len(first) > 30 and sorted(first + said(data, tokenizer)) == everything
+    long, short = [json.loads((tmp_path / f"uneven-{rank}").read_text()) for rank in range(2)]
+    assert len(long) == len(short) == 20 and min(long) > 0 and not any(short[1:])
 
     data = alone()
     first = said([next(data) for _ in range(3)], tokenizer)
