@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tyro.conf import Positional
 
+from cli import new_model
 from data import Document, Encoder, Faults, normalise
 from packing import Batches, Rows, Size, collate, example, naive
 from readers import Folder
@@ -28,6 +29,7 @@ from stream import Documents, Drawn
 from tokenizer import Tokenizer
 from train import answers
 from vlm import PRESETS, SailVL
+from world import World
 
 CAPACITY, SHORTER = 2048, 4
 
@@ -59,8 +61,8 @@ def turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
 
 
 def packing(o: Options) -> None:
-    config = PRESETS["toy"]
-    model = SailVL(config).init_weights(0)
+    model, _ = new_model("toy", World())
+    config = model.config
     rng = np.random.default_rng(o.seed)
     side = config.vision.image_size
     per_tile = (side // (2 * config.vision.patch_size)) ** 2
@@ -72,7 +74,7 @@ def packing(o: Options) -> None:
         labels = np.append(ids[1:], -100)
         labels[:per_tile * tiles] = -100
         pictures = tuple(np.zeros((side, side, 3), np.uint8) for _ in range(tiles))
-        documents.append(Document(ids, labels, (labels >= 0).astype(np.float32), pictures, "", "", {}))
+        documents.append(Document(ids, labels, (labels >= 0).astype(np.float32), pictures, "", "", {}, vision=tiles))
 
     def pass_over(groups: list, capacity: int | None) -> Callable[[], object]:
         batches = [collate(group, capacity, 0) for group in groups]
@@ -107,31 +109,28 @@ def vision(o: Options) -> None:
         high = max(h for h in range(1, int(units ** 0.5) + 1) if units % h == 0)
         return rng.integers(0, 255, (2 * patch * high, 2 * patch * (units // high), 3), dtype=np.uint8)
 
-    blind = [Size(d.tokens, 0) for d in sizes]
-    twins = {id(b): d for b, d in zip(blind, sizes)}
-    rules = {"naive stream": list(naive(iter(sizes), CAPACITY)), "tokens only": [[twins[id(b)] for b in row] for row in Rows(iter(blind), CAPACITY)],
-             "ours": list(Rows(iter(sizes), CAPACITY))}
+    measures = {"tokens only": lambda v: 0, "patches": lambda v: v, "work": lambda v: c.vision.work(v * patch ** 2)}  # v patches
+    rules = {"naive stream": list(naive(iter(sizes), CAPACITY))}
+    for name, measure in measures.items():
+        twins = [Size(d.tokens, measure(d.vision), str(i)) for i, d in enumerate(sizes)]
+        rules[name] = [[sizes[int(d.origin)] for d in row] for row in Rows(iter(twins), CAPACITY)]
     images = {id(d): normalise([picture(d.vision)]) for d in sizes if d.vision}
+    patches = sum(d.vision for d in sizes)
 
-    def work(row: list[Size]) -> None:
+    def row_seconds(row: list[Size]) -> float:
         pixels = [images[id(d)][0] for d in row if d.vision]
-        if pixels:
-            vit(pixels)
+        return timed(lambda: vit(pixels)) if pixels else 0.0
 
     with torch.no_grad():
         for name, rows in rules.items():
-            rows = rows[:len(rows) // 2 * 2 - 2]
-            cost = [statistics.median(timed(lambda row=row: work(row)) for _ in range(o.rounds)) for row in rows]
+            cost = [min(row_seconds(row) for _ in range(2)) for row in rows[:len(rows) // 2 * 2]]
             slower = sum(max(cost[i:i + 2]) for i in range(0, len(cost), 2))
-            patches = sum(d.vision for row in rows for d in row)
-            print(f"{name:14s} slower rank {1e6 * slower / patches:6.3f} us a patch, mean of both {1e6 * sum(cost) / 2 / patches:6.3f}; "
-                  f"max / mean {slower / (sum(cost) / 2):.3f}")
+            print(f"{name:14s} {len(rows):4d} rows, slower rank's ViT {1e6 * slower / patches:6.2f} us a patch, mean of both "
+                  f"{1e6 * sum(cost) / 2 / patches:6.2f}; max / mean {slower / (sum(cost) / 2):.3f}")
 
 
 def decode(o: Options) -> None:
     """448 x 448 tiles: a JPEG of 1344 x 896 is six and a thumbnail."""
-    from cli import new_model
-    from world import World
     with tempfile.TemporaryDirectory() as place:
         rng = np.random.default_rng(o.seed)
         noise = Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8)).resize((1344, 896), Image.BICUBIC)  # photograph-like

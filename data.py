@@ -80,7 +80,8 @@ class Sample:
 @dataclass(frozen=True)
 class Document:
     """A Sample as the model takes it. ids (T,), labels (T,) already shifted and -100 where unsupervised, weights (T,),
-    images: uint8 arrays (H, W, 3) in order; every tile is an image of its own. number: its place in the stream."""
+    images: uint8 arrays (H, W, 3) in order; every tile is an image of its own. number: its place in the stream; vision: the
+    ViT's work for its images, which packing shares out evenly (`ViTConfig.work`)."""
     ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
@@ -89,14 +90,10 @@ class Document:
     origin: str
     facts: dict
     number: int = -1
+    vision: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def vision(self) -> int:
-        """Pixels: what the ViT's work is proportional to."""
-        return sum(a.shape[0] * a.shape[1] for a in self.images)
 
 
 @dataclass
@@ -270,7 +267,8 @@ class Encoder:
             raise BadSample("nothing to learn", f"{sample.origin}: no supervised token (no assistant turn?)")
         weight = {"token": 1.0, "sample": 1.0 / n, "sqrt": n ** -0.5}[self.weighting]
         weights = np.where(labels >= 0, weight, 0.0).astype(np.float32)
-        return Document(ids, labels, weights, tuple(arrays), sample.task, sample.origin, sample.facts)
+        vision = sum(self.config.vision.work(a.shape[0] * a.shape[1]) for a in arrays)
+        return Document(ids, labels, weights, tuple(arrays), sample.task, sample.origin, sample.facts, vision=vision)
 
 
 def with_thinking(sample: Sample, think_prompt: str) -> Sample:
