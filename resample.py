@@ -27,7 +27,7 @@ from typing import Annotated, Iterable
 import tyro
 
 from data import BadSample
-from readers import Folder, mixture_of
+from readers import Folder
 
 
 def balanced(sizes: list[int], temperature: float = 1.0, targets: list[float] | None = None) -> list[float]:
@@ -104,15 +104,16 @@ class Example:
 
 
 def datasets(o: Datasets) -> int:
-    entries = json.loads(o.mix.read_text())["datasets"]
-    parts = mixture_of(o.mix)
-    sizes = [len(Folder(d.data, d.images or None)) for d in parts]
-    before = [d.weight or n for d, n in zip(parts, sizes)]
+    if o.out.resolve().parent != o.mix.resolve().parent:
+        raise ValueError(f"--out {o.out} must lie beside {o.mix}: the paths inside start there")
+    entries, folder = json.loads(o.mix.read_text())["datasets"], Folder(o.mix)
+    sizes = [sum(len(g) for (k, _), g in folder.groups.items() if k == number) for number in range(len(folder.datasets))]
+    before = [d.weight or d.repeat * n for d, n in zip(folder.datasets, sizes)]
     shares = balanced(sizes, o.temperature, list(o.targets) or None)
     print(f"{'dataset':20s} {'samples':>9s} {'before':>8s} {'after':>8s} {'epochs while all samples are drawn once':>40s}")
     for (name, entry), n, old, new in zip(entries.items(), sizes, before, shares, strict=True):
         entry["weight"] = new
-        print(f"{name:20s} {n:9d} {old / sum(before):8.1%} {new:8.1%} {new * sum(sizes) / n:40.2f}")
+        print(f"{name:20s} {n:9d} {old / sum(before):8.1%} {new:8.1%} {new * sum(sizes) / max(1, n):40.2f}")
     o.out.write_text(json.dumps({"datasets": entries}, indent=1) + "\n")
     return 0
 
