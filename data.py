@@ -13,6 +13,7 @@ for the first token of its neighbour. `python data.py --data my.jsonl --images d
 Legend: T tokens of a document, n tiles, H x W pixels, p patch size.
 """
 import io
+import itertools
 import os
 import re
 import sys
@@ -285,15 +286,10 @@ def with_thinking(sample: Sample, think_prompt: str) -> Sample:
 
 def coloured(document: Document, tokenizer: Tokenizer) -> str:
     """The document's text; supervised tokens in green."""
-    out = []
-    for i, token in enumerate(document.ids):
-        learn = i > 0 and document.labels[i - 1] == token
-        text = tokenizer.decode([token])
-        if token == tokenizer.image:
-            if document.ids[i - 1] == token:
-                continue
-            text = "<IMG_CONTEXT>..."
-        out.append(f"\033[32m{text}\033[0m" if learn else text)
+    learn, out = np.append(False, document.labels[:-1] >= 0), []
+    for (green, image), run in itertools.groupby(range(len(document)), lambda i: (learn[i], document.ids[i] == tokenizer.image)):
+        text = "<IMG_CONTEXT>..." if image else tokenizer.decode([int(document.ids[i]) for i in run])
+        out.append(f"\033[32m{text}\033[0m" if green else text)
     return "".join(out)
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Message, Sample, Video, frames_of, open_image
+from data import BadSample, Encoder, Faults, Message, Sample, Show, Video, frames_of, main, open_image
 from packing import Batches
 from readers import Folder
 from stream import RUN, WINDOW, Documents, Order, Walk
@@ -238,6 +238,17 @@ def test_a_cap_counts_all_tasks_of_a_dataset_and_internvls_repeat_is_a_share_or_
     seen = Counter(take(Folder(root / "meta.json").stream({}, 0), 3600))
     assert len([a for a in seen if a[0] == "a"]) == 30 and len(seen) == 80
     assert 4 < sum(n for a, n in seen.items() if a[0] == "b") / sum(n for a, n in seen.items() if a[0] == "a") < 6  # 150 to 30
+
+
+def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_and_faults(root, capsys):
+    rows = [record("<image>\nwhät?", "réd", "red.png", task="t"), record("<image>?", "x", "gone.png"), record("hi", "yo")]
+    (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl"}}}))
+    assert main(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
+    said = capsys.readouterr().out
+    assert "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said and "\033[32mréd<|im_end|>\033[0m" in said and "yo" not in said
+    assert "2 samples usable" in said and "tasks: t 1, (none) 1" in said and "skipped 1 x missing image; first: missing image: a.jsonl:2" in said
+    assert open_image(root / "show" / "0-0.png").getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_image_paths_start_beside_their_own_file(root):
