@@ -14,7 +14,8 @@ import tyro
 
 import parallel
 from checkpoint import RunDirectory
-from data import Encoder, Faults, Folder
+from data import Encoder, Faults
+from readers import Folder
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 from world import FAMILIES, World, corpus
@@ -25,17 +26,18 @@ THINK = "think first."  # the toy's request to think: the released sentence woul
 @dataclass
 class RunOptions:
     """Where data and model come from and where the result goes."""
-    data: Path | None = None  # LLaVA JSON or JSONL; none: the toy world
+    data: Path | None = None  # JSON, JSONL, TSV, tar, parquet, a folder of them or a mixture file (readers.py); none: the toy world
     images: Path | None = None  # folder of its images; none: beside the file
     model: Path | None = None  # directory to start from; none: a new toy model and tokenizer
     preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
     out: Path = Path("runs/out")  # directory for the trained model and the log
+    workers: int = 0  # processes on each rank that read and decode ahead; 0: the training process itself
     strict: bool = False  # make the first bad sample an error
     resume: bool = True  # go on from the newest whole checkpoint in --out; False: remove them and begin again
     save_every: int = 200  # steps between checkpoints (one more at SIGTERM and at the end)
     keep: int = 2  # newest checkpoints to keep, beside the best
     check_every: int = 0  # steps between checks: accuracy on held-out samples and some answers in the log; 0: never
-    held_out: Path | None = None  # LLaVA file to check on; none: held-out scenes of the toy world
+    held_out: Path | None = None  # data to check on; none: held-out scenes of the toy world
     tracker: str = ""  # module to log to as well: wandb, trackio
 
 
@@ -68,7 +70,7 @@ def new_model(preset: str, source, seed: int = 0) -> tuple[SailVL, Tokenizer]:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: choose from {', '.join(PRESETS)}")
     texts = corpus(3000) if isinstance(source, World) else [
-        p for s in source.samples[:20000] for m in s.messages for p in m.parts if isinstance(p, str)]
+        p for s in source.first(20000) for m in s.messages for p in m.parts if isinstance(p, str)]
     tokenizer = Tokenizer(train_bpe(texts + [THINK, "user\n", "assistant\n", "\\boxed{"], 440), "", THINK)
     config = PRESETS[preset]
     vocabulary = -(-len(tokenizer) // 16) * 16  # rounded up: kernels like it
@@ -82,7 +84,7 @@ def checker(o: RunOptions, model: SailVL, encoder: Encoder):
     from evaluate import evaluate
     if o.data and not o.held_out:
         raise ValueError("--check-every needs --held-out FILE: samples that --data does not contain")
-    samples = (Folder(o.held_out, o.images).samples[:64] if o.held_out else
+    samples = (Folder(o.held_out, o.images).first(64) if o.held_out else
                [s for family in FAMILIES for s in World().held_out(family, 64 // len(FAMILIES) + 1)])
 
     def check(step: int) -> dict:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import parallel
-from data import BadSample, Encoder, Folder, Sample, with_thinking
+from data import BadSample, Encoder, Sample, with_thinking
+from readers import Folder
 from generate import Answer, generate, load
 from rewards import answer_reward, box_iou, phrase_f1, same
 from tokenizer import Tokenizer
@@ -158,7 +159,7 @@ def main(o: Options) -> int:
     model, tokenizer = load(o.model)
     folder = Folder(o.data, o.images)
     encoder, usable = Encoder(tokenizer, model.config, folder.root), []
-    for s in folder.samples[: o.limit or None]:
+    for s in folder.first(o.limit):
         try:
             encoder.prompt(s)
             usable.append(s)

@@ -2,7 +2,7 @@
 
 What it teaches: padding is wasted compute, and so is waiting for the rank that got the most pictures; a buffer of 64 documents
 is enough to avoid both. Take the oldest document (so that none waits longer than 64 rows), then choose among the others the
-subset whose tokens fill the row and whose pixels bring it to the stream's mean. That is a subset-sum in two dimensions over
+subset whose tokens fill the row and whose ViT work brings it to the stream's mean. That is a subset-sum in two dimensions over
 big integers: bit s of `reach[c]` is set when some subset has s tokens and c units of vision. Every rank aims at the same mean,
 so their ViTs finish together without a word between them.
 
@@ -138,7 +138,7 @@ class Rows:
         mean = self.seen[1] / self.seen[0]
         here = sum(d.vision for d in self.waiting) / sum(map(len, self.waiting))
         want = self.capacity * (mean + GAIN * (here - mean))  # vision that this row should hold
-        tile = math.gcd(*(d.vision for d in self.waiting)) or 1  # or 28 x 28 pixels, at any resolution
+        tile = math.gcd(*(d.vision for d in self.waiting)) or 1  # at any resolution: next to nothing
         unit = tile * max(1, round(want / UNITS / tile))
         row, room = [], self.capacity
 

@@ -71,19 +71,19 @@ PAPER = {s.name: s for s in (
 RECIPES = {"toy": TOY, "paper": PAPER}
 
 
-def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=parallel.World()) -> Iterator[list]:
+def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=parallel.World(), workers: int = 0) -> Iterator[list]:
     """The batches of a supervised stage: source -> documents -> packed rows -> this rank's micro-batches."""
     encoder = replace(encoder, everything=stage.everything, weighting=stage.weighting,
                       max_length=min(stage.length, encoder.max_length), root=source.root)
-    found = Documents(source.stream(stage.mixture, stage.seed, stage.turns), encoder, faults)
+    found = Documents(source.stream(stage.mixture, stage.seed, stage.turns), encoder, faults, workers=workers)
     return Batches(found, stage.length, stage.rows, stage.accumulate, encoder.tokenizer.pad, world.rank, world.size)
 
 
 def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,
-              faults: Faults | None = None) -> Run:
-    """One supervised stage on a source (`world.World` or `data.Folder`), in place."""
+              faults: Faults | None = None, workers: int = 0) -> Run:
+    """One supervised stage on a source (`world.World` or `readers.Folder`), in place. workers: processes that read and decode."""
     faults = faults or Faults()
-    run = train(model, stage, supervised(source, stage, encoder, faults, world), answers_of(stage), world, directory)
+    run = train(model, stage, supervised(source, stage, encoder, faults, world, workers), answers_of(stage), world, directory)
     if faults.counts and world.main:
         print(faults.report())
     return run
@@ -178,7 +178,7 @@ class Options(cli.RunOptions):
 def main(o: Options) -> int:
     return cli.run(o, RECIPES, lambda model, stage, source, encoder, world, directory, faults: (
         pretrain_vit(model, stage, source, encoder, world, directory.path)[0] if stage.name == "image" else
-        run_stage(model, stage, source, encoder, world, directory, faults)))
+        run_stage(model, stage, source, encoder, world, directory, faults, o.workers)))
 
 
 if __name__ == "__main__":

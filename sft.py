@@ -20,6 +20,7 @@ The loss is on answers only (chain and box for thinking samples). What its sum i
     token      tokens: the same direction, and a loss in nats a token that does not grow with the length of chains
     sample     each sample's own tokens first, then samples: a chain counts as much as a one-word answer
 """
+import functools
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,11 +119,12 @@ class Options(cli.RunOptions):
     stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["sft1"])
 
 
-def stage_runner(model, stage, source, encoder, world, directory, faults) -> Run:
+def stage_runner(model, stage, source, encoder, world, directory, faults, workers: int) -> Run:
     if stage.think:
         return long_cot(model, stage, source, replace(encoder, root=source.root), world, directory)
-    return run_stage(model, stage, source, encoder, world, directory, faults)
+    return run_stage(model, stage, source, encoder, world, directory, faults, workers)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(cli.parse(Options, RECIPES), RECIPES, stage_runner))
+    options = cli.parse(Options, RECIPES)
+    sys.exit(cli.run(options, RECIPES, functools.partial(stage_runner, workers=options.workers)))

@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import weights
-from data import Encoder, Folder
+from data import Encoder
+from readers import Folder
 from evaluate import evaluate
 from generate import load
 from world import FAMILIES, World
@@ -128,7 +129,7 @@ def main(o: Options) -> int:
                     view.copy_(state[name])
 
     if o.greedy:
-        held = Folder(o.data, o.images).samples[:o.samples] if o.data else [
+        held = Folder(o.data, o.images).first(o.samples) if o.data else [
             s for f in FAMILIES for s in World().held_out(f, o.samples)]
         encoder = Encoder(tokenizer, model.config, o.images or (o.data and o.data.parent))
 

@@ -33,9 +33,10 @@ import rl
 import sft
 import world
 from curate import rejection_sample
-from data import Encoder, Faults, Folder, Sample, normalise, open_image, with_thinking
+from data import Encoder, Faults, Sample, normalise, open_image, with_thinking
 from evaluate import Graded, Score, ask, evaluate, family_of, summary, text_of
 from packing import Batch, collate
+from readers import Folder
 from rewards import format_reward, split_think
 from soup import average, distance
 from train import Run, answers
@@ -78,7 +79,7 @@ class Ladder:
         if o.data:
             self.source, held = Folder(o.data / "train.jsonl"), Folder(o.data / "held_out.jsonl")
             self.groups: dict[str, list[Sample]] = {}
-            for s in held.samples:
+            for s in held.first():
                 self.groups.setdefault(family_of(s), []).append(s)
         else:
             self.source = world.World()

@@ -53,6 +53,11 @@ class ViTConfig:
                              f"{config.patch_size} and positions {config.position!r} do not make a ViT")
         return config
 
+    def work(self, pixels: int) -> int:
+        """Multiplications for an image of so many pixels, in those of one patch's own matrices: attention adds its square."""
+        n = pixels // self.patch_size ** 2
+        return round(n + n * n / (2 * self.hidden_size + 1.5 * self.intermediate_size))  # 2nC beside 4CC + 3CF a patch and layer
+
     def to_dict(self) -> dict:
         return asdict(self) | {"model_type": "sailvit", "qkv_bias": False, "use_bias": False, "is_native": self.position == "sincos"}
 

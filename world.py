@@ -411,7 +411,7 @@ def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False,
 
 
 class World:
-    """The world as a data source: `stream` for training, `held_out` for grading. Twin of `data.Folder`."""
+    """The world as a data source: `stream` for training, `held_out` for grading. Twin of `readers.Folder`."""
     root = None
 
     def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> Drawn:

@@ -64,6 +64,6 @@ def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):
             ids = np.array([tokenizer.image] * 4 * seen + text)
             labels = np.append(ids[1:], tokenizer.end)
             labels[:4 * seen] = -100
-            yield Document(ids, labels, (labels >= 0).astype(np.float32), (picture,) * seen, "seen" if seen else "text", "made up", {})
+            yield Document(ids, labels, (labels >= 0).astype(np.float32), (picture,) * seen, "seen" if seen else "text", "made up", {}, vision=int(seen))
 
     return Batches(documents(), length, rows, 1, tokenizer.pad)

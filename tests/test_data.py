@@ -14,7 +14,8 @@ from PIL import Image, ImageFile
 
 import world
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Folder, Message, Sample, open_image, with_thinking
+from data import BadSample, Encoder, Faults, Message, Sample, open_image, with_thinking
+from readers import Folder
 from stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 
@@ -364,7 +365,7 @@ def test_each_fault_is_counted_under_its_reason_and_every_good_sample_arrives(fo
     (folder.parent / "my.jsonl").write_text(lines(mixed) + no_json + lines(GOOD[:1]))
     source = Folder(folder.parent / "my.jsonl", folder)
     encoder = Encoder(tokenizer, config, source.root, max_length=512)
-    arrived = list(Documents(iter(source.samples), encoder, source.faults))
+    arrived = list(Documents(iter(source.first()), encoder, source.faults))
     assert source.faults.counts == Counter(reason for reason, _ in BAD) + Counter({"malformed record": 3})
     answers = [tokenizer.decode(runs(d)[-1][:-1]) for d in arrived]
     assert answers == ["a", "b", "c", "d", "e", "<think>hm</think>f", "g", "a"]
@@ -376,14 +377,14 @@ def test_each_fault_is_counted_under_its_reason_and_every_good_sample_arrives(fo
 
 def test_a_lone_picture_without_a_mark_comes_before_the_question(folder):
     (folder.parent / "my.jsonl").write_text(lines([GOOD[1], GOOD[0]]))
-    without, marked = (s.messages[0].parts for s in Folder(folder.parent / "my.jsonl", folder).samples)
+    without, marked = (s.messages[0].parts for s in Folder(folder.parent / "my.jsonl", folder).first())
     assert [type(p) for p in without] == [type(p) for p in marked]
     assert (without[1], marked[1]) == ("\nand this?", "\nwhat?")
 
 
 def test_a_chain_in_a_record_becomes_think_ids(folder, tokenizer, config):
     (folder.parent / "my.jsonl").write_text(lines([GOOD[5]]))
-    d = Encoder(tokenizer, config)(Folder(folder.parent / "my.jsonl").samples[0])
+    d = Encoder(tokenizer, config)(Folder(folder.parent / "my.jsonl").first()[0])
     chain, answer = tokenizer.encode("hm"), tokenizer.encode("f")
     assert runs(d) == [[tokenizer.think] + chain + [tokenizer.unthink] + answer + [tokenizer.end]]
 
@@ -393,8 +394,8 @@ def test_a_json_list_and_json_lines_are_read_alike(folder):
     (folder.parent / "my.json").write_text(spread)
     (folder.parent / "my.jsonl").write_text("\n" + lines(GOOD + [BAD[-2][1]]).replace("\n", "\r\n\r\n"))
     a, b = (Folder(folder.parent / name, folder) for name in ("my.json", "my.jsonl"))
-    assert [(s.messages, s.task, s.facts) for s in a.samples] == [(s.messages, s.task, s.facts) for s in b.samples]
-    assert len(a.samples) == len(GOOD) and a.faults.counts == b.faults.counts == {"malformed record": 1}
+    assert [(s.messages, s.task, s.facts) for s in a.first()] == [(s.messages, s.task, s.facts) for s in b.first()]
+    assert len(a.first()) == len(GOOD) and a.faults.counts == b.faults.counts == {"malformed record": 1}
 
 
 def test_strict_makes_the_first_fault_an_error(folder, tokenizer, config):
@@ -403,7 +404,7 @@ def test_strict_makes_the_first_fault_an_error(folder, tokenizer, config):
         Folder(folder.parent / "record.jsonl", folder, strict=True)
     (folder.parent / "image.jsonl").write_text(lines([GOOD[0], record("<image>", "x", "gone.jpg"), GOOD[1]]))
     source = Folder(folder.parent / "image.jsonl", folder, strict=True)
-    stream = iter(Documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults))
+    stream = iter(Documents(iter(source.first()), Encoder(tokenizer, config, source.root), source.faults))
     assert next(stream).origin == "image.jsonl:1"
     with pytest.raises(BadSample, match="missing image: image.jsonl:2"):
         next(stream)
@@ -536,7 +537,7 @@ def test_random_damage_to_a_file_is_a_picture_or_a_fault_and_nothing_else(tmp_pa
 def read_one(folder, r) -> tuple[int, Faults]:
     (folder.parent / "my.jsonl").write_text(lines([GOOD[2], r]))
     source = Folder(folder.parent / "my.jsonl", folder)
-    return len(source.samples), source.faults
+    return len(source.first()), source.faults
 
 
 def test_a_picture_that_no_user_asks_about_costs_only_its_record(folder):
@@ -550,7 +551,7 @@ def test_a_path_that_no_file_system_takes_costs_only_its_record(folder, tokenize
     (folder / "loop.png").symlink_to("loop.png")
     (folder.parent / "my.jsonl").write_text(lines([GOOD[2], record("<image>", "x", name)]))
     source = Folder(folder.parent / "my.jsonl", folder)
-    found = Documents(iter(source.samples), Encoder(tokenizer, config, source.root), source.faults)
+    found = Documents(iter(source.first()), Encoder(tokenizer, config, source.root), source.faults)
     assert len(list(found)) == 1 and source.faults.counts.total() == 1
 
 
@@ -562,18 +563,18 @@ def test_a_label_of_the_wrong_type_costs_only_its_record(folder, more):
 
 def test_a_byte_order_mark_does_not_make_a_list_unreadable(folder):
     (folder.parent / "my.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
-    assert len(Folder(folder.parent / "my.json", folder).samples) == len(GOOD)
+    assert len(Folder(folder.parent / "my.json", folder).first()) == len(GOOD)
 
 
 def test_a_request_to_think_keeps_a_picture_that_ends_the_question(folder):
     (folder.parent / "my.jsonl").write_text(lines([record("what?\n<image>", "a", "good.png")]))
-    asked = with_thinking(Folder(folder.parent / "my.jsonl", folder).samples[0], "think first.").messages[0]
+    asked = with_thinking(Folder(folder.parent / "my.jsonl", folder).first()[0], "think first.").messages[0]
     assert sum(not isinstance(p, str) for p in asked.parts) == 1 and "think first." in asked.parts[-1]
 
 
 def test_the_truth_of_a_record_with_a_chain_is_the_answer_after_it(folder):
     (folder.parent / "my.jsonl").write_text(lines([GOOD[5]]))
-    assert Folder(folder.parent / "my.jsonl").samples[0].facts["answer"] == "f"
+    assert Folder(folder.parent / "my.jsonl").first()[0].facts["answer"] == "f"
 
 
 def test_a_chain_that_is_not_to_be_learned_is_not_supervised(encoder):

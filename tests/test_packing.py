@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import packing
 import parallel
 import world
 from conftest import EVERY
-from data import Document, normalise
+from data import Document, Encoder, Faults, normalise
 from packing import Batches, Rows, choose, collate
+from readers import Folder
 from stream import Documents, Drawn
+from test_data import record
 from train import answers, one_step
 
 CAPACITY = 256
@@ -259,9 +262,13 @@ def test_a_plain_iterator_is_walked_again_to_where_it_was():
     assert first + [told(step) for step in again] == whole
 
 
-def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
+@pytest.mark.parametrize("kind", ["numbers", "files"])
+def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, config, kind):
     """SIGKILL between any two file operations, twenty times: each life logs rows and commits a state after each step."""
-    whole = [told(step) for _, step in zip(range(60), Batches(numbered(), CAPACITY, 4, 1, 0))]
+    def run() -> Batches:
+        return Batches(numbered() if kind == "numbers" else on_disk(tmp_path, tokenizer, config), CAPACITY, 4, 1, 0)
+
+    whole = [told(step) for _, step in zip(range(60), run())]
     rng, kills = random.Random(0), 0
     log, state = tmp_path / "log", tmp_path / "state"
     while not log.is_file() or len(log.read_text().splitlines()) < 60:
@@ -276,8 +283,7 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
                 if next(operations) == last:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            data = Batches(numbered(), CAPACITY, 4, 1, 0)
-            done = 0
+            data, done = run(), 0
             if state.is_file():
                 done, saved = json.loads(state.read_text())
                 data.load_state_dict(saved)
@@ -289,6 +295,82 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path):
             os._exit(0)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL
     assert kills == 20 and [json.loads(line) for line in log.read_text().splitlines()] == whole
+
+
+def on_disk(place, tokenizer, config, epochs: float = 0) -> Documents:
+    """200 samples in two files, a tenth of them without their picture, read through a mixture; the answers count them."""
+    if not (place / "mix.json").is_file():
+        Image.new("RGB", (32, 32), "red").save(place / "red.png")
+        for name in ("a", "b"):
+            rows = [record("<image>?" + "x" * (i * 7 % 50), f"{name}{i}", "gone.png" if i % 10 == 3 else "red.png") for i in range(100)]
+            (place / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (place / "mix.json").write_text(json.dumps({"datasets": {
+            name: {"data": f"{name}.jsonl", "weight": weight, "epochs": epochs} for name, weight in (("a", 3.0), ("b", 1.0))}}))
+    return Documents(Folder(place / "mix.json").stream({}, 0), Encoder(tokenizer, config), Faults())
+
+
+def said(steps, tokenizer) -> list[str]:
+    """The answers in these steps: which samples they hold."""
+    found = []
+    for b in (b for step in steps for b in step):
+        at = b.labels.flatten()
+        for part in at.split(b.segments.lengths):
+            answer = tokenizer.decode([y for y in part.tolist() if y >= 0][:-1])
+            found += [answer] if answer else []
+    return found
+
+
+def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
+    """First a run of its own, killed after three steps; or, when there is a state, on from there to the end."""
+    place = Path(place)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    data, begun = Batches(on_disk(place, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0, rank, 2, lanes=4), place / "state"
+    if begun.is_file():
+        data.load_state_dict(json.loads(begun.read_text()))
+        (place / f"second-{rank}").write_text(json.dumps([said([step], tokenizer) for step in data]))
+    else:
+        (place / f"first-{rank}").write_text(json.dumps([said([next(data)], tokenizer) for _ in range(3)]))
+        state = data.state_dict()
+        if rank == 0:
+            begun.write_text(json.dumps(state))
+    uneven = Batches(Documents(made_of([CAPACITY, 4] * 40), None, None), CAPACITY, 4, 1, 0, rank, 2, lanes=4)
+    (place / f"uneven-{rank}").write_text(json.dumps([sum(b.weight for b in step) for step in uneven]))
+    torch.distributed.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def two_ranks(place: Path, tokenizer, config) -> None:
+    (place / "meet").unlink(missing_ok=True)
+    context = torch.multiprocessing.get_context("spawn")
+    both = [context.Process(target=rank_of_two, args=(rank, str(place), tokenizer, config)) for rank in range(2)]
+    for p in both:
+        p.start()
+    for p in both:
+        p.join(60)
+    assert [p.exitcode for p in both] == [-signal.SIGKILL] * 2
+
+
+def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp_path, tokenizer, config):
+    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: it gets padding till the end."""
+    everything = sorted(f"{name}{i}" for name in "ab" for i in range(100) if i % 10 != 3)
+
+    def alone() -> Batches:
+        return Batches(on_disk(tmp_path, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0, lanes=4)
+
+    two_ranks(tmp_path, tokenizer, config)
+    first = [a for rank in range(2) for step in json.loads((tmp_path / f"first-{rank}").read_text()) for a in step]
+    data = alone()
+    data.load_state_dict(json.loads((tmp_path / "state").read_text()))
+    assert len(first) > 30 and sorted(first + said(data, tokenizer)) == everything
+    long, short = [json.loads((tmp_path / f"uneven-{rank}").read_text()) for rank in range(2)]
+    assert len(long) == len(short) == 20 and min(long) > 0 and not any(short[1:])
+
+    data = alone()
+    first = said([next(data) for _ in range(3)], tokenizer)
+    (tmp_path / "state").write_text(json.dumps(data.state_dict()))
+    two_ranks(tmp_path, tokenizer, config)
+    second = [json.loads((tmp_path / f"second-{rank}").read_text()) for rank in range(2)]
+    assert len(second[0]) == len(second[1]) and sorted(first + [a for rank in second for step in rank for a in step]) == everything
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -378,3 +460,25 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     split = step(parts)
     assert split[:2] == pytest.approx(whole[:2], rel=1e-6) and whole[1] > 0
     assert (split[2] - whole[2]).norm() <= 1e-6 * whole[2].norm()
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample", "sqrt"])
+def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(model, encoder, weighting):
+    """In fp32. Ranks are played one after another: their gradients are summed, as parallel.sum_gradients does."""
+    given = [replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i)) for i in range(60)]
+    steps = {(size, accumulate): [b for rank in range(size) for b in next(Batches(given, 512, 4, accumulate, 0, rank, size, 16, lanes=4))]
+             for size, accumulate in ((1, 1), (1, 4), (2, 2), (4, 1))}
+    inside = [given[int(name)] for b in steps[1, 1] for name in b.owners if name != "padding"]
+
+    def gradient(parts: list) -> torch.Tensor:
+        weight = sum(b.weight for b in parts)
+        for b in parts:
+            (answers(model, b)[0] / weight).backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return found
+
+    alone = gradient([collate([[d]], None, 0) for d in inside])
+    assert sum(b.weight for b in steps[1, 1]) == pytest.approx(sum(float(d.weights.sum()) for d in inside), rel=1e-5)
+    for how, parts in steps.items():
+        assert (gradient(parts) - alone).norm() <= 1e-5 * alone.norm(), how

@@ -12,10 +12,11 @@ from PIL import Image
 import parallel
 import rewards
 import world
-from data import BadSample, Document, Faults, Folder, Message, Sample, open_image, with_thinking
+from data import BadSample, Document, Faults, Message, Sample, open_image, with_thinking
 from evaluate import ask, blind_chance, swapped
 from packing import Batches, Rows, choose, collate
 from pretrain import run_stage, supervised
+from readers import Folder
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import SailVL
@@ -131,10 +132,10 @@ def test_good_records_arrive_and_each_fault_is_counted(tmp_path):
     lines = "\n".join(map(json.dumps, good + bad)) + "\n{broken\n" + "[" * 100000 + "\n"
     (tmp_path / "my.jsonl").write_text(lines)
     folder = Folder(tmp_path / "my.jsonl")
-    assert len(folder.samples) == 3 and folder.faults.counts.total() == 8
+    assert len(folder.first()) == 3 and folder.faults.counts.total() == 8
     assert set(folder.faults.counts) == {"wrong placeholder count", "empty answer", "malformed record", "no answer"}
     (tmp_path / "my.json").write_text(json.dumps(good))
-    assert [s.messages for s in Folder(tmp_path / "my.json").samples] == [s.messages for s in folder.samples]
+    assert [s.messages for s in Folder(tmp_path / "my.json").first()] == [s.messages for s in folder.first()]
     (tmp_path / "none.jsonl").write_text(json.dumps(bad[0]))
     with pytest.raises(ValueError, match="0 usable samples"):
         Folder(tmp_path / "none.jsonl")
