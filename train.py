@@ -45,7 +45,7 @@ class Stage:
     steps: int = 100
     rows: int = 8  # packed rows a step, over all ranks
     length: int = 512  # tokens a row
-    accumulate: int = 1  # micro-batches a step on each rank
+    accumulate: int = 1  # micro-batches a step on each rank; 0: as many as rows (not in RL)
     lr: float = 3e-3  # peak learning rate
     schedule: str = "cosine"  # constant, cosine (to a tenth) or wsd (linear to zero over the last fifth)
     warmup: float = 0.05  # share of the steps
