@@ -5,7 +5,7 @@ at fixed rates a quarter of a decade apart; then from starts 32 times below to 1
 AdaLRS; then with an LR range test, Prodigy, D-Adaptation and Schedule-Free. Everything has the same schedule (warm-up over
 5 %, cosine to a tenth) but Schedule-Free, which has its own. 5 seeds: data, noise and initial weights.
 
-    python bench_adalrs.py                                  # all, about half an hour on one core; resumes where it stopped
+    python bench_adalrs.py                                  # all, about forty minutes on one core; resumes where it stopped
     python bench_adalrs.py --problems quadratic regression  # a part
     python bench_adalrs.py --report True                    # only the table and runs/adalrs/report.html
 
@@ -254,7 +254,7 @@ class Results:
         if key not in self.rows:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # Prodigy and D-Adaptation on deprecated torch calls
-                row = {"key": key} | run()
+                row = run() | {"key": key}
             self.rows[key] = row
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -281,7 +281,8 @@ def measure(results: Results, name: str, seeds: int) -> None:
         for start in STARTS:
             e = math.log10(start)
             results.get(name, "adalrs", e, seed, lambda: adalrs(kind, seed, best * start))
-            results.get(name, "fixed", e, seed, lambda: fixed(kind, seed, best * start))
+            same = results.rows.get((name, "grid", round(math.log10(best) + e, 3), seed))
+            results.get(name, "fixed", e, seed, lambda: same or fixed(kind, seed, best * start))
         for start in SCHEDULE_FREE:
             results.get(name, "schedule-free", math.log10(start), seed, lambda: schedule_free(kind, seed, best * start))
         results.get(name, "range test", 0, seed, lambda: after_range_test(kind, seed))
