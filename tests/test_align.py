@@ -65,6 +65,16 @@ def test_both_versions_of_table_7_see_an_adapter_that_moves_to_the_embeddings(mo
     assert after["after PCA"] == before["after PCA"]  # it looks at the ViT only
 
 
+def test_own_units_do_not_see_that_a_cloud_grew(model, encoder):
+    images = [encoder.images(s)[0][0] for s in world.World().held_out("caption", 10)]
+    before = table7(model, images)
+    with torch.no_grad():
+        model.vision_model.trunk.post_trunk_norm.weight.mul_(10)
+    after = table7(model, images)
+    assert after["after PCA"].mean > 3 * before["after PCA"].mean
+    assert after["own units"].mean == pytest.approx(before["own units"].mean, rel=1e-4)
+
+
 def test_the_probe_of_a_model_runs_on_held_out_pictures(model, encoder):
     accuracy, chance = align.table6(model, encoder, "counting", n=60)
     assert 0 <= accuracy <= 1 and 0.1 < chance < 0.8
