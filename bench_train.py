@@ -22,7 +22,8 @@ from attention import Segments, inside
 from llm import LLM, LLMConfig
 from vlm import token_logprobs
 
-ROW, DOCUMENT, ANSWER = 1024, 64, 24  # tokens: a packed row, each document in it, and the answer at a document's end
+DOCUMENTS = (24, 96, 40, 64, 128, 32, 80, 48) * 4  # tokens of each document: two packed rows of 1024; its last 3/8 are the answer
+ROW = 1024
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Options:
 def ours(config: LLMConfig, ids, labels):
     model = LLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    segments = Segments.of([DOCUMENT] * (ids.numel() // DOCUMENT))
+    segments = Segments.of(DOCUMENTS)
     attend, positions, at = inside(segments, causal=True), segments.positions(), (labels.reshape(-1) >= 0).nonzero()[:, 0]
 
     def loss():
@@ -54,12 +55,12 @@ def theirs(config: LLMConfig, ids, labels, like: LLM):
                     rope_theta=config.rope_theta, tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False)
     model = Qwen3ForCausalLM(c)
     model.load_state_dict(like.state_dict())
-    document = torch.arange(ROW) // DOCUMENT
-    positions = (torch.arange(ROW) % DOCUMENT).expand(ids.shape)
-    mask = (document[:, None] == document) & torch.ones(ROW, ROW).tril().bool()
+    document = torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS)).view(ids.shape)
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).view(ids.shape)
+    mask = (document[:, None, :, None] == document[:, None, None]) & torch.ones(ROW, ROW).tril().bool()  # (2, 1, ROW, ROW)
 
     def loss():
-        logits = model(input_ids=ids, attention_mask=mask.expand(len(ids), 1, ROW, ROW), position_ids=positions).logits
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         return F.cross_entropy(logits.float().view(-1, config.vocab_size), labels.reshape(-1))
     return model, loss
 
@@ -78,7 +79,8 @@ def speed(o: Options) -> None:
     config = LLMConfig(o.vocabulary, 256, 512, 4, 8, 4, 32, rope_theta=1e4, tie_word_embeddings=False)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(o.vocabulary, (2, ROW), generator=g)
-    labels = torch.where(torch.arange(ROW) % DOCUMENT >= DOCUMENT - ANSWER, ids.roll(-1, 1), -100)
+    answer = torch.cat([torch.arange(n) >= n - 3 * n // 8 for n in DOCUMENTS]).view(ids.shape)
+    labels = torch.where(answer, ids.roll(-1, 1), -100)
     model, loss = ours(config, ids, labels)
     other, other_loss = theirs(config, ids, labels, model)
     runs = {"ours": (model, loss), "transformers": (other, other_loss)}

@@ -57,6 +57,7 @@ class Stage:
     adalrs: bool = False  # search the rate while training
     adalrs_k: int = 0  # steps of a window; 0: from the measured noise
     adalrs_window: tuple[float, float] = (0.1, 0.4)  # share of the run in which to search
+    adalrs_cautious: bool = False  # lower it only for harm (adalrs.py; ours)
     think: float = 0.0  # share of samples that ask for thinking
     turns: int = 0  # questions per picture; 0: as many as the kind of picture usually gets
     everything: bool = False  # supervise all text, not only answers
@@ -207,7 +208,8 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
     parameters = freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
     prepare(model, stage)
     optimizers = make_optimizers(model, stage)
-    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window) if stage.adalrs else None
+    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window,
+                    cautious=stage.adalrs_cautious) if stage.adalrs else None
     home, data = directory if isinstance(directory, RunDirectory) else None, resumable(data)
     keeper = Keeper(home, model, optimizers, search, data, world) if home else None
     saved = keeper.resume() if keeper else {}
