@@ -42,6 +42,9 @@ the highest so far, lower the rate when the loss rises over two windows. **Ours*
 - *Limit.* One noisy loss is no divergence: a trial is given up at the highest loss so far plus two standard deviations.
 - *Rescue.* A loss that is not finite, or a window clearly above the run's first, restores the last window's start and lowers
   the rate: a start far too high ends lower, not at NaN. (With velocity alone, a start at 0.2 went to 63.)
+- *Cautious* (off: the rule above is the paper's). That three times the rate is too much does not say that the rate is; near the
+  best one the rule therefore lowers, and a rate too low costs more than one too high, which the schedule's decay heals. With
+  `cautious` a slower trial is taken back and nothing else; only a loss that rises, or a trial that has to be given up, lowers.
 - *Budget.* Trials stop before they cost more than a quarter of the run.
 
 `python bench_adalrs.py` measures all of it.
@@ -152,11 +155,12 @@ class AdaLRS:
 
     def __init__(self, tensors, optimizers: list, total_steps: int, k: int | None = None,
                  window: tuple[float, float] = (0.1, 0.4), up: float = 3.0, down: float = 2.0, decay: float = 0.99,
-                 budget: float = 0.25, offload: bool = False):
+                 budget: float = 0.25, cautious: bool = False, offload: bool = False):
         if (k is not None and k < 3) or up <= 1 or down <= 1 or not 0 < decay <= 1:
             raise ValueError(f"AdaLRS wants k >= 3, up > 1, down > 1 and 0 < decay <= 1; got {k}, {up}, {down}, {decay}")
         self.tensors = [t for t in tensors if t.requires_grad or not isinstance(t, torch.nn.Parameter)]
-        self.optimizers, self.up, self.down, self.decay, self.offload = optimizers, up, down, decay, offload
+        self.optimizers, self.up, self.down, self.decay = optimizers, up, down, decay
+        self.cautious, self.offload = cautious, offload
         self.start, self.stop = (int(total_steps * share) for share in window)
         self.shortest, self.longest = 10, max(10, (self.stop - self.start) // 3)
         self.given, self.k = k is not None, k or max(10, self.longest // 4)
@@ -256,7 +260,7 @@ class AdaLRS:
         """Back to where the control ended, at the rate before, or at a lower one."""
         before, k, made = fit(self.control)[0], len(self.control), len(self.losses)
         leap = self.factor > self._factor(self.up)
-        action = "stay" if leap else action
+        action = "stay" if leap or (self.cautious and action == "down") else action
         self.control, self.scale = [], self.before
         self._restore(self.end)
         self.extra_steps += made

@@ -204,6 +204,7 @@ class Batches:
 
     def __init__(self, documents, capacity: int, rows_per_step: int, accumulate: int, pad: int, rank: int = 0, world: int = 1,
                  buffer: int = 64, lanes: int = 0):
+        accumulate = accumulate or max(1, rows_per_step // world)  # 0: a row at a time
         if rows_per_step % (world * accumulate):
             raise ValueError(f"{rows_per_step} rows a step do not divide over {world} ranks x {accumulate} accumulation steps")
         self.documents = documents if isinstance(documents, Documents) else Documents(documents, None, None)

@@ -15,9 +15,11 @@ pre-training, where AdaLRS finds the rate); then everything trains on everything
 
     python pretrain.py --stage multitask --data my.jsonl --images dir/
     torchrun --nproc-per-node 2 pretrain.py --stage multitask
+    python vlm.py --vision SAILViT-Huge --text Qwen3-1.7B --out start      # released weights and a new adapter
+    torchrun --nproc-per-node 8 pretrain.py --scale paper --stage basic --model start --data my.jsonl
 
-Simplified: the image stand-in predicts pixels with a linear head where AIMv2 has a decoder; paper-scale rows are the paper's
-where it gives them and marked (ours) where it does not.
+Both scales are tables of `Stage` below; `python readme.py` prints them side by side. Simplified: the image stand-in predicts
+pixels with a linear head where AIMv2 has a decoder.
 """
 import itertools
 import random
@@ -59,14 +61,31 @@ TOY = {s.name: s for s in (
     Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=540, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
 )}
 
-# Rows x length follow from the paper's batch sizes only in samples; rows here are (ours): Table 3 gives tokens and length.
-PAPER_MIX = {"caption": 1.0, "ocr": 0.63}  # stage I: 4.9M SAIL-Caption + 3.1M OCR
+# Paper scale. Certain (3.1, 3.2, Table 3): what trains, samples, 8192 tokens a row, batches of 1920 / 512 / 512 / 2048, rates of
+# 2e-4 / 2e-5 / 1e-5 / 2e-4, AdaLRS in `basic` only. Inferred: 2000 tokens a sample (128B / 64M, 360B / 180M; SAIL-ViT's 121B give
+# 2040), hence rows. Not published, ours: the multi-task batch and rate, AdamW and its betas, weight decay, warm-up, cosine, one
+# rate for all parts (`--lr-scale.vision 0.5` changes it), shares inside a mixture but those of stage I and the multi-task halves
+# (90M understanding, 90M instruction, text in both). Mixtures name tasks of --data; a file with none of them is used whole.
+STAGE1 = {"caption": 4.9, "ocr": 3.1}  # millions of samples: SAIL-Caption, IDL-WDS
+STAGE2 = {"caption": 9.6, "ocr": 4.1, "video": 1.0}  # + 6.7M more captions, DocStruct, video; their split is ours
+STAGE3 = {"caption": 0.3, "ocr": 0.2, "open_qa": 0.15, "math": 0.1, "short_qa": 0.15, "text": 0.1}
+MULTITASK = {"caption": 0.45, "caption2qa": 0.25, "vqa": 0.2, "text": 0.1}
+
+
+def paper(name: str, trains: tuple[str, ...], mixture: dict[str, float], samples: float, batch: int, lr: float, **more) -> Stage:
+    """A stage of `samples` in batches of `batch`: rows of 8192 tokens that hold as many (a multiple of 32, so that ranks divide
+    them), and the steps that see all of them once. One row at a time on each rank, activations recomputed."""
+    rows = 32 * round(batch * 2000 / 8192 / 32)
+    return Stage(name, trains, mixture, steps=round(samples * 2000 / (rows * 8192)), rows=rows, length=8192, accumulate=0, lr=lr,
+                 warmup=0.03, optimizer="adamw", weight_decay=0.05, recompute=True, **more)
+
+
 PAPER = {s.name: s for s in (
-    Stage("vit1", ("adapter",), PAPER_MIX, steps=4167, rows=1920, length=8192, lr=2e-4, optimizer="adamw"),
-    Stage("vit2", ("vision", "adapter"), PAPER_MIX, steps=28711, rows=512, length=8192, lr=2e-5, optimizer="adamw"),
-    Stage("vit3", ALL, {}, steps=71289, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-    Stage("basic", ("adapter",), PAPER_MIX, steps=31250, rows=2048, length=8192, lr=2e-4, optimizer="adamw", adalrs=True),
-    Stage("multitask", ALL, {}, steps=87891, rows=2048, length=8192, lr=2e-5, optimizer="adamw"),
+    paper("vit1", ("adapter",), STAGE1, 8.0e6, 1920, 2e-4),
+    paper("vit2", ("vision", "adapter"), STAGE2, 14.7e6, 512, 2e-5),
+    paper("vit3", ALL, STAGE3, 36.5e6, 512, 1e-5),
+    paper("basic", ("adapter",), STAGE1, 64e6, 2048, 2e-4, adalrs=True),
+    paper("multitask", ALL, MULTITASK, 180e6, 2048, 2e-5),
 )}
 RECIPES = {"toy": TOY, "paper": PAPER}
 

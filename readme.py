@@ -51,8 +51,21 @@ def ladder(run: str) -> str:
     return "\n".join(out)
 
 
+def stages() -> str:
+    """The recipe of pre-training at both scales, from the tables that run."""
+    import pretrain
+    out = ["| stage | trains | on | paper scale: steps x rows x tokens | rate | toy: steps x rows x tokens | rate |", "|---|---|---|---:|---:|---:|---:|"]
+    size = lambda s: f"{s.steps:,} x {s.rows} x {s.length}" if s else ""
+    rate = lambda s: f"{s.lr:.0e}{', AdaLRS' if s.adalrs else ''}" if s else ""
+    for name, toy in pretrain.TOY.items():
+        paper = pretrain.PAPER.get(name)
+        mixture = ", ".join(f"{task} {w / sum((paper or toy).mixture.values()):.2f}" for task, w in (paper or toy).mixture.items())
+        out.append(f"| {name} | {' + '.join(toy.trains)} | {mixture} | {size(paper)} | {rate(paper)} | {size(toy)} | {rate(toy)} |")
+    return "\n".join(out)
+
+
 def rewrite(text: str) -> str:
-    for name, value in (("files", files()), ("toy", ladder("toy")), ("real", ladder("real"))):
+    for name, value in (("files", files()), ("stages", stages()), ("toy", ladder("toy")), ("real", ladder("real"))):
         text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + value + "\n" + m[2], text, flags=re.DOTALL)
         assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
     return text

@@ -45,7 +45,7 @@ class Stage:
     steps: int = 100
     rows: int = 8  # packed rows a step, over all ranks
     length: int = 512  # tokens a row
-    accumulate: int = 1  # micro-batches a step on each rank
+    accumulate: int = 1  # micro-batches a step on each rank; 0: as many as rows (not in RL)
     lr: float = 3e-3  # peak learning rate
     schedule: str = "cosine"  # constant, cosine (to a tenth) or wsd (linear to zero over the last fifth)
     warmup: float = 0.05  # share of the steps
@@ -57,6 +57,7 @@ class Stage:
     adalrs: bool = False  # search the rate while training
     adalrs_k: int = 0  # steps of a window; 0: from the measured noise
     adalrs_window: tuple[float, float] = (0.1, 0.4)  # share of the run in which to search
+    adalrs_cautious: bool = False  # lower it only for harm (adalrs.py; ours)
     think: float = 0.0  # share of samples that ask for thinking
     turns: int = 0  # questions per picture; 0: as many as the kind of picture usually gets
     everything: bool = False  # supervise all text, not only answers
@@ -123,6 +124,14 @@ def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
         if hasattr(model, module):
             getattr(model, module).requires_grad_(part in trains)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def frozen(model: torch.nn.Module, optimizers: list) -> str:
+    """One line: what trains, and what freezing the rest saves (a gradient and each optimizer's moments in fp32)."""
+    state = sum(4 * p.numel() * (2 if isinstance(o, torch.optim.Muon) else 3) for o in optimizers for g in o.param_groups for p in g["params"])
+    some, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    return (f"trains {some / 1e6:.2f} of {every / 1e6:.2f} M parameters; gradients and optimizer state {state / 2 ** 20:.1f} MiB, "
+            f"{state * (every - some) / max(some, 1) / 2 ** 20:.1f} MiB saved by what is frozen")
 
 
 def part_of(name: str) -> str:
@@ -199,10 +208,13 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
     parameters = freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
     prepare(model, stage)
     optimizers = make_optimizers(model, stage)
-    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window) if stage.adalrs else None
+    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window,
+                    cautious=stage.adalrs_cautious) if stage.adalrs else None
     home, data = directory if isinstance(directory, RunDirectory) else None, resumable(data)
     keeper = Keeper(home, model, optimizers, search, data, world) if home else None
     saved = keeper.resume() if keeper else {}
+    if home and world.main:
+        print(frozen(model, optimizers))
     step, bad, started = saved.get("step", 0), 0, time.time()
     journal = Journal(stage, directory, world.main, step, saved.get("made", 0))
     while step < stage.steps:
@@ -210,8 +222,7 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
         if micro is None:
             raise ValueError(f"stage {stage.name}: the data ended at step {step} of {stage.steps}")
         rate = stage.rate(step) * (search.scale if search else 1.0)
-        with precision(stage, world.device):
-            row = {"step": step, "lr": rate} | one_step(model, optimizers, micro, objective, rate, stage.clip, world)
+        row = {"step": step, "lr": rate} | one_step(model, optimizers, micro, objective, rate, stage, world)
         bad = bad + 1 if row["skipped"] else 0
         if bad >= patience:
             raise ValueError(f"stage {stage.name}: {bad} steps in a row with a non-finite loss or gradient, the last at step "
@@ -231,7 +242,7 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
     return Run(journal.rows, search.log() if search else [], sum(row["skipped"] for row in journal.rows), time.time() - started)
 
 
-def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: float, clip: float, world) -> dict:
+def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: float, stage: Stage, world) -> dict:
     """Gradient of a global batch, clipped, applied. Returns loss, loss per task, gradient norms, tokens and images a second
     and the objective's statistics. A loss or gradient that is not finite on any rank skips the step on all of them."""
     began = time.time()
@@ -239,14 +250,15 @@ def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: 
     sums: dict[str, float] = defaultdict(float)
     tasks = []
     for batch in micro:
-        loss, stats = objective(model, batch.to(world.device))
+        with precision(stage, world.device):
+            loss, stats = objective(model, batch.to(world.device))
         (loss / max(weight, 1e-8)).backward()
         tasks.append(stats.pop("tasks", {}))
         for key, value in stats.items():
             sums[key] += value
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parallel.sum_gradients([p for _, p in named])
-    norm, norms = clip_gradients(named, clip)
+    norm, norms = clip_gradients(named, stage.clip)
     seen = parallel.total(*sums.values(), sum(b.ids.numel() for b in micro), sum(len(b.images) for b in micro if b.images is not None))
     row = {key: value / max(weight, 1e-8) for key, value in zip(sums, seen)}
     finite = math.isfinite(row["loss"]) and math.isfinite(norm)

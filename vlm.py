@@ -196,11 +196,13 @@ class SailVL(nn.Module):
         return other
 
 
-def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = 4096) -> Tensor:
+def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = 0) -> Tensor:
     """log p(label) of each position: hidden (n, C), head (V, C), labels (n,) -> (n,) fp32.
 
-    In chunks whose logits are recomputed in the backward pass, so that (n, V) never exists whole.
+    In chunks of positions (0: of 16 Mi logits) that are recomputed in the backward pass, so that (n, V) never exists whole.
     """
+    chunk = chunk or max(1, 2 ** 24 // head.shape[0])
+
     def some(h: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy((h @ head.T).float() / temperature, y, reduction="none")
 

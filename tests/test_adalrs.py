@@ -149,6 +149,14 @@ def test_each_kind_of_trial_has_its_verdict(action):
     assert identical(training.state(), states[-1]) and (action != "up" or identical(states[-1], never(K, lambda s: 1.5)))
 
 
+def test_a_cautious_search_takes_a_slower_trial_back_and_lowers_only_for_harm():
+    search, *_, states = forced(CONTROL + TRIALS["down"][0], cautious=True)
+    assert actions(search) == ["stay"] and search.scale == 1.0 and identical(states[-1], never(K))
+    for harm, scale in (("abort", 1 / 1.5), ("up", 1.5)):
+        search, *_ = forced(CONTROL + TRIALS[harm][0], cautious=True)
+        assert actions(search) == [harm] and search.scale == pytest.approx(scale)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("when", range(K))
 def test_a_trial_that_blows_up_is_undone_at_once(bad, when):

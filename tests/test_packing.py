@@ -21,7 +21,7 @@ from packing import Batches, Rows, choose, collate
 from readers import Folder
 from stream import Documents, Drawn
 from test_data import record
-from train import answers, one_step
+from train import Stage, answers, one_step
 
 CAPACITY = 256
 DRAWS = {"short": lambda r: r.randint(1, 12), "long": lambda r: r.randint(200, CAPACITY), "full": lambda r: CAPACITY,
@@ -451,7 +451,7 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     def step(micro):
         parameters = list(model.parameters())
         caught = Caught(parameters)
-        row = one_step(model, [caught], micro, objective, 1.0, 1e9, parallel.World())
+        row = one_step(model, [caught], micro, objective, 1.0, Stage(clip=1e9), parallel.World())
         return row["loss"], row["grad_norm"], caught.gradient
 
     whole = step([collate(group, 512, tokenizer.pad)])

@@ -74,7 +74,8 @@ def test_an_unknown_option_or_stage_is_an_error():
 
 
 @pytest.mark.parametrize("script", ["pretrain.py", "sft.py", "rl.py", "soup.py", "generate.py", "evaluate.py", "data.py", "world.py",
-                                    "toy.py", "real.py", "readme.py", "bench_rl.py", "bench_sft.py", "bench_rollout.py"])
+                                    "toy.py", "real.py", "readme.py", "bench_rl.py", "bench_sft.py", "bench_rollout.py",
+                                    "bench_adalrs.py", "bench_train.py", "align.py"])
 def test_help_works_on_every_script(script):
     assert "usage" in run(script, "--help").lower()
 

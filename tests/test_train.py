@@ -3,22 +3,27 @@
 `python tests/test_train.py` writes the golden losses again: do it when numbers are meant to change, and say why in the commit.
 """
 import json
+import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import made_up
+from conftest import SHARED, made_up
 
 import checkpoint
+import cli
 import pretrain
 import rl
 import sft
 import train as loop
 from checkpoint import RunDirectory
+from cli import THINK
+from tokenizer import Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import PRESETS, SailVL
+from world import corpus
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STAGES = {s.name + " " + "+".join(s.trains): s for recipe in (pretrain, sft, rl) for table in recipe.RECIPES.values() for s in table.values()}
@@ -61,6 +66,33 @@ def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(config
     assert {id(p) for o in made[0] for p in o.state} == {id(p) for p in trained}
     assert held <= 2 * sum(p.nbytes for p in trained) + 8 * len(trained)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_paper_scale_stages_see_the_published_tokens():
+    tokens = {name: s.steps * s.rows * s.length for name, s in pretrain.PAPER.items()}
+    assert tokens["basic"] == pytest.approx(128e9, rel=1e-3) and tokens["multitask"] == pytest.approx(360e9, rel=1e-3)
+    assert sum(n for name, n in tokens.items() if name.startswith("vit")) == pytest.approx(121e9, rel=0.03)
+    assert [s.name for s in pretrain.PAPER.values() if s.adalrs] == ["basic"]
+
+
+@pytest.mark.skipif(not (SHARED / "released").is_dir(), reason="the released files are not here")
+def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout(tmp_path, monkeypatch, capsys):
+    shutil.copytree(SHARED / "released" / "tiny", start := tmp_path / "start")
+    Tokenizer(train_bpe(corpus(200), 280), "", THINK).save(start)
+    data = [{"task": task, "conversations": [{"from": "human", "value": "what is one?"}, {"from": "gpt", "value": "red"}]}
+            for task in ("caption", "caption", "math")]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    for name, stage in pretrain.PAPER.items():
+        words = f"--scale paper --stage {name} --model {start} --data {tmp_path}/my.jsonl --out {tmp_path}/{name} --steps 2 --rows 2 --length 64"
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words.split()])
+        assert pretrain.main(cli.parse(pretrain.Options, pretrain.RECIPES)) == 0
+        assert "saved by what is frozen" in capsys.readouterr().out
+        used = json.loads((tmp_path / name / "stage.json").read_text())
+        assert used == json.loads(json.dumps(asdict(replace(stage, steps=2, rows=2, length=64))))
+        old, new = SailVL.from_pretrained(start).state_dict(), SailVL.from_pretrained(tmp_path / name).state_dict()
+        for k, v in new.items():
+            assert k.split(".")[0] in {loop.PARTS[p] for p in stage.trains} or torch.equal(v, old[k])
+        start = tmp_path / name
 
 
 def test_recomputing_activations_changes_no_loss(config, tokenizer):
@@ -174,9 +206,6 @@ def test_the_generators_state_survives_json():
 
 
 if __name__ == "__main__":
-    from cli import THINK
-    from tokenizer import Tokenizer, train_bpe
-    from world import corpus
     tokenizer = Tokenizer(train_bpe(corpus(500), 400), "", THINK)
     c = PRESETS["toy"]
     config = replace(c, text=replace(c.text, vocab_size=448, num_hidden_layers=2), vision=replace(c.vision, num_hidden_layers=2),
