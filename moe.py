@@ -164,12 +164,14 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
         given = routing.choices[len(routing)] if isinstance(routing, Replay) else None
-        r = route(self.gate(x), self.top_k, self.normalise, given, self.bias)
-        if routing is not None:
-            routing.append(r)
-        w = self.experts
-        mixture = choose(x, r.indices, w.gate_up_proj, w.down_proj)
-        return mixture(x, r.indices, r.weights, w.gate_up_proj, w.down_proj)
+        kind, gate_up, down = x.device.type, self.experts.gate_up_proj, self.experts.down_proj
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):  # the router stays in full precision, the experts take what autocast wants
+            r = route(self.gate(x.to(self.gate.weight.dtype)), self.top_k, self.normalise, given, self.bias)
+            if routing is not None:
+                routing.append(r)
+            x, gate_up, down = x.to(half), gate_up.to(half), down.to(half)
+            return choose(x, r.indices, gate_up, down)(x, r.indices, r.weights, gate_up, down)
 
 
 # ------------------------------------------------------------------------------------------------ keeping experts alive
