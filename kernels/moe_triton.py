@@ -46,6 +46,7 @@ DEEP = (128, 256, 64, 8, 7)  # rows come through `order`: half of the stages go 
 BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
           # fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones
           "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
+          "few": dict.fromkeys(("up", "grouped", "grad"), (16, 128, 64, 4, 4)) | {"weight": DEEP},  # decoding: weights once
           "full": dict.fromkeys(("up", "grouped", "grad", "weight"), (64, 64, 32, 8, 2)),  # fp32: correct, not fast
           "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1))}
 
@@ -53,7 +54,8 @@ BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "w
 def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
     if INTERPRET:
         return BLOCKS["interpret"]
-    return BLOCKS["full" if dtype == torch.float32 else "short" if rows_per_expert < 512 else "half"]
+    half = "few" if rows_per_expert < 16 else "short" if rows_per_expert < 512 else "half"
+    return BLOCKS["full" if dtype == torch.float32 else half]
 
 
 @triton.jit
