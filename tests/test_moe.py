@@ -43,7 +43,7 @@ def ingredients(S, E, K, C, I, which="random", dtype=torch.float32):
 def with_gradients(mixture, inputs):
     """Output, then the gradients of tokens, weights, gates and ups, downs under a fixed random direction."""
     y = mixture(*inputs)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=y.dtype)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
     return y, *torch.autograd.grad((y * direction).sum(), [t for t in inputs if t.requires_grad])
 
 
