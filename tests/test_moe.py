@@ -393,11 +393,11 @@ def test_the_z_loss_is_the_mean_square_of_the_log_partition():
 def test_nudging_the_bias_spreads_a_crowd():
     config = replace(PRESETS["toy-moe"].text, hidden_size=16, moe_intermediate_size=16)
     layer = MoE(config)
-    torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(layer.gate.weight, std=0.25, generator=torch.Generator().manual_seed(0))
     torch.nn.init.zeros_(layer.experts.gate_up_proj), torch.nn.init.zeros_(layer.experts.down_proj)
     x, spread = torch.randn(500, 16, generator=torch.Generator().manual_seed(1)) + 1, []
     for _ in range(100):
         layer(x, routing := [])
         spread.append(float(entropy(hits(routing))))
         nudge([layer], hits(routing), 0.01)
-    assert spread[0] < 1.9 and spread[-1] > 0.98 * math.log(8)
+    assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
