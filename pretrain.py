@@ -109,7 +109,7 @@ def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=paral
 
 
 def answers_of(stage: Stage):
-    return lambda model, batch: answers(model, batch, stage.balance)
+    return lambda model, batch: answers(model, batch, stage.balance, stage.router_z, stage.nudge)
 
 
 # ------------------------------------------------------------------------------------------- the stand-in for AIMv2's ViT

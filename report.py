@@ -325,10 +325,10 @@ def curves(runs: dict[str, dict]) -> str:
 
 
 def write(path: Path, results: dict, runs: dict[str, dict], graded: list[dict],
-          packed: list[list[tuple[int, bool | None]]], router: list[list[float]], swap: dict) -> None:
+          packed: list[list[tuple[int, bool | None]]], router: dict[str, list[float]], swap: dict) -> None:
     """The page. `results` is results.json; `runs`: stage -> what its Run logged; `graded`: the answers to show.
 
-    `packed`: rows of one batch as (document length, has image; None for padding); `router`: share per layer and expert;
+    `packed`: rows of one batch as (document length, has image; None for padding); `router`: share of the experts per kind of token and layer;
     `swap`: family -> accuracy with its own and with another picture.
     """
     final, stages = results["final"], results["stages"]
@@ -336,7 +336,7 @@ def write(path: Path, results: dict, runs: dict[str, dict], graded: list[dict],
     times = [(s["name"], duration(s["seconds"]), [s["seconds"]], None, 0) for s in stages]
     after = {name: [row.get(f) for f in families] for name, row in results.get("families_after", {}).items()}
     after = {"blind chance": [final[f]["chance"] for f in families]} | after if after else {}
-    load, experts = {f"layer {i}": row for i, row in enumerate(router)}, len(router[0]) if router else 1
+    experts = max(map(len, router.values()), default=1)
     own, swapped = scores(final, families, swap)
     spent = bars("seconds per stage", times, max((s["seconds"] for s in stages), default=1), percent=False)
     two = lambda *sections: el("div", *sections, cls="two")
@@ -353,8 +353,8 @@ def write(path: Path, results: dict, runs: dict[str, dict], graded: list[dict],
             section("Two choices, measured", "A rate found while training; thinking on demand.", choices(results))),
         section("A packed batch", "One row a line, one rectangle a document, in tokens. No document sees another.",
                 packing(packed) if packed else ""),
-        section("Expert load", "Percent of the routed tokens per layer and expert; full colour: twice the even share.",
-                heat(load, [str(e) for e in range(experts)], 2 / experts)),
+        section("Expert load", "Percent of the routed tokens of a kind, per layer and expert; full colour: twice the even "
+                "share. No token is dropped.", heat(router, [str(e) for e in range(experts)], 2 / experts)),
         section("Answers", "Held-out samples as they come, not chosen. A number instead of a sign is a partial score.",
                 answers(graded))]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'

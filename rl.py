@@ -368,7 +368,7 @@ def policy(stage: RLStage):
             total = total + stage.kl * penalty
             logged["kl_reference"] = float(penalty.detach()) / max(batch.weight, 1e-8)
         if routing:
-            total = total + stage.balance * moe.balance_loss(routing) * batch.weight
+            total = total + stage.balance * moe.balance_loss(routing, batch.real()) * batch.weight
         if batch.choices:
             logged["rerouted"] = routing.moved()
         return total, {"loss": float(total.detach())} | {k: v * batch.weight for k, v in logged.items()}

@@ -25,7 +25,6 @@ import torch
 import tyro
 
 import cli
-import moe
 import parallel
 import pretrain
 import report
@@ -39,7 +38,7 @@ from packing import Batch, collate
 from readers import Folder
 from rewards import format_reward, split_think
 from soup import average, distance
-from train import Run, answers
+from train import Run, answers, expert_use
 from vlm import PRESETS
 from weights import write_json
 
@@ -94,7 +93,7 @@ class Ladder:
         self.runs: dict[str, dict] = {}
         self.after: dict[str, dict[str, float]] = {}
         self.filled: list[float] = []
-        self.load: list[list[float]] = []
+        self.load: dict[str, list[float]] = {}
         self.scores: dict[str, Score] = {}
         self.graded: list[Graded] = []
         self.reasoning = [f for f in world.REASONING if f in self.groups] or [
@@ -306,8 +305,8 @@ class Ladder:
 
     # -------------------------------------------------------------------------------------------------------- report
 
-    def packed(self) -> tuple[list[list[tuple[int, bool | None]]], list[list[float]]]:
-        """One packed batch drawn as (length, has image) per row, and the experts' load on it."""
+    def packed(self) -> tuple[list[list[tuple[int, bool | None]]], dict[str, list[float]]]:
+        """One packed batch drawn as (length, has image) per row, and the experts' load on it per layer and kind of token."""
         stage = pretrain.TOY["multitask"]
         batch: Batch = next(pretrain.supervised(self.source, stage, self.encoder, Faults()))[0]
         drawn, row, used, at = [], [], 0, 0
@@ -321,8 +320,9 @@ class Ladder:
         routing: list = []
         with torch.no_grad():
             self.model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
-        E = self.model.config.text.num_experts
-        return drawn, [moe.expert_load(r.indices, E).tolist() for r in routing]
+            used = expert_use(routing, batch, self.encoder.tokenizer.image)[0] if routing else []
+        return drawn, {f"{kind}, layer {i}": (n / n.sum()).tolist() for kind, counts in zip(("text", "vision"), used)
+                       for i, n in enumerate(counts)}
 
     def finish(self, began: float) -> None:
         o = self.o

@@ -63,6 +63,8 @@ class Stage:
     everything: bool = False  # supervise all text, not only answers
     weighting: str = "token"  # loss weight of a token: token, sample or sqrt
     balance: float = 0.001  # coefficient of the expert balance loss (MoE only)
+    router_z: float = 0.0  # coefficient of the router z-loss (MoE only)
+    nudge: float = 0.0  # balance by a bias on the choice instead: its step (MoE only, for comparison; not saved)
     precision: str = "auto"  # of the forward pass: fp32, bf16 (weights stay fp32), or auto: bf16 on an accelerator
     recompute: bool = False  # keep no activations inside blocks; run each again in the backward pass
     compile: bool = False  # torch.compile each block
@@ -83,10 +85,11 @@ class Stage:
         raise ValueError(f"unknown schedule {self.schedule!r}; choose constant, cosine or wsd")
 
 
-def answers(model: SailVL, batch: Batch, balance: float = 0.0) -> tuple[Tensor, dict]:
+def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, nudge: float = 0.0) -> tuple[Tensor, dict]:
     """The objective of all supervised stages: -sum of weight * log p(label) over the labelled positions of a packed batch.
 
-    For a MoE, adds the balance loss (over real tokens), scaled so that dividing by the weight leaves its coefficient.
+    For a MoE, adds `balance` times the balance loss and `z` times the router z-loss, scaled so that dividing by the weight
+    leaves their coefficients, and logs how the experts are used.
     """
     routing: list | None = [] if model.config.text.num_experts else None
     at = (batch.labels.reshape(-1) >= 0).nonzero()[:, 0]
@@ -97,9 +100,17 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0) -> tuple[Tensor, 
     loss = losses.sum()
     stats = {"loss": float(loss.detach()), "tasks": by_task(losses.detach(), weights, at, batch)}
     if routing:
-        aux = moe.balance_loss(routing, batch.real())
-        stats["balance"] = float(aux.detach()) * batch.weight
-        loss = loss + balance * aux * batch.weight
+        used, weight = expert_use(routing, batch, model.image_token_id)
+        layers = [block.mlp for block in model.language_model.model.layers]
+        aux = weight * moe.balance_loss(routing, batch.real(), (used.sum((0, 1)), float(used.sum()) / layers[0].top_k))
+        stats["balance"] = float(aux.detach())
+        for kind, entropies in zip(("text", "vision"), moe.entropy(used).tolist()):
+            stats |= {f"{kind}_entropy_{i}": h * batch.weight for i, h in enumerate(entropies)}
+        loss = loss + balance * aux
+        if z:
+            loss = loss + z * moe.z_loss(routing, batch.real()) * batch.weight
+        if nudge and torch.is_grad_enabled():
+            moe.nudge(layers, used.sum(0), nudge)
     return loss, stats
 
 
@@ -113,6 +124,17 @@ def by_task(losses: Tensor, weights: Tensor, at: Tensor, batch: Batch) -> dict[s
             before = found.get(task, (0.0, 0.0))
             found[task] = before[0] + loss, before[1] + weight
     return found
+
+
+def expert_use(routing: list, batch: Batch, image_token: int) -> tuple[Tensor, float]:
+    """How many slots went to each expert, (2: text and vision, layers, E), and the batch's weight, over all ranks. (Over the
+    micro-batches of a step it is not summed: the gradient of the first would have to wait for the routing of the last.)"""
+    image = batch.ids.reshape(-1) == image_token
+    used = torch.stack([moe.hits(routing, batch.real() & ~image), moe.hits(routing, image)])
+    if not torch.is_grad_enabled():  # an evaluation, which ranks need not do together
+        return used, batch.weight
+    *everyone, weight = parallel.total(*used.flatten().tolist(), batch.weight)
+    return torch.tensor(everyone, device=used.device).view_as(used), weight
 
 
 def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:

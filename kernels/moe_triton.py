@@ -39,21 +39,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SORT = 128  # slots per program while sorting
 
-# (rows, columns, depth) of a product's tile, warps, pipeline stages. `up_swiglu` has two accumulators: its columns count
-# twice. Chosen so that accumulators stay within 128 registers a thread and stages within 227 KB; not yet tuned on a GPU.
-BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": (128, 256, 64, 8, 4), "grad": (128, 128, 64, 8, 4),
-                   "weight": (128, 256, 64, 8, 3)},
-          "short": {"up": (64, 128, 64, 4, 4), "grouped": (64, 256, 64, 4, 4), "grad": (64, 128, 64, 4, 4),
-                    "weight": (128, 256, 64, 8, 3)},  # fewer than 512 rows an expert: half-empty tiles cost more
-          "full": {"up": (64, 32, 32, 4, 2), "grouped": (64, 64, 32, 4, 2), "grad": (64, 32, 32, 4, 2),
-                   "weight": (64, 64, 32, 4, 2)},  # fp32: correct, not fast
+# (rows, columns, depth) of a product's tile, warps, pipeline stages. `up` has two accumulators: its columns count twice.
+# Chosen for sm_90: stages within 227 KB, nothing spilled (`bench.py --compile` shows both). Not yet tuned on a GPU.
+WIDE, SHORT = (128, 256, 64, 8, 4), (64, 256, 64, 4, 4)
+DEEP = (128, 256, 64, 8, 7)  # rows come through `order`: half of the stages go to the indices
+BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
+          # fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones
+          "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
+          "few": dict.fromkeys(("up", "grouped", "grad"), (16, 128, 64, 4, 4)) | {"weight": DEEP},  # decoding: weights once
+          "full": dict.fromkeys(("up", "grouped", "grad", "weight"), (64, 64, 32, 8, 2)),  # fp32: correct, not fast
           "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1))}
 
 
 def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
     if INTERPRET:
         return BLOCKS["interpret"]
-    return BLOCKS["full" if dtype == torch.float32 else "short" if rows_per_expert < 512 else "half"]
+    half = "few" if rows_per_expert < 16 else "short" if rows_per_expert < 512 else "half"
+    return BLOCKS["full" if dtype == torch.float32 else half]
 
 
 @triton.jit
@@ -142,8 +144,8 @@ def up_swiglu(x, w13, z, a, order, offs, tile_expert, tile_row, K: tl.constexpr,
     if e < 0:
         return
     end = tl.load(offs + e + 1)
-    rows, cols, ks = tl.load(tile_row + tile) + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
-    token = tl.load(order + tl.minimum(rows, end - 1)) // K
+    first, i, cols, ks = tl.load(tile_row + tile), tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    token = tl.load(order + tl.minimum(first + i, end - 1)) // K
     x += token.to(tl.int64)[:, None] * C + ks[None, :]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
@@ -154,11 +156,12 @@ def up_swiglu(x, w13, z, a, order, offs, tile_expert, tile_row, K: tl.constexpr,
         gate = dot(some, w13.load([e, n, k]).reshape(BN, BK).T, gate)
         up = dot(some, w13.load([e, I + n, k]).reshape(BN, BK).T, up)
         x += BK
-    keep, row = (rows < end)[:, None] & (cols < I)[None, :], rows.to(tl.int64)[:, None]
+    keep, at = (first + i < end)[:, None] & (cols < I)[None, :], i[:, None] * I + cols[None, :]
     if KEEP_Z:
-        tl.store(z + row * (2 * I) + cols[None, :], gate.to(z.dtype.element_ty), mask=keep)
-        tl.store(z + row * (2 * I) + I + cols[None, :], up.to(z.dtype.element_ty), mask=keep)
-    tl.store(a + row * I + cols[None, :], (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=keep)
+        z += first.to(tl.int64) * (2 * I)
+        tl.store(z + at + i[:, None] * I, gate.to(z.dtype.element_ty), mask=keep)
+        tl.store(z + at + i[:, None] * I + I, up.to(z.dtype.element_ty), mask=keep)
+    tl.store(a + first.to(tl.int64) * I + at, (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -176,9 +179,31 @@ def grouped_matmul(a, w, out, offs, tile_expert, tile_row, D: tl.constexpr, N: t
             acc = dot(a.load([first, k]), w.load([e, n, k]).reshape(BN, BK).T, acc)
         else:
             acc = dot(a.load([first, k]), w.load([e, k, n]).reshape(BK, BN), acc)
-    rows, cols = first + tl.arange(0, BM), n + tl.arange(0, BN)
-    keep = (rows < tl.load(offs + e + 1))[:, None] & (cols < N)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=keep)
+    i, cols = tl.arange(0, BM), n + tl.arange(0, BN)
+    keep = (first + i < tl.load(offs + e + 1))[:, None] & (cols < N)[None, :]
+    tl.store(out + first.to(tl.int64) * N + (i[:, None] * N + cols[None, :]), acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def halves(t):
+    """(M, N) -> left and right, (M, N/2) each."""
+    return t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def swiglu_grad(da, z, dz, scaled, s, first, n, i, keep, I: tl.constexpr):
+    """The epilogue of `down_grad` for the columns from n: stores dz and a * s, returns <da, a> of every row."""
+    gate, up = z.load([first, n]).to(tl.float32), z.load([first, I + n]).to(tl.float32)
+    cols = n + tl.arange(0, da.shape[1])
+    keep, at = keep[:, None] & (cols < I)[None, :], i[:, None] * I + cols[None, :]
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(scaled + at, (silu * up * s[:, None]).to(scaled.dtype.element_ty), mask=keep)
+    partial = tl.sum(da * silu * up, 1)
+    da *= s[:, None]
+    tl.store(dz + at + i[:, None] * I + I, (da * silu).to(dz.dtype.element_ty), mask=keep)
+    tl.store(dz + at + i[:, None] * I, (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty), mask=keep)
+    return partial
 
 
 @triton.jit
@@ -190,8 +215,8 @@ def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, ti
     if e < 0:
         return
     end = tl.load(offs + e + 1)
-    rows, cols, ks = tl.load(tile_row + tile) + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
-    slot = tl.load(order + tl.minimum(rows, end - 1))
+    first, i, ks = tl.load(tile_row + tile), tl.arange(0, BM), tl.arange(0, BK)
+    slot = tl.load(order + tl.minimum(first + i, end - 1))
     grad += (slot // K).to(tl.int64)[:, None] * C + ks[None, :]
     da = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
@@ -201,17 +226,17 @@ def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, ti
             some = tl.load(grad, mask=(k + ks)[None, :] < C, other=0.0)
         da = dot(some, w2.load([e, k, n]).reshape(BK, BN), da)
         grad += BK
-    keep, row = (rows < end)[:, None] & (cols < I)[None, :], rows.to(tl.int64)[:, None]
-    at = row * (2 * I) + cols[None, :]
-    gate, up = tl.load(z + at, mask=keep, other=0.0).to(tl.float32), tl.load(z + at + I, mask=keep, other=0.0).to(tl.float32)
-    s = tl.load(weights + slot).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(ds + slot.to(tl.int64) * tl.cdiv(I, BN) + n // BN, tl.sum(da * silu * up, 1), mask=rows < end)
-    tl.store(scaled + row * I + cols[None, :], (silu * up * s[:, None]).to(scaled.dtype.element_ty), mask=keep)
-    da *= s[:, None]
-    tl.store(dz + at, (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty), mask=keep)
-    tl.store(dz + at + I, (da * silu).to(dz.dtype.element_ty), mask=keep)
+    s, keep = tl.load(weights + slot).to(tl.float32), first + i < end
+    dz += first.to(tl.int64) * (2 * I)  # 64 bits once a tile, 32 within it
+    scaled += first.to(tl.int64) * I
+    left, right = halves(da)  # four parts one after the other: registers are what this epilogue is short of
+    a, b = halves(left)
+    c, d = halves(right)
+    partial = swiglu_grad(a, z, dz, scaled, s, first, n, i, keep, I)
+    partial += swiglu_grad(b, z, dz, scaled, s, first, n + BN // 4, i, keep, I)
+    partial += swiglu_grad(c, z, dz, scaled, s, first, n + BN // 2, i, keep, I)
+    partial += swiglu_grad(d, z, dz, scaled, s, first, n + 3 * BN // 4, i, keep, I)
+    tl.store(ds + slot.to(tl.int64) * tl.cdiv(I, BN) + n // BN, partial, mask=keep)
 
 
 @triton.jit
@@ -311,8 +336,9 @@ class TritonExperts(torch.autograd.Function):
         size, grad = blocks(x.dtype, weights.numel() / E), grad.contiguous()
         dz, scaled = torch.empty_like(z), x.new_empty(z.shape[0], I)
         ds = weights.new_empty(z.shape[0], triton.cdiv(I, size["grad"][1]), dtype=torch.float32)
-        run_products(down_grad, size["grad"], plan, I, grad, tiled(down, 1, *size["grad"][2:0:-1]), z, weights, dz, scaled, ds,
-                     plan.order, K=K, C=C, I=I)
+        rows, cols, deep = size["grad"][:3]
+        run_products(down_grad, size["grad"], plan, I, grad, tiled(down, 1, deep, cols), tiled(z, rows, cols // 4), weights, dz,
+                     scaled, ds, plan.order, K=K, C=C, I=I)
         wants = ctx.needs_input_grad
         dx = pull(plan, matmul(size["grouped"], plan, dz, gate_up, transposed=False), weights, False) if wants[0] else None
         dw2 = outer(size["weight"], plan, scaled, grad, K, torch.empty_like(down), True) if wants[4] else None

@@ -1,15 +1,25 @@
 """Mixture of experts: the fast path is the definition, routing, the balance loss, upcycling, names on disk."""
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import parallel
+import train
 import weights
-from moe import Routing, balance_loss, choose, expert_load, expert_mixture, expert_mixture_grouped, route
+import world
+from cli import THINK
+from data import Encoder
+from kernels.bench import grouped, saved_bytes
+from moe import (MoE, Routing, balance_loss, choose, entropy, expert_load, expert_mixture, expert_mixture_grouped, hits, nudge, route,
+                 z_loss)
 from packing import collate
+from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
 # tokens S, experts E, experts per token K, model width C, expert width I
@@ -33,7 +43,7 @@ def ingredients(S, E, K, C, I, which="random", dtype=torch.float32):
 def with_gradients(mixture, inputs):
     """Output, then the gradients of tokens, weights, gates and ups, downs under a fixed random direction."""
     y = mixture(*inputs)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=y.dtype)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
     return y, *torch.autograd.grad((y * direction).sum(), [t for t in inputs if t.requires_grad])
 
 
@@ -84,19 +94,59 @@ def test_the_reference_has_the_gradients_of_finite_differences():
 
 
 def test_the_grouped_mixture_is_chosen_where_it_can_run_and_only_there():
-    def chosen(S, C, I, dtype=torch.float32):
+    def chosen(S, C, I, dtype=torch.float32, K=1):
         shapes = (S, C), (2, 2 * I, C), (2, C, I)
-        return choose(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
+        x, gate_up, down = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+        return choose(x, torch.zeros(S, K, dtype=torch.long), gate_up, down)
     assert chosen(5, 16, 8) is expert_mixture_grouped and chosen(5, 16, 8, torch.bfloat16) is expert_mixture_grouped
     assert chosen(0, 16, 8) is expert_mixture and chosen(5, 16, 8, torch.float64) is expert_mixture
     assert chosen(5, 18, 8) is expert_mixture and chosen(5, 16, 6) is expert_mixture
     assert chosen(5, 16, 4, torch.bfloat16) is expert_mixture  # 8 bytes a row
+    assert chosen(1, 16, 8) is expert_mixture and chosen(1, 16, 8, K=2) is expert_mixture_grouped  # decoding
+
+
+def test_decoding_reads_only_the_experts_that_were_hit():
+    x, indices, w, gate_up, down = (t.detach() for t in ingredients(3, 16, 2, 16, 16))
+    idle = [e for e in range(16) if e not in indices]
+    whole = expert_mixture(x, indices, w, gate_up, down)
+    gate_up[idle], down[idle] = torch.nan, torch.nan
+    assert len(idle) >= 10 and torch.equal(choose(x, indices, gate_up, down)(x, indices, w, gate_up, down), whole)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes_and_skews_agree_in_double_precision_and_twice_bit_for_bit(seed):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
+    E, C, I = draw(2, 20), 4 * draw(2, 12), 4 * draw(2, 12)
+    inputs = ingredients(draw(1, 200), E, draw(1, E + 1), C, I, ["random", "same"][seed % 2])
+    wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    exact = with_gradients(expert_mixture, wide)
+    fast, again = (with_gradients(expert_mixture_grouped, inputs) for _ in range(2))
+    for a, b, c in zip(fast, again, exact, strict=True):
+        assert torch.equal(a, b) and (a - c).norm() <= 1e-5 * c.norm()
+
+
+def test_half_precision_is_as_near_the_truth_as_autograd_through_grouped_products():
+    inputs = ingredients(200, 8, 2, 64, 64)
+    half = [t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    half[2] = inputs[2]  # routing weights stay fp32
+    exact = with_gradients(expert_mixture, [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in half])
+    peer, fast = with_gradients(grouped, half), with_gradients(expert_mixture_grouped, half)
+    for a, b, c in zip(fast, peer, exact, strict=True):
+        assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-4 * c.norm() < 0.02 * c.norm()
+
+
+def test_the_fast_path_keeps_x_and_z_and_indices_and_nothing_else():
+    inputs = ingredients(33, 8, 2, 32, 16)
+    kept = saved_bytes(lambda: expert_mixture_grouped(*inputs), [inputs[0], *inputs[2:]])
+    slots = 33 * 2
+    assert kept == slots * 2 * 16 * 4 + 2 * slots * 8 + 8 * 4  # z; order and inverse; offsets (x is an input, held anyway)
 
 
 @pytest.mark.parametrize("S, C, I", [(0, 16, 16), (5, 18, 6), (5, 16, 16)])
 def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     inputs = ingredients(S, 4, 2, C, I)
-    torch.testing.assert_close(choose(inputs[0], *inputs[3:])(*inputs), expert_mixture(*inputs))
+    torch.testing.assert_close(choose(inputs[0], inputs[1], *inputs[3:])(*inputs), expert_mixture(*inputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- routing
@@ -126,6 +176,15 @@ def test_routing_is_decided_in_single_precision_whatever_the_model():
     assert half.weights.dtype == half.logits.dtype == torch.float32
     assert torch.equal(half.weights, full.weights) and torch.equal(half.indices, full.indices)
     assert route(logits.double(), 2, normalise=True).weights.dtype == torch.float64
+
+
+def test_a_bias_moves_the_choice_and_never_the_weights():
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    bias = torch.zeros(8)
+    bias[3] = 1.0  # more than any difference of probabilities
+    r = route(logits, 2, normalise=False, bias=bias)
+    assert (r.indices == 3).any(1).all()
+    torch.testing.assert_close(r.weights, logits.softmax(-1).gather(1, r.indices))
 
 
 # --------------------------------------------------------------------------------------------------------- balance loss
@@ -268,3 +327,77 @@ def test_the_30b_a3b_preset_has_the_published_size_and_the_published_expert_shap
     assert stored[last + "experts.127.gate_proj.weight"].shape == (768, 2048)
     assert stored[last + "experts.127.down_proj.weight"].shape == (2048, 768)
     assert stored[last + "gate.weight"].shape == (128, 2048)
+
+
+# --------------------------------------------------------------------------------- balance over ranks, statistics, biases
+
+def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
+    """One process: its share of four packed rows through `train.answers`; rank 0 saves loss, balance and router gradients."""
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    tok = Tokenizer(train_bpe(world.corpus(200), 400), "", THINK)
+    c = PRESETS["toy-moe"]
+    text = replace(c.text, vocab_size=448, num_hidden_layers=2, num_experts=4)
+    model = SailVL(replace(c, text=text, vision=replace(c.vision, num_hidden_layers=1), image_token_id=tok.image)).init_weights(0)
+    encode = Encoder(tok, model.config, max_length=512)
+    rows = [[encode(world.sample(i, 0, {"text": 1.0} if i < 2 else {"caption": 1.0}))] for i in range(4)]
+    mine = rows[rank * 4 // size:(rank + 1) * 4 // size]  # 2 ranks: text to one, pictures to the other
+    batch = collate(mine, None, tok.pad)
+    loss, stats = train.answers(model, batch, balance=100.0)  # far above the task's gradient
+    weight, balance = parallel.total(batch.weight, stats["balance"])
+    (loss / weight).backward()
+    gates = [block.mlp.gate.weight for block in model.language_model.model.layers]
+    parallel.sum_gradients(gates)
+    loss, = parallel.total(float(loss))
+    if rank == 0:
+        torch.save([torch.tensor([loss / weight, balance / weight])] + [g.grad for g in gates], out)
+    parallel.stop()
+
+
+def test_ranks_balance_the_global_batch(tmp_path):
+    outs = []
+    for size in (1, 2, 4):
+        outs.append(tmp_path / f"{size}.pt")
+        torch.multiprocessing.spawn(part_of_a_batch, (size, str(tmp_path / f"meet{size}"), str(outs[-1])), nprocs=size)
+    one, *more = (torch.load(out) for out in outs)
+    assert all(g.norm() > 0 for g in one)
+    for several in more:
+        for a, b in zip(several, one, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_rank_alone_would_balance_something_else():
+    """The parts of the global loss add up to it; the mean of local losses is another, larger number."""
+    text = route(torch.arange(8.0).repeat(24, 1), 2, normalise=True)
+    pictures = route(torch.arange(8.0).flip(0).repeat(24, 1), 2, normalise=True)
+    counts, whole = (hits([text]) + hits([pictures])).sum(0), balance_loss([stacked(text, pictures)])
+    parts = [balance_loss([r], everyone=(counts, 48.0)) for r in (text, pictures)]
+    torch.testing.assert_close(sum(parts), whole)
+    assert (balance_loss([text]) + balance_loss([pictures])) / 2 > whole + 1
+
+
+def test_entropy_is_in_nats_and_counts_are_complete():
+    torch.testing.assert_close(entropy(torch.tensor([[5.0, 5, 5, 5], [9, 0, 0, 0], [3, 3, 0, 0]])),
+                               torch.tensor([4.0, 1, 2]).log())
+    r = perfect(8, 2, 3)
+    keep = torch.arange(24) < 10
+    assert hits([r, r], keep).sum(1).tolist() == [20, 20] and hits([r]).sum() == 48  # none dropped
+
+
+def test_the_z_loss_is_the_mean_square_of_the_log_partition():
+    r = route(torch.tensor([[0.0, 0], [3, 3]]), 1, normalise=False)
+    torch.testing.assert_close(z_loss([r]), torch.tensor([2.0, 2 * math.e ** 3]).log().square().mean())
+
+
+def test_nudging_the_bias_spreads_a_crowd():
+    config = replace(PRESETS["toy-moe"].text, hidden_size=16, moe_intermediate_size=16)
+    layer = MoE(config)
+    torch.nn.init.normal_(layer.gate.weight, std=0.25, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(layer.experts.gate_up_proj), torch.nn.init.zeros_(layer.experts.down_proj)
+    x, spread = torch.randn(500, 16, generator=torch.Generator().manual_seed(1)) + 1, []
+    for _ in range(100):
+        layer(x, routing := [])
+        spread.append(float(entropy(hits(routing))))
+        nudge([layer], hits(routing), 0.01)
+    assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)

@@ -1,0 +1,236 @@
+"""Entropy calibration: spread a language model's experts over pictures before it is trained on any.
+
+What it teaches: a router learned on text sends whatever looks unlike text to a few experts. SAIL-VL2 (section 2.2) reports
+"data probing and automatic calibration on language data, which maximizes expert activation entropy", that text behaviour is
+kept and that entropy on multimodal data rises; it publishes no procedure. Everything below is therefore ours: two designs, a
+bound that keeps text behaviour, and a measurement of both.
+
+    probe: run the model, remember what every router saw      text (S1, C) and visual tokens (S2, C), no labels
+    by_bias    a bias per expert on the choice, nudged until text loads are even; knows text only, cannot tell kinds apart
+    by_router  (default) gradient steps on the gates alone: more entropy of the mean choice on visual tokens, while a KL term
+               holds every text token's choice
+    bounded    take the largest step of either that leaves text loss and text entropy within 1 %
+
+Why the gates: visual tokens lie in directions that text hardly uses, so that a gate can be turned there and leave text as it
+is; a bias moves both kinds by the same amount. And a gate is in the released layout, a bias is not.
+
+Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats, mean
+over layers; log E is the most.
+
+    python calibrate.py                    three seeds of a toy from scratch, both designs, a table and runs/calibration.html
+"""
+import math
+import statistics
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import cli
+import moe
+import pretrain
+import report
+import world
+from data import Encoder
+from evaluate import evaluate
+from packing import Batch, collate
+from train import Stage, answers, expert_use
+from vlm import SailVL
+
+Change = Callable[[SailVL, float], None]  # apply a fraction of a calibration to a model, in place
+
+
+@dataclass
+class Measured:
+    """Of one model on held-out batches. use (2: text and vision, layers, E): share of the routed slots."""
+    text_loss: float
+    use: Tensor
+
+    def entropy(self, kind: int) -> float:
+        """Nats, mean over layers; kind 0 text, 1 vision."""
+        return float(moe.entropy(self.use[kind]).mean())
+
+
+@torch.no_grad()
+def measure(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Measured:
+    """Text loss and loads on text from text-only batches, loads on visual tokens from pictures."""
+    counts, losses, weight = [0, 0], 0.0, 0.0
+    for kind, batches in enumerate((text, pictures)):
+        for batch in batches:
+            routing: list = []
+            model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
+            counts[kind] = counts[kind] + expert_use(routing, batch, model.image_token_id)[0][kind]
+            if kind == 0:
+                losses, weight = losses + answers(model, batch)[1]["loss"], weight + batch.weight
+    use = torch.stack(counts)
+    return Measured(losses / weight, use / use.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def probe(model: SailVL, batches: list[Batch], visual: bool) -> list[Tensor]:
+    """What the gate of every layer sees, (tokens, C) each: visual tokens or real text tokens."""
+    seen: list[list[Tensor]] = [[] for _ in model.language_model.model.layers]
+    for batch in batches:
+        image = batch.ids.reshape(-1) == model.image_token_id
+        keep = image if visual else batch.real() & ~image
+        hooks = [block.mlp.gate.register_forward_pre_hook(lambda m, inputs, into=into: into.append(inputs[0][keep]))
+                 for block, into in zip(model.language_model.model.layers, seen)]
+        model.hidden(batch.ids, batch.images, batch.positions, batch.segments)
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(s) for s in seen]
+
+
+def by_bias(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int = 100, rate: float = 0.005) -> Change:
+    """Design A: text alone. Even out the loads on probed text by a bias on the choice; `pictures` are not looked at."""
+    trial = deepcopy(model)
+    layers = [block.mlp for block in trial.language_model.model.layers]
+    seen = probe(model, text, visual=False)
+    for _ in range(steps):
+        routing = [moe.route(layer.gate(x), layer.top_k, layer.normalise, bias=layer.bias) for layer, x in zip(layers, seen)]
+        moe.nudge(layers, moe.hits(routing), rate)
+
+    def apply(to: SailVL, share: float) -> None:
+        for block, layer in zip(to.language_model.model.layers, layers):
+            block.mlp.bias = share * layer.bias
+    return apply
+
+
+def by_router(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int = 150, lr: float = 3e-3,
+              hold: float = 10.0) -> Change:
+    """Design B: for each gate W, on cached inputs, minimise  -H(mean softmax(x_v W^T)) + hold * KL(old || new on text).
+
+    A layer is fitted to what it saw before the layers below it changed: one pass, no gradient through the model.
+    """
+    gates = []
+    for block, x_text, x_image in zip(model.language_model.model.layers, probe(model, text, False), probe(model, pictures, True)):
+        old = block.mlp.gate.weight.detach()
+        w, target = old.clone().requires_grad_(), F.log_softmax(x_text @ old.T, -1)
+        optimizer = torch.optim.Adam([w], lr=lr)
+        for _ in range(steps):
+            spread = moe.entropy(F.softmax(x_image @ w.T, -1).mean(0))
+            drift = F.kl_div(F.log_softmax(x_text @ w.T, -1), target, log_target=True, reduction="batchmean")
+            optimizer.zero_grad()
+            (hold * drift - spread).backward()
+            optimizer.step()
+        gates.append((old, w.detach()))
+
+    def apply(to: SailVL, share: float) -> None:
+        with torch.no_grad():
+            for block, (old, new) in zip(to.language_model.model.layers, gates):
+                block.mlp.gate.weight.copy_(torch.lerp(old, new, share))
+    return apply
+
+
+def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Batch], bound: float = 0.01) -> float:
+    """Apply the largest of 1, 1/2, 1/4, ... of a change that moves neither text loss nor text entropy by more than `bound`
+    (relative) on calibration batches. In place; returns the share, 0 when none of eight passes."""
+    before = measure(model, text, pictures)
+    for share in [0.5 ** i for i in range(8)] + [0.0]:
+        change(model, share)
+        now = measure(model, text, pictures)
+        if (now.text_loss <= (1 + bound) * before.text_loss
+                and abs(now.entropy(0) - before.entropy(0)) <= bound * before.entropy(0)):
+            break
+    return share
+
+
+def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router) -> float:
+    """The whole procedure, in place; returns the share of the change that the bound allowed.
+
+    Raises ValueError for a dense model, or when a list has no token of its kind.
+    """
+    if not model.config.text.num_experts:
+        raise ValueError("calibration is for mixture-of-experts models; this one is dense (num_experts 0)")
+    for name, batches, wanted in (("text", text, False), ("pictures", pictures, True)):
+        if not any(((b.ids == model.image_token_id).any() == wanted) for b in batches):
+            raise ValueError(f"no {'visual' if wanted else 'text-only'} batch among the {name} batches given to calibrate")
+    return bounded(model, design(model, text, pictures), text, pictures)
+
+
+# ----------------------------------------------------------------------------------------------- the measurement
+
+@dataclass
+class Options:
+    seeds: int = 3
+    first: int = 0  # seed of the first
+    steps: tuple[int, int, int] = (150, 60, 100)  # language alone; then vision and adapter; after calibration, everything
+    held: int = 150  # held-out questions per family
+    out: Path = Path("runs/calibration.html")
+
+
+DESIGNS: dict[str, Callable | None] = {"as it was": None, "by_bias": by_bias, "by_router": by_router}
+FAMILIES = ("caption", "listing", "reading")
+
+
+def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, documents: int = 40) -> list[Batch]:
+    return [collate([[encoder(world.sample(i * documents + j, seed, mixture, test)) for j in range(documents)]], None,
+                    encoder.tokenizer.pad) for i in range(n)]
+
+
+def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
+    """A small MoE whose router learned on text, then eyes trained to fit it: where SAIL-VL2's MoE starts."""
+    source = world.World()
+    model, tokenizer = cli.new_model("toy-moe", source, seed)
+    encoder = Encoder(tokenizer, model.config, max_length=512)
+    for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=o.steps[0], rows=2, lr=1e-2, schedule="wsd", balance=0.02),
+                  Stage("eyes", ("vision", "adapter"), pretrain.CAPTION, steps=o.steps[1], rows=2, lr=5e-3)):
+        pretrain.run_stage(model, stage, source, encoder)
+    return model, encoder
+
+
+def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
+    """Design -> (share applied, held-out measures right after calibration, accuracy after the multimodal stage)."""
+    start, encoder = language_first(o, seed)
+    text, pictures = (batches(encoder, mixture, seed, test=False) for mixture in ({"text": 1.0}, pretrain.CAPTION))
+    text_held, pictures_held = (batches(encoder, mixture, seed, test=True) for mixture in ({"text": 1.0}, pretrain.CAPTION))
+    source, found = world.World(), {}
+    questions = [s for f in FAMILIES for s in source.held_out(f, o.held)]
+    for name, design in DESIGNS.items():
+        model = deepcopy(start)
+        share = calibrate(model, text, pictures, design) if design else 0.0
+        now = measure(model, text_held, pictures_held)
+        pretrain.run_stage(model, Stage(name, pretrain.ALL, pretrain.CAPTION, steps=o.steps[2], rows=2, lr=5e-3, schedule="wsd",
+                                        seed=seed), source, encoder)
+        found[name] = share, now, evaluate(model, encoder, questions)[0]["overall"].accuracy
+    return found
+
+
+def picture(path: Path, before: Measured, after: Measured) -> None:
+    """Expert use per layer and kind of token, before and after, as two tables of percentages."""
+    layers, E = before.use.shape[1:]
+    part = lambda title, m: report.section(title, "Percent of the routed slots; full colour: twice the even share.", report.heat(
+        {f"{kind}, layer {i}": m.use[k, i].tolist() for k, kind in enumerate(("text", "vision")) for i in range(layers)},
+        [str(e) for e in range(E)], 2 / E))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>' + report.el("style", report.CSS)
+                    + part("Before calibration", before) + part("After", after) + "</html>\n", encoding="utf-8")
+
+
+def main(o: Options) -> None:
+    rows = {seed: compare(o, seed) for seed in range(o.first, o.first + o.seeds)}
+    most = None
+    for seed, found in rows.items():
+        for name, (share, m, accuracy) in found.items():
+            was, most = found["as it was"], math.log(m.use.shape[-1])
+            change = lambda kind: m.entropy(kind) / was[1].entropy(kind) - 1
+            print(f"seed {seed}  {name:10} share {share:<6.3g} vision entropy {m.entropy(1):.3f} nats ({m.entropy(1) / most:.0%} of log E, "
+                  f"{change(1):+.1%})  text entropy {m.entropy(0):.3f} ({change(0):+.2%})  text loss {m.text_loss:.4f} "
+                  f"({m.text_loss / was[1].text_loss - 1:+.2%})  accuracy after training {accuracy:.3f} ({accuracy - was[2]:+.3f})")
+    for name in DESIGNS:
+        mean = lambda pick: statistics.mean(pick(found[name], found["as it was"]) for found in rows.values())
+        print(f"mean    {name:10} vision entropy {mean(lambda a, b: a[1].entropy(1) / b[1].entropy(1) - 1):+.1%}, text entropy "
+              f"{mean(lambda a, b: a[1].entropy(0) / b[1].entropy(0) - 1):+.2%}, text loss "
+              f"{mean(lambda a, b: a[1].text_loss / b[1].text_loss - 1):+.2%}, accuracy {mean(lambda a, b: a[2] - b[2]):+.3f}")
+    first = rows[o.first]
+    picture(o.out, first["as it was"][1], first["by_router"][1])
+    print(f"expert use of seed {o.first} before and after: {o.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

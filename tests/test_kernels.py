@@ -1,0 +1,144 @@
+"""The Triton kernels against the reference, in Triton's interpreter on a CPU, and compiled for a GPU that is not there.
+
+Triton must know that it interprets before it is imported, so that every test here runs this file as a program of its own.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("triton", reason="pip install --no-deps triton (Linux)")
+
+
+def alone(*names: str, interpret: bool) -> None:
+    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.split() == list(names), done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_interpreted_kernels_are_the_reference():
+    alone("equal", "poison", "saved", "refused", interpret=True)
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    alone("far", interpret=True)
+
+
+def test_everything_compiles_for_a_gpu_without_spills_and_without_looking_at_the_device():
+    alone("compiled", interpret=False)
+
+
+def inputs(S, E, K, C, I, which="random", dtype=torch.float32) -> list:
+    """O(1) inputs; "same": all tokens choose the first K experts."""
+    g = torch.Generator().manual_seed(S + E)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
+    logits = draw(S, E)
+    if which == "same":
+        logits[:, :K] += 50
+    weights, indices = logits.softmax(-1).topk(K)
+    floats = draw(S, C), draw(E, 2 * I, C) / C ** 0.5, draw(E, C, I) / I ** 0.5
+    x, gate_up, down = (t.to(dtype).requires_grad_() for t in floats)
+    return [x, indices, weights.float().requires_grad_(), gate_up, down]
+
+
+def gradients(mixture, given) -> list:
+    y = mixture(*given)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [t for t in given if t.requires_grad], direction)]
+
+
+def exact(given) -> list:
+    return gradients(expert_mixture, [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given])
+
+
+def equal() -> None:
+    """Outputs and every gradient: fp32 within 1e-5, half precision within its rounding; twice the same bits."""
+    one, odd, wide, crowd = (1, 4, 2, 16, 16), (7, 3, 1, 16, 40), (11, 5, 3, 72, 16), (40, 2, 2, 16, 24)
+    cases = [(s, w, torch.float32, 1e-5) for s, w in ((one, "same"), (odd, "random"), (wide, "random"), (wide, "same"), (crowd, "same"))]
+    cases += [(odd, "random", torch.float16, 2e-3), (odd, "random", torch.bfloat16, 3e-2)]  # no rounding there
+    for shape, which, dtype, tolerance in cases:
+        given = inputs(*shape, which, dtype)
+        first = gradients(expert_mixture_triton, given)
+        for a, truth in zip(first, exact(given), strict=True):
+            assert (a.double() - truth).norm() <= tolerance * truth.norm(), (shape, which, dtype)
+    for a, b in zip(first, gradients(expert_mixture_triton, given), strict=True):
+        assert torch.equal(a, b)
+
+
+def poison() -> None:
+    """Memory that PyTorch hands out uninitialised is filled with NaN: whatever is not overwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    given = inputs(9, 6, 2, 16, 24, "same")
+    found = gradients(expert_mixture_triton, given)
+    for a, truth in zip(found, exact(given), strict=True):
+        assert (a - truth).norm() <= 1e-5 * truth.norm()
+    idle = [e for e in range(6) if e not in given[1]]
+    assert idle and not found[3][idle].any() and not found[4][idle].any()
+
+
+def saved() -> None:
+    """x and z to the byte, indices to the byte, no y, no a; nothing at all and no z without gradients."""
+    S, E, K, C, I = 9, 6, 2, 16, 24
+    given = inputs(S, E, K, C, I)
+    tensors, plan = expected_bytes(S, E, K, C, I, 4, rows=16)
+    assert saved_bytes(lambda: expert_mixture_triton(*given), given[3:]) == tensors + plan
+    y = expert_mixture_triton(*given)
+    with torch.no_grad():
+        assert torch.equal(expert_mixture_triton(*given), y)
+
+
+def far() -> None:
+    """Rows beyond 2^31 elements, in buffers of which only a few pages are ever touched."""
+    C, I = 2048, 32
+    last = 2 ** 31 // C + 5  # row last * C does not fit 32 bits
+    int32 = lambda *v: torch.tensor(v, dtype=torch.int32)
+    y = torch.empty(last + 2, C, dtype=torch.float16)
+    y[last], y[last + 1] = 1.0, 2.0
+    plan = kernel.Plan(order=None, inverse=int32(last, last + 1), offs=None, tile_expert=None, tile_row=None)
+    assert (kernel.pull(plan, y, torch.tensor([[1.0, 10.0]]), weighted=True) == 21).all()
+
+    x = torch.empty(last + 1, C, dtype=torch.float16)
+    x[last] = torch.linspace(-1, 1, C).half()
+    w13 = torch.randn(1, 2 * I, C, generator=torch.Generator().manual_seed(0)).half()
+    plan = kernel.Plan(order=int32(last), inverse=int32(0), offs=int32(0, 1), tile_expert=int32(0), tile_row=int32(0))
+    z, a = torch.empty(1, 2 * I, dtype=torch.float16), torch.empty(1, I, dtype=torch.float16)
+    block = kernel.blocks(x.dtype, 1)["up"]
+    kernel.run_products(kernel.up_swiglu, block, plan, I, x, kernel.tiled(w13, 1, *block[1:3]), z, a, plan.order, K=1, C=C, I=I,
+                        KEEP_Z=True)
+    torch.testing.assert_close(z[0].float(), w13[0].float() @ x[last].float(), rtol=2e-3, atol=2e-2)
+
+    dw = kernel.outer(kernel.blocks(x.dtype, 1)["weight"], plan, torch.ones(1, 16).half(), x, 1, torch.empty(1, 16, C).half(), False)
+    assert torch.equal(dw[0], x[last].expand(16, C))
+
+
+def refused() -> None:
+    for given in (inputs(3, 4, 2, 18, 16), inputs(3, 4, 2, 16, 6), inputs(3, 4, 2, 16, 16, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="16 bytes|must share"):
+            expert_mixture_triton(*given)
+    none = inputs(0, 4, 2, 16, 16)
+    assert all(not g.any() for g in gradients(expert_mixture_triton, none))
+
+
+def compiled() -> None:
+    rows = compile_all(90, tokens=(16384,), E=128, K=8, C=2048, I=768)
+    products = [r for r in rows if r["kernel"] in ("up_swiglu", "grouped_matmul", "down_grad", "weight_grad")]
+    assert len({r["kernel"] for r in rows}) == 8 and len(products) == 6
+    assert all(r["tensor core"] and r["TMA load"] and r["spilled"] <= 128 for r in products), products
+
+
+if __name__ == "__main__":
+    import kernels.moe_triton as kernel
+    from kernels.bench import compile_all, expected_bytes, saved_bytes
+    from kernels.moe_triton import expert_mixture_triton
+    from moe import expert_mixture
+    for check in sys.argv[1:]:
+        globals()[check]()
+        print(check)
