@@ -327,7 +327,7 @@ def pack_rollouts(part: list[Completion], encoder: Encoder, stage: RLStage, stat
     how = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
     choices = None if part[0].choices is None else [torch.cat(layer) for layer in zip(*(c.choices for c in part))]
     batch = RolloutBatch(ids, torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
-                         normalise(images) if images else None, at=torch.tensor(at), sequence=torch.tensor(sequence),
+                         normalise(images) if images else None, [c.sample.task for c in part], at=torch.tensor(at), sequence=torch.tensor(sequence),
                          place=torch.tensor(place), old=old, mask=mask, advantage=torch.tensor([A for *_, A in documents]),
                          choices=choices, divisor=divisor(mask, how, stage.max_new), stats=stats)
     if reference is not None:

@@ -119,7 +119,7 @@ class Options(cli.RunOptions):
     stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["sft1"])
 
 
-def stage_runner(model, stage, source, encoder, world, directory, faults, workers: int) -> Run:
+def stage_runner(model, stage, source, encoder, world, directory, faults, workers: int = 0) -> Run:
     if stage.think:
         return long_cot(model, stage, source, replace(encoder, root=source.root), world, directory)
     return run_stage(model, stage, source, encoder, world, directory, faults, workers)
