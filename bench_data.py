@@ -39,7 +39,7 @@ class Options:
     """packing, vision or decode."""
     what: Positional[Literal["packing", "vision", "decode"]]
     samples: int = 320
-    rounds: int = 5
+    rounds: int = 3
     seed: int = 0
 
 
