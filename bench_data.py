@@ -39,7 +39,7 @@ class Options:
     """packing, vision or decode."""
     what: Positional[Literal["packing", "vision", "decode"]]
     samples: int = 320
-    rounds: int = 5
+    rounds: int = 3
     seed: int = 0
 
 
@@ -137,7 +137,8 @@ def decode(o: Options) -> None:
         buffer = io.BytesIO()
         noise.save(buffer, "JPEG", quality=85)
         Path(place, "a.jpg").write_bytes(buffer.getvalue())
-        Path(place, "a.jsonl").write_text('{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat?"}, {"from": "gpt", "value": "a picture"}]}\n')
+        Path(place, "a.jsonl").write_text('{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat?"}, '
+                                          '{"from": "gpt", "value": "a picture"}]}\n')
         config = replace(PRESETS["SAIL-VL2-2B"], max_tiles=12, min_tiles=1)
         folder, tokenizer = Folder(Path(place, "a.jsonl")), Tokenizer({bytes([b]): b for b in range(256)}, "")
         stream = Batches(Documents(folder.stream({}, 0), Encoder(tokenizer, config, folder.root), Faults()), 8192, 1, 1, 0, buffer=8)
@@ -147,18 +148,18 @@ def decode(o: Options) -> None:
             batch, = next(stream)
             made, tiles = made + sum(owner != "padding" for owner in batch.owners), tiles + len(batch.images)
         seconds = time.process_time() - began
-        print(f"{made / seconds:6.1f} samples/s, {tiles / seconds:6.1f} tiles of 448 x 448 a second and worker: decode ({len(buffer.getvalue()) / 1024:.0f} KiB), "
-              "cut, encode, pack, normalise")
+        print(f"{made / seconds:6.1f} samples/s, {tiles / seconds:6.1f} tiles of 448 x 448 a second and worker: "
+              f"decode ({len(buffer.getvalue()) / 1024:.0f} KiB), cut, encode, pack, normalise")
     model, tokenizer = new_model("toy", World())
     encoder = Encoder(tokenizer, model.config, max_length=512)
     world = World().stream({"caption": 1.0, "attributes": 1.0}, 0)
     files = []
     for i in range(200):
         buffer = io.BytesIO()
-        found = [p for m in world[i].messages for p in m.parts if isinstance(p, Image.Image)]
-        found[0].save(buffer, "JPEG")
-        files.append(replace(world[i], messages=tuple(replace(m, parts=tuple(buffer.getvalue() if isinstance(p, Image.Image) else p for p in m.parts))
-                                                     for m in world[i].messages)))
+        first, *others = world[i].messages
+        next(p for p in first.parts if isinstance(p, Image.Image)).save(buffer, "JPEG")
+        parts = tuple(buffer.getvalue() if isinstance(p, Image.Image) else p for p in first.parts)
+        files.append(replace(world[i], messages=(replace(first, parts=parts), *others)))
     stream = Batches(Documents(Drawn(lambda n: files[n % len(files)]), encoder, Faults()), 512, 4, 1, 0)
     steps = [next(stream) for _ in range(3)]
     samples = 0

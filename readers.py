@@ -33,6 +33,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Iterator
 
+import numpy as np
 import torch
 
 from data import THINKING, BadSample, Faults, Message, Sample, Video
@@ -264,8 +265,8 @@ def dialogue(turns: list[tuple[str, str]], images: list, videos: list = ()) -> t
             think, text = m.groups()
         if not text.strip() and think is None:
             raise BadSample("empty answer" if role == "assistant" else "empty question", "a turn without text or image")
-        parts = [queues[p].pop(0) if p in queues else p for p in re.split("(<image>|<video>)", text) if p] if role == "user" else [text]
-        messages.append(Message(role, tuple(p for p in parts if p != ""), think))
+        pieces = re.split("(<image>|<video>)", text) if role == "user" else [text]
+        messages.append(Message(role, tuple(queues[p].pop(0) if p in queues else p for p in pieces if p), think))
     return answered(tuple(messages))
 
 
@@ -343,7 +344,8 @@ def shard(row: dict) -> tuple[Message, ...]:
     if not images:
         raise BadSample("no picture", f"{row['__key__']} has none of {', '.join(PICTURES)} (PDF and TIFF are not rendered)")
     if "pages" in side:
-        ask, answer = READ, "\n".join(side["pages"][0]["lines"]["text"] if isinstance(side["pages"][0]["lines"], dict) else side["pages"][0]["text"])
+        page = side["pages"][0]  # pdfa: lines under "lines"; idl: at the page itself
+        ask, answer = READ, "\n".join(page.get("lines", page)["text"])
     else:
         ask, answer = DESCRIBE, row["txt"].decode("utf-8") if "txt" in row else side["caption"]
     return dialogue([("user", "<image>\n" + ask), ("assistant", answer)], images[:1])
@@ -369,7 +371,8 @@ def to_sample(row: dict, origin: str, root: Path, d: "Dataset") -> Sample:
         else:
             raise KeyError(f"none of conversations, messages, texts, prompt, question among {', '.join(map(str, row))[:100]}")
         task = row.get("task") or d.task or (row.get("data_source") if "prompt" in row else "") or ""
-        facts = {"answer": "".join(p for p in messages[-1].parts if isinstance(p, str))} if facts is None and "facts" not in row else facts
+        if facts is None and "facts" not in row:
+            facts = {"answer": "".join(p for p in messages[-1].parts if isinstance(p, str))}
         if not isinstance(task, str) or not isinstance(facts, dict):
             raise TypeError("`task` must be a string and `facts` an object")
     except BadSample as e:
@@ -399,11 +402,11 @@ class Dataset:
     @cached_property
     def files(self) -> list[Path]:
         path = Path(self.data)
-        found = sorted(p for p in path.iterdir() if p.suffix in SPANS) if path.is_dir() else [path] if path.is_file() else sorted(
-            map(Path, glob.glob(self.data, recursive=True)))
+        found = [p for p in path.iterdir() if p.suffix in SPANS] if path.is_dir() else [path] if path.is_file() else [
+            Path(p) for p in glob.glob(self.data, recursive=True)]
         if not found or any(p.suffix not in SPANS for p in found):
             raise ValueError(f"--data {self.data}: no such file, folder or pattern of {', '.join(SPANS)} files")
-        return found
+        return sorted(found)
 
     def root(self, file: Path) -> Path:
         """Where the image paths of one of its files start."""
@@ -431,15 +434,18 @@ def read_meta(path: Path) -> list[Dataset]:
         entries = meta["datasets"]
         for name, entry in entries.items():
             if wrong := set(entry) - known or {"data"} - set(entry):
-                raise ValueError(f"{path}: dataset {name!r}: {sorted(wrong)[0]!r} is unknown or missing; keys are {', '.join(sorted(known))}")
+                raise ValueError(f"{path}: dataset {name!r}: {sorted(wrong)[0]!r} is unknown or missing; "
+                                 f"keys are {', '.join(sorted(known))}")
     elif meta and all(isinstance(e, dict) and "annotation" in e for e in meta.values()):
         wanted = ("root", "annotation", "repeat_time", "max_dynamic_patch", "length", "data_augment")
         for name, e in meta.items():
             if wrong := set(e) - set(wanted):
                 raise ValueError(f"{path}: dataset {name!r}: unknown key {sorted(wrong)[0]!r}; keys are {', '.join(wanted)}")
-        entries = {name: {"data": e["annotation"], "images": e.get("root", ""), "max_tiles": e.get("max_dynamic_patch", 0),
-                          "cap": min(1.0, e.get("repeat_time", 1)) % 1, "repeat": max(1.0, e.get("repeat_time", 1))}  # below 1 it is a share
-                   for name, e in meta.items()}
+        entries = {}
+        for name, e in meta.items():
+            times = e.get("repeat_time", 1)  # below 1 it is a share
+            entries[name] = {"data": e["annotation"], "images": e.get("root", ""), "max_tiles": e.get("max_dynamic_patch", 0),
+                             "cap": times if times < 1 else 0, "repeat": max(1.0, times)}
     else:
         return []
     return [Dataset(**(e | {"data": str(here / e["data"])} | ({"images": str(here / e["images"])} if e.get("images") else {})))
@@ -468,11 +474,11 @@ class Folder:
                 self.files.append((file, k))
             most = int(d.cap if d.cap >= 1 else d.cap * len(tasks)) or len(tasks)
             kept = torch.arange(min(most, len(tasks))) * len(tasks) // max(1, min(most, len(tasks)))
-            of = torch.tensor(tasks)[kept]
+            of = torch.from_numpy(np.array(tasks))[kept]
             self.groups |= {(k, task): first + kept[of == number] for task, number in names.items() if (of == number).any()}
         if not spans:
             raise ValueError(f"{self.path}: 0 usable samples\n{self.faults.report()}")
-        self.spans = torch.tensor(spans).view(-1, 4)  # tensors, so that worker processes share them
+        self.spans = torch.from_numpy(np.array(spans)).view(-1, 4)  # tensors, so that worker processes share them
 
     def look(self, file: Path, span, d: Dataset) -> str | None:
         """The task of a record, None when it cannot be used. Counts the fault."""

@@ -26,7 +26,7 @@ from typing import Annotated, Iterable
 
 import tyro
 
-from data import BadSample
+from data import BadSample, Sample
 from readers import Folder
 
 
@@ -118,11 +118,14 @@ def datasets(o: Datasets) -> int:
     return 0
 
 
+def answers_of(sample: Sample) -> str:
+    return " ".join(p for m in sample.messages if m.role == "assistant" for p in m.parts if isinstance(p, str))
+
+
 def thin(o: Ngrams) -> int:
     folder = Folder(o.data)
     samples = [folder[i] for i in range(len(folder))]
-    texts = ["" if isinstance(s, BadSample) else " ".join(p for m in s.messages if m.role == "assistant" for p in m.parts if isinstance(p, str))
-             for s in samples]
+    texts = ["" if isinstance(s, BadSample) else answers_of(s) for s in samples]
     kept = thinned(texts, o.cap, o.n, o.seed)
     rows = {"before": texts, "random": random.Random(o.seed).sample(texts, len(kept)), "kept": [texts[i] for i in kept]}
     print(f"{'':8s} {'texts':>8s} " + " ".join(f"distinct-{n}" for n in (1, 2, 3, 4)) + "  template share")
@@ -136,7 +139,7 @@ def thin(o: Ngrams) -> int:
                 raise ValueError(f"{path}: only JSON and JSON lines can be thinned; convert it first")
             with open(path, "rb") as source:
                 source.seek(a)
-                f.write(source.read(b - a).strip().replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")  # JSON has no raw line breaks inside strings
+                f.write(b" ".join(source.read(b - a).splitlines()) + b"\n")  # JSON has no raw line breaks inside strings
     return 0
 
 
