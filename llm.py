@@ -48,8 +48,8 @@ class LLMConfig:
             c = {"rope_theta": rope.get("rope_theta"), "rope_type": rope.get("rope_type"), "num_experts": c.get("num_local_experts")} | c
         dense = isinstance(c, dict) and not c["num_experts"]
         experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        config = weights.pick(LLMConfig, c, source, experts if dense else (), hidden_act="silu", attention_bias=False, rope_scaling=None,
-                              rope_type="default", use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
+        config = weights.pick(LLMConfig, c, source, experts if dense else (), model_type=("qwen3", "qwen3_moe"), hidden_act="silu",
+                              attention_bias=False, rope_scaling=None, rope_type="default", use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError(f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
                              f"{config.num_key_value_heads} key heads")

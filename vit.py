@@ -45,7 +45,8 @@ class ViTConfig:
     def from_dict(c: dict, source: str = "config.json") -> "ViTConfig":
         """From a SAIL-ViT or AIMv2 configuration. Raises ValueError naming a key that is missing or unsupported."""
         c = {"position": "sincos" if c.get("is_native") else "table"} | c if isinstance(c, dict) else c
-        config = weights.pick(ViTConfig, c, source, hidden_act="silu", qkv_bias=False, use_bias=False, mlp_bias=False, use_head=False)
+        config = weights.pick(ViTConfig, c, source, model_type=("sailvit", "aimv2", "aimv2_vision_model"), hidden_act="silu",
+                              qkv_bias=False, use_bias=False, mlp_bias=False, use_head=False)
         width, heads = config.hidden_size, config.num_attention_heads
         unit = {"table": 1, "rope2d": 4 * heads, "sincos": 4}.get(config.position)  # what positions want the width to be a multiple of
         if unit is None or width % heads or width % unit or config.image_size % config.patch_size:

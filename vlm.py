@@ -40,7 +40,7 @@ class VLMConfig:
     image_token_id: int = 151671
 
     @staticmethod
-    def from_dict(c: dict, processor: dict | None = None) -> "VLMConfig":
+    def from_dict(c: dict, processor: dict | None = None, source: str = "config.json") -> "VLMConfig":
         """From a released config.json and, when there is one, preprocessor_config.json: the released tiler obeys the latter.
         Raises ValueError naming a missing key or an unsupported choice."""
         own, processor = c.get("nanosail", {}), processor or {}
@@ -48,11 +48,11 @@ class VLMConfig:
                   "max_tiles": processor.get("max_dynamic_patch", c.get("max_dynamic_patch", 12)),
                   "msac": processor.get("use_msac"), "thumbnail": c.get("use_thumbnail")}
         values |= own if isinstance(own, dict) else {}
-        values["vision"] = ViTConfig.from_dict(values["vision"], "config.json: vision_config")
-        values["text"] = LLMConfig.from_dict(values["text"], "config.json: llm_config")
+        values["vision"] = ViTConfig.from_dict(values["vision"], f"{source}: vision_config")
+        values["text"] = LLMConfig.from_dict(values["text"], f"{source}: llm_config")
         optional = tuple(f.name for f in fields(VLMConfig))
-        return weights.pick(VLMConfig, values | {key: c.get(key) for key in ("select_layer", "downsample_ratio", "ps_version")},
-                            "config.json", optional, select_layer=-1, downsample_ratio=0.5, ps_version="v2")
+        only = {"model_type": "sailvl", "select_layer": -1, "downsample_ratio": 0.5, "ps_version": "v2"}
+        return weights.pick(VLMConfig, values | {key: c.get(key) for key in only}, source, optional, **only)
 
     def to_dict(self) -> dict:
         """The released layout; what it has no field for goes under "nanosail"."""
@@ -159,7 +159,8 @@ class SailVL(nn.Module):
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
         """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
         processor = Path(directory, "preprocessor_config.json")
-        config = VLMConfig.from_dict(weights.read_config(directory), weights.read_config(directory, processor.name) if processor.is_file() else None)
+        processor = weights.read_config(directory, processor.name) if processor.is_file() else None
+        config = VLMConfig.from_dict(weights.read_config(directory), processor, f"{directory}/config.json")
         where = weights.locate(directory)
         if "language_model.lm_head.weight" in where:  # the 2B stores a head although its config says tied: believe the file
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))

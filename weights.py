@@ -124,13 +124,13 @@ def checked(value, kind: type, source: str):
 
 def pick(kind, values, source: str, optional: tuple[str, ...] = (), **only):
     """A config dataclass from a larger dictionary (unknown keys belong to other tools). `only`: the single value of a key
-    that we support. Raises ValueError naming a key that is missing, of a wrong type, or asks for what is not built."""
+    that we support, or a tuple of them. Raises ValueError naming a key that is missing, of a wrong type, or asks for what is not built."""
     if not isinstance(values, dict):
         raise ValueError(f"{source}: missing, or not an object")
     values = {key: value for key, value in values.items() if value is not None}
     for key, value in only.items():
-        if values.get(key, value) != value:
-            raise ValueError(f"{source}: {key} {values[key]!r} is not supported, only {value!r}")
+        if key in values and values[key] not in (value if isinstance(value, tuple) else (value,)):
+            raise ValueError(f"{source}: {key} {values[key]!r:.80} is not supported, only {value!r}")
     lacking = [f.name for f in fields(kind) if f.name not in values and f.name not in optional]
     if lacking:
         raise ValueError(f"{source}: key {lacking[0]} is missing")

@@ -102,3 +102,12 @@ def test_added_tokens_with_other_ids_are_refused(published, tokenizer, tmp_path)
     file["added_tokens"].pop()
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     assert Tokenizer.load(tmp_path).ranks == tokenizer.ranks
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"nfc": "yes"}', '{"system": 3}', '{"pattern": "."}', '{"nfc": true, "nfc": false}'])
+def test_a_template_that_is_not_ours_is_an_error_that_names_it(tokenizer, content, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).system == tokenizer.system
+    (tmp_path / "template.json").write_text(content)
+    with pytest.raises(ValueError, match="template.json: "):
+        Tokenizer.load(tmp_path)

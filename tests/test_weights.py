@@ -209,7 +209,7 @@ def test_a_missing_key_of_a_vit_is_an_error_that_names_it(vision, key):
     ("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("num_experts", 10**9), ("rms_norm_eps", float("nan")), ("rope_theta", -1e4),
     ("rope_theta", "1e4"), ("tie_word_embeddings", 1), ("head_dim", 33), ("num_key_value_heads", 3), ("hidden_act", "gelu"),
     ("attention_bias", True), ("rope_scaling", {"type": "yarn"}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-    ("use_sliding_window", True), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2)])
+    ("model_type", "llama"), ("model_type", ["qwen3"]), ("use_sliding_window", True), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2)])
 def test_a_senseless_or_unsupported_value_is_an_error_before_anything_is_built(text, key, value):
     rewrite(text, lambda c: c.update({key: value}))
     with pytest.raises(ValueError, match="config.json: "):
@@ -217,7 +217,8 @@ def test_a_senseless_or_unsupported_value_is_an_error_before_anything_is_built(t
 
 
 @pytest.mark.parametrize("key, value", [("num_attention_heads", 5), ("patch_size", 7), ("position", "learned"), ("use_head", True),
-                                        ("qkv_bias", True), ("image_size", [32, 32]), ("hidden_act", "gelu")])
+                                        ("qkv_bias", True), ("image_size", [32, 32]), ("hidden_act", "gelu"),
+                                        ("model_type", "siglip_vision_model")])
 def test_a_vit_that_we_do_not_build_is_an_error(vision, key, value):
     rewrite(vision, lambda c: c.update({key: value}))
     with pytest.raises(ValueError, match="config.json: "):
@@ -256,6 +257,9 @@ def with_header(header: bytes, body: bytes) -> bytes:
     b"", b"\0" * 8, struct.pack("<Q", 1 << 62) + b"{}", with_header(b"{", b""), with_header(b"[]", b""),
     with_header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}', b"\0" * 4),
     with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4),
+    with_header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
+    with_header(b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}', b"\0" * 4),
+    with_header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}', b""),
     with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
     with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4)])
 def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
@@ -268,12 +272,59 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
                                     lambda i: i["weight_map"].update({"model.norm.weight": "../text/model.safetensors"}),
                                     lambda i: i["weight_map"].update({"model.norm.weight": "."}),
                                     lambda i: i["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
+                                    lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
                                     lambda i: i["weight_map"].pop("model.norm.weight"), lambda i: i.update(weight_map={})])
 def test_an_index_that_lies_is_an_error(text, change):
     weights.save(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
     rewrite(text, change, weights.INDEX)
     with pytest.raises(ValueError, match=re.escape(str(text))):
         LLM.from_pretrained(text)
+
+
+@pytest.mark.parametrize("fault, message", [("cut", "truncated"), ("twice", "tensor .* is already in"), ("gone", "missing"),
+                                            ("emptied", "truncated"), ("foreign", "1 tensor.s. not used by this model, first extra")])
+def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, message):
+    """In the last of several shards: the ones before it must not have been loaded."""
+    weights.save(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
+    first, *_, last = sorted(text.glob("model-*.safetensors"))
+    if fault == "cut":
+        last.write_bytes(last.read_bytes()[:-1])
+    elif fault == "emptied":
+        last.write_bytes(b"")
+    elif fault == "gone":
+        last.unlink()
+    else:
+        save_file(load_file(last) | (load_file(first) if fault == "twice" else {"extra": torch.zeros(2)}), last)
+        if fault == "foreign":
+            rewrite(text, lambda i: i["weight_map"].update(extra=last.name), weights.INDEX)
+    with torch.device("meta"):
+        model = LLM(TEXT)
+    with pytest.raises(ValueError, match=f"{re.escape(str(text if fault == 'foreign' else last))}: {message}"):
+        weights.load(model, text)
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("target", ["blob", "/etc/passwd", "/dev/zero", "model.safetensors", "gone"])
+def test_a_link_is_followed_to_a_safetensors_file_and_to_nothing_else(text, target):
+    """The hub's own cache is made of links, so a link is no fault; a device, a loop or a file of another kind is."""
+    file, model = text / "model.safetensors", LLM.from_pretrained(text)
+    file.rename(text / "blob")
+    file.symlink_to(target if target.startswith("/") else text / target)
+    if target == "blob":
+        assert equal(LLM.from_pretrained(text), model)
+        return
+    with pytest.raises(ValueError, match="model.safetensors: (missing|truncated)"):
+        LLM.from_pretrained(text)
+
+
+@pytest.mark.parametrize("part, key, value", [((), "model_type", "internvl_chat"), ((), "downsample_ratio", 0.25), ((), "vision_config", None),
+                                              (("llm_config",), "model_type", "llama"), (("vision_config",), "hidden_act", "gelu"),
+                                              (("nanosail",), "max_tiles", "ten"), (("nanosail",), "image_token_id", -1)])
+def test_a_vlm_that_we_do_not_build_is_an_error_that_names_the_file(vision, text, tmp_path, part, key, value):
+    SailVL.from_parts(vision, text).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: (c[part[0]] if part else c).update({key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/config.json: ")):
+        SailVL.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int64", "bool", "float8_e4m3fn", "complex64"])
