@@ -59,7 +59,8 @@ def stages() -> str:
     rate = lambda s: f"{s.lr:.0e}{', AdaLRS' if s.adalrs else ''}" if s else ""
     for name, toy in pretrain.TOY.items():
         paper = pretrain.PAPER.get(name)
-        mixture = ", ".join(f"{task} {w / sum((paper or toy).mixture.values()):.2f}" for task, w in (paper or toy).mixture.items())
+        mixture = ", ".join(f"{task} {w / sum(paper.mixture.values()):.2f}" for task, w in paper.mixture.items()) if paper else \
+            f"{len(toy.mixture)} tasks" if len(toy.mixture) > 3 else ", ".join(toy.mixture)
         out.append(f"| {name} | {' + '.join(toy.trains)} | {mixture} | {size(paper)} | {rate(paper)} | {size(toy)} | {rate(toy)} |")
     return "\n".join(out)
 

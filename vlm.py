@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import weights
 from adapter import Adapter
@@ -200,17 +199,49 @@ class SailVL(nn.Module):
 def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = 0) -> Tensor:
     """log p(label) of each position: hidden (n, C), head (V, C), labels (n,) -> (n,) fp32.
 
-    In chunks of positions (0: of 16 Mi logits) that are recomputed in the backward pass, so that (n, V) never exists whole.
+    More positions than `chunk` (0: as many as make 8 Mi logits) go through `ChunkedLogprobs`: (n, V) never exists whole.
     """
-    chunk = chunk or max(1, 2 ** 24 // head.shape[0])
-
-    def some(h: Tensor, y: Tensor) -> Tensor:
-        return -F.cross_entropy((h @ head.T).float() / temperature, y, reduction="none")
-
+    chunk = chunk or max(1, 2 ** 23 // head.shape[0])
     if hidden.shape[0] <= chunk:
-        return some(hidden, labels)
-    pairs = zip(hidden.split(chunk), labels.split(chunk))
-    return torch.cat([checkpoint(some, h, y, use_reentrant=False) for h, y in pairs])
+        return -F.cross_entropy((hidden @ head.T).float() / temperature, labels, reduction="none")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return ChunkedLogprobs.apply(hidden.to(dtype), head.to(dtype), labels, temperature, chunk)
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """The same, one chunk of logits at a time. Keeps only log-normalisers; the backward pass makes each chunk's logits again and
+    turns them in place into their gradient, (onehot - p) g / temperature. One buffer, and the head's gradient is summed in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, temperature, chunk):
+        picked, normalisers = [], []
+        for h, y in zip(hidden.split(chunk), labels.split(chunk)):
+            logits = (h @ head.T).float().div_(temperature)
+            picked.append(logits.gather(1, y[:, None])[:, 0])
+            top = logits.amax(1, keepdim=True)
+            normalisers.append(logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0]))
+            del logits  # before the next chunk's exist
+        normaliser = torch.cat(normalisers)
+        ctx.save_for_backward(hidden, head, labels, normaliser)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return torch.cat(picked) - normaliser
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head, labels, normaliser = ctx.saved_tensors
+        to_hidden, to_head = (torch.zeros_like(t) if need else None for t, need in zip((hidden, head), ctx.needs_input_grad))
+        for at in range(0, len(labels), ctx.chunk):
+            part = slice(at, at + ctx.chunk)
+            d = (hidden[part] @ head.T).float().div_(ctx.temperature).sub_(normaliser[part, None]).exp_().neg_()
+            d.scatter_add_(1, labels[part, None], torch.ones_like(d[:, :1]))
+            d = d.mul_(grad[part, None] / ctx.temperature).to(hidden.dtype)
+            if to_hidden is not None:
+                to_hidden[part] = d @ head
+            if to_head is not None:
+                to_head.addmm_(d.T, hidden[part])
+            del d
+        return to_hidden, to_head, None, None, None
 
 
 @dataclass

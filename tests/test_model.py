@@ -447,6 +447,25 @@ def test_log_probabilities_in_chunks_are_those_of_one_softmax_with_their_gradien
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_chunks_under_bf16_autocast_give_fp32_gradients_that_are_nearly_those_of_whole_logits():
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for chunk in (5, 4096):
+        hidden, head = (torch.randn(n, 16, generator=g.manual_seed(n)).requires_grad_() for n in (12, 40))
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = token_logprobs(hidden, head, torch.arange(12), 1.0, chunk)
+        logprobs.mul(torch.linspace(-1, 1, 12)).sum().backward()
+        found.append((logprobs, hidden.grad, head.grad))
+    for a, b in zip(*found):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_from_chunks():
+    hidden, head = torch.randn(12, 16, requires_grad=True), torch.randn(40, 16)
+    token_logprobs(hidden, head, torch.arange(12), 1.0, 5).sum().backward()
+    assert hidden.grad.abs().sum() > 0 and head.grad is None
+
+
 def test_log_probabilities_are_of_the_labels_at_the_asked_positions(model, mixed, tokenizer):
     batch = packed(mixed, tokenizer)
     at = (batch.labels.flatten() >= 0).nonzero()[:, 0]

@@ -127,6 +127,28 @@ def test_bf16_trains_fp32_weights_to_about_the_same_loss(config, tokenizer):
     assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02) and runs["bf16"] != runs["fp32"]
 
 
+def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
+    """Traced, not translated to C++: whatever breaks the graphs' arguments (names, attention, recomputation) shows."""
+    torch.compiler.set_default_backend("aot_eager")
+    try:
+        runs = [train(SailVL(config).init_weights(0), replace(TINY, steps=2, compile=c), made_up(tokenizer), answers).log for c in (False, True)]
+    finally:
+        torch.compiler.set_default_backend("inductor")
+        torch.compiler.reset()
+    assert [r["loss"] for r in runs[1]] == pytest.approx([r["loss"] for r in runs[0]], rel=1e-4)
+
+
+def test_a_single_bad_step_is_skipped_and_the_run_goes_on(config, tokenizer):
+    seen = []
+
+    def objective(model, batch):
+        loss, stats = answers(model, batch)
+        seen.append(1)
+        return (loss * float("nan") if len(seen) == 2 else loss), stats
+    run = train(SailVL(config).init_weights(0), replace(TINY, steps=4), made_up(tokenizer), objective, patience=2)
+    assert [r["skipped"] for r in run.log] == [False, True, False, False] and run.skipped == 1
+
+
 def test_a_part_trains_at_its_own_rate(config, tokenizer):
     moved = {}
     for scale in (1.0, 0.1, 0.0):
