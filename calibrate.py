@@ -17,7 +17,9 @@ is; a bias moves both kinds by the same amount. And a gate is in the released la
 Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats, mean
 over layers; log E is the most.
 
-    python calibrate.py                    three seeds of a toy from scratch, both designs, a table and runs/calibration.html
+    python calibrate.py --model runs/toy-moe/multitask      a trained toy: three draws of probes, both designs, a table, and
+                                                            expert use before and after in runs/calibration.html
+    python calibrate.py                                     three small ones from scratch: language first, then eyes
 """
 import math
 import statistics
@@ -38,8 +40,9 @@ import report
 import world
 from data import Encoder
 from evaluate import evaluate
+from generate import load
 from packing import Batch, collate
-from train import Stage, answers, expert_use
+from train import Stage, expert_use
 from vlm import SailVL
 
 Change = Callable[[SailVL, float], None]  # apply a fraction of a calibration to a model, in place
@@ -49,6 +52,7 @@ Change = Callable[[SailVL, float], None]  # apply a fraction of a calibration to
 class Measured:
     """Of one model on held-out batches. use (2: text and vision, layers, E): share of the routed slots."""
     text_loss: float
+    right: float  # share of the answer tokens about pictures that it would say, given those before
     use: Tensor
 
     def entropy(self, kind: int) -> float:
@@ -58,17 +62,18 @@ class Measured:
 
 @torch.no_grad()
 def measure(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Measured:
-    """Text loss and loads on text from text-only batches, loads on visual tokens from pictures."""
-    counts, losses, weight = [0, 0], 0.0, 0.0
+    """Loss and loads of text from text-only batches, accuracy and loads of visual tokens from pictures."""
+    use, loss, right = torch.zeros(2, len(model.language_model.model.layers), model.config.text.num_experts), [], []
     for kind, batches in enumerate((text, pictures)):
         for batch in batches:
             routing: list = []
-            model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
-            counts[kind] = counts[kind] + expert_use(routing, batch, model.image_token_id)[0][kind]
-            if kind == 0:
-                losses, weight = losses + answers(model, batch)[1]["loss"], weight + batch.weight
-    use = torch.stack(counts)
-    return Measured(losses / weight, use / use.sum(-1, keepdim=True))
+            hidden = model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
+            use[kind] += expert_use(routing, batch, model.image_token_id)[0][kind]
+            labels = batch.labels.reshape(-1)
+            logits = model.language_model.lm_head(hidden[labels >= 0])
+            loss.append(F.cross_entropy(logits, labels[labels >= 0], reduction="none")) if kind == 0 else right.append(
+                logits.argmax(-1) == labels[labels >= 0])
+    return Measured(float(torch.cat(loss).mean()), float(torch.cat(right).float().mean()), use / use.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -127,7 +132,7 @@ def by_router(model: SailVL, text: list[Batch], pictures: list[Batch], steps: in
     return apply
 
 
-def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Batch], bound: float = 0.01) -> float:
+def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Batch], bound: float) -> float:
     """Apply the largest of 1, 1/2, 1/4, ... of a change that moves neither text loss nor text entropy by more than `bound`
     (relative) on calibration batches. In place; returns the share, 0 when none of eight passes."""
     before = measure(model, text, pictures)
@@ -140,7 +145,7 @@ def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Bat
     return share
 
 
-def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router) -> float:
+def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router, bound: float = 0.01) -> float:
     """The whole procedure, in place; returns the share of the change that the bound allowed.
 
     Raises ValueError for a dense model, or when a list has no token of its kind.
@@ -150,22 +155,24 @@ def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: C
     for name, batches, wanted in (("text", text, False), ("pictures", pictures, True)):
         if not any(((b.ids == model.image_token_id).any() == wanted) for b in batches):
             raise ValueError(f"no {'visual' if wanted else 'text-only'} batch among the {name} batches given to calibrate")
-    return bounded(model, design(model, text, pictures), text, pictures)
+    return bounded(model, design(model, text, pictures), text, pictures, bound)
 
 
 # ----------------------------------------------------------------------------------------------- the measurement
 
 @dataclass
 class Options:
+    model: Path | None = None  # a trained MoE; none: small ones from scratch, one for each seed
     seeds: int = 3
     first: int = 0  # seed of the first
-    steps: tuple[int, int, int] = (150, 60, 100)  # language alone; then vision and adapter; after calibration, everything
-    held: int = 150  # held-out questions per family
+    steps: tuple[int, int] = (150, 60)  # from scratch: language alone; then vision and adapter
+    after: int = 0  # multimodal steps after the calibration
+    held: int = 100  # held-out questions per family
+    bound: float = 0.01  # relative, on text loss and text entropy
     out: Path = Path("runs/calibration.html")
 
 
 DESIGNS: dict[str, Callable | None] = {"as it was": None, "by_bias": by_bias, "by_router": by_router}
-FAMILIES = ("caption", "listing", "reading")
 
 
 def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, documents: int = 40) -> list[Batch]:
@@ -185,18 +192,23 @@ def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
 
 
 def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
-    """Design -> (share applied, held-out measures right after calibration, accuracy after the multimodal stage)."""
-    start, encoder = language_first(o, seed)
-    text, pictures = (batches(encoder, mixture, seed, test=False) for mixture in ({"text": 1.0}, pretrain.CAPTION))
-    text_held, pictures_held = (batches(encoder, mixture, seed, test=True) for mixture in ({"text": 1.0}, pretrain.CAPTION))
-    source, found = world.World(), {}
-    questions = [s for f in FAMILIES for s in source.held_out(f, o.held)]
+    """Design -> (share applied, held-out measures, exact answers to held-out questions)."""
+    if o.model:
+        start, tokenizer = load(o.model)
+        encoder, mixture = Encoder(tokenizer, start.config, max_length=512), pretrain.TOY["multitask"].mixture
+    else:
+        (start, encoder), mixture = language_first(o, seed), pretrain.CAPTION
+    draws = lambda test: [batches(encoder, m, seed, test) for m in ({"text": 1.0}, mixture)]
+    probes, held, source, found = draws(False), draws(True), world.World(), {}
+    questions = [s for family in mixture if family != "text" for s in source.held_out(family, o.held)]
     for name, design in DESIGNS.items():
         model = deepcopy(start)
-        share = calibrate(model, text, pictures, design) if design else 0.0
-        now = measure(model, text_held, pictures_held)
-        pretrain.run_stage(model, Stage(name, pretrain.ALL, pretrain.CAPTION, steps=o.steps[2], rows=2, lr=5e-3, schedule="wsd",
-                                        seed=seed), source, encoder)
+        share = calibrate(model, *probes, design, o.bound) if design else 0.0
+        now = measure(model, *held)
+        if o.after:
+            pretrain.run_stage(model, Stage(name, pretrain.ALL, mixture, steps=o.after, rows=2, lr=5e-3, schedule="wsd", seed=seed),
+                               source, encoder)
+            now.right = measure(model, *held).right
         found[name] = share, now, evaluate(model, encoder, questions)[0]["overall"].accuracy
     return found
 
@@ -214,19 +226,20 @@ def picture(path: Path, before: Measured, after: Measured) -> None:
 
 def main(o: Options) -> None:
     rows = {seed: compare(o, seed) for seed in range(o.first, o.first + o.seeds)}
-    most = None
+    print(f"entropies in nats (and as a fraction of log E), of text and of visual tokens; accuracies after {o.after} further steps")
     for seed, found in rows.items():
-        for name, (share, m, accuracy) in found.items():
-            was, most = found["as it was"], math.log(m.use.shape[-1])
-            change = lambda kind: m.entropy(kind) / was[1].entropy(kind) - 1
-            print(f"seed {seed}  {name:10} share {share:<6.3g} vision entropy {m.entropy(1):.3f} nats ({m.entropy(1) / most:.0%} of log E, "
-                  f"{change(1):+.1%})  text entropy {m.entropy(0):.3f} ({change(0):+.2%})  text loss {m.text_loss:.4f} "
-                  f"({m.text_loss / was[1].text_loss - 1:+.2%})  accuracy after training {accuracy:.3f} ({accuracy - was[2]:+.3f})")
+        for name, (share, m, exact) in found.items():
+            was, most = found["as it was"][1], math.log(m.use.shape[-1])
+            change = lambda kind: m.entropy(kind) / was.entropy(kind) - 1
+            print(f"seed {seed}  {name:10} share {share:<6.3g} vision {m.entropy(1):.3f} ({m.entropy(1) / most:.0%}, {change(1):+.1%})  "
+                  f"text {m.entropy(0):.3f} ({m.entropy(0) / most:.0%}, {change(0):+.2%})  text loss {m.text_loss:.4f} "
+                  f"({m.text_loss / was.text_loss - 1:+.2%})  answer tokens right {m.right:.3f}, exact answers {exact:.3f}")
     for name in DESIGNS:
-        mean = lambda pick: statistics.mean(pick(found[name], found["as it was"]) for found in rows.values())
-        print(f"mean    {name:10} vision entropy {mean(lambda a, b: a[1].entropy(1) / b[1].entropy(1) - 1):+.1%}, text entropy "
-              f"{mean(lambda a, b: a[1].entropy(0) / b[1].entropy(0) - 1):+.2%}, text loss "
-              f"{mean(lambda a, b: a[1].text_loss / b[1].text_loss - 1):+.2%}, accuracy {mean(lambda a, b: a[2] - b[2]):+.3f}")
+        mean = lambda pick: statistics.mean(pick(found[name][1], found["as it was"][1]) for found in rows.values())
+        exact = statistics.mean(found[name][2] - found["as it was"][2] for found in rows.values())
+        print(f"mean    {name:10} vision entropy {mean(lambda a, b: a.entropy(1) / b.entropy(1) - 1):+.1%}, text entropy "
+              f"{mean(lambda a, b: a.entropy(0) / b.entropy(0) - 1):+.2%}, text loss {mean(lambda a, b: a.text_loss / b.text_loss - 1):+.2%}, "
+              f"answer tokens right {mean(lambda a, b: a.right - b.right):+.3f}, exact answers {exact:+.3f}")
     first = rows[o.first]
     picture(o.out, first["as it was"][1], first["by_router"][1])
     print(f"expert use of seed {o.first} before and after: {o.out}")
