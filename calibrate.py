@@ -14,8 +14,8 @@ bound that keeps text behaviour, and a measurement of both.
 Why the gates: visual tokens lie in directions that text hardly uses, so that a gate can be turned there and leave text as it
 is; a bias moves both kinds by the same amount. And a gate is in the released layout, a bias is not.
 
-Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats, mean
-over layers; log E is the most.
+Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats,
+mean over layers; log E is the most.
 
     python calibrate.py --model runs/toy-moe/multitask      a trained toy: three draws of probes, both designs, a table, and
                                                             expert use before and after in runs/calibration.html
@@ -107,14 +107,15 @@ def by_bias(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int 
 
 
 def by_router(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int = 150, lr: float = 3e-3,
-              hold: float = 10.0) -> Change:
+              hold: float = 100.0) -> Change:
     """Design B: for each gate W, on cached inputs, minimise  -H(mean softmax(x_v W^T)) + hold * KL(old || new on text).
 
     A layer is fitted to what it saw before the layers below it changed: one pass, no gradient through the model.
     """
     gates = []
-    for block, x_text, x_image in zip(model.language_model.model.layers, probe(model, text, False), probe(model, pictures, True)):
-        old = block.mlp.gate.weight.detach()
+    seen = zip(model.language_model.model.layers, probe(model, text, visual=False), probe(model, pictures, visual=True))
+    for block, x_text, x_image in seen:
+        old = block.mlp.gate.weight.detach().clone()  # `apply` writes into the original
         w, target = old.clone().requires_grad_(), F.log_softmax(x_text @ old.T, -1)
         optimizer = torch.optim.Adam([w], lr=lr)
         for _ in range(steps):
@@ -145,7 +146,8 @@ def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Bat
     return share
 
 
-def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router, bound: float = 0.01) -> float:
+def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router,
+              bound: float = 0.01) -> float:
     """The whole procedure, in place; returns the share of the change that the bound allowed.
 
     Raises ValueError for a dense model, or when a list has no token of its kind.
@@ -175,9 +177,9 @@ class Options:
 DESIGNS: dict[str, Callable | None] = {"as it was": None, "by_bias": by_bias, "by_router": by_router}
 
 
-def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, documents: int = 40) -> list[Batch]:
-    return [collate([[encoder(world.sample(i * documents + j, seed, mixture, test)) for j in range(documents)]], None,
-                    encoder.tokenizer.pad) for i in range(n)]
+def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, each: int = 40) -> list[Batch]:
+    documents = [encoder(world.sample(i, seed, mixture, test)) for i in range(n * each)]
+    return [collate([documents[i * each:(i + 1) * each]], None, encoder.tokenizer.pad) for i in range(n)]
 
 
 def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
@@ -185,8 +187,9 @@ def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
     source = world.World()
     model, tokenizer = cli.new_model("toy-moe", source, seed)
     encoder = Encoder(tokenizer, model.config, max_length=512)
-    for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=o.steps[0], rows=2, lr=1e-2, schedule="wsd", balance=0.02),
-                  Stage("eyes", ("vision", "adapter"), pretrain.CAPTION, steps=o.steps[1], rows=2, lr=5e-3)):
+    text, eyes = o.steps
+    for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=text, rows=2, lr=1e-2, schedule="wsd", balance=0.02),
+                  Stage("eyes", ("vision", "adapter"), pretrain.CAPTION, steps=eyes, rows=2, lr=5e-3)):
         pretrain.run_stage(model, stage, source, encoder)
     return model, encoder
 
@@ -206,8 +209,8 @@ def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
         share = calibrate(model, *probes, design, o.bound) if design else 0.0
         now = measure(model, *held)
         if o.after:
-            pretrain.run_stage(model, Stage(name, pretrain.ALL, mixture, steps=o.after, rows=2, lr=5e-3, schedule="wsd", seed=seed),
-                               source, encoder)
+            stage = Stage(name, pretrain.ALL, mixture, steps=o.after, rows=2, lr=5e-3, schedule="wsd", seed=seed)
+            pretrain.run_stage(model, stage, source, encoder)
             now.right = measure(model, *held).right
         found[name] = share, now, evaluate(model, encoder, questions)[0]["overall"].accuracy
     return found
@@ -215,31 +218,31 @@ def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
 
 def picture(path: Path, before: Measured, after: Measured) -> None:
     """Expert use per layer and kind of token, before and after, as two tables of percentages."""
-    layers, E = before.use.shape[1:]
-    part = lambda title, m: report.section(title, "Percent of the routed slots; full colour: twice the even share.", report.heat(
-        {f"{kind}, layer {i}": m.use[k, i].tolist() for k, kind in enumerate(("text", "vision")) for i in range(layers)},
-        [str(e) for e in range(E)], 2 / E))
+    def table(title: str, m: Measured) -> str:
+        rows = {f"{kind}, layer {i}": row.tolist() for kind, use in zip(("text", "vision"), m.use) for i, row in enumerate(use)}
+        return report.section(title, "Percent of the routed slots; full colour: twice the even share.",
+                              report.heat(rows, [str(e) for e in range(m.use.shape[-1])], 2 / m.use.shape[-1]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>' + report.el("style", report.CSS)
-                    + part("Before calibration", before) + part("After", after) + "</html>\n", encoding="utf-8")
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>' + report.el("style", report.CSS)
+    path.write_text(head + table("Before calibration", before) + table("After", after) + "</html>\n", encoding="utf-8")
 
 
 def main(o: Options) -> None:
     rows = {seed: compare(o, seed) for seed in range(o.first, o.first + o.seeds)}
-    print(f"entropies in nats (and as a fraction of log E), of text and of visual tokens; accuracies after {o.after} further steps")
-    for seed, found in rows.items():
-        for name, (share, m, exact) in found.items():
-            was, most = found["as it was"][1], math.log(m.use.shape[-1])
-            change = lambda kind: m.entropy(kind) / was.entropy(kind) - 1
-            print(f"seed {seed}  {name:10} share {share:<6.3g} vision {m.entropy(1):.3f} ({m.entropy(1) / most:.0%}, {change(1):+.1%})  "
-                  f"text {m.entropy(0):.3f} ({m.entropy(0) / most:.0%}, {change(0):+.2%})  text loss {m.text_loss:.4f} "
-                  f"({m.text_loss / was.text_loss - 1:+.2%})  answer tokens right {m.right:.3f}, exact answers {exact:.3f}")
+    print(f"entropy in nats (fraction of log E), of visual and of text tokens; accuracies after {o.after} further steps")
     for name in DESIGNS:
-        mean = lambda pick: statistics.mean(pick(found[name][1], found["as it was"][1]) for found in rows.values())
-        exact = statistics.mean(found[name][2] - found["as it was"][2] for found in rows.values())
-        print(f"mean    {name:10} vision entropy {mean(lambda a, b: a.entropy(1) / b.entropy(1) - 1):+.1%}, text entropy "
-              f"{mean(lambda a, b: a.entropy(0) / b.entropy(0) - 1):+.2%}, text loss {mean(lambda a, b: a.text_loss / b.text_loss - 1):+.2%}, "
-              f"answer tokens right {mean(lambda a, b: a.right - b.right):+.3f}, exact answers {exact:+.3f}")
+        moved = []  # relative changes against the model as it was, by seed
+        for seed, found in rows.items():
+            (share, m, exact), was = found[name], found["as it was"]
+            most, change = math.log(m.use.shape[-1]), lambda now, before: 100 * (now / before - 1)
+            moved.append((change(m.entropy(1), was[1].entropy(1)), change(m.entropy(0), was[1].entropy(0)),
+                          change(m.text_loss, was[1].text_loss), m.right - was[1].right, exact - was[2]))
+            print(f"{name:10} seed {seed}  share {share:<6.3g} vision {m.entropy(1):.3f} ({m.entropy(1) / most:.0%})  "
+                  f"text {m.entropy(0):.3f} ({m.entropy(0) / most:.0%})  text loss {m.text_loss:.4f}  "
+                  f"answer tokens right {m.right:.3f}  exact answers {exact:.3f}")
+        vision, text, loss, right, exact = map(statistics.mean, zip(*moved))
+        print(f"{name:10} mean change: vision entropy {vision:+.1f} %, text entropy {text:+.2f} %, text loss {loss:+.2f} %, "
+              f"answer tokens {right:+.3f}, exact answers {exact:+.3f}\n")
     first = rows[o.first]
     picture(o.out, first["as it was"][1], first["by_router"][1])
     print(f"expert use of seed {o.first} before and after: {o.out}")
