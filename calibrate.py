@@ -14,10 +14,12 @@ bound that keeps text behaviour, and a measurement of both.
 Why the gates: visual tokens lie in directions that text hardly uses, so that a gate can be turned there and leave text as it
 is; a bias moves both kinds by the same amount. And a gate is in the released layout, a bias is not.
 
-Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats, mean
-over layers; log E is the most.
+Legend: S tokens, C width, E experts. Entropy is that of the load: -sum f log f of the shares f of routed slots, in nats,
+mean over layers; log E is the most.
 
-    python calibrate.py                    three seeds of a toy from scratch, both designs, a table and runs/calibration.html
+    python calibrate.py --model runs/toy-moe/multitask      a trained toy: three draws of probes, both designs, a table, and
+                                                            expert use before and after in runs/calibration.html
+    python calibrate.py                                     three small ones from scratch: language first, then eyes
 """
 import math
 import statistics
@@ -38,8 +40,9 @@ import report
 import world
 from data import Encoder
 from evaluate import evaluate
+from generate import load
 from packing import Batch, collate
-from train import Stage, answers, expert_use
+from train import Stage, expert_use
 from vlm import SailVL
 
 Change = Callable[[SailVL, float], None]  # apply a fraction of a calibration to a model, in place
@@ -49,6 +52,7 @@ Change = Callable[[SailVL, float], None]  # apply a fraction of a calibration to
 class Measured:
     """Of one model on held-out batches. use (2: text and vision, layers, E): share of the routed slots."""
     text_loss: float
+    right: float  # share of the answer tokens about pictures that it would say, given those before
     use: Tensor
 
     def entropy(self, kind: int) -> float:
@@ -58,17 +62,18 @@ class Measured:
 
 @torch.no_grad()
 def measure(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Measured:
-    """Text loss and loads on text from text-only batches, loads on visual tokens from pictures."""
-    counts, losses, weight = [0, 0], 0.0, 0.0
+    """Loss and loads of text from text-only batches, accuracy and loads of visual tokens from pictures."""
+    use, loss, right = torch.zeros(2, len(model.language_model.model.layers), model.config.text.num_experts), [], []
     for kind, batches in enumerate((text, pictures)):
         for batch in batches:
             routing: list = []
-            model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
-            counts[kind] = counts[kind] + expert_use(routing, batch, model.image_token_id)[0][kind]
-            if kind == 0:
-                losses, weight = losses + answers(model, batch)[1]["loss"], weight + batch.weight
-    use = torch.stack(counts)
-    return Measured(losses / weight, use / use.sum(-1, keepdim=True))
+            hidden = model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
+            use[kind] += expert_use(routing, batch, model.image_token_id)[0][kind]
+            labels = batch.labels.reshape(-1)
+            logits = model.language_model.lm_head(hidden[labels >= 0])
+            loss.append(F.cross_entropy(logits, labels[labels >= 0], reduction="none")) if kind == 0 else right.append(
+                logits.argmax(-1) == labels[labels >= 0])
+    return Measured(float(torch.cat(loss).mean()), float(torch.cat(right).float().mean()), use / use.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -102,14 +107,15 @@ def by_bias(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int 
 
 
 def by_router(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int = 150, lr: float = 3e-3,
-              hold: float = 10.0) -> Change:
+              hold: float = 100.0) -> Change:
     """Design B: for each gate W, on cached inputs, minimise  -H(mean softmax(x_v W^T)) + hold * KL(old || new on text).
 
     A layer is fitted to what it saw before the layers below it changed: one pass, no gradient through the model.
     """
     gates = []
-    for block, x_text, x_image in zip(model.language_model.model.layers, probe(model, text, False), probe(model, pictures, True)):
-        old = block.mlp.gate.weight.detach()
+    seen = zip(model.language_model.model.layers, probe(model, text, visual=False), probe(model, pictures, visual=True))
+    for block, x_text, x_image in seen:
+        old = block.mlp.gate.weight.detach().clone()  # `apply` writes into the original
         w, target = old.clone().requires_grad_(), F.log_softmax(x_text @ old.T, -1)
         optimizer = torch.optim.Adam([w], lr=lr)
         for _ in range(steps):
@@ -127,7 +133,7 @@ def by_router(model: SailVL, text: list[Batch], pictures: list[Batch], steps: in
     return apply
 
 
-def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Batch], bound: float = 0.01) -> float:
+def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Batch], bound: float) -> float:
     """Apply the largest of 1, 1/2, 1/4, ... of a change that moves neither text loss nor text entropy by more than `bound`
     (relative) on calibration batches. In place; returns the share, 0 when none of eight passes."""
     before = measure(model, text, pictures)
@@ -140,7 +146,8 @@ def bounded(model: SailVL, change: Change, text: list[Batch], pictures: list[Bat
     return share
 
 
-def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router) -> float:
+def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: Callable = by_router,
+              bound: float = 0.01) -> float:
     """The whole procedure, in place; returns the share of the change that the bound allowed.
 
     Raises ValueError for a dense model, or when a list has no token of its kind.
@@ -150,27 +157,29 @@ def calibrate(model: SailVL, text: list[Batch], pictures: list[Batch], design: C
     for name, batches, wanted in (("text", text, False), ("pictures", pictures, True)):
         if not any(((b.ids == model.image_token_id).any() == wanted) for b in batches):
             raise ValueError(f"no {'visual' if wanted else 'text-only'} batch among the {name} batches given to calibrate")
-    return bounded(model, design(model, text, pictures), text, pictures)
+    return bounded(model, design(model, text, pictures), text, pictures, bound)
 
 
 # ----------------------------------------------------------------------------------------------- the measurement
 
 @dataclass
 class Options:
+    model: Path | None = None  # a trained MoE; none: small ones from scratch, one for each seed
     seeds: int = 3
     first: int = 0  # seed of the first
-    steps: tuple[int, int, int] = (150, 60, 100)  # language alone; then vision and adapter; after calibration, everything
-    held: int = 150  # held-out questions per family
+    steps: tuple[int, int] = (150, 60)  # from scratch: language alone; then vision and adapter
+    after: int = 0  # multimodal steps after the calibration
+    held: int = 100  # held-out questions per family
+    bound: float = 0.01  # relative, on text loss and text entropy
     out: Path = Path("runs/calibration.html")
 
 
 DESIGNS: dict[str, Callable | None] = {"as it was": None, "by_bias": by_bias, "by_router": by_router}
-FAMILIES = ("caption", "listing", "reading")
 
 
-def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, documents: int = 40) -> list[Batch]:
-    return [collate([[encoder(world.sample(i * documents + j, seed, mixture, test)) for j in range(documents)]], None,
-                    encoder.tokenizer.pad) for i in range(n)]
+def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, n: int = 4, each: int = 40) -> list[Batch]:
+    documents = [encoder(world.sample(i, seed, mixture, test)) for i in range(n * each)]
+    return [collate([documents[i * each:(i + 1) * each]], None, encoder.tokenizer.pad) for i in range(n)]
 
 
 def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
@@ -178,55 +187,62 @@ def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
     source = world.World()
     model, tokenizer = cli.new_model("toy-moe", source, seed)
     encoder = Encoder(tokenizer, model.config, max_length=512)
-    for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=o.steps[0], rows=2, lr=1e-2, schedule="wsd", balance=0.02),
-                  Stage("eyes", ("vision", "adapter"), pretrain.CAPTION, steps=o.steps[1], rows=2, lr=5e-3)):
+    text, eyes = o.steps
+    for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=text, rows=2, lr=1e-2, schedule="wsd", balance=0.02),
+                  Stage("eyes", ("vision", "adapter"), pretrain.CAPTION, steps=eyes, rows=2, lr=5e-3)):
         pretrain.run_stage(model, stage, source, encoder)
     return model, encoder
 
 
 def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
-    """Design -> (share applied, held-out measures right after calibration, accuracy after the multimodal stage)."""
-    start, encoder = language_first(o, seed)
-    text, pictures = (batches(encoder, mixture, seed, test=False) for mixture in ({"text": 1.0}, pretrain.CAPTION))
-    text_held, pictures_held = (batches(encoder, mixture, seed, test=True) for mixture in ({"text": 1.0}, pretrain.CAPTION))
-    source, found = world.World(), {}
-    questions = [s for f in FAMILIES for s in source.held_out(f, o.held)]
+    """Design -> (share applied, held-out measures, exact answers to held-out questions)."""
+    if o.model:
+        start, tokenizer = load(o.model)
+        encoder, mixture = Encoder(tokenizer, start.config, max_length=512), pretrain.TOY["multitask"].mixture
+    else:
+        (start, encoder), mixture = language_first(o, seed), pretrain.CAPTION
+    draws = lambda test: [batches(encoder, m, seed, test) for m in ({"text": 1.0}, mixture)]
+    probes, held, source, found = draws(False), draws(True), world.World(), {}
+    questions = [s for family in mixture if family != "text" for s in source.held_out(family, o.held)]
     for name, design in DESIGNS.items():
         model = deepcopy(start)
-        share = calibrate(model, text, pictures, design) if design else 0.0
-        now = measure(model, text_held, pictures_held)
-        pretrain.run_stage(model, Stage(name, pretrain.ALL, pretrain.CAPTION, steps=o.steps[2], rows=2, lr=5e-3, schedule="wsd",
-                                        seed=seed), source, encoder)
+        share = calibrate(model, *probes, design, o.bound) if design else 0.0
+        now = measure(model, *held)
+        if o.after:
+            stage = Stage(name, pretrain.ALL, mixture, steps=o.after, rows=2, lr=5e-3, schedule="wsd", seed=seed)
+            pretrain.run_stage(model, stage, source, encoder)
+            now.right = measure(model, *held).right
         found[name] = share, now, evaluate(model, encoder, questions)[0]["overall"].accuracy
     return found
 
 
 def picture(path: Path, before: Measured, after: Measured) -> None:
     """Expert use per layer and kind of token, before and after, as two tables of percentages."""
-    layers, E = before.use.shape[1:]
-    part = lambda title, m: report.section(title, "Percent of the routed slots; full colour: twice the even share.", report.heat(
-        {f"{kind}, layer {i}": m.use[k, i].tolist() for k, kind in enumerate(("text", "vision")) for i in range(layers)},
-        [str(e) for e in range(E)], 2 / E))
+    def table(title: str, m: Measured) -> str:
+        rows = {f"{kind}, layer {i}": row.tolist() for kind, use in zip(("text", "vision"), m.use) for i, row in enumerate(use)}
+        return report.section(title, "Percent of the routed slots; full colour: twice the even share.",
+                              report.heat(rows, [str(e) for e in range(m.use.shape[-1])], 2 / m.use.shape[-1]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>' + report.el("style", report.CSS)
-                    + part("Before calibration", before) + part("After", after) + "</html>\n", encoding="utf-8")
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>' + report.el("style", report.CSS)
+    path.write_text(head + table("Before calibration", before) + table("After", after) + "</html>\n", encoding="utf-8")
 
 
 def main(o: Options) -> None:
     rows = {seed: compare(o, seed) for seed in range(o.first, o.first + o.seeds)}
-    most = None
-    for seed, found in rows.items():
-        for name, (share, m, accuracy) in found.items():
-            was, most = found["as it was"], math.log(m.use.shape[-1])
-            change = lambda kind: m.entropy(kind) / was[1].entropy(kind) - 1
-            print(f"seed {seed}  {name:10} share {share:<6.3g} vision entropy {m.entropy(1):.3f} nats ({m.entropy(1) / most:.0%} of log E, "
-                  f"{change(1):+.1%})  text entropy {m.entropy(0):.3f} ({change(0):+.2%})  text loss {m.text_loss:.4f} "
-                  f"({m.text_loss / was[1].text_loss - 1:+.2%})  accuracy after training {accuracy:.3f} ({accuracy - was[2]:+.3f})")
+    print(f"entropy in nats (fraction of log E), of visual and of text tokens; accuracies after {o.after} further steps")
     for name in DESIGNS:
-        mean = lambda pick: statistics.mean(pick(found[name], found["as it was"]) for found in rows.values())
-        print(f"mean    {name:10} vision entropy {mean(lambda a, b: a[1].entropy(1) / b[1].entropy(1) - 1):+.1%}, text entropy "
-              f"{mean(lambda a, b: a[1].entropy(0) / b[1].entropy(0) - 1):+.2%}, text loss "
-              f"{mean(lambda a, b: a[1].text_loss / b[1].text_loss - 1):+.2%}, accuracy {mean(lambda a, b: a[2] - b[2]):+.3f}")
+        moved = []  # relative changes against the model as it was, by seed
+        for seed, found in rows.items():
+            (share, m, exact), was = found[name], found["as it was"]
+            most, change = math.log(m.use.shape[-1]), lambda now, before: 100 * (now / before - 1)
+            moved.append((change(m.entropy(1), was[1].entropy(1)), change(m.entropy(0), was[1].entropy(0)),
+                          change(m.text_loss, was[1].text_loss), m.right - was[1].right, exact - was[2]))
+            print(f"{name:10} seed {seed}  share {share:<6.3g} vision {m.entropy(1):.3f} ({m.entropy(1) / most:.0%})  "
+                  f"text {m.entropy(0):.3f} ({m.entropy(0) / most:.0%})  text loss {m.text_loss:.4f}  "
+                  f"answer tokens right {m.right:.3f}  exact answers {exact:.3f}")
+        vision, text, loss, right, exact = map(statistics.mean, zip(*moved))
+        print(f"{name:10} mean change: vision entropy {vision:+.1f} %, text entropy {text:+.2f} %, text loss {loss:+.2f} %, "
+              f"answer tokens {right:+.3f}, exact answers {exact:+.3f}\n")
     first = rows[o.first]
     picture(o.out, first["as it was"][1], first["by_router"][1])
     print(f"expert use of seed {o.first} before and after: {o.out}")

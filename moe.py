@@ -181,7 +181,7 @@ def hits(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
     counts = []
     for r in routing:
         chosen = (r.indices if keep is None else r.indices[keep]).reshape(-1)
-        counts.append(torch.zeros(r.logits.shape[-1], device=chosen.device).index_add_(0, chosen, torch.ones_like(chosen).float()))
+        counts.append(torch.bincount(chosen, minlength=r.logits.shape[-1]).float())
     return torch.stack(counts)
 
 

@@ -328,8 +328,8 @@ def write(path: Path, results: dict, runs: dict[str, dict], graded: list[dict],
           packed: list[list[tuple[int, bool | None]]], router: dict[str, list[float]], swap: dict) -> None:
     """The page. `results` is results.json; `runs`: stage -> what its Run logged; `graded`: the answers to show.
 
-    `packed`: rows of one batch as (document length, has image; None for padding); `router`: share of the experts per kind of token and layer;
-    `swap`: family -> accuracy with its own and with another picture.
+    `packed`: rows of one batch as (document length, has image; None for padding); `router`: shares of the experts, per layer
+    and kind of token; `swap`: family -> accuracy with its own and with another picture.
     """
     final, stages = results["final"], results["stages"]
     families = sorted(final, key=lambda f: f == "overall")  # the mean comes last

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import calibrate
 import parallel
 import train
 import weights
@@ -401,3 +402,37 @@ def test_nudging_the_bias_spreads_a_crowd():
         spread.append(float(entropy(hits(routing))))
         nudge([layer], hits(routing), 0.01)
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
+
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+@pytest.fixture
+def probes(documents, tokenizer):
+    """Text-only batches, batches with pictures."""
+    found = [[d for d in documents if bool(len(d.images)) == visual] for visual in (False, True)]
+    assert all(found)
+    return [[collate([some], None, tokenizer.pad)] for some in found]
+
+
+@pytest.mark.parametrize("design", [calibrate.by_bias, calibrate.by_router])
+def test_calibration_spreads_the_experts_within_its_bound(moe_model, probes, design):
+    before = calibrate.measure(moe_model, *probes)
+    share = calibrate.calibrate(moe_model, *probes, design, bound=0.01)
+    after = calibrate.measure(moe_model, *probes)
+    assert after.text_loss <= 1.01 * before.text_loss and abs(after.entropy(0) / before.entropy(0) - 1) <= 0.01
+    if design is calibrate.by_router:
+        assert share > 0 and before.entropy(1) < 1.1 and after.entropy(1) > 1.1 * before.entropy(1)
+
+
+def test_an_impossible_bound_leaves_the_model_as_it_was(moe_model, probes):
+    gates = [block.mlp.gate.weight.clone() for block in moe_model.language_model.model.layers]
+    assert calibrate.calibrate(moe_model, *probes, bound=-1.0) == 0
+    assert all(torch.equal(g, block.mlp.gate.weight) for g, block in zip(gates, moe_model.language_model.model.layers))
+
+
+def test_calibration_names_what_it_lacks(model, moe_model, probes):
+    text, pictures = probes
+    for arguments, reason in (((model, text, pictures), "dense"), ((moe_model, text, text), "no visual"),
+                              ((moe_model, pictures, pictures), "no text-only")):
+        with pytest.raises(ValueError, match=reason):
+            calibrate.calibrate(*arguments)
