@@ -199,9 +199,10 @@ class SailVL(nn.Module):
 def token_logprobs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = 0) -> Tensor:
     """log p(label) of each position: hidden (n, C), head (V, C), labels (n,) -> (n,) fp32.
 
-    More positions than `chunk` (0: as many as make 8 Mi logits) go through `ChunkedLogprobs`: (n, V) never exists whole.
+    More positions than `chunk` go through `ChunkedLogprobs`: (n, V) never exists whole. 0: as many as make 8 Mi logits, but no
+    more than 24 chunks, since their gradients of the head are added up in its dtype and bf16 rounds every sum.
     """
-    chunk = chunk or max(1, 2 ** 23 // head.shape[0])
+    chunk = chunk or max(1, 2 ** 23 // head.shape[0], -(-hidden.shape[0] // 24))
     if hidden.shape[0] <= chunk:
         return -F.cross_entropy((hidden @ head.T).float() / temperature, labels, reduction="none")
     kind = hidden.device.type
