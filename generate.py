@@ -90,10 +90,12 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
             ordered, where = allowed.softmax(-1).sort(descending=True)
             drop = ordered.cumsum(-1) - ordered > top_p
             allowed = allowed.masked_fill(drop.gather(-1, where.argsort(-1)), -torch.inf)
-        # where a uniform number falls among the summed probabilities: one draw a row (`multinomial` makes one a word)
-        summed = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(len(summed), 1, dtype=torch.float64, device=summed.device, generator=generator) * summed[:, -1:]
-        picked = torch.searchsorted(summed, drawn, right=True)[:, 0].clamp(max=summed.shape[-1] - 1)
+        # where a uniform number of (0, 1] falls among the summed probabilities: one draw a row (`multinomial` makes one a word).
+        # A word of probability 0 adds nothing to the sum, so it is never the first to reach the number.
+        exact = torch.float64 if logits.device.type in ("cpu", "cuda") else torch.float32  # others may lack fp64
+        summed = allowed.softmax(-1).cumsum(-1, dtype=exact)
+        drawn = 1 - torch.rand(len(summed), 1, dtype=exact, device=summed.device, generator=generator)
+        picked = torch.searchsorted(summed, drawn * summed[:, -1:])[:, 0]
     return picked, logprobs.gather(-1, picked[:, None])[:, 0]
 
 
