@@ -10,6 +10,8 @@ weights.
     python bench_adalrs.py --problems quadratic regression  # a part
     python bench_adalrs.py --report True                    # only the table and runs/adalrs/report.html
 
+Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid.
+
 Problems: a noisy quadratic under SGD, whose rates are known (stable below 2, the largest curvature being 1); streaming linear
 regression under Adam; a small language model on the toy world's sentences; the toy VLM's adapter (the repository's basic
 pre-training) on a language model and a ViT that were trained a little before. Needs requirements-bench.txt.
@@ -105,7 +107,7 @@ class Language:
 
 class Connector:
     """Basic pre-training of the toy: only the adapter trains, on captions; one packed row of 384 tokens a step."""
-    steps, grid, adam = 240, (-3.25, -1.5), True
+    steps, grid, adam = 240, (-2.75, -0.5), True
     parts = None
 
     def __init__(self, seed: int):
