@@ -147,7 +147,7 @@ class Ladder:
         if not families:  # files need not have every family of the world
             families, metric = list(self.groups), "overall accuracy"
         if not self.scores:
-            self.score_all("start")
+            self.scores, _ = self.grade(families)
         before, began = self.mean(families), time.time()
         run = sft.stage_runner(self.model, self.stage(recipe, name), self.source, self.encoder, self.world,
                                self.o.out / name, Faults())
@@ -211,7 +211,7 @@ class Ladder:
         stage = self.stage(pretrain.TOY, "basic")
         plain = pretrain.run_stage(self.model, replace(stage, adalrs=False), self.source, self.encoder, self.world)
         self.model.load_state_dict(start)
-        self.score_all("(new adapter)")
+        self.scores = {}  # of another model
         run = self.supervised(pretrain.TOY, "basic", "caption F1 (new adapter, old LLM)", ["caption"])
         self.runs["basic"]["compare"] = [r["loss"] for r in plain.log]
         self.adalrs = {"start_lr": stage.lr, "final_lr": run.log[-1]["lr"], "loss": run.tail(), "fixed_rate_loss": plain.tail(),
