@@ -334,8 +334,8 @@ def test_the_30b_a3b_preset_has_the_published_size_and_the_published_expert_shap
 
 def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
     """One process: its share of four packed rows through `train.answers`; rank 0 saves loss, balance and router gradients."""
-    torch.set_num_threads(1)
     if size > 1:
+        torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     tok = Tokenizer(train_bpe(world.corpus(200), 400), "", THINK)
     c = PRESETS["toy-moe"]
@@ -360,7 +360,8 @@ def test_ranks_balance_the_global_batch(tmp_path):
     outs = []
     for size in (1, 2, 4):
         outs.append(tmp_path / f"{size}.pt")
-        torch.multiprocessing.spawn(part_of_a_batch, (size, str(tmp_path / f"meet{size}"), str(outs[-1])), nprocs=size)
+        arguments = size, str(tmp_path / f"meet{size}"), str(outs[-1])
+        torch.multiprocessing.spawn(part_of_a_batch, arguments, nprocs=size) if size > 1 else part_of_a_batch(0, *arguments)
     one, *more = (torch.load(out) for out in outs)
     assert all(g.norm() > 0 for g in one)
     for several in more:
