@@ -58,7 +58,7 @@ TOY = {s.name: s for s in (
     Stage("vit3", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=90, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
     Stage("basic", ("adapter",), CAPTION, steps=120, rows=4, lr=1e-4, optimizer="adamw", schedule="constant", adalrs=True,
           adalrs_k=12, adalrs_window=(0.0, 0.7)),
-    Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=510, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("multitask", ALL, UNDERSTANDING | INSTRUCTION | {"text": 0.1}, steps=540, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
 )}
 
 # Paper scale. Certain (3.1, 3.2, Table 3): what trains, samples, 8192 tokens a row, batches of 1920 / 512 / 512 / 2048, rates of

@@ -43,16 +43,16 @@ PHASES = {"sft1": ("attributes", "spatial", "counting"), "sft2": ("charts", "gro
 REHEARSE = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}  # what earlier stages taught
 
 TOY = {s.name: s for s in (
-    Stage("sft1", ALL, REHEARSE | {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}, steps=200, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("sft2", ALL, REHEARSE | {"listing": 1.5, "charts": 6.0, "grounding": 4.0}, steps=330, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("sft3", ALL, REHEARSE | {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}, steps=280, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft1", ALL, REHEARSE | {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}, steps=220, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft2", ALL, REHEARSE | {"listing": 1.5, "charts": 6.0, "grounding": 4.0}, steps=370, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
+    Stage("sft3", ALL, REHEARSE | {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}, steps=310, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
     Stage("sft4", ALL, REHEARSE | {"video": 5.0}, steps=70, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
     Stage("soup-a", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=101, weighting="sqrt"),
     Stage("soup-b", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=102, weighting="sqrt"),
     Stage("moe-branch", ALL, REHEARSE | {"video": 0.5}, steps=40, rows=4, lr=1e-3, schedule="wsd", weighting="sqrt", seed=103),
     Stage("long-cot", ALL, {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}, steps=120, rows=2, length=1024, lr=5e-3, schedule="wsd",
           think=1.0, turns=1),
-    Stage("fusion", ALL, REHEARSE | {"video": 0.5}, steps=90, rows=4, lr=3e-3, schedule="wsd", think=0.1),
+    Stage("fusion", ALL, REHEARSE | {"video": 0.5}, steps=100, rows=4, lr=3e-3, schedule="wsd", think=0.1),
 )}
 
 # Tokens 42B -> 40B -> 16B -> 70B (Table 3); long-CoT 0.4B, fusion 1B tokens, batch 1024, AdamW, cosine, 1e-6 (4.2.2). The
