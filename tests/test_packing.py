@@ -346,7 +346,7 @@ def two_ranks(place: Path, tokenizer, config) -> None:
     for p in both:
         p.start()
     for p in both:
-        p.join(60)
+        p.join(240)
     assert [p.exitcode for p in both] == [-signal.SIGKILL] * 2
 
 
@@ -357,9 +357,9 @@ def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp
     def alone() -> Batches:
         return Batches(on_disk(tmp_path, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0, lanes=4)
 
+    data = alone()  # writes the files, before two processes look for them
     two_ranks(tmp_path, tokenizer, config)
     first = [a for rank in range(2) for step in json.loads((tmp_path / f"first-{rank}").read_text()) for a in step]
-    data = alone()
     data.load_state_dict(json.loads((tmp_path / "state").read_text()))
     assert len(first) > 30 and sorted(first + said(data, tokenizer)) == everything
     long, short = [json.loads((tmp_path / f"uneven-{rank}").read_text()) for rank in range(2)]
