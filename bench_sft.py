@@ -2,11 +2,11 @@
 
     python bench_sft.py --only curriculum --runs runs/toy
     python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
-    python bench_sft.py --only modes --runs runs/toy
+    python bench_sft.py --only modes --runs runs/toy --effort 2
 
     curriculum   the four SFT phases in order, against their mixtures stirred together, at equal tokens (SAIL-VL Fig. 5)
     soup         runs from one checkpoint that differ in data order, uniform and greedy, and a stranger (SAIL-VL2 Table 5)
-    modes        the SFT model's direct answers, and both modes after think-fusion and after mixed RL, with transcripts
+    modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
 
 Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is on held-out questions; the greedy soup chooses
 on other held-out ones. Prints one markdown table a part; all numbers go to results.json.
@@ -41,6 +41,7 @@ class Options:
     only: tuple[str, ...] = ("curriculum", "soup", "modes")
     seeds: int = 3
     effort: float = 1.0  # multiplies the steps of every stage
+    chains: float = 2.0  # and those of long CoT in `modes` once more: the toy's own leave chains worse than direct answers
     samples: int = 100  # held-out questions per family
     out: Path = Path("runs/bench-sft")
 
@@ -137,10 +138,13 @@ class Bench:
         return transcripts
 
     def modes(self, seed: int) -> None:
-        """SFT's direct answers; then fusion from the RL policy with its own chains; then mixed RL."""
-        direct, encoder = self.load("soup")
-        lines = self.both(direct, encoder, "SFT", seed)
-        model, encoder = self.load("verifiable")
+        """From the soup: long chains, RL, fusion with the RL policy's own chains, mixed RL; both modes after each."""
+        model, encoder = self.load("soup")
+        lines = self.both(model, encoder, "SFT", seed)
+        stage = self.stage(sft.TOY, "long-cot", seed)
+        sft.long_cot(model, replace(stage, steps=round(stage.steps * self.o.chains)), self.world, encoder)
+        lines += self.both(model, encoder, "long CoT", seed)
+        rl.run(model, self.stage(rl.TOY, "verifiable", seed), self.world, encoder)
         lines += self.both(model, encoder, "verifiable RL", seed)
         stage = self.stage(sft.TOY, "fusion", seed)
         stream: list[Sample] = [s for s in islice(self.world.stream(dict.fromkeys(REASONING, 1.0), stage.seed + 5, 1), 400) if s.facts["chain"]]

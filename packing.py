@@ -200,6 +200,8 @@ class Batches:
 
     `state_dict` (called on all ranks together) is small: for each lane the next number to read, the numbers that wait in the
     buffer and two sums. With it, any number of ranks and workers continues with exactly the rows that would have followed.
+
+    Raises ValueError when ranks find different numbers of records: they would lose some samples and repeat others.
     """
 
     def __init__(self, documents, capacity: int, rows_per_step: int, accumulate: int, pad: int, rank: int = 0, world: int = 1,
@@ -210,6 +212,9 @@ class Batches:
         self.documents = documents if isinstance(documents, Documents) else Documents(documents, None, None)
         self.capacity, self.rows_per_step, self.accumulate, self.pad, self.buffer = capacity, rows_per_step, accumulate, pad, buffer
         self.rank, self.world, self.row = rank, world, 0
+        found = parallel.gather([self.documents.records])
+        if any(f != found[0] for f in found):
+            raise ValueError(f"the ranks find different data, {' and '.join(map(str, found))} records: wait until every node has all files")
         usual = max(n for n in range(1, max(8, world) + 1) if rows_per_step % n == 0 and n % world == 0)
         self.open(lanes or (usual if self.documents.numbered else 1), {})
 
@@ -245,12 +250,15 @@ class Batches:
     def state_dict(self) -> dict:
         states = parallel.gather([{str(lane): {"next": rows.source.next, "waiting": [d.number for d in rows.waiting],
                                                "seen": rows.seen} for lane, rows in self.mine.items()}])
-        return {"row": self.row, "lanes": self.lanes, "buffers": {k: v for part in states for k, v in part.items()}}
+        return {"row": self.row, "lanes": self.lanes, "records": self.documents.records, "buffers": {k: v for part in states for k, v in part.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when the step has another number of rows than the run that was saved had."""
+        """Raises ValueError when the step has another number of rows, or the data another number of records, than when it was saved."""
         if state["row"] % self.rows_per_step:
             raise ValueError(f"the saved run stopped at row {state['row']}, which is no multiple of {self.rows_per_step} rows a step")
+        if (records := state.get("records", self.documents.records)) != self.documents.records:
+            raise ValueError(f"the saved run read {records} records, now there are {self.documents.records}: its place in them means "
+                             "nothing any more; put the files back, or begin again with --resume False")
         self.row = state["row"]
         self.open(state["lanes"], state["buffers"])
 

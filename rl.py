@@ -392,7 +392,7 @@ def measured(logp: Tensor, batch: RolloutBatch) -> dict[str, float]:
 REASONING = {"counting": 1.0, "charts": 1.0, "arithmetic": 1.0, "odd": 1.0}
 ALL = ("vision", "adapter", "llm")
 TOY = {s.name: s for s in (
-    RLStage("verifiable", ALL, REASONING, steps=88, lr=1e-3, optimizer="muon", prompts=48, turns=1, tries=1, seed=21),
+    RLStage("verifiable", ALL, REASONING, steps=104, lr=1e-3, optimizer="muon", prompts=48, turns=1, tries=1, seed=21),
     RLStage("mixed", ALL, REASONING, steps=32, lr=5e-4, optimizer="muon", prompts=48, turns=1, tries=1, seed=22, reward="mixed"),
 )}
 # 2,048 rollouts an episode, 8 updates, minibatches of 512, rate 1e-6, clip in [0.20, 0.28], 16,384 + 4,096 tokens (paper).

@@ -132,12 +132,14 @@ class Documents:
     samples: anything with `[n]` (IndexError at the end; a BadSample or None among them is passed on), or a plain iterator.
     Faults are counted when their turn comes. Raises ValueError after `patience` bad samples in a row: no data is an error, an
     endless silence is a worse one. workers: processes that read and encode ahead; the order does not depend on them.
+    `records`: how many each group of an `Order` holds; another number would be another order.
     """
 
     def __init__(self, samples, encoder: Encoder, faults: Faults, patience: int = 1000, workers: int = 0):
         self.numbered = hasattr(samples, "__getitem__")
         self.samples = samples if self.numbered else Walk(samples)
         self.endless = getattr(self.samples, "endless", False)
+        self.records = [len(g) for g in samples.order.groups] if hasattr(samples, "order") else []
         self.encoder, self.faults, self.patience, self.bad = encoder, faults, patience, 0
         self.pool = None
         if workers and self.numbered:  # spawned: forking a process that has threads is not safe

@@ -373,6 +373,21 @@ def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp
     assert len(second[0]) == len(second[1]) and sorted(first + [a for rank in second for step in rank for a in step]) == everything
 
 
+def test_data_that_changed_or_that_ranks_see_differently_is_refused(tmp_path, tokenizer, config, monkeypatch):
+    """A record more or less, and every number means another record."""
+    data = Batches(on_disk(tmp_path, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0)
+    state = data.state_dict()
+    data.load_state_dict(json.loads(json.dumps(state)))
+    with open(tmp_path / "a.jsonl", "a") as f:
+        f.write(json.dumps(record("<image>?", "new", "red.png")) + "\n")
+    more = on_disk(tmp_path, tokenizer, config, epochs=1)
+    with pytest.raises(ValueError, match=r"read \[100, 100\] records, now there are \[101, 100\]"):
+        Batches(more, CAPACITY, 4, 1, 0).load_state_dict(state)
+    monkeypatch.setattr(parallel, "gather", lambda values: [[100, 100], *values])
+    with pytest.raises(ValueError, match="wait until every node has all files"):
+        Batches(more, CAPACITY, 4, 1, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 @pytest.mark.parametrize("mix", ["tiles", "any-resolution", "short", "long", "two-valued", "zipf"])
