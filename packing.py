@@ -263,8 +263,6 @@ class Batches:
         self.open(state["lanes"], state["buffers"])
 
 
-
-
 # -------------------------------------------------------------------------------------------------- the command: compare rules
 
 @dataclass(slots=True)

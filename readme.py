@@ -65,8 +65,29 @@ def stages() -> str:
     return "\n".join(out)
 
 
+def experts() -> str:
+    """Dense and MoE ladders until the soup: size, training time, score, and the score after as many seconds as the dense one took."""
+    out = ["| ladder | parameters | active for a token | seconds of training until the soup | overall there | overall after the dense one's seconds |",
+           "|---|---:|---:|---:|---:|---:|"]
+    limit = 0.0
+    for run in ("toy", "toy-moe", "toy-moe-short"):
+        path = ROOT / "runs" / run / "results.json"
+        if not path.is_file():
+            continue
+        r, spent, curve = json.loads(path.read_text()), 0.0, []  # (seconds, overall accuracy) after each stage
+        for s in r["stages"]:
+            if s["name"] != "moe-branch" and s["name"] in r["families_after"]:
+                curve.append((spent := spent + s["seconds"], r["families_after"][s["name"]]["overall"]))
+            if s["name"] == "soup":
+                break
+        limit = limit or spent
+        p, then = r["parameters"], [score for seconds, score in curve if seconds <= limit][-1]
+        out.append(f"| `runs/{run}` | {p['total'] / 1e6:.2f} M | {p['active'] / 1e6:.2f} M | {spent:.0f} | {curve[-1][1]:.1%} | **{then:.1%}** |")
+    return "\n".join(out)
+
+
 def rewrite(text: str) -> str:
-    for name, value in (("files", files()), ("stages", stages()), ("toy", ladder("toy")), ("real", ladder("real"))):
+    for name, value in (("files", files()), ("stages", stages()), ("experts", experts()), ("toy", ladder("toy")), ("real", ladder("real"))):
         text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + value + "\n" + m[2], text, flags=re.DOTALL)
         assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
     return text
