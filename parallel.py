@@ -6,10 +6,12 @@ tokens fall. With one process nothing is initialised and every function returns 
 
     torchrun --nproc-per-node 2 pretrain.py --stage multitask
 
-Simplified here: weights are replicated, and gradients travel in one bucket after the backward pass.
+Simplified here: weights are replicated, and gradients travel in one bucket after the backward pass. `divide` is the other
+thing that ranks do for each other: work on replicated tensors that need be done only once.
 """
 import os
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -70,6 +72,25 @@ def gather(values: list) -> list:
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, values)
     return [v for part in everyone for v in part]
+
+
+def divide(values: list[Tensor], costs: list[float], work: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """work(values), each rank doing a run of neighbours of about equal cost and sending what it made to the others.
+
+    Results have the shapes and the type of their values, which every rank has alike."""
+    rank, size = place()
+    if size == 1 or not values:
+        return work(values)
+    ends = [sum(costs[:i + 1]) for i in range(len(costs))]
+    owners = [min(size - 1, int(size * (end - cost / 2) / ends[-1])) for end, cost in zip(ends, costs)]
+    shares = [[v for v, owner in zip(values, owners) if owner == r] for r in range(size)]
+    made = work(shares[rank])
+    for r, share in enumerate(shares):
+        if share:
+            bucket = torch.cat([v.flatten() for v in (made if r == rank else share)])
+            dist.broadcast(bucket.view(torch.uint8), r)
+            shares[r] = [part.view_as(v) for part, v in zip(bucket.split([v.numel() for v in share]), share)]
+    return [v for share in shares for v in share]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:

@@ -28,6 +28,7 @@ from adalrs import AdaLRS
 from checkpoint import Keeper, RunDirectory, resumable
 from journal import Journal
 from llm import LLM, Block
+from muon import Muon
 from packing import Batch
 from vit import ViT, VisionBlock
 from vlm import SailVL
@@ -150,7 +151,7 @@ def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
 
 def frozen(model: torch.nn.Module, optimizers: list) -> str:
     """One line: what trains, and what freezing the rest saves (a gradient and each optimizer's moments in fp32)."""
-    state = sum(4 * p.numel() * (2 if isinstance(o, torch.optim.Muon) else 3) for o in optimizers for g in o.param_groups for p in g["params"])
+    state = sum(4 * p.numel() * (2 if isinstance(o, Muon) else 3) for o in optimizers for g in o.param_groups for p in g["params"])
     some, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
     return (f"trains {some / 1e6:.2f} of {every / 1e6:.2f} M parameters; gradients and optimizer state {state / 2 ** 20:.1f} MiB, "
             f"{state * (every - some) / max(some, 1) / 2 ** 20:.1f} MiB saved by what is frozen")
@@ -184,7 +185,7 @@ def make_optimizers(model: torch.nn.Module, stage: Stage) -> list[torch.optim.Op
     if made(False):
         optimizers.append(torch.optim.AdamW(made(False), lr=stage.lr, betas=stage.betas, fused=True))
     if made(True):
-        optimizers.append(torch.optim.Muon(made(True), lr=stage.lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(made(True), lr=stage.lr))
     return optimizers
 
 
