@@ -1,4 +1,4 @@
-"""Is the curriculum worth its order, a soup its pot, think-fusion its data? Each against its plain alternative, over seeds.
+"""Is the curriculum worth its order, a soup its pot, an expert its time, think-fusion its data? Each against its plain alternative.
 
     python bench_sft.py --only curriculum --runs runs/toy
     python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
@@ -6,6 +6,7 @@
 
     curriculum   the four SFT phases in order, against their mixtures stirred together, at equal tokens (SAIL-VL Fig. 5)
     soup         runs from one checkpoint that differ in data order, uniform and greedy, and a stranger (SAIL-VL2 Table 5)
+    experts      the soup, dense and as a mixture of experts, trained on for the same time
     modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
 
 Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is on held-out questions; the greedy soup chooses
@@ -13,6 +14,7 @@ on other held-out ones. Prints one markdown table a part; all numbers go to resu
 """
 import statistics
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +31,7 @@ from generate import load
 from rewards import answer_reward, same, split_think
 from soup import average, distance, greedy
 from toy import GRADED
+from vlm import PRESETS
 from weights import write_json
 from world import REASONING, World
 
@@ -38,7 +41,7 @@ class Options:
     """Compare the parts of supervised post-training with their plain alternatives."""
     runs: Path = Path("runs/toy")  # a finished ladder
     stranger: Path | None = None  # a model of the same sizes with another history, for the heterologous soup
-    only: tuple[str, ...] = ("curriculum", "soup", "modes")
+    only: tuple[str, ...] = ("curriculum", "soup", "experts", "modes")
     seeds: int = 3
     effort: float = 1.0  # multiplies the steps of every stage
     chains: float = 2.0  # and those of long CoT in `modes` once more: the toy's own leave chains worse than direct answers
@@ -119,6 +122,29 @@ class Bench:
             model.load_state_dict(state)
             row(f"soup, {name}" if name != "stranger" else "soup with the stranger", **more[name])
 
+    # ------------------------------------------------------------------------------------------------------ experts
+
+    def experts(self, seed: int) -> None:
+        """The soup, dense and upcycled, trains on for the same processor time: that of three of the toy's MoE branches."""
+        def upcycled(name: str):
+            model, encoder = self.load("soup")
+            moe = replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)
+            return (model.to_moe(moe) if name == "MoE" else model), encoder
+
+        def seconds(name: str, steps: int):
+            (model, encoder), began = upcycled(name), time.process_time()
+            sft.run_stage(model, replace(stage, name=name, steps=steps), self.world, encoder)
+            return time.process_time() - began, model, encoder
+
+        stage = self.stage(sft.TOY, "moe-branch", seed)
+        a_step = {name: seconds(name, 10)[0] / 10 for name in ("dense", "MoE")}
+        self.results["experts"].append({"run": "before", "seed": seed} | self.overall(*self.load("soup")))
+        for name in a_step:
+            steps = round(3 * stage.steps * a_step["MoE"] / a_step[name])
+            spent, model, encoder = seconds(name, steps)
+            self.results["experts"].append({"run": name, "seed": seed} | model.parameter_counts() | {"steps": steps, "seconds": spent}
+                                           | self.overall(model, encoder))
+
     # -------------------------------------------------------------------------------------------------------- modes
 
     def both(self, model, encoder: Encoder, name: str, seed: int) -> list[str]:
@@ -174,7 +200,7 @@ class Bench:
 
 def main(o: Options) -> int:
     bench = Bench(o)
-    parts = {"curriculum": bench.curriculum, "soup": bench.soup, "modes": bench.modes}
+    parts = {"curriculum": bench.curriculum, "soup": bench.soup, "experts": bench.experts, "modes": bench.modes}
     if unknown := set(o.only) - set(parts):
         raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(parts)}")
     o.out.mkdir(parents=True, exist_ok=True)

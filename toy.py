@@ -335,7 +335,7 @@ class Ladder:
         results = {
             "title": "nanosail toy ladder" if not o.data else f"nanosail ladder on {o.data}", "model": o.model, "seed": o.seed,
             "total_seconds": round(time.time() - began, 1), "cores": os.cpu_count(), "processes": self.world.size,
-            "parameters": self.parameters(), "peak_memory_gib": round(parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0] / 2 ** 20, 2),
+            "parameters": self.model.parameter_counts(), "peak_memory_gib": round(parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0] / 2 ** 20, 2),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "pillow": PIL.__version__},
             "stages": [asdict(r) for r in self.rows],
@@ -361,12 +361,6 @@ class Ladder:
                                   "mode": mode, "images": [self.picture(p) for p in pictures]})
         report.write(o.out / "report.html", results, self.runs, cards, drawn, load, results["swap"])
         self.table(results)
-
-    def parameters(self) -> dict[str, int]:
-        """All of them, and those that one token passes through (K of E experts)."""
-        t, every = self.model.config.text, sum(p.numel() for p in self.model.parameters())
-        experts = sum(p.numel() for n, p in self.model.named_parameters() if ".experts." in n)
-        return {"total": every, "active": every - (experts * (t.num_experts - t.num_experts_per_tok) // t.num_experts if experts else 0)}
 
     def picture(self, part):
         return open_image(part, self.source.root)

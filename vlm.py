@@ -182,6 +182,12 @@ class SailVL(nn.Module):
         model.mlp1.to(device, dtype)
         return model
 
+    def parameter_counts(self) -> dict[str, int]:
+        """All parameters ("total"), and those that one token passes through ("active": K of E experts)."""
+        t, total = self.config.text, sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        return {"total": total, "active": total - experts * (t.num_experts - t.num_experts_per_tok) // max(t.num_experts, 1)}
+
     def to_moe(self, text: LLMConfig) -> "SailVL":
         """A copy with mixture-of-experts layers that computes the same function (see moe.upcycle)."""
         other = SailVL(replace(self.config, text=text)).init_weights()
