@@ -10,7 +10,8 @@
     modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
 
 Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is on held-out questions; the greedy soup chooses
-on other held-out ones. Prints one markdown table a part; all numbers go to results.json.
+on other held-out ones. Prints one markdown table a part and keeps it
+as PART.md; all numbers go to results.json.
 """
 import statistics
 import sys
@@ -208,6 +209,7 @@ def main(o: Options) -> int:
         for seed in range(o.seeds):
             parts[part](seed)
             write_json(o.out / "results.json", bench.results)
+        (o.out / f"{part}.md").write_text(bench.table(part) + "\n")
         print(f"\n{bench.table(part)}\n", flush=True)
     return 0
 

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+TABLES = {
+    "rl": ("runs/bench-rl/table.md", ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "entropy")),
+    "modes": ("runs/bench-sft/modes/modes.md", ("run", "direct accuracy", "direct length", "direct that think", "thinking accuracy", "thinking length", "thinking that think")),
+    "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),
+    "curriculum": ("runs/bench-sft/curriculum/curriculum.md", ("run", "rows", "tokens", "overall", "charts", "arithmetic", "odd", "video")),
+    "twins": ("runs/bench-sft/experts/experts.md", ("run", "total", "active", "steps", "seconds", "overall")),
+}
 
 
 def files() -> str:
@@ -65,6 +72,15 @@ def stages() -> str:
     return "\n".join(out)
 
 
+def picked(path: str, columns: tuple[str, ...]) -> str:
+    """These columns of a markdown table that a bench left under runs/."""
+    if not (ROOT / path).is_file():
+        return f"(no {path} yet)"
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in (ROOT / path).read_text().splitlines()]
+    at = [rows[0].index(c) for c in columns]
+    return "\n".join("| " + " | ".join(row[i] for i in at) + " |" for row in rows)
+
+
 def experts() -> str:
     """Dense and MoE ladders until the soup: size, training time, score, and the score after as many seconds as the dense one took."""
     out = ["| ladder | parameters | active for a token | seconds of training until the soup | overall there | overall after the dense one's seconds |",
@@ -87,7 +103,8 @@ def experts() -> str:
 
 
 def rewrite(text: str) -> str:
-    for name, value in (("files", files()), ("stages", stages()), ("experts", experts()), ("toy", ladder("toy")), ("real", ladder("real"))):
+    for name, value in (("files", files()), ("stages", stages()), ("experts", experts()), ("toy", ladder("toy")), ("real", ladder("real")),
+                        *((name, picked(path, columns)) for name, (path, columns) in TABLES.items())):
         text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + value + "\n" + m[2], text, flags=re.DOTALL)
         assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
     return text
