@@ -310,7 +310,7 @@ def table(results: Results) -> str:
                 rows = [r for k, r in results.rows.items() if k[:3] == (p, method, place)]
                 ratios = [r["final"] / results.rows[p, "grid", results.best(p), r["key"][3]]["final"] for r in rows]
                 steps = max([steps] + [r["steps"] for r in rows])
-                bad = any(not x < 1000 for x in ratios)
+                bad = any(not x < 1000 for x in ratios)  # a finite loss a thousand times too large has diverged too
                 cells.append("diverged" if bad else f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})" if ratios else "")
             start = f"{10 ** place:.2g}" if len(methods[method]) > 1 or method == "adalrs, wsd" else ""
             out.append(f"| {method} | {start} | " + " | ".join(cells) + f" | {steps:.2f} |")
@@ -348,6 +348,7 @@ def main(o: Options) -> int:
             raise ValueError(f"--problems {name!r}: choose from {', '.join(PROBLEMS)}")
         measure(results, name, o.seeds)
     page(results, o.out / "report.html")
+    (o.out / "table.md").write_text(table(results) + "\n")
     print(table(results))
     return 0
 

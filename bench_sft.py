@@ -10,8 +10,8 @@
     modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
 
 Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is on held-out questions; the greedy soup chooses
-on other held-out ones. Prints one markdown table a part and keeps it
-as PART.md; all numbers go to results.json.
+on other held-out ones. Prints one markdown table a part and keeps it as PART.md; all
+numbers go to results.json.
 """
 import statistics
 import sys

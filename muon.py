@@ -4,8 +4,7 @@ What it teaches: an update of a matrix has singular values that span orders of m
 ones. Muon replaces U S V^T by (nearly) U V^T, by five Newton-Schulz steps: an odd polynomial of the matrix whose fixed region
 is around 1, made of nothing but matrix products. On a small model those products are a quarter of a training step, so here
 matrices of one shape go through them as one batch, and the matrices are divided over the ranks, which send each other the
-results. Neither changes a bit: it equals torch.optim.Muon, which does one matrix
-after the other on every rank.
+results. torch.optim.Muon does one matrix after the other on every rank; the tests find the same bits in both.
 
 Legend: (m, n) one matrix, m <= n inside the iteration. Sources: Jordan 2024 (Muon), Liu et al. 2025 ("Muon is Scalable for LLM
 Training": the factor 0.2 sqrt(max(m, n)), which makes the update as large as AdamW's). Muon is our choice for the toy; the
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import parallel
 
-A, B, C = 3.4445, -4.7750, 2.0315  # x -> A x + B x^3 + C x^5 on the singular values: steep at 0, within [0.7, 1.2] after 5 steps
+A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's: x -> A x + B x^3 + C x^5 on the singular values, as steep at 0 as may be
 
 
 def orthogonal(updates: list[Tensor]) -> list[Tensor]:
@@ -62,4 +61,4 @@ class Muon(torch.optim.Optimizer):
         costs = [u.numel() * min(u.shape) for u in updates]  # multiplications, up to a factor
         for (p, group, _), update in zip(moved, parallel.divide(updates, costs, orthogonal)):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+            p.add_(update, alpha=-group["lr"] * (0.2 * math.sqrt(max(p.shape))))

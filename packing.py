@@ -250,7 +250,8 @@ class Batches:
     def state_dict(self) -> dict:
         states = parallel.gather([{str(lane): {"next": rows.source.next, "waiting": [d.number for d in rows.waiting],
                                                "seen": rows.seen} for lane, rows in self.mine.items()}])
-        return {"row": self.row, "lanes": self.lanes, "records": self.documents.records, "buffers": {k: v for part in states for k, v in part.items()}}
+        return {"row": self.row, "lanes": self.lanes, "records": self.documents.records,
+                "buffers": {k: v for part in states for k, v in part.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the step has another number of rows, or the data another number of records, than when it was saved."""

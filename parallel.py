@@ -11,6 +11,7 @@ thing that ranks do for each other: work on replicated tensors that need be done
 """
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Callable
 
 import torch
@@ -81,13 +82,13 @@ def divide(values: list[Tensor], costs: list[float], work: Callable[[list[Tensor
     rank, size = place()
     if size == 1 or not values:
         return work(values)
-    ends = [sum(costs[:i + 1]) for i in range(len(costs))]
+    ends = list(accumulate(costs))
     owners = [min(size - 1, int(size * (end - cost / 2) / ends[-1])) for end, cost in zip(ends, costs)]
     shares = [[v for v, owner in zip(values, owners) if owner == r] for r in range(size)]
     made = work(shares[rank])
     for r, share in enumerate(shares):
         if share:
-            bucket = torch.cat([v.flatten() for v in (made if r == rank else share)])
+            bucket = torch.cat([v.flatten() for v in (made if r == rank else share)])  # of another rank: overwritten
             dist.broadcast(bucket.view(torch.uint8), r)
             shares[r] = [part.view_as(v) for part, v in zip(bucket.split([v.numel() for v in share]), share)]
     return [v for share in shares for v in share]

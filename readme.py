@@ -1,4 +1,4 @@
-"""Regenerate what README.md claims: lines per file, and the tables of the last `make toy` and `make real`.
+"""Regenerate what README.md claims: lines per file, the recipe, and tables of the last `make toy`, `make real` and benches.
 
 Text between `<!-- name -->` and `<!-- /name -->` is replaced; everything else is left alone. `--check` changes nothing and
 fails when the file table is out of date (the suite runs it).
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-TABLES = {
+TABLES = {  # block of README.md: the file that a bench wrote, and which of its columns
+    "adalrs": ("runs/adalrs/table.md", ("method", "start / best rate", "quadratic", "regression", "language", "connector", "most steps")),
     "rl": ("runs/bench-rl/table.md", ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "entropy")),
     "modes": ("runs/bench-sft/modes/modes.md", ("run", "direct accuracy", "direct length", "direct that think", "thinking accuracy", "thinking length", "thinking that think")),
     "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),
@@ -76,7 +77,8 @@ def picked(path: str, columns: tuple[str, ...]) -> str:
     """These columns of a markdown table that a bench left under runs/."""
     if not (ROOT / path).is_file():
         return f"(no {path} yet)"
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in (ROOT / path).read_text().splitlines()]
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in (ROOT / path).read_text().splitlines()
+            if line.startswith("|")]
     at = [rows[0].index(c) for c in columns]
     return "\n".join("| " + " | ".join(row[i] for i in at) + " |" for row in rows)
 
@@ -86,14 +88,15 @@ def experts() -> str:
     out = ["| ladder | parameters | active for a token | seconds of training until the soup | overall there | overall after the dense one's seconds |",
            "|---|---:|---:|---:|---:|---:|"]
     limit = 0.0
-    for run in ("toy", "toy-moe", "toy-moe-short"):
+    for run in ("toy", "toy-moe"):
         path = ROOT / "runs" / run / "results.json"
         if not path.is_file():
             continue
         r, spent, curve = json.loads(path.read_text()), 0.0, []  # (seconds, overall accuracy) after each stage
         for s in r["stages"]:
-            if s["name"] != "moe-branch" and s["name"] in r["families_after"]:
-                curve.append((spent := spent + s["seconds"], r["families_after"][s["name"]]["overall"]))
+            spent += s["seconds"]
+            if s["name"] in r["families_after"]:
+                curve.append((spent, r["families_after"][s["name"]]["overall"]))
             if s["name"] == "soup":
                 break
         limit = limit or spent

@@ -335,7 +335,8 @@ class Ladder:
         results = {
             "title": "nanosail toy ladder" if not o.data else f"nanosail ladder on {o.data}", "model": o.model, "seed": o.seed,
             "total_seconds": round(time.time() - began, 1), "cores": os.cpu_count(), "processes": self.world.size,
-            "parameters": self.model.parameter_counts(), "peak_memory_gib": round(parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0] / 2 ** 20, 2),
+            "parameters": self.model.parameter_counts(),
+            "peak_memory_gib": round(parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0] / 2 ** 20, 2),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "pillow": PIL.__version__},
             "stages": [asdict(r) for r in self.rows],
