@@ -67,7 +67,7 @@ class Batch:
         move = [t.to(device) for t in (self.ids, self.labels, self.weights, self.positions)]
         images = [i.to(device) for i in self.images] if isinstance(self.images, list) else self.images
         images = images.to(device) if torch.is_tensor(images) else images
-        return Batch(*move, Segments(self.segments.lengths, self.segments.cu.to(device)), images, self.owners, self.filled)
+        return Batch(*move, self.segments.to(device), images, self.owners, self.filled)
 
 
 # -------------------------------------------------------------------------------------------------------------- choosing

@@ -302,34 +302,37 @@ def statistics(groups: list[Group], stage: RLStage) -> dict[str, float]:
 
 def pack_rollouts(part: list[Completion], encoder: Encoder, stage: RLStage, stats: dict, reference: SailVL | None = None,
                   empty: bool = False) -> RolloutBatch:
-    """Completions as one packed row of documents: prompt and sampled ids, never re-encoded. The last id of each is a label
-    only, so it is not fed. `empty`: the same row at weight zero."""
-    prompts: dict[int, tuple] = {}
-    for c in part:
-        if c.index not in prompts:  # a prompt that another rank sampled is encoded here
-            prompts[c.index] = c.prompt or encoder.prompt(with_thinking(c.sample, encoder.tokenizer.think_prompt))
-    documents = [(list(prompts[c.index][0]), prompts[c.index][1], c.answer, c.advantage) for c in part]
-    L = max(len(a.ids) for _, _, a, _ in documents)
-    N, lengths = len(documents), [len(p) + len(a.ids) - 1 for p, _, a, _ in documents]
+    """Completions as one packed row of sampled ids, never re-encoded. A prompt and its images stand there once, before all of its
+    completions, which continue it: each begins with the prompt's last token, which predicts its first. The last id of each is a
+    label only, so it is not fed. `empty`: the same row at weight zero."""
+    groups: dict[int, list[int]] = {}  # a prompt's completions
+    for i, c in enumerate(part):
+        groups.setdefault(c.index, []).append(i)
+    N, L = len(part), max(len(c.answer.ids) for c in part)
     old, mask = torch.zeros(N, L), torch.zeros(N, L)
-    at, labels, sequence, place, start = [], [], [], [], 0
-    for i, (prompt, _, a, _) in enumerate(documents):
-        n = len(a.ids)
-        old[i, :n], mask[i, :n] = torch.tensor(a.logprobs), float(not empty)
-        at += range(start + len(prompt) - 1, start + len(prompt) - 1 + n)  # position t predicts token t + 1
-        labels += a.ids
-        sequence += [i] * n
-        place += range(n)
-        start += lengths[i]
-    ids = torch.tensor([[t for prompt, _, a, _ in documents for t in prompt + a.ids[:-1]]])
-    images = [array for _, arrays, _, _ in documents for array in arrays]
-    segments = Segments.of(lengths)
+    ids, images, after, owners, routes, at, labels, sequence, place = [], [], [], [], [], [], [], [], []
+    lengths: list[int] = []
+    for members in groups.values():
+        first, begins = part[members[0]], len(lengths)
+        prompt, arrays = first.prompt or encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))  # another rank sampled it
+        shared = len(prompt) - 1
+        ids, images, lengths = ids + list(prompt[:-1]), images + list(arrays), lengths + [shared]
+        routes += [] if first.choices is None else [[layer[:shared] for layer in first.choices]]
+        for i in members:
+            a, n = part[i].answer, len(part[i].answer.ids)
+            old[i, :n], mask[i, :n] = torch.tensor(a.logprobs), float(not empty)
+            at += range(len(ids), len(ids) + n)  # position t predicts token t + 1
+            ids, lengths = ids + [prompt[-1], *a.ids[:-1]], lengths + [n]
+            labels, sequence, place = labels + a.ids, sequence + [i] * n, place + [*range(n)]
+            routes += [] if first.choices is None else [[layer[shared:] for layer in part[i].choices]]
+        after += [begins] * (1 + len(members))
+        owners += [first.sample.task] * (1 + len(members))
+    segments = Segments.of(lengths, after=after)
     how = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
-    choices = None if part[0].choices is None else [torch.cat(layer) for layer in zip(*(c.choices for c in part))]
-    batch = RolloutBatch(ids, torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
-                         normalise(images) if images else None, [c.sample.task for c in part], at=torch.tensor(at), sequence=torch.tensor(sequence),
-                         place=torch.tensor(place), old=old, mask=mask, advantage=torch.tensor([A for *_, A in documents]),
-                         choices=choices, divisor=divisor(mask, how, stage.max_new), stats=stats)
+    batch = RolloutBatch(torch.tensor([ids]), torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
+                         normalise(images) if images else None, owners, at=torch.tensor(at), sequence=torch.tensor(sequence),
+                         place=torch.tensor(place), old=old, mask=mask, advantage=torch.tensor([c.advantage for c in part]),
+                         choices=[torch.cat(layer) for layer in zip(*routes)] or None, divisor=divisor(mask, how, stage.max_new), stats=stats)
     if reference is not None:
         with torch.no_grad():
             batch.reference = score(reference, batch.to(reference.language_model.lm_head.weight.device), stage.temperature).cpu()

@@ -1,5 +1,6 @@
 """The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
 import json
+import itertools
 import re
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 import weights
 from adapter import pixel_shuffle
-from attention import Segments
+from attention import Segments, packed_attention
 from conftest import SHARED
 from data import Encoder, Message, Sample, normalise
 from llm import RMSNorm, rotate
@@ -232,6 +233,29 @@ def test_the_decoder_uses_the_differences_of_the_positions_it_is_given(model, mi
 def test_an_empty_document_is_refused():
     with pytest.raises(AssertionError, match="empty document"):
         Segments.of([3, 0, 2])
+
+
+def test_documents_that_continue_one_are_that_document_with_each_of_them():
+    """Keys of the continued document exist once: outputs and all gradients are those of whole copies, none sees its siblings."""
+    g = torch.Generator().manual_seed(0)
+    lengths, after = [5, 3, 1, 4, 2, 6], (0, 0, 0, 3, 0, 3)  # 1, 2 and 4 continue 0; 5 continues 3
+    segments = Segments.of(lengths, after=after)
+    assert segments.positions().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 0, 1, 2, 3, 5, 6, 4, 5, 6, 7, 8, 9]
+    q, k, v = (torch.randn(sum(lengths), heads, 8, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    got = packed_attention(q, k, v, segments, causal=True)
+    spans = [range(a, b) for a, b in itertools.pairwise(segments.cu.tolist())]
+    whole = []
+    for i, p in enumerate(after):
+        rows = [*(spans[p] if p != i else ()), *spans[i]]
+        whole.append(packed_attention(*(t[rows] for t in (q, k, v)), Segments.of([len(rows)]), causal=True)[-lengths[i]:])
+    close(got, torch.cat(whole), 1e-12)
+    weight = torch.randn(got.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in (got, torch.cat(whole)))):
+        close(a, b, 1e-12)
+    with pytest.raises(AssertionError, match="begins afresh"):
+        Segments.of([2, 2, 2], after=(0, 0, 1))
+    with pytest.raises(AssertionError, match="causal"):
+        packed_attention(q, k, v, segments, causal=False)
 
 
 # ---------------------------------------------------------------------------------------- images and their placeholders

@@ -383,6 +383,32 @@ def test_accumulation_changes_no_gradient(model, encoder):
     torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_prompt_that_its_completions_share_changes_neither_loss_nor_gradient(config, model, encoder, experts):
+    """One row in which prompt and pictures stand once a group, against one completion a row."""
+    model = small_moe(config) if experts else model
+    stage = replace(SMALL, replay=experts, balance=0.0)
+    rollouts = make(model, replace(encoder, config=model.config), stage)
+    rollouts.collect()
+    part = [replace(c, advantage=(-1.0) ** i) for i, c in enumerate(rollouts.queue[0])]
+    together = rl.pack_rollouts(part, encoder, stage, {})
+    alone = [rl.pack_rollouts([c], encoder, stage, {}) for c in part]
+    groups = len({c.index for c in part})
+    assert groups < len(part) and len(together.images) == groups and sum(len(b.images) for b in alone) == len(part)
+    assert together.ids.shape[1] < sum(b.ids.shape[1] for b in alone) and len(together.owners) == len(together.segments.lengths)
+
+    def gradient(batches):
+        model.zero_grad()
+        total = sum(rl.policy(stage)(model, b)[0] for b in batches)
+        total.backward()
+        return total.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (loss, one), (losses, many) = gradient([together]), gradient(alone)
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, many, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_resumed_run_gives_the_minibatches_of_the_uninterrupted_one(config, encoder, replay):
     stage, model = replace(SMALL, replay=replay), SailVL(config).init_weights(0)
