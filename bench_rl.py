@@ -6,14 +6,16 @@
 Groups of runs, all with the same number of updates from the same checkpoint:
     learn     five algorithms, dense and MoE: pass@1 on held-out questions before and after
     control   a reward that is a coin toss: whatever is gained here is not learned
-    ablate    DAPO less each of its four parts (entropy with and without clip-higher is the figure's second panel)
+    ablate    DAPO, eight updates in two passes over a rollout batch as in the paper, less each of its four parts: with the toy's two
+              updates a ratio hardly leaves 1, and a clip has nothing to do
     replay    GRPO on the MoE with the sampling policy's experts: what GSPO does without
     hack      DAPO paid by a weak extractor, judged by it and by ours
 
 Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows too easy.
 Finished runs stand in rows.jsonl and are not run again, so the command can be stopped and repeated; a run's seed changes its
-questions and its sampling, not the held-out set. Legend: pass@1 is the mean over one sampled chain a question at temperature
-1, greedy the accuracy of the likeliest chain.
+questions and its sampling, not the held-out set. Legend: pass@1 is the mean over CHAINS sampled chains a question at temperature
+1, pass@4 how often one of them is right, greedy the accuracy of the likeliest chain; entropy is the mean of -log p over the
+tokens of those samples, of held-out questions too: that of the training batch depends on which groups an algorithm keeps.
 """
 import json
 import re
@@ -35,6 +37,8 @@ from vlm import PRESETS
 from world import REASONING, World
 
 LEARN = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+CHAINS = 4  # sampled for each held-out question
+EPISODE = {"updates": 8, "passes": 2}  # of an ablation; steps are doubled, since its minibatches are half as large
 WITHOUT = {"clip-higher": {"high": 0.2}, "token mean": {"aggregation": "sequences"}, "dynamic sampling": {"dynamic": False},
            "soft overlong": {"overlong": 0}}
 
@@ -64,7 +68,8 @@ def plan(o: Options) -> list[tuple[str, str, str, dict]]:
     own = lambda name: {"algorithm": name, "dynamic": name in ("dapo", "cispo")}  # who uses dynamic sampling in its own paper
     runs = [("learn", name, kind, own(name)) for kind in ("dense", "moe") for name in LEARN]
     runs += [("control", "dapo, random reward", "dense", own("dapo") | {"reward": "random"})]
-    runs += [("ablate", f"dapo less {part}", "dense", own("dapo") | change) for part, change in WITHOUT.items()]
+    runs += [("ablate", "dapo, 8 updates", "dense", own("dapo") | EPISODE)]
+    runs += [("ablate", f"the same less {part}", "dense", own("dapo") | EPISODE | change) for part, change in WITHOUT.items()]
     runs += [("replay", "grpo, routing replayed", "moe", own("grpo") | {"replay": True})]
     runs += [("hack", "dapo, weak extractor", "dense", own("dapo"))]
     unknown = set(o.only) - {group for group, *_ in runs}
@@ -82,15 +87,20 @@ def start(o: Options, kind: str):
 
 
 def measure(model, encoder: Encoder, held: list[Sample]) -> dict:
-    """pass@1 (all and by family), greedy accuracy, the weak reward and the mean length, on held-out questions."""
-    answers = ask(model, encoder, held, think=True, max_new=64, temperature=1.0, seed=1)
-    texts = [text_of(a, encoder.tokenizer) for a in answers]
-    right = [answer_reward(t, s.facts["answer"], a.finished) for t, s, a in zip(texts, held, answers)]
-    by = {f: statistics.mean(r for r, s in zip(right, held) if s.facts["family"] == f) for f in REASONING}
-    return {"pass@1": statistics.mean(by.values()), "families": by,
+    """pass@1 (all and by family), pass@4, greedy accuracy, the weak reward, mean length and entropy, on held-out questions."""
+    right, wanted, answers = [], [], []
+    for seed in range(CHAINS):
+        drawn = ask(model, encoder, held, think=True, max_new=64, temperature=1.0, seed=1 + 1000 * seed)
+        texts = [text_of(a, encoder.tokenizer) for a in drawn]
+        right.append([answer_reward(t, s.facts["answer"], a.finished) for t, s, a in zip(texts, held, drawn)])
+        wanted += [weak(t, s, a.finished)["reward"] for t, s, a in zip(texts, held, drawn)]
+        answers += drawn
+    mean = [statistics.mean(r) for r in zip(*right)]
+    by = {f: statistics.mean(r for r, s in zip(mean, held) if s.facts["family"] == f) for f in REASONING}
+    return {"pass@1": statistics.mean(by.values()), "families": by, f"pass@{CHAINS}": statistics.mean(max(r) for r in zip(*right)),
             "greedy": evaluate(model, encoder, held, think=True, max_new=64)[0]["overall"].accuracy,
-            "weak": statistics.mean(weak(t, s, a.finished)["reward"] for t, s, a in zip(texts, held, answers)),
-            "length": statistics.mean(len(a.ids) for a in answers)}
+            "weak": statistics.mean(wanted), "length": statistics.mean(len(a.ids) for a in answers),
+            "entropy": -sum(sum(a.logprobs) for a in answers) / sum(len(a.ids) for a in answers)}
 
 
 def one(o: Options, group: str, name: str, kind: str, change: dict, seed: int, held: list[Sample], before: dict | None) -> dict:
@@ -98,7 +108,8 @@ def one(o: Options, group: str, name: str, kind: str, change: dict, seed: int, h
     model, tokenizer = start(o, kind)
     encoder = Encoder(tokenizer, model.config, max_length=512)
     stage = replace(rl.TOY["verifiable"], **change)
-    stage = replace(stage, steps=max(2, round(stage.steps * o.effort)), seed=stage.seed + 1000 * seed)
+    steps = round(stage.steps * o.effort * (2 if group == "ablate" else 1))
+    stage = replace(stage, steps=max(2, steps), seed=stage.seed + 1000 * seed)
     before = before or measure(model, encoder, held)
     began = time.time()
     run = rl.run(model, stage, World(), encoder, reward=weak if "weak" in name else None)
@@ -118,8 +129,8 @@ def spread(values: list[float]) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line per kind of run, means over its seeds."""
-    heads = ("run", "model", "seeds", "pass@1 before", "after", "gain (points)", *REASONING, "greedy gain", "weak gain", "length", "entropy",
-             "clipped", "spread token / sequence", "seconds")
+    heads = ("run", "model", "seeds", "pass@1 before", "after", "gain (points)", *REASONING, f"pass@{CHAINS} gain", "greedy gain", "weak gain",
+             "length", "entropy", "clipped", "spread token / sequence", "seconds")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     grouped: dict[tuple, list[dict]] = {}
     order = ("learn", "control", "ablate", "replay", "hack")
@@ -131,9 +142,11 @@ def table(rows: list[dict]) -> str:
         last = lambda key: mean(g, lambda r: statistics.mean(r["curves"][key][-8:]))
         moved = f"; {100 * last('rerouted'):.1f} % rerouted" if "rerouted" in g[0]["curves"] else ""
         cells = (name, kind, str(len(g)), f"{100 * mean(g, lambda r: r['before']['pass@1']):.1f}", f"{100 * mean(g, lambda r: r['after']['pass@1']):.1f}",
-                 gain(g, lambda m: m["pass@1"]), *(gain(g, lambda m: m["families"][f]) for f in REASONING), gain(g, lambda m: m["greedy"]),
-                 gain(g, lambda m: m["weak"]), f"{mean(g, lambda r: r['before']['length']):.1f} -> {mean(g, lambda r: r['after']['length']):.1f}",
-                 f"{mean(g, lambda r: r['curves']['entropy'][0]):.3f} -> {last('entropy'):.3f}", f"{100 * last('clipped'):.2f} %",
+                 gain(g, lambda m: m["pass@1"]), *(gain(g, lambda m: m["families"][f]) for f in REASONING),
+                 gain(g, lambda m: m[f"pass@{CHAINS}"]), gain(g, lambda m: m["greedy"]), gain(g, lambda m: m["weak"]),
+                 f"{mean(g, lambda r: r['before']['length']):.1f} -> {mean(g, lambda r: r['after']['length']):.1f}",
+                 f"{mean(g, lambda r: r['before']['entropy']):.3f} -> {mean(g, lambda r: r['after']['entropy']):.3f}",
+                 f"{100 * mean(g, lambda r: statistics.mean(r['curves']['clipped'])):.2f} %",
                  f"{last('spread'):.3f} / {last('spread_sequence'):.3f}{moved}", f"{mean(g, lambda r: r['seconds']):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -149,7 +162,7 @@ def figure(rows: list[dict]) -> str:
         return [statistics.mean(values) for values in zip(*seeds)]
 
     panels = [(f"reward, {kind}", [(n, c) for n in (*LEARN, "dapo, random reward") if (c := curve("reward", n, kind))]) for kind in ("dense", "moe")]
-    panels.append(("entropy, nats a token", [(n, c) for n in ("dapo", "dapo less clip-higher") if (c := curve("entropy", n, "dense"))]))
+    panels.append(("entropy, nats a token", [(n, c) for n in ("dapo, 8 updates", "the same less clip-higher") if (c := curve("entropy", n, "dense"))]))
     out, y = "", 24.0
     for title, lines in panels:
         if not lines:

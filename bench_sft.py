@@ -32,6 +32,7 @@ from generate import load
 from rewards import answer_reward, same, split_think
 from soup import average, distance, greedy
 from toy import GRADED
+from train import Stage
 from vlm import PRESETS
 from weights import write_json
 from world import REASONING, World
@@ -48,6 +49,18 @@ class Options:
     chains: float = 2.0  # and those of long CoT in `modes` once more: the toy's own leave chains worse than direct answers
     samples: int = 100  # held-out questions per family
     out: Path = Path("runs/bench-sft")
+
+
+def shares(*halves: list[Stage]) -> dict[str, float]:
+    """One mixture of several lists of stages, each list counting alike, its stages by their steps. Text is given as a share (see
+    World.stream), the others as weights."""
+    out: dict[str, float] = defaultdict(float)
+    for stages in halves:
+        for s in stages:
+            total = sum(w for f, w in s.mixture.items() if f != "text")
+            for family, w in s.mixture.items():
+                out[family] += s.steps / sum(p.steps for p in stages) * (w if family == "text" else w / total) / len(halves)
+    return dict(out)
 
 
 class Bench:
@@ -73,15 +86,12 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- curriculum
 
     def curriculum(self, seed: int) -> None:
-        """The phases in order, and one stage of as many steps whose mixture is the sum of theirs, weighed by their steps."""
+        """The phases in order; the same with half of each phase drawn from those before it; and one stage of as many steps whose
+        mixture is the sum of theirs, weighed by their steps."""
         phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
-        stirred: dict[str, float] = defaultdict(float)
-        for s in phases:
-            total = sum(w for f, w in s.mixture.items() if f != "text")
-            for family, w in s.mixture.items():
-                stirred[family] += s.steps / sum(p.steps for p in phases) * (w if family == "text" else w / total)
-        together = replace(phases[0], name="all in one", mixture=dict(stirred), steps=sum(s.steps for s in phases))
-        for name, stages in (("curriculum", phases), ("all in one", [together])):
+        growing = phases[:1] + [replace(s, mixture=shares([s], phases[:i])) for i, s in enumerate(phases) if i]
+        together = replace(phases[0], name="all in one", mixture=shares(phases), steps=sum(s.steps for s in phases))
+        for name, stages in (("curriculum", phases), ("curriculum, half of it earlier phases", growing), ("all in one", [together])):
             model, encoder = self.load("multitask")
             tokens = 0
             for stage in stages:

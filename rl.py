@@ -1,9 +1,9 @@
 """Reinforcement learning with verifiable rewards: sample a group of answers, compare them, make the better ones likelier.
 
 What it teaches: around the losses of policy_losses.py, everything that must be exactly right for them to mean what they say.
-The image and prompt of a group run once; sampled ids are trained as sampled, never decoded and encoded again; the end token
-is inside the mask; sampling and scoring share one temperature and one forward, so the ratio starts at 1; log-probabilities
-are fp32.
+The image and prompt of a group run once, in sampling and in every update; sampled ids are trained as sampled, never decoded
+and encoded again; the end token is inside the mask; sampling and scoring share one temperature and one forward, so the ratio
+starts at 1; log-probabilities are fp32.
 
     prompts -> generate (n answers each) -> rewards -> advantages -> minibatches -> train.train with `policy` as objective
 
@@ -308,30 +308,28 @@ def pack_rollouts(part: list[Completion], encoder: Encoder, stage: RLStage, stat
     groups: dict[int, list[int]] = {}  # a prompt's completions
     for i, c in enumerate(part):
         groups.setdefault(c.index, []).append(i)
-    N, L = len(part), max(len(c.answer.ids) for c in part)
-    old, mask = torch.zeros(N, L), torch.zeros(N, L)
-    ids, images, after, owners, routes, at, labels, sequence, place = [], [], [], [], [], [], [], [], []
-    lengths: list[int] = []
+    documents, after, owners, images, routes = [], [], [], [], []
     for members in groups.values():
-        first, begins = part[members[0]], len(lengths)
-        prompt, arrays = first.prompt or encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))  # another rank sampled it
-        shared = len(prompt) - 1
-        ids, images, lengths = ids + list(prompt[:-1]), images + list(arrays), lengths + [shared]
-        routes += [] if first.choices is None else [[layer[:shared] for layer in first.choices]]
-        for i in members:
-            a, n = part[i].answer, len(part[i].answer.ids)
-            old[i, :n], mask[i, :n] = torch.tensor(a.logprobs), float(not empty)
-            at += range(len(ids), len(ids) + n)  # position t predicts token t + 1
-            ids, lengths = ids + [prompt[-1], *a.ids[:-1]], lengths + [n]
-            labels, sequence, place = labels + a.ids, sequence + [i] * n, place + [*range(n)]
-            routes += [] if first.choices is None else [[layer[shared:] for layer in part[i].choices]]
-        after += [begins] * (1 + len(members))
+        first = part[members[0]]  # another rank may have sampled it, then the prompt is encoded here
+        prompt, arrays = first.prompt or encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))
+        after += [len(documents)] * (1 + len(members))
         owners += [first.sample.task] * (1 + len(members))
-    segments = Segments.of(lengths, after=after)
+        documents += [list(prompt[:-1]), *([prompt[-1], *part[i].answer.ids[:-1]] for i in members)]
+        images += arrays
+        if first.choices is not None:
+            at = len(prompt) - 1
+            routes += [[layer[:at] for layer in first.choices], *([layer[at:] for layer in part[i].choices] for i in members)]
+    segments, order = Segments.of(map(len, documents), after=after), sum(groups.values(), [])
+    sampled = torch.tensor([p != i for i, p in enumerate(after)]).repeat_interleave(torch.tensor(segments.lengths))
+    counts = [len(part[i].answer.ids) for i in order]
+    labels = [token for i in order for token in part[i].answer.ids]  # position t predicts token t + 1
+    sequence, place = torch.tensor(order).repeat_interleave(torch.tensor(counts)), torch.cat([torch.arange(n) for n in counts])
+    old, mask = torch.zeros(len(part), max(counts)), torch.zeros(len(part), max(counts))
+    old[sequence, place], mask[sequence, place] = torch.tensor([p for i in order for p in part[i].answer.logprobs]), float(not empty)
     how = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
-    batch = RolloutBatch(torch.tensor([ids]), torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
-                         normalise(images) if images else None, owners, at=torch.tensor(at), sequence=torch.tensor(sequence),
-                         place=torch.tensor(place), old=old, mask=mask, advantage=torch.tensor([c.advantage for c in part]),
+    batch = RolloutBatch(torch.tensor([[t for d in documents for t in d]]), torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
+                         normalise(images) if images else None, owners, at=sampled.nonzero()[:, 0], sequence=sequence, place=place,
+                         old=old, mask=mask, advantage=torch.tensor([c.advantage for c in part]),
                          choices=[torch.cat(layer) for layer in zip(*routes)] or None, divisor=divisor(mask, how, stage.max_new), stats=stats)
     if reference is not None:
         with torch.no_grad():
@@ -399,7 +397,8 @@ TOY = {s.name: s for s in (
     RLStage("mixed", ALL, REASONING, steps=32, lr=5e-4, optimizer="muon", prompts=48, turns=1, tries=1, seed=22, reward="mixed"),
 )}
 # 2,048 rollouts an episode, 8 updates, minibatches of 512, rate 1e-6, clip in [0.20, 0.28], 16,384 + 4,096 tokens (paper).
-# 8 x 512 is twice 2,048: we read two passes. Groups of 8 and steps are ours. One completion a micro-batch.
+# 8 x 512 is twice 2,048: we read two passes. Groups of 8 and steps are ours. One completion a micro-batch: with memory for eight,
+# 512 / (8 x ranks) micro-batches are one group each, whose prompt then runs once.
 PAPER = {s.name: s for s in (
     RLStage("verifiable", ALL, {}, steps=800, length=20480, lr=1e-6, optimizer="adamw", schedule="constant", turns=1,
             prompts=256, group=8, updates=8, passes=2, accumulate=512, max_new=4096, overlong=512),

@@ -258,6 +258,20 @@ def test_documents_that_continue_one_are_that_document_with_each_of_them():
         packed_attention(q, k, v, segments, causal=False)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention over borders needs a CUDA device")
+@pytest.mark.parametrize("causal, after", [(False, ()), (True, ()), (True, (0, 0, 0, 3, 0, 3))])
+def test_packed_attention_on_a_gpu_is_that_of_the_cpu(causal, after):
+    g, lengths = torch.Generator().manual_seed(0), [50, 30, 1, 40, 70, 9]
+    out = []
+    given = [torch.randn(sum(lengths), heads, 64, generator=g) for heads in (4, 2, 2)]
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        q, k, v = (t.to(device, dtype).requires_grad_() for t in given)
+        y = packed_attention(q, k, v, Segments.of(lengths, device, after), causal)
+        out.append([t.float().cpu() for t in (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v)))])
+    for a, b in zip(*out):
+        close(a, b, 0.05)
+
+
 # ---------------------------------------------------------------------------------------- images and their placeholders
 
 @pytest.mark.parametrize("kept", [0, 3, 5])
