@@ -152,26 +152,30 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-COLORS = ("#2b6693", "#b27318", "#2c7a4b", "#b23a31", "#7a4d96", "#6a6963")
+COLORS = {"grpo": "#2b6693", "dr_grpo": "#b27318", "dapo": "#2c7a4b", "gspo": "#b23a31", "cispo": "#7a4d96", "grpo, routing replayed": "#6a6963",
+          "dapo, 8 updates": "#2c7a4b", "the same less clip-higher": "#b23a31"}  # every curve of the figure
 
 
 def figure(rows: list[dict]) -> str:
-    """SVG: sampled reward over the updates by algorithm (dense, MoE), and entropy with and without clip-higher."""
+    """SVG, means over seeds, smoothed: sampled reward over the updates by algorithm (dense, MoE), and the batch's entropy with
+    and without clip-higher."""
     def curve(key: str, name: str, kind: str) -> list[float]:
         seeds = [r["curves"][key] for r in rows if (r["name"], r["kind"]) == (name, kind)]
-        return [statistics.mean(values) for values in zip(*seeds)]
+        return list(report.smooth([statistics.mean(values) for values in zip(*seeds)])) if seeds else []
 
-    panels = [(f"reward, {kind}", [(n, c) for n in (*LEARN, "dapo, random reward") if (c := curve("reward", n, kind))]) for kind in ("dense", "moe")]
-    panels.append(("entropy, nats a token", [(n, c) for n in ("dapo, 8 updates", "the same less clip-higher") if (c := curve("entropy", n, "dense"))]))
+    clip = [name for name in COLORS if "8 updates" in name or "the same" in name]
+    panels = [("reward, dense", "reward", "dense", LEARN), ("reward, MoE", "reward", "moe", (*LEARN, "grpo, routing replayed")),
+              ("entropy of DAPO with eight updates, nats a token", "entropy", "dense", clip)]
     out, y = "", 24.0
-    for title, lines in panels:
-        if not lines:
-            continue
-        body, _ = report.axes(title, [(c, f"c{i}") for i, (_, c) in enumerate(lines)], len(lines[0][1]) - 1, y, 130)
-        names = "".join(report.word(name, 345, y + 10 + 14 * i, f"t{i}") for i, (name, _) in enumerate(lines))
-        out, y = out + body + names, y + 175
+    for title, key, kind, names in panels:
+        lines = {name: c for name in names if (c := curve(key, name, kind))}
+        if lines:
+            classes = {name: f"c{list(COLORS).index(name)}" for name in lines}
+            body, _ = report.axes(title, [(c, classes[name]) for name, c in lines.items()], len(next(iter(lines.values()))) - 1, y, 130)
+            out += body + "".join(report.word(name, 345, y + 10 + 14 * i, classes[name]) for i, name in enumerate(lines))
+            y += 175
     style = "text { font: 10px sans-serif } .e { text-anchor: end } line { stroke: #ddd } polyline { fill: none; stroke-width: 1.5 }" + "".join(
-        f" .c{i} {{ stroke: {c} }} .t{i} {{ fill: {c} }}" for i, c in enumerate(COLORS))
+        f" polyline.c{i} {{ stroke: {c} }} text.c{i} {{ fill: {c} }}" for i, c in enumerate(COLORS.values()))
     picture = report.svg(480, y, "RL on the toy", report.el("style", style), out)
     return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
