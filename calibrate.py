@@ -230,6 +230,7 @@ def picture(path: Path, before: Measured, after: Measured) -> None:
 def main(o: Options) -> None:
     rows = {seed: compare(o, seed) for seed in range(o.first, o.first + o.seeds)}
     print(f"entropy in nats (fraction of log E), of visual and of text tokens; accuracies after {o.after} further steps")
+    lines = ["| design | entropy of visual tokens | entropy of text | text loss | exact answers |", "|---|---:|---:|---:|---:|"]
     for name in DESIGNS:
         moved = []  # relative changes against the model as it was, by seed
         for seed, found in rows.items():
@@ -243,9 +244,14 @@ def main(o: Options) -> None:
         vision, text, loss, right, exact = map(statistics.mean, zip(*moved))
         print(f"{name:10} mean change: vision entropy {vision:+.1f} %, text entropy {text:+.2f} %, text loss {loss:+.2f} %, "
               f"answer tokens {right:+.3f}, exact answers {exact:+.3f}\n")
+        mean = lambda get: statistics.mean(get(*found[name][1:]) for found in rows.values())
+        changes = ("", "", "") if DESIGNS[name] is None else (f" ({vision:+.1f} %)", f" ({text:+.2f} %)", f" ({loss:+.2f} %)")
+        lines.append(f"| {name} | {mean(lambda m, _: m.entropy(1)):.3f} nats, {mean(lambda m, _: m.entropy(1)) / most:.0%} of log E{changes[0]} | "
+                     f"{mean(lambda m, _: m.entropy(0)):.3f}{changes[1]} | {mean(lambda m, _: m.text_loss):.3f}{changes[2]} | {mean(lambda _, e: e):.1%} |")
     first = rows[o.first]
     picture(o.out, first["as it was"][1], first["by_router"][1])
-    print(f"expert use of seed {o.first} before and after: {o.out}")
+    o.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(f"expert use of seed {o.first} before and after: {o.out}; the means: {o.out.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 TABLES = {  # block of README.md: the file that a bench wrote, and which of its columns
     "adalrs": ("runs/adalrs/table.md", ("method", "start / best rate", "quadratic", "regression", "language", "connector", "most steps")),
+    "moe-cpu": ("runs/moe-cpu.md", ("implementation", "fp32", "bf16")),
+    "calibration": ("runs/calibration.md", ("design", "entropy of visual tokens", "entropy of text", "text loss", "exact answers")),
     "rl": ("runs/bench-rl/table.md", ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "entropy")),
     "modes": ("runs/bench-sft/modes/modes.md", ("run", "direct accuracy", "direct length", "direct that think", "thinking accuracy", "thinking length", "thinking that think")),
     "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),

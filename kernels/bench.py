@@ -38,6 +38,7 @@ class Options:
     cpu: bool = False
     interpret: bool = False
     compile: int = 0  # compute capability: 80, 90 or 100
+    out: Path = Path("runs/moe-cpu.md")  # the table of --cpu
 
 
 def layer(S: int, E: int, K: int, C: int, I: int, which: str, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -116,6 +117,7 @@ def cpu(o: Options, S: int = 4096, C: int = 256, I: int = 96, E: int = 64, K: in
     except ImportError:
         print("transformers is not installed: left out (pip install -r requirements-bench.txt)")
     print(f"training step of a MoE layer, one thread: S {S}, C {C}, I {I}, E {E}, K {K}; torch {torch.__version__}")
+    cells: dict[str, list[str]] = {name: [] for name in runs}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         inputs = differentiable(layer(S, E, K, C, I, "uniform", dtype, "cpu"))
@@ -132,6 +134,10 @@ def cpu(o: Options, S: int = 4096, C: int = 256, I: int = 96, E: int = 64, K: in
             middle, low, high = spread(values)
             print(f"{str(dtype)[6:]:>9}  {name:22} {1e3 * middle:6.0f} ms ({1e3 * low:.0f} to {1e3 * high:.0f})   "
                   f"ours is {middle / ours:.2f} times as fast")
+            cells[name].append(f"{1e3 * middle:.0f} ms ({middle / ours:.2f})")
+    lines = [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    o.out.write_text("\n".join(["| implementation | fp32 | bf16 |", "|---|---:|---:|", *lines]) + "\n")
 
 
 def interpret() -> None:
