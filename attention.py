@@ -5,25 +5,25 @@ where each begins, `cu = [0, 5, 8, 16]`, and attention runs inside those borders
 (ViT, decoder, prefix-causal image pre-training, cached decoding) is handed to the model as a small function
 `attend(layer, q, k, v)`, so that model files contain no masks, no caches and no devices.
 
-A document may continue an earlier one: the eight answers to one question all see the question's keys, which exist once.
+A document may continue an earlier one: eight answers to one question see the question's keys, which are computed once.
 
 Legend: S tokens of all documents laid end to end, H query heads, G key/value heads (H a multiple of G), D head size.
 
-The choice, made in `packed_attention` alone (keys of continued documents are gathered in front of a document's own first):
-  all documents equally long   one batched SDPA call (the ViT on tiles), any device
+The choice, made in `packed_attention` alone:
+  all equally long, none continues another
+                               one batched SDPA call (the ViT on tiles), any device
   CUDA, half precision         `torch.nn.attention.varlen` (flash attention over `cu`)
   otherwise (CPU, NPU, MPS)    a Python loop of SDPA calls, one per document: exact everywhere, and on CPU several
                                times faster than a dense block-diagonal mask, because no score outside it is computed
 """
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q (S,H,D), k (S,G,D), v (S,G,D)) -> (S,H,D)
 
@@ -42,8 +42,9 @@ class Segments:
     def of(lengths, device="cpu", after=()) -> "Segments":
         lengths, after = tuple(int(n) for n in lengths), tuple(after)
         assert all(n > 0 for n in lengths), f"empty document in a packed row: {lengths}"
-        assert all(p <= i and after[p] == p for i, p in enumerate(after)), f"only a document that begins afresh can be continued: {after}"
-        return Segments(lengths, running(lengths).to(device), after)
+        assert not after or len(after) == len(lengths), f"{len(after)} documents continue one of {len(lengths)}"
+        assert all(0 <= p <= i and after[p] == p for i, p in enumerate(after)), f"only a document that begins afresh can be continued: {after}"
+        return Segments(lengths, running(lengths).to(device), after if after != tuple(range(len(after))) else ())
 
     def to(self, device) -> "Segments":
         return Segments(self.lengths, self.cu.to(device), self.after)
@@ -56,7 +57,7 @@ class Segments:
     @cached_property
     def keys(self) -> tuple[Tensor, "Segments"]:
         """What each document may see, those of the continued one first: flat places (K,), and how many for each."""
-        spans = [range(a, b) for a, b in pairwise(self.cu.tolist())]
+        spans = [range(end - n, end) for n, end in zip(self.lengths, accumulate(self.lengths))]
         seen = [[*spans[p], *own] if p != i else [*own] for i, (p, own) in enumerate(zip(self.after, spans))]
         return torch.tensor([at for part in seen for at in part], device=self.cu.device), Segments.of(map(len, seen), self.cu.device)
 
@@ -76,7 +77,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     """Attention inside each document and the one that it continues. q (S, H, D), k and v (S, G, D) -> (S, H, D)."""
-    lengths, seen = segments.lengths, segments
+    lengths, seen, kind = segments.lengths, segments, q.device.type
+    if torch.is_autocast_enabled(kind):  # the norms of q and k leave them in the precision of their weights
+        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
     if segments.after:
         assert causal, "a document continues another only when attention is causal"
         places, seen = segments.keys
@@ -92,7 +95,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal
         return varlen_attn(q, k, v, segments.cu, seen.cu, max(lengths), max(seen.lengths), window_size=(-1, 0 if causal else -1))
     out = []
     for a, b, c in zip(q.split(lengths), k.split(seen.lengths), v.split(seen.lengths)):
-        how = {"is_causal": causal} if len(a) == len(b) else {"attn_mask": causal_lower_right(len(a), len(b))}  # the last query sees all
+        n, m = len(a), len(b)  # the last query sees all keys, the one before it all but one
+        how = {"is_causal": causal} if n == m else {"attn_mask": torch.ones(n, m, dtype=torch.bool, device=a.device).tril(m - n)}
         out.append(sdpa(a[None], b[None], c[None], **how)[0])
     return torch.cat(out)
 

@@ -3,17 +3,17 @@
     python bench_rl.py --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot      # everything
     python bench_rl.py --model runs/toy/long-cot --only learn hack --seeds 1            # some of it
 
-Groups of runs, all with the same number of updates from the same checkpoint:
+Groups of runs, all from the same checkpoint; all but the ablations with the same number of updates:
     learn     five algorithms, dense and MoE: pass@1 on held-out questions before and after
     control   a reward that is a coin toss: whatever is gained here is not learned
     ablate    DAPO, eight updates in two passes over a rollout batch as in the paper, less each of its four parts: with the toy's two
-              updates a ratio hardly leaves 1, and a clip has nothing to do
+              updates a ratio hardly leaves 1, and a clip has nothing to do. Twice as many updates, each half as large
     replay    GRPO on the MoE with the sampling policy's experts: what GSPO does without
     hack      DAPO paid by a weak extractor, judged by it and by ours
 
 Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows too easy.
-Finished runs stand in rows.jsonl and are not run again, so the command can be stopped and repeated; a run's seed changes its
-questions and its sampling, not the held-out set. Legend: pass@1 is the mean over CHAINS sampled chains a question at temperature
+Finished runs stand in rows.jsonl and are not run again, so the command can be stopped, repeated, and shared out by --kinds; a run's seed changes its
+questions and its sampling, not the held-out set. Legend: pass@1 is the mean over 4 sampled chains a question at temperature
 1, pass@4 how often one of them is right, greedy the accuracy of the likeliest chain; entropy is the mean of -log p over the
 tokens of those samples, of held-out questions too: that of the training batch depends on which groups an algorithm keeps.
 """
@@ -38,7 +38,7 @@ from world import REASONING, World
 
 LEARN = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 CHAINS = 4  # sampled for each held-out question
-EPISODE = {"updates": 8, "passes": 2}  # of an ablation; steps are doubled, since its minibatches are half as large
+EPISODE = {"updates": 8, "passes": 2}  # of an ablation
 WITHOUT = {"clip-higher": {"high": 0.2}, "token mean": {"aggregation": "sequences"}, "dynamic sampling": {"dynamic": False},
            "soft overlong": {"overlong": 0}}
 
@@ -103,6 +103,21 @@ def measure(model, encoder: Encoder, held: list[Sample]) -> dict:
             "entropy": -sum(sum(a.logprobs) for a in answers) / sum(len(a.ids) for a in answers)}
 
 
+def settings(o: Options, kind: str) -> dict:
+    """What runs of one table must share."""
+    return {"model": str(o.moe_model if kind == "moe" and o.moe_model else o.model), "effort": o.effort, "samples": o.samples}
+
+
+def done(o: Options) -> list[dict]:
+    """The rows so far. Raises ValueError for a row that other options made."""
+    path = o.out / "rows.jsonl"
+    rows = [json.loads(line) for line in open(path)] if path.is_file() else []
+    for r in rows:
+        if r.get("of") != (wanted := settings(o, r["kind"])):
+            raise ValueError(f"{path}: {r['name']} ({r['kind']}), seed {r['seed']} was run with {r.get('of')}, not {wanted}; choose another --out")
+    return rows
+
+
 def one(o: Options, group: str, name: str, kind: str, change: dict, seed: int, held: list[Sample], before: dict | None) -> dict:
     """One run: measure, train, measure. `before`: the first measurement, where another run from this checkpoint has it."""
     model, tokenizer = start(o, kind)
@@ -115,7 +130,7 @@ def one(o: Options, group: str, name: str, kind: str, change: dict, seed: int, h
     run = rl.run(model, stage, World(), encoder, reward=weak if "weak" in name else None)
     curves = {key: [row[key] for row in run.log] for key in ("reward", "entropy", "clipped", "spread", "spread_sequence", "rerouted")
               if key in run.log[0]}
-    return {"group": group, "name": name, "kind": kind, "seed": seed, "steps": stage.steps, "seconds": time.time() - began,
+    return {"group": group, "name": name, "kind": kind, "seed": seed, "steps": stage.steps, "of": settings(o, kind), "seconds": time.time() - began,
             "before": before, "after": measure(model, encoder, held), "curves": curves}
 
 
@@ -182,19 +197,19 @@ def figure(rows: list[dict]) -> str:
 
 def main(o: Options) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
-    path, world = o.out / "rows.jsonl", World()
-    rows = [json.loads(line) for line in open(path)] if path.is_file() else []
+    world = World()
     held = [s for f in REASONING for s in world.held_out(f, o.samples)]
     for seed in range(o.seeds):
         for group, name, kind, change in plan(o):
+            rows = done(o)
             if any((r["name"], r["kind"], r["seed"]) == (name, kind, seed) for r in rows):
                 continue
             before = next((r["before"] for r in rows if r["kind"] == kind), None)
-            rows.append(one(o, group, name, kind, change, seed, held, before))
-            with open(path, "a") as f:
-                f.write(json.dumps(rows[-1]) + "\n")
-            r = rows[-1]
+            r = one(o, group, name, kind, change, seed, held, before)
+            with open(o.out / "rows.jsonl", "ab", buffering=0) as f:  # a row is one write: another process may add its own
+                f.write(json.dumps(r).encode() + b"\n")
             print(f"{name} ({kind}), seed {seed}: pass@1 {r['before']['pass@1']:.3f} -> {r['after']['pass@1']:.3f} in {r['seconds']:.0f} s", flush=True)
+    rows = done(o)
     (o.out / "table.md").write_text(table(rows) + "\n")
     (o.out / "figure.svg").write_text(figure(rows))
     print(table(rows) + f"\n\n{o.out / 'table.md'}, {o.out / 'figure.svg'}")

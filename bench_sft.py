@@ -4,7 +4,8 @@
     python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
     python bench_sft.py --only modes --runs runs/toy --effort 2
 
-    curriculum   the four SFT phases in order, against their mixtures stirred together, at equal tokens (SAIL-VL Fig. 5)
+    curriculum   the four SFT phases in order, the same with half of each later phase drawn from those before it, and their mixtures
+                 stirred together, at equal tokens (SAIL-VL Fig. 5)
     soup         runs from one checkpoint that differ in data order, uniform and greedy, and a stranger (SAIL-VL2 Table 5)
     experts      the soup, dense and as a mixture of experts, trained on for the same time
     modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
@@ -86,7 +87,7 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- curriculum
 
     def curriculum(self, seed: int) -> None:
-        """The phases in order; the same with half of each phase drawn from those before it; and one stage of as many steps whose
+        """The phases in order; the same with half of each later phase drawn from those before it; and one stage of as many steps whose
         mixture is the sum of theirs, weighed by their steps."""
         phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
         growing = phases[:1] + [replace(s, mixture=shares([s], phases[:i])) for i, s in enumerate(phases) if i]

@@ -42,7 +42,9 @@ class Cache:
         self.prompt, self.steps = max(lengths), 0
         self.lengths = torch.tensor(lengths, device=like.device)
         shape = (c.num_hidden_layers, len(lengths), c.num_key_value_heads, self.prompt + room, c.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype  # as training's attention has them
+        self.k, self.v = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.hidden = torch.arange(shape[3], device=like.device) >= self.lengths[:, None]  # (B, T): between prompt and answer
         self.hidden[:, self.prompt:] = False
         self.segments = Segments.of(lengths, like.device)
@@ -50,6 +52,7 @@ class Cache:
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` for packed prompts (S tokens): store, then attend inside each prompt."""
+        q, k, v = (t.to(self.k.dtype) for t in (q, k, v))
         self.k[layer, self.rows, :, self.at], self.v[layer, self.rows, :, self.at] = k, v
         return packed_attention(q, k, v, self.segments, causal=True)
 
@@ -61,7 +64,7 @@ class Cache:
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` for one new token a row: q (B, H, D). The H/G query heads of a group share its keys uncopied. Two products
         and a softmax: for one query a row on a CPU half the time of the fused kernel under a mask."""
-        T = self.prompt + self.steps
+        T, q = self.prompt + self.steps, q.to(self.k.dtype)
         self.k[layer, :, :, T - 1], self.v[layer, :, :, T - 1] = k, v
         grouped = q.view(len(q), self.k.shape[2], -1, q.shape[-1])  # (B, G, H/G, D)
         scores = (grouped @ self.k[layer, :, :, :T].mT).float() * q.shape[-1] ** -0.5  # (B, G, H/G, T)

@@ -40,7 +40,11 @@ class Replay(list):
 
     def __init__(self, choices: list[Tensor]):
         super().__init__()
-        self.choices = choices
+        self.choices, self.places = choices, {}
+
+    def given(self, layer: object) -> Tensor:
+        """A layer's choices: the next ones when it first asks, the same ones when its activations are recomputed."""
+        return self.choices[self.places.setdefault(id(layer), len(self.places))]
 
     def moved(self) -> float:
         """Share of the replayed choices that the present router would not make."""
@@ -163,7 +167,7 @@ class MoE(nn.Module):
         self.bias: Tensor | None = None  # (E,) moves the choice only; no place in the released layout, so it is not saved
 
     def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
-        given = routing.choices[len(routing)] if isinstance(routing, Replay) else None
+        given = routing.given(self) if isinstance(routing, Replay) else None
         kind, gate_up, down = x.device.type, self.experts.gate_up_proj, self.experts.down_proj
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):  # the router stays in full precision, the experts take what autocast wants

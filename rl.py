@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards: sample a group of answers, compare them, make the better ones likelier.
 
 What it teaches: around the losses of policy_losses.py, everything that must be exactly right for them to mean what they say.
-The image and prompt of a group run once, in sampling and in every update; sampled ids are trained as sampled, never decoded
+The image and prompt of a group run once, in sampling and in a micro-batch; sampled ids are trained as sampled, never decoded
 and encoded again; the end token is inside the mask; sampling and scoring share one temperature and one forward, so the ratio
 starts at 1; log-probabilities are fp32.
 
@@ -42,7 +42,7 @@ from generate import Answer, generate
 from packing import Batch
 from policy_losses import (AGGREGATIONS, ALGORITHMS, aggregate, divisor, kl_penalty, log_ratio, loss, overlong_penalty,
                            sequence_log_ratio)
-from train import Run, Stage, train
+from train import Run, Stage, precision, train
 from vlm import SailVL
 
 Reward = Callable[[str, Sample, bool], dict[str, float]]  # (completion, sample, finished) -> parts, "reward" among them
@@ -196,7 +196,18 @@ def rollout(model: SailVL, encoder: Encoder, samples: list[Sample], stage: RLSta
             parts = reward_parts(text, sample, a.finished, stage.reward)
         groups[a.prompt].answers.append(a)
         groups[a.prompt].parts.append(parts)
+    if torch.is_autocast_enabled(model.language_model.lm_head.weight.device.type):
+        for g in groups:
+            g.answers = rescored(model, encoder, g, stage)
     return groups
+
+
+def rescored(model: SailVL, encoder: Encoder, group: Group, stage: RLStage) -> list[Answer]:
+    """The answers with log-probabilities by the update's forward. In bf16 those of a cached step differ by half a percent, more than
+    GSPO's clip range; in fp32 the two agree and this is not needed."""
+    batch = pack_rollouts([Completion(group.index, group.sample, a, 0.0, group.prompt) for a in group.answers], encoder, stage, {})
+    logp = score(model, batch.to(model.language_model.lm_head.weight.device), stage.temperature)
+    return [replace(a, logprobs=row[:len(a.ids)].tolist()) for a, row in zip(group.answers, logp)]
 
 
 class Rollouts:
@@ -223,6 +234,11 @@ class Rollouts:
         return self
 
     def __next__(self) -> list[RolloutBatch]:
+        with precision(self.stage, self.world.device):  # that of the update: else the ratio does not start at 1
+            return self.micro_batches()
+
+    def micro_batches(self) -> list[RolloutBatch]:
+        """This rank's share of the next minibatch."""
         if not self.queue:
             self.collect()
         minibatch, rank, size = self.queue.pop(0), self.world.rank, self.world.size
@@ -302,35 +318,38 @@ def statistics(groups: list[Group], stage: RLStage) -> dict[str, float]:
 
 def pack_rollouts(part: list[Completion], encoder: Encoder, stage: RLStage, stats: dict, reference: SailVL | None = None,
                   empty: bool = False) -> RolloutBatch:
-    """Completions as one packed row of sampled ids, never re-encoded. A prompt and its images stand there once, before all of its
-    completions, which continue it: each begins with the prompt's last token, which predicts its first. The last id of each is a
-    label only, so it is not fed. `empty`: the same row at weight zero."""
+    """Completions as one packed row of sampled ids, never re-encoded, group by group. A prompt with several completions stands
+    there once with its images, without its last token: each completion continues it, and begins with that token, which predicts
+    its first. The last id of each is a label only, so it is not fed. `empty`: the same row at weight zero."""
     groups: dict[int, list[int]] = {}  # a prompt's completions
     for i, c in enumerate(part):
         groups.setdefault(c.index, []).append(i)
-    documents, after, owners, images, routes = [], [], [], [], []
+    documents, after, owners, images, routes, at, fed = [], [], [], [], [], [], 0
     for members in groups.values():
-        first = part[members[0]]  # another rank may have sampled it, then the prompt is encoded here
-        prompt, arrays = first.prompt or encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))
-        after += [len(documents)] * (1 + len(members))
-        owners += [first.sample.task] * (1 + len(members))
-        documents += [list(prompt[:-1]), *([prompt[-1], *part[i].answer.ids[:-1]] for i in members)]
+        first, begins = part[members[0]], len(documents)
+        prompt, arrays = first.prompt or encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))  # sampled elsewhere
+        shared = len(prompt) - 1 if len(members) > 1 else 0
+        documents, fed = documents + ([list(prompt[:shared])] if shared else []), fed + shared
+        routes += [[layer[:shared] for layer in first.choices]] if shared and first.choices else []
+        for i in members:
+            documents.append([*prompt[shared:], *part[i].answer.ids[:-1]])
+            fed += len(documents[-1])
+            at += range(fed - len(part[i].answer.ids), fed)  # position t predicts token t + 1
+            routes += [[layer[shared:] for layer in part[i].choices]] if first.choices else []
+        after += [begins] * (len(documents) - begins)
+        owners += [first.sample.task] * (len(documents) - begins)
         images += arrays
-        if first.choices is not None:
-            at = len(prompt) - 1
-            routes += [[layer[:at] for layer in first.choices], *([layer[at:] for layer in part[i].choices] for i in members)]
     segments, order = Segments.of(map(len, documents), after=after), sum(groups.values(), [])
-    sampled = torch.tensor([p != i for i, p in enumerate(after)]).repeat_interleave(torch.tensor(segments.lengths))
-    counts = [len(part[i].answer.ids) for i in order]
-    labels = [token for i in order for token in part[i].answer.ids]  # position t predicts token t + 1
+    counts, labels = [len(part[i].answer.ids) for i in order], [token for i in order for token in part[i].answer.ids]
     sequence, place = torch.tensor(order).repeat_interleave(torch.tensor(counts)), torch.cat([torch.arange(n) for n in counts])
     old, mask = torch.zeros(len(part), max(counts)), torch.zeros(len(part), max(counts))
     old[sequence, place], mask[sequence, place] = torch.tensor([p for i in order for p in part[i].answer.logprobs]), float(not empty)
     how = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
-    batch = RolloutBatch(torch.tensor([[t for d in documents for t in d]]), torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
-                         normalise(images) if images else None, owners, at=sampled.nonzero()[:, 0], sequence=sequence, place=place,
-                         old=old, mask=mask, advantage=torch.tensor([c.advantage for c in part]),
-                         choices=[torch.cat(layer) for layer in zip(*routes)] or None, divisor=divisor(mask, how, stage.max_new), stats=stats)
+    ids = torch.tensor([[token for d in documents for token in d]])
+    batch = RolloutBatch(ids, torch.tensor(labels), torch.ones(len(labels)), segments.positions()[None], segments,
+                         normalise(images) if images else None, owners, at=torch.tensor(at), sequence=sequence, place=place, old=old, mask=mask,
+                         advantage=torch.tensor([c.advantage for c in part]), choices=[torch.cat(layer) for layer in zip(*routes)] or None,
+                         divisor=divisor(mask, how, stage.max_new), stats=stats)
     if reference is not None:
         with torch.no_grad():
             batch.reference = score(reference, batch.to(reference.language_model.lm_head.weight.device), stage.temperature).cpu()

@@ -38,7 +38,7 @@ class Options:
     cpu: bool = False
     interpret: bool = False
     compile: int = 0  # compute capability: 80, 90 or 100
-    out: Path = Path("runs/moe-cpu.md")  # the table of --cpu
+    out: Path = Path("runs/moe-cpu.md")  # --cpu leaves its table there
 
 
 def layer(S: int, E: int, K: int, C: int, I: int, which: str, dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -409,6 +409,20 @@ def test_a_prompt_that_its_completions_share_changes_neither_loss_nor_gradient(c
     torch.testing.assert_close(one, many, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_ratio_starts_at_one_in_bf16_too(config, model, encoder, experts):
+    """Sampled tokens are scored again by the update's forward: a cached step rounds otherwise, and GSPO's bounds are 3e-4."""
+    model = small_moe(config) if experts else model
+    stage = replace(SMALL, algorithm="gspo", precision="bf16", dynamic=False)
+    batch, = next(make(model, replace(encoder, config=model.config), stage))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, stats = rl.policy(stage)(model, batch)
+    assert stats["spread"] / batch.weight < 1e-6 and stats["clipped"] == 0
+    rough = make(model, replace(encoder, config=model.config), stage).micro_batches()[0]  # sampled in fp32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rl.policy(stage)(model, rough)[1]["spread"] / batch.weight > 1e-4
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_resumed_run_gives_the_minibatches_of_the_uninterrupted_one(config, encoder, replay):
     stage, model = replace(SMALL, replay=replay), SailVL(config).init_weights(0)
@@ -466,6 +480,17 @@ def test_replayed_routing_keeps_the_experts_and_still_trains_the_router(config, 
         free.append(rl.policy(stage)(model, replace(batch, choices=None))[1])
     assert all(m["rerouted"] / batch.weight > 0.05 for m in moved)
     assert sum(m["spread"] for m in moved) < sum(f["spread"] for f in free)
+
+
+def test_replayed_routing_with_recomputed_activations_gives_the_same_gradient(config, encoder):
+    model, stage = small_moe(config), replace(SMALL, replay=True)
+    batch = next(b for b, in make(model, replace(encoder, config=model.config), stage) if b.advantage.any())
+    grads = []
+    for model.language_model.recompute in (False, True):
+        model.zero_grad()
+        rl.policy(stage)(model, batch)[0].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*grads)
 
 
 def test_replaying_the_live_choices_is_the_live_layer(config):
