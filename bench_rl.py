@@ -53,7 +53,7 @@ class Options:
     kinds: tuple[str, ...] = ("dense", "moe")  # and of those only these
     seeds: int = 5
     effort: float = 1.25  # multiplies the updates of rl.TOY, which `make toy` has few of
-    samples: int = 200  # held-out questions per family
+    samples: int = 100  # held-out questions per family
     out: Path = Path("runs/bench-rl")
 
 

@@ -4,8 +4,8 @@
     python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
     python bench_sft.py --only modes --runs runs/toy --effort 2
 
-    curriculum   the four SFT phases in order, the same with half of each later phase drawn from those before it, and their mixtures
-                 stirred together, at equal tokens (SAIL-VL Fig. 5)
+    curriculum   the four SFT phases in order, each with its own schedule or all under one, against their mixtures stirred together,
+                 at equal tokens (SAIL-VL Fig. 5)
     soup         runs from one checkpoint that differ in data order, uniform and greedy, and a stranger (SAIL-VL2 Table 5)
     experts      the soup, dense and as a mixture of experts, trained on for the same time
     modes        direct answers and thinking, by default and when asked, from SFT to mixed RL, with transcripts
@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import tyro
@@ -52,16 +52,14 @@ class Options:
     out: Path = Path("runs/bench-sft")
 
 
-def shares(*halves: list[Stage]) -> dict[str, float]:
-    """One mixture of several lists of stages, each list counting alike, its stages by their steps. Text is given as a share (see
-    World.stream), the others as weights."""
-    out: dict[str, float] = defaultdict(float)
-    for stages in halves:
-        for s in stages:
-            total = sum(w for f, w in s.mixture.items() if f != "text")
-            for family, w in s.mixture.items():
-                out[family] += s.steps / sum(p.steps for p in stages) * (w if family == "text" else w / total) / len(halves)
-    return dict(out)
+@dataclass(frozen=True)
+class Part(Stage):
+    """A stage that is some of the steps of a longer one: its rate goes on where the part before it ended."""
+    first: int = 0
+    whole: int = 0
+
+    def rate(self, step: int) -> float:
+        return Stage.rate(replace(self, steps=self.whole), self.first + step)
 
 
 class Bench:
@@ -87,17 +85,22 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- curriculum
 
     def curriculum(self, seed: int) -> None:
-        """The phases in order; the same with half of each later phase drawn from those before it; and one stage of as many steps whose
-        mixture is the sum of theirs, weighed by their steps."""
+        """The phases in order, each with its own schedule as in the recipe; in order under one schedule; and one stage of as many
+        steps, with that schedule, whose mixture is the sum of theirs, weighed by their steps. The last two differ in order only."""
         phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
-        growing = phases[:1] + [replace(s, mixture=shares([s], phases[:i])) for i, s in enumerate(phases) if i]
-        together = replace(phases[0], name="all in one", mixture=shares(phases), steps=sum(s.steps for s in phases))
-        for name, stages in (("curriculum", phases), ("curriculum, half of it earlier phases", growing), ("all in one", [together])):
+        ends = list(accumulate(s.steps for s in phases))
+        parts = [Part(**vars(s) | {"first": end - s.steps, "whole": ends[-1]}) for s, end in zip(phases, ends)]
+        stirred: dict[str, float] = defaultdict(float)
+        for s in phases:
+            total = sum(w for f, w in s.mixture.items() if f != "text")
+            for family, w in s.mixture.items():
+                stirred[family] += s.steps / ends[-1] * (w if family == "text" else w / total)
+        together = replace(phases[0], name="all in one", mixture=dict(stirred), steps=ends[-1])
+        for name, stages in (("curriculum", phases), ("curriculum, one schedule", parts), ("all in one", [together])):
             model, encoder = self.load("multitask")
-            tokens = 0
             for stage in stages:
                 sft.run_stage(model, stage, self.world, encoder)
-                tokens += stage.steps * stage.rows * stage.length
+            tokens = sum(stage.steps * stage.rows * stage.length for stage in stages)
             self.results["curriculum"].append({"run": name, "seed": seed, "tokens": tokens} | self.overall(model, encoder))
 
     # --------------------------------------------------------------------------------------------------------- soup

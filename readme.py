@@ -1,21 +1,24 @@
 """Regenerate what README.md claims: lines per file, the recipe, and tables of the last `make toy`, `make real` and benches.
 
 Text between `<!-- name -->` and `<!-- /name -->` is replaced; everything else is left alone. `--check` changes nothing and
-fails when the file table is out of date (the suite runs it).
+fails when the file table is out of date (the suite runs it). The figures that it shows are copied into figures/.
 """
 import ast
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a bench drew it
 TABLES = {  # block of README.md: the file that a bench wrote, and which of its columns
     "adalrs": ("runs/adalrs/table.md", ("method", "start / best rate", "quadratic", "regression", "language", "connector", "most steps")),
     "moe-cpu": ("runs/moe-cpu.md", ("implementation", "fp32", "bf16")),
     "calibration": ("runs/calibration.md", ("design", "entropy of visual tokens", "entropy of text", "text loss", "exact answers")),
-    "rl": ("runs/bench-rl/table.md", ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "entropy")),
+    "rl": ("runs/bench-rl/table.md",
+           ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "pass@4 gain", "length", "entropy", "clipped")),
     "modes": ("runs/bench-sft/modes/modes.md", ("run", "direct accuracy", "direct length", "direct that think", "thinking accuracy", "thinking length", "thinking that think")),
     "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),
     "curriculum": ("runs/bench-sft/curriculum/curriculum.md", ("run", "rows", "tokens", "overall", "charts", "arithmetic", "odd", "video")),
@@ -129,6 +132,10 @@ def main(o: Options) -> int:
         print("README.md is up to date" if fresh else "README.md: the table of files is out of date; run `make readme`")
         return 0 if fresh else 1
     path.write_text(rewrite(old))
+    for name, source in FIGURES.items():
+        if (ROOT / source).is_file():
+            (ROOT / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / source, ROOT / name)
     return 0
 
 

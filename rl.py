@@ -278,8 +278,11 @@ class Rollouts:
             advantage = ALGORITHMS[s.algorithm].advantage(shaped, s.group) if kept else torch.zeros(s.group)  # no lesson: a zero step
             uses.append([Completion(g.index, g.sample, a, float(A), g.prompt) for a, A in zip(g.answers, advantage)])
         if s.replay and self.model.config.text.num_experts:
-            for c in sum(uses, []):  # on every rank, so that the queue stays the same everywhere
-                c.choices = chosen_experts(self.model, pack_rollouts([c], self.encoder, s, {}))
+            for part in uses:  # on every rank, so that the queue stays the same everywhere
+                batch = pack_rollouts(part, self.encoder, s, {})  # the prompt, then its completions
+                layers = [layer.split(batch.segments.lengths) for layer in chosen_experts(self.model, batch)]
+                for i, c in enumerate(part):
+                    c.choices = [torch.cat((prompt, answers[i])) for prompt, *answers in layers]
         uses = uses * s.passes
         size = -(-len(uses) // s.updates)
         self.queue = [sum(uses[i:i + size], []) for i in range(0, len(uses), size)]
