@@ -21,7 +21,7 @@ TABLES = {  # block of README.md: the file that a bench wrote, and which of its 
            ("run", "model", "seeds", "pass@1 before", "gain (points)", "counting", "charts", "arithmetic", "odd", "pass@4 gain", "length", "entropy", "clipped")),
     "modes": ("runs/bench-sft/modes/modes.md", ("run", "direct accuracy", "direct length", "direct that think", "thinking accuracy", "thinking length", "thinking that think")),
     "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),
-    "curriculum": ("runs/bench-sft/curriculum/curriculum.md", ("run", "rows", "tokens", "overall", "charts", "arithmetic", "odd", "video")),
+    "curriculum": ("runs/bench-sft/curriculum/curriculum.md", ("run", "rows", "tokens", "overall", "charts", "arithmetic", "odd", "video", "text")),
     "twins": ("runs/bench-sft/experts/experts.md", ("run", "total", "active", "steps", "seconds", "overall")),
 }
 
