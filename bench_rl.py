@@ -12,8 +12,8 @@ Groups of runs, all from the same checkpoint; all but the ablations with the sam
     hack      DAPO paid by a weak extractor, judged by it and by ours
 
 Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows too easy.
-Finished runs stand in rows.jsonl and are not run again, so the command can be stopped, repeated, and shared out by --kinds; a run's seed changes its
-questions and its sampling, not the held-out set. Legend: pass@1 is the mean over 4 sampled chains a question at temperature
+Finished runs stand in rows.jsonl and are not run again, so the command can be stopped, repeated, and shared out by --kinds; rows
+of other options are refused. A run's seed changes its questions and its sampling, not the held-out set. Legend: pass@1 is the mean over 4 sampled chains a question at temperature
 1, pass@4 how often one of them is right, greedy the accuracy of the likeliest chain; entropy is the mean of -log p over the
 tokens of those samples, of held-out questions too: that of the training batch depends on which groups an algorithm keeps.
 """

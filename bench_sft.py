@@ -86,7 +86,8 @@ class Bench:
 
     def curriculum(self, seed: int) -> None:
         """The phases in order, each with its own schedule as in the recipe; in order under one schedule; and one stage of as many
-        steps, with that schedule, whose mixture is the sum of theirs, weighed by their steps. The last two differ in order only."""
+        steps, with that schedule, whose mixture is the sum of theirs, weighed by their steps. The last two differ in
+        order only (and in momentum, which begins anew with each phase)."""
         phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
         ends = list(accumulate(s.steps for s in phases))
         parts = [Part(**vars(s) | {"first": end - s.steps, "whole": ends[-1]}) for s, end in zip(phases, ends)]

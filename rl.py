@@ -17,7 +17,7 @@ rank knows the same groups, drops the same ones and trains on its share of each 
 Legend: N completions, L longest completion, mask (N, L) 1 on sampled tokens including the end token.
 Sources: SAIL-VL2 section 4.2.3 and 4.2.5 (DAPO for dense models, GSPO for MoE; 2,048 rollouts, 8 updates, minibatches of 512,
 rate 1e-6, clip in [0.20, 0.28], which we read as DAPO's two sides). Not published, our choice: group size, temperature,
-mixed weights, no KL (as SAIL-RL), GSPO's clip range.
+mixed weights, no KL (as SAIL-RL), GSPO's clip range, scoring samples again in bf16 (`rescored`).
 """
 import copy
 import math

@@ -1,6 +1,6 @@
 """The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
-import json
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
+import attention
 import weights
 from adapter import pixel_shuffle
 from attention import Segments, packed_attention
@@ -236,7 +237,7 @@ def test_an_empty_document_is_refused():
 
 
 def test_documents_that_continue_one_are_that_document_with_each_of_them():
-    """Keys of the continued document exist once: outputs and all gradients are those of whole copies, none sees its siblings."""
+    """Keys of the continued document are computed once: outputs and all gradients are those of whole copies, none sees its siblings."""
     g = torch.Generator().manual_seed(0)
     lengths, after = [5, 3, 1, 4, 2, 6], (0, 0, 0, 3, 0, 3)  # 1, 2 and 4 continue 0; 5 continues 3
     segments = Segments.of(lengths, after=after)
@@ -256,6 +257,17 @@ def test_documents_that_continue_one_are_that_document_with_each_of_them():
         Segments.of([2, 2, 2], after=(0, 0, 1))
     with pytest.raises(AssertionError, match="causal"):
         packed_attention(q, k, v, segments, causal=False)
+
+
+@pytest.mark.parametrize("lengths, after", [([4, 4], ()), ([5, 3], ()), ([5, 3], (0, 0))])
+def test_attention_runs_in_the_precision_of_autocast(monkeypatch, lengths, after):
+    """QK-norm leaves q and k in fp32 beside v in bf16; on a GPU only half precision reaches flash attention."""
+    given, plain = [], attention.sdpa
+    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **how: given.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, **how))
+    q, k, v = torch.randn(8, 4, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_attention(q, k, v, Segments.of(lengths, after=after), causal=True)
+    assert given and all(dtypes == {torch.bfloat16} for dtypes in given)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention over borders needs a CUDA device")
