@@ -47,7 +47,7 @@ the highest so far, lower the rate when the loss rises over two windows. **Ours*
   `cautious` a slower trial is taken back and nothing else; only a loss that rises, or a trial that has to be given up, lowers.
 - *Budget.* Trials stop before they cost more than a quarter of the run.
 
-`python bench_adalrs.py` measures all of it.
+`python -m claims.rates` measures all of it.
 """
 import math
 import warnings
@@ -57,7 +57,7 @@ import torch
 from torch import Tensor
 
 
-def fit(losses: list[float]) -> tuple[float, float]:
+def fit_line(losses: list[float]) -> tuple[float, float]:
     """Least squares over equally spaced steps: (velocity = -slope, its standard error), both in loss per step."""
     k = len(losses)
     assert k >= 3, f"a slope and its error need at least 3 points, got {k}"
@@ -80,7 +80,7 @@ def gain(control: list[float], trial: list[float]) -> tuple[float, float]:
 def noise(losses: list[float]) -> float:
     """Standard deviation of one loss about its line."""
     k = len(losses)
-    return fit(losses)[1] * math.sqrt(k * (k * k - 1) / 12)
+    return fit_line(losses)[1] * math.sqrt(k * (k * k - 1) / 12)
 
 
 def steps_needed(noise: float, velocity: float, factor: float, z: float = 4.0) -> float:
@@ -204,7 +204,7 @@ class AdaLRS:
     def _consider(self) -> None:
         """A window at the present rate is over: rescue, lower the rate, start a trial, or go on."""
         window, begin = self.losses, self.end
-        (velocity, error), k = fit(window), len(window)
+        (velocity, error), k = fit_line(window), len(window)
         mean, level = sum(window) / k, noise(window) * math.sqrt(2 / k)  # level: error of the difference of two means
         if self.first is not None and mean > self.first + 3 * level:
             return self._rescue()
@@ -230,7 +230,7 @@ class AdaLRS:
 
     def _choose_k(self) -> float:
         """Sets the next raise and the next window's length from noise and velocity at this rate; returns the length wanted."""
-        velocity, error = fit(self.recent)
+        velocity, error = fit_line(self.recent)
         wanted = lambda factor: steps_needed(noise(self.recent), max(velocity, error), factor)
         most, self.factor = 1.5 * self.k if self.given else self.longest, self._factor(self.up)
         if wanted(self.factor) > most and not self.leapt:
@@ -247,7 +247,7 @@ class AdaLRS:
 
     def _judge(self) -> None:
         """A trial is over: keep it, or take it back and lower the rate, or take it back and leave."""
-        (faster, error), velocity, k = gain(self.control, self.losses), fit(self.control)[0], len(self.control)
+        (faster, error), velocity, k = gain(self.control, self.losses), fit_line(self.control)[0], len(self.control)
         if faster > 2 * error + 1e-9 * abs(velocity):
             self.recent, self.velocity, self.mean = self.losses, velocity + faster, sum(self.losses) / k
             self.losses, self.control, self.stays, self.leapt, self.end = [], [], 0, False, self._copy()
@@ -258,7 +258,7 @@ class AdaLRS:
 
     def _give_up(self, action: str, velocity: float, error: float) -> None:
         """Back to where the control ended, at the rate before, or at a lower one."""
-        before, k, made = fit(self.control)[0], len(self.control), len(self.losses)
+        before, k, made = fit_line(self.control)[0], len(self.control), len(self.losses)
         leap = self.factor > self._factor(self.up)
         action = "stay" if leap or (self.cautious and action == "down") else action
         self.control, self.scale = [], self.before

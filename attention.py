@@ -101,6 +101,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal
     return torch.cat(out)
 
 
-def inside(segments: Segments, causal: bool) -> Attend:
+def attend_inside(segments: Segments, causal: bool) -> Attend:
     """The `attend` of training: every layer attends inside its own document."""
     return lambda layer, q, k, v: packed_attention(q, k, v, segments, causal)

@@ -33,15 +33,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import cli
 import moe
 import pretrain
-import report
-import world
-from data import Encoder
+import recipe
+from data import world
+from data.encode import Encoder
 from evaluate import evaluate
-from generate import load
+from generate import load_model
 from packing import Batch, collate
+from tools import report
 from train import Stage, expert_use
 from vlm import SailVL
 
@@ -98,7 +98,7 @@ def by_bias(model: SailVL, text: list[Batch], pictures: list[Batch], steps: int 
     seen = probe(model, text, visual=False)
     for _ in range(steps):
         routing = [moe.route(layer.gate(x), layer.top_k, layer.normalise, bias=layer.bias) for layer, x in zip(layers, seen)]
-        moe.nudge(layers, moe.hits(routing), rate)
+        moe.update_expert_bias(layers, moe.tokens_per_expert(routing), rate)
 
     def apply(to: SailVL, share: float) -> None:
         for block, layer in zip(to.language_model.model.layers, layers):
@@ -185,7 +185,7 @@ def batches(encoder: Encoder, mixture: dict[str, float], seed: int, test: bool, 
 def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
     """A small MoE whose router learned on text, then eyes trained to fit it: where SAIL-VL2's MoE starts."""
     source = world.World()
-    model, tokenizer = cli.new_model("toy-moe", source, seed)
+    model, tokenizer = recipe.new_model("toy-moe", source, seed)
     encoder = Encoder(tokenizer, model.config, max_length=512)
     text, eyes = o.steps
     for stage in (Stage("language", ("llm",), {"text": 1.0}, steps=text, rows=2, lr=1e-2, schedule="wsd", balance=0.02),
@@ -197,7 +197,7 @@ def language_first(o: Options, seed: int) -> tuple[SailVL, Encoder]:
 def compare(o: Options, seed: int) -> dict[str, tuple[float, Measured, float]]:
     """Design -> (share applied, held-out measures, exact answers to held-out questions)."""
     if o.model:
-        start, tokenizer = load(o.model)
+        start, tokenizer = load_model(o.model)
         encoder, mixture = Encoder(tokenizer, start.config, max_length=512), pretrain.TOY["multitask"].mixture
     else:
         (start, encoder), mixture = language_first(o, seed), pretrain.CAPTION

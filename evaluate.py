@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import parallel
-from data import BadSample, Encoder, Sample, with_thinking
-from readers import Folder
-from generate import Answer, generate, load
-from rewards import answer_reward, box_iou, phrase_f1, same
+from data.encode import Encoder, with_thinking
+from data.readers import Folder
+from data.sample import BadSample, Sample
+from generate import Answer, generate, load_model
+from graders import box_iou, phrase_f1, same_answer
+from rewards import answer_reward
+from scale import parallel
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -52,7 +54,7 @@ def grade(family: str, said: str, truth: str) -> float:
         return phrase_f1(said, truth)
     if family == "grounding":
         return float(box_iou(said, truth) >= 0.5)
-    return float(same(said, truth))
+    return float(same_answer(said, truth))
 
 
 def blind_chance(samples: list[Sample]) -> float:
@@ -60,17 +62,17 @@ def blind_chance(samples: list[Sample]) -> float:
     there is none, that the whole family has)."""
     by_question, family = defaultdict(Counter), Counter()
     for s in samples:
-        by_question[question(s)][s.facts["answer"]] += 1
+        by_question[question_of(s)][s.facts["answer"]] += 1
         family[s.facts["answer"]] += 1
     hits = 0.0
     for s in samples:
-        truth, seen = s.facts["answer"], by_question[question(s)]
+        truth, seen = s.facts["answer"], by_question[question_of(s)]
         others = seen - Counter([truth]) or family - Counter([truth])
         hits += grade(family_of(s), others.most_common(1)[0][0], truth) if others else 0.0
     return hits / len(samples)
 
 
-def question(sample: Sample) -> str:
+def question_of(sample: Sample) -> str:
     parts = sample.messages[-2].parts
     return parts[-1].strip().split("\n")[-1]
 
@@ -130,7 +132,7 @@ def evaluate(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool
     for s, a in zip(samples, ask(model, encoder, samples, think, max_new, swap=swap)):
         said, truth, family = text_of(a, tokenizer), s.facts["answer"], family_of(s)
         score = answer_reward(said, truth, a.finished) if think else grade(family, said, truth) * a.finished
-        graded.append(Graded(family, question(s), truth, said, score, s))
+        graded.append(Graded(family, question_of(s), truth, said, score, s))
     return summary(graded), graded
 
 
@@ -156,7 +158,7 @@ class Options:
 
 
 def main(o: Options) -> int:
-    model, tokenizer = load(o.model)
+    model, tokenizer = load_model(o.model)
     folder = Folder(o.data, o.images)
     encoder, usable = Encoder(tokenizer, model.config, folder.root), []
     for s in folder.first(o.limit):

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from attention import Segments, packed_attention
-from data import Encoder, Message, Sample, normalise, open_image
+from data.encode import Encoder
+from data.images import normalise, open_image
+from data.sample import Message, Sample
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -77,7 +79,7 @@ class Cache:
         self.lengths, self.hidden = self.lengths[rows], self.hidden[rows]
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> tuple[Tensor, Tensor]:
+def next_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator) -> tuple[Tensor, Tensor]:
     """Next ids (B,) and their log-probabilities (B,). Temperature 0 is greedy, scored at temperature 1.
 
     The log-probability is of the full distribution at this temperature: train with top_k = 0 and top_p = 1.
@@ -130,7 +132,7 @@ def stream(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], end
     stops = torch.tensor([*ends(end), model.image_token_id], device=device)
     alive, ended = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)  # of the cache's rows
     for t in range(max_new):
-        picked, scores = choose(logits, temperature, top_k, top_p, generator)
+        picked, scores = next_token(logits, temperature, top_k, top_p, generator)
         going = ~ended
         yield alive[going], picked[going], scores[going]
         ended = ended | torch.isin(picked, stops)
@@ -163,7 +165,7 @@ def generate(model: SailVL, prompts: list[tuple[list[int], list[np.ndarray]]], e
             for i, (row, score, n) in enumerate(zip(out.tolist(), scores.tolist(), counts))]
 
 
-def load(directory, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[SailVL, Tokenizer]:
+def load_model(directory, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[SailVL, Tokenizer]:
     """A model directory -> model and tokenizer that agree about the image token."""
     model, tokenizer = SailVL.from_pretrained(directory, dtype, device), Tokenizer.load(directory)
     model.image_token_id = tokenizer.image
@@ -188,7 +190,7 @@ class Ask:
 
 
 def main(o: Ask) -> int:
-    model, tokenizer = load(o.model, o.device, getattr(torch, o.dtype))
+    model, tokenizer = load_model(o.model, o.device, getattr(torch, o.dtype))
     question = f"{o.prompt} {tokenizer.think_prompt}" if o.think else o.prompt
     parts = [p for path in o.image for p in (open_image(path), "\n")]
     encoder = Encoder(tokenizer, model.config)

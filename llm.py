@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import weights
 from attention import Attend
+from infra import weights
+from infra.config import pick, read_config
 from moe import MoE
 
 
@@ -48,7 +49,7 @@ class LLMConfig:
             c = {"rope_theta": rope.get("rope_theta"), "rope_type": rope.get("rope_type"), "num_experts": c.get("num_local_experts")} | c
         dense = isinstance(c, dict) and not c["num_experts"]
         experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        config = weights.pick(LLMConfig, c, source, experts if dense else (), model_type=("qwen3", "qwen3_moe"), hidden_act="silu",
+        config = pick(LLMConfig, c, source, experts if dense else (), model_type=("qwen3", "qwen3_moe"), hidden_act="silu",
                               attention_bias=False, rope_scaling=None, rope_type="default", use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError(f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
@@ -203,18 +204,18 @@ class LLM(nn.Module):
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
         """A published Qwen3 or Qwen3-MoE directory, or one of ours. Raises ValueError naming what does not fit."""
-        config = LLMConfig.from_dict(weights.read_config(directory), f"{directory}/config.json")
+        config = LLMConfig.from_dict(read_config(directory), f"{directory}/config.json")
         where, (head, embedding) = weights.locate(directory), ("lm_head.weight", "model.embed_tokens.weight")
-        if config.tie_word_embeddings and head in where and embedding in where and not weights.same(where, head, embedding):
+        if config.tie_word_embeddings and head in where and embedding in where and not weights.same_tensor(where, head, embedding):
             config = replace(config, tie_word_embeddings=False)  # the file is believed, not its config
         with torch.device("meta"):
             model = LLM(config)
-        return weights.load(model, directory, dtype, device)
+        return weights.load_weights(model, directory, dtype, device)
 
     def save_pretrained(self, directory) -> None:
         """Qwen3's own layout, so that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads it."""
         kind = str(self.model.norm.weight.dtype).removeprefix("torch.")
-        weights.save(self, directory, self.config.to_dict() | {"torch_dtype": kind})
+        weights.save_weights(self, directory, self.config.to_dict() | {"torch_dtype": kind})
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

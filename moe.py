@@ -15,7 +15,7 @@ across ranks" and gives no formula: the loss below is the standard one of Switch
 Three ways to compute the same, one signature, and `choose` is the one place that picks: `expert_mixture` is the definition
 (float64-able; it also decodes, as it reads only the experts that were hit), `expert_mixture_grouped` is one autograd function
 around grouped products, `kernels.moe_triton` the same on a GPU. Tests compare outputs and all gradients.
-`python kernels/bench.py --cpu` measures them against transformers' implementations.
+`python -m kernels.bench --cpu` measures them against transformers' implementations.
 """
 import importlib.util
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Replay(list):
 def route(logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, bias: Tensor | None = None) -> Routing:
     """Qwen3 semantics: softmax over all E in fp32, top K (or the `given` (S, K)), optionally re-normalised to sum 1.
 
-    A `bias` (E,) moves the choice only, never the weights (balancing without a loss, see `nudge`).
+    A `bias` (E,) moves the choice only, never the weights (balancing without a loss, see `update_expert_bias`).
     Raises ValueError for K = 1 with re-normalisation: the single weight is then always 1, and the router would get no
     gradient from the task (seen in the wild as a router that never learns).
     """
@@ -101,7 +101,7 @@ class GroupedExperts(torch.autograd.Function):
         gate, up = z.chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=offs)  # (S*K, C)
         ctx.save_for_backward(x, z, weights, order, inverse, offs, gate_up, down)
-        return pull(y, inverse, weights)
+        return combine_slots(y, inverse, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,11 +117,11 @@ class GroupedExperts(torch.autograd.Function):
         da.mul_(s)
         d_down = F.grouped_mm(rows.T, a.mul_(s), offs=offs)  # (E, C, I)
         dz = torch.cat([torch.ops.aten.silu_backward(da * up, gate), da.mul_(silu)], dim=-1)
-        dx = pull(F.grouped_mm(dz, gate_up, offs=offs), inverse)
+        dx = combine_slots(F.grouped_mm(dz, gate_up, offs=offs), inverse)
         return dx, None, ds, F.grouped_mm(dz.T, x.index_select(0, token), offs=offs), d_down
 
 
-def pull(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
+def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
     """rows (S*K, C) -> (S, C): every token fetches its K rows and adds them up, in order, in one pass over memory."""
     weights = None if weights is None else weights.to(rows.dtype)
     return F.embedding_bag(inverse, rows, per_sample_weights=weights, mode="sum")
@@ -135,14 +135,16 @@ def expert_mixture_grouped(x: Tensor, indices: Tensor, weights: Tensor, gate_up:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor):
+def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor):
     """Fast paths want rows of a multiple of 16 bytes, one dtype and no float64, and more slots than experts to pay off on a
     CPU (fewer: decoding, where only the hit experts should be read). Everything else takes the reference."""
     aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[1], down.shape[2]))
     if not aligned or x.dtype == torch.float64 or x.dtype != gate_up.dtype or x.shape[0] == 0:
         return expert_mixture
     if x.is_cuda and HAS_TRITON:
-        from kernels.moe_triton import expert_mixture_triton  # imported here: a CPU has no use for Triton
+        from kernels.moe_triton import (
+            expert_mixture_triton,  # imported here: a CPU has no use for Triton
+        )
         return expert_mixture_triton
     return expert_mixture_grouped if indices.numel() >= gate_up.shape[0] else expert_mixture
 
@@ -175,12 +177,12 @@ class MoE(nn.Module):
             if routing is not None:
                 routing.append(r)
             x, gate_up, down = x.to(half), gate_up.to(half), down.to(half)
-            return choose(x, r.indices, gate_up, down)(x, r.indices, r.weights, gate_up, down)
+            return choose_path(x, r.indices, gate_up, down)(x, r.indices, r.weights, gate_up, down)
 
 
 # ------------------------------------------------------------------------------------------------ keeping experts alive
 
-def hits(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
+def tokens_per_expert(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
     """(layers, E) how many slots each expert received, over the tokens that `keep` (S,) bool leaves (padding out)."""
     counts = []
     for r in routing:
@@ -211,7 +213,7 @@ def balance_loss(routing: list[Routing], keep: Tensor | None = None, everyone: t
     ranks") and the result this rank's part: parts add up to the loss of the whole batch, and so do their gradients.
     """
     shares = torch.cat([r.logits if keep is None else r.logits[keep] for r in routing]).softmax(-1)  # (layers * S, E)
-    counts, tokens = everyone or (hits(routing, keep).sum(0), shares.shape[0])
+    counts, tokens = everyone or (tokens_per_expert(routing, keep).sum(0), shares.shape[0])
     return shares.shape[-1] * (counts.to(shares) / tokens * shares.sum(0) / tokens).sum()
 
 
@@ -222,7 +224,7 @@ def z_loss(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def nudge(layers: list["MoE"], counts: Tensor, rate: float) -> None:
+def update_expert_bias(layers: list["MoE"], counts: Tensor, rate: float) -> None:
     """Balancing without a loss (arXiv 2408.15664), for comparison: after a step, the choice of busy experts becomes a little
     less likely and that of idle ones more. counts (layers, E) of the global batch; rate: 1e-3 there."""
     for layer, n in zip(layers, counts, strict=True):

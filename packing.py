@@ -29,10 +29,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import parallel
 from attention import Segments
-from data import Document, normalise
-from stream import Documents
+from data.images import normalise
+from data.sample import Document
+from data.stream import Documents
+from scale import parallel
 
 
 @dataclass
@@ -77,7 +78,7 @@ UNITS = 80  # vision is counted in about 80ths of what a row should hold, or in 
 FILL = 60  # a row with one percent left empty is as bad as one with 60 percent too much vision
 
 
-def choose(sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: float = 1.0, slack: int = 0) -> list[int]:
+def choose_subset(sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: float = 1.0, slack: int = 0) -> list[int]:
     """Indices of a subset of `sizes` (tokens, vision) with at most `room` tokens: as full as can be, vision near `want`.
 
     Stops at the first subset within `slack` tokens of full and half a unit of `want`; else takes the best by `FILL`. Without
@@ -100,7 +101,7 @@ def choose(sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: flo
                key=lambda c: FILL * (reach[c].bit_length() - 1) / max(room, 1) - abs(c - want) / max(want, 1))
     tokens, chosen = reach[best].bit_length() - 1, []
     if columns > 1 and tokens < 0.98 * room:  # nothing that keeps the balance: then a full row
-        return choose([(n, 0) for n, _ in sizes], room)
+        return choose_subset([(n, 0) for n, _ in sizes], room)
     for i in reversed(range(len(history) - 1)):
         if not history[i][best] >> tokens & 1:  # not reachable without item i: it is part of the choice
             chosen.append(i)
@@ -158,7 +159,7 @@ class Rows:
         big = max(fits, key=len, default=row[0])
         if fits and 2 * len(big) > self.capacity and big.vision <= want:  # no two of these share a row: one goes when it can
             fits = take(big)
-        take(*[fits[i] for i in choose([(len(d), d.vision) for d in fits], room, want, unit, self.capacity // 2048)])
+        take(*[fits[i] for i in choose_subset([(len(d), d.vision) for d in fits], room, want, unit, self.capacity // 2048)])
         return row
 
 

@@ -34,7 +34,6 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-
 # -------------------------------------------------------------------------------------------------------------- advantage
 
 def group_advantage(reward: Tensor, group: int, by_std: bool = True) -> Tensor:

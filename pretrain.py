@@ -18,7 +18,7 @@ pre-training, where AdaLRS finds the rate); then everything trains on everything
     python vlm.py --vision SAILViT-Huge --text Qwen3-1.7B --out start      # released weights and a new adapter
     torchrun --nproc-per-node 8 pretrain.py --scale paper --stage basic --model start --data my.jsonl
 
-Both scales are tables of `Stage` below; `python readme.py` prints them side by side. Simplified: the image stand-in predicts
+Both scales are tables of `Stage` below; `python -m tools.readme` prints them side by side. Simplified: the image stand-in predicts
 pixels with a linear head where AIMv2 has a decoder.
 """
 import itertools
@@ -34,12 +34,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import cli
-import parallel
+import recipe
 from attention import sdpa
-from data import Encoder, Faults, normalise
+from data.encode import Encoder
+from data.images import normalise
+from data.sample import Faults
+from data.stream import Documents
 from packing import Batches
-from stream import Documents
+from scale import parallel
 from train import Run, Stage, answers, train
 from vit import ViT, patchify
 from vlm import SailVL
@@ -90,7 +92,7 @@ PAPER = {s.name: s for s in (
 RECIPES = {"toy": TOY, "paper": PAPER}
 
 
-def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=parallel.World(), workers: int = 0) -> Iterator[list]:
+def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=parallel.Ranks(), workers: int = 0) -> Iterator[list]:
     """The batches of a supervised stage: source -> documents -> packed rows -> this rank's micro-batches."""
     encoder = replace(encoder, everything=stage.everything, weighting=stage.weighting,
                       max_length=min(stage.length, encoder.max_length), root=source.root)
@@ -98,7 +100,7 @@ def supervised(source, stage: Stage, encoder: Encoder, faults: Faults, world=par
     return Batches(found, stage.length, stage.rows, stage.accumulate, encoder.tokenizer.pad, world.rank, world.size)
 
 
-def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,
+def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.Ranks(), directory: Path | None = None,
               faults: Faults | None = None, workers: int = 0) -> Run:
     """One supervised stage on a source (`world.World` or `readers.Folder`), in place. workers: processes that read and decode."""
     faults = faults or Faults()
@@ -109,7 +111,7 @@ def run_stage(model: SailVL, stage: Stage, source, encoder: Encoder, world=paral
 
 
 def answers_of(stage: Stage):
-    return lambda model, batch: answers(model, batch, stage.balance, stage.router_z, stage.nudge)
+    return lambda model, batch: answers(model, batch, stage.balance, stage.router_z, stage.expert_bias_rate)
 
 
 # ------------------------------------------------------------------------------------------- the stand-in for AIMv2's ViT
@@ -157,7 +159,7 @@ class Pixels:
         return replace(self, images=self.images.to(device))
 
 
-def pixels(source, stage: Stage, encoder: Encoder, world=parallel.World()) -> Iterator[list[Pixels]]:
+def pixels(source, stage: Stage, encoder: Encoder, world=parallel.Ranks()) -> Iterator[list[Pixels]]:
     """Images of the source, as many a step as would fill the stage's rows with patches."""
     c = encoder.config.vision
     per_image = (c.image_size // c.patch_size) ** 2
@@ -169,7 +171,7 @@ def pixels(source, stage: Stage, encoder: Encoder, world=parallel.World()) -> It
         yield [Pixels(images, rng.randrange(per_image // 2), torch.zeros(len(images), per_image), weight=1.0 / world.size)]
 
 
-def pretrain_vit(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(),
+def pretrain_vit(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.Ranks(),
                  directory: Path | None = None) -> tuple[Run, PatchPredictor]:
     predictor = PatchPredictor(model.vision_model)
     predictor.requires_grad_(True)
@@ -188,17 +190,17 @@ def stand_in_parts(model: SailVL) -> dict[str, Tensor]:
 
 
 @dataclass
-class Options(cli.RunOptions):
+class Options(recipe.RunOptions):
     """Run pre-training stages. Without --data they train on the toy world."""
     out: Path = Path("runs/pretrain")
     stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["multitask"])
 
 
 def main(o: Options) -> int:
-    return cli.run(o, RECIPES, lambda model, stage, source, encoder, world, directory, faults: (
+    return recipe.run(o, RECIPES, lambda model, stage, source, encoder, world, directory, faults: (
         pretrain_vit(model, stage, source, encoder, world, directory.path)[0] if stage.name == "image" else
         run_stage(model, stage, source, encoder, world, directory, faults, o.workers)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(cli.parse(Options, RECIPES)))
+    sys.exit(main(recipe.parse(Options, RECIPES)))

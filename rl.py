@@ -31,17 +31,28 @@ import torch
 import tyro
 from torch import Tensor
 
-import cli
 import moe
-import parallel
+import recipe
 import rewards
 from attention import Segments
-from data import Encoder, Sample, normalise, with_thinking
+from data.encode import Encoder, with_thinking
+from data.images import normalise
+from data.sample import Sample
 from evaluate import text_of
 from generate import Answer, generate
 from packing import Batch
-from policy_losses import (AGGREGATIONS, ALGORITHMS, aggregate, divisor, kl_penalty, log_ratio, loss, overlong_penalty,
-                           sequence_log_ratio)
+from policy_losses import (
+    AGGREGATIONS,
+    ALGORITHMS,
+    aggregate,
+    divisor,
+    kl_penalty,
+    log_ratio,
+    loss,
+    overlong_penalty,
+    sequence_log_ratio,
+)
+from scale import parallel
 from train import Run, Stage, precision, train
 from vlm import SailVL
 
@@ -218,7 +229,7 @@ class Rollouts:
     All ranks hold the same groups, so `state_dict` is the same on all, is plain JSON, and fits any number of ranks.
     """
 
-    def __init__(self, model: SailVL, encoder: Encoder, source: Iterator[Sample], stage: RLStage, world=parallel.World(),
+    def __init__(self, model: SailVL, encoder: Encoder, source: Iterator[Sample], stage: RLStage, world=parallel.Ranks(),
                  reward: Reward | None = None, reference: SailVL | None = None):
         uses = stage.prompts * stage.passes
         if uses % stage.updates or uses // stage.updates < world.size:
@@ -430,7 +441,7 @@ PAPER = {s.name: s for s in (
 RECIPES = {"toy": TOY, "paper": PAPER}
 
 
-def run(model: SailVL, stage: RLStage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None,
+def run(model: SailVL, stage: RLStage, source, encoder: Encoder, world=parallel.Ranks(), directory: Path | None = None,
         reward: Reward | None = None) -> Run:
     """One RL stage in place: the same loop as every other stage, fed by rollouts of the model that it trains.
 
@@ -444,12 +455,12 @@ def run(model: SailVL, stage: RLStage, source, encoder: Encoder, world=parallel.
 
 
 @dataclass
-class Options(cli.RunOptions):
+class Options(recipe.RunOptions):
     """Run an RL stage. Start from a model that was fine-tuned on long chains (--model)."""
     out: Path = Path("runs/rl")
     stage: tyro.conf.OmitArgPrefixes[RLStage] = field(default_factory=lambda: TOY["verifiable"])
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(cli.parse(Options, RECIPES), RECIPES, lambda model, stage, source, encoder, world, directory, faults:
+    sys.exit(recipe.run(recipe.parse(Options, RECIPES), RECIPES, lambda model, stage, source, encoder, world, directory, faults:
                      run(model, stage, source, replace(encoder, root=source.root), world, directory)))

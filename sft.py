@@ -28,13 +28,14 @@ from typing import Iterator
 
 import tyro
 
-import cli
-import parallel
-from curate import blend
-from data import Encoder, Faults, Sample, with_thinking
+import recipe
+from curation.chains import blend
+from data.encode import Encoder, with_thinking
+from data.sample import Faults, Sample
+from data.stream import Documents
 from packing import Batch, Batches
 from pretrain import ALL, INSTRUCTION, UNDERSTANDING, answers_of, run_stage
-from stream import Documents
+from scale import parallel
 from train import Run, Stage, train
 from vlm import SailVL
 
@@ -89,7 +90,7 @@ def chains(source, stage: Stage, encoder: Encoder) -> Iterator[Sample]:
             yield s
 
 
-def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder: Encoder, world=parallel.World(),
+def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder: Encoder, world=parallel.Ranks(),
                 directory: Path | None = None, faults: Faults | None = None) -> Run:
     """A supervised stage on a given stream of samples."""
     literal = stage.weighting == "sequence"
@@ -101,11 +102,11 @@ def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder:
     return train(model, stage, data, answers_of(stage), world, directory)
 
 
-def long_cot(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.World(), directory: Path | None = None) -> Run:
+def long_cot(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.Ranks(), directory: Path | None = None) -> Run:
     return run_samples(model, stage, chains(source, stage, encoder), encoder, world, directory)
 
 
-def fusion(model: SailVL, stage: Stage, source, harvest: list[Sample], encoder: Encoder, world=parallel.World(),
+def fusion(model: SailVL, stage: Stage, source, harvest: list[Sample], encoder: Encoder, world=parallel.Ranks(),
            directory: Path | None = None) -> Run:
     """Think-fusion: direct samples of the source, and `stage.think` of the stream from the harvested chains."""
     direct = source.stream(stage.mixture, stage.seed, stage.turns)
@@ -113,7 +114,7 @@ def fusion(model: SailVL, stage: Stage, source, harvest: list[Sample], encoder: 
 
 
 @dataclass
-class Options(cli.RunOptions):
+class Options(recipe.RunOptions):
     """Run a fine-tuning stage. Without --data it trains on the toy world."""
     out: Path = Path("runs/sft")
     stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["sft1"])
@@ -126,5 +127,5 @@ def stage_runner(model, stage, source, encoder, world, directory, faults, worker
 
 
 if __name__ == "__main__":
-    options = cli.parse(Options, RECIPES)
-    sys.exit(cli.run(options, RECIPES, functools.partial(stage_runner, workers=options.workers)))
+    options = recipe.parse(Options, RECIPES)
+    sys.exit(recipe.run(options, RECIPES, functools.partial(stage_runner, workers=options.workers)))

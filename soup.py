@@ -24,12 +24,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import weights
-from data import Encoder
-from readers import Folder
+from data.encode import Encoder
+from data.readers import Folder
+from data.world import FAMILIES, World
 from evaluate import evaluate
-from generate import load
-from world import FAMILIES, World
+from generate import load_model
+from infra import weights
 
 STRANGERS = 0.5  # our choice: relative distance above which models are taken to have no common history
 
@@ -120,7 +120,7 @@ def main(o: Options) -> int:
     print(f"largest relative distance between two models: {far:.3f}")
     if far > STRANGERS and not o.force:
         raise ValueError(f"not averaging models that are {far:.2f} apart; say --force True to do it all the same")
-    model, tokenizer = load(o.models[0])
+    model, tokenizer = load_model(o.models[0])
 
     def fill(state: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -30,7 +30,7 @@ from typing import Iterable, Iterator
 import regex  # tiktoken depends on it too
 import tiktoken
 
-import weights
+from infra.config import parse_json
 
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # The released added tokens, in the order of their ids (151643 ...).
@@ -139,7 +139,7 @@ class Tokenizer:
         """From a model directory: ours, or Qwen3's in any of its published forms. Raises ValueError when none is there."""
         directory = Path(directory)
         template = directory / "template.json"
-        how = weights.parse_json(template.read_bytes(), template) if template.is_file() else {"nfc": True}
+        how = parse_json(template.read_bytes(), template) if template.is_file() else {"nfc": True}
         for key, value in how.items():
             if not isinstance(value, {"system": str, "think_prompt": str, "nfc": bool}.get(key, ())):
                 raise ValueError(f"{template}: {key} {value!r:.80} is not an option of the template")

@@ -7,7 +7,7 @@ meant to move, beside the chance level of not looking at all.
 
 Writes, into `out`: one directory per stage (log.jsonl), final/ (the model in the released layout), results.json and
 report.html. The recipes themselves stand in pretrain.py, sft.py and rl.py; here is only their order and their grading.
-`--data` replaces the drawn world by files (see real.py): the same ladder on data that people made.
+`--data` replaces the drawn world by files (see tools/real.py): the same ladder on data that people made.
 """
 import os
 import platform
@@ -24,23 +24,26 @@ import PIL
 import torch
 import tyro
 
-import cli
-import parallel
 import pretrain
-import report
+import recipe
 import rl
 import sft
-import world
-from curate import rejection_sample
-from data import Encoder, Faults, Sample, normalise, open_image, with_thinking
+from curation.chains import rejection_sample
+from data import world
+from data.encode import Encoder, with_thinking
+from data.images import normalise, open_image
+from data.readers import Folder
+from data.sample import Faults, Sample
 from evaluate import Graded, Score, ask, evaluate, family_of, summary, text_of
+from graders import split_think
+from infra.weights import write_json
 from packing import Batch, collate
-from readers import Folder
-from rewards import format_reward, split_think
+from rewards import format_reward
+from scale import parallel
 from soup import average, distance
+from tools import report
 from train import Run, answers, expert_use
 from vlm import PRESETS
-from weights import write_json
 
 GRADED = ("caption", "attributes", "spatial", "counting", "grounding", "reading", "charts", "arithmetic", "odd", "video", "text")
 
@@ -85,7 +88,7 @@ class Ladder:
             self.groups = {f: self.source.held_out(f, o.samples) for f in GRADED}
         if o.model not in ("dense", "moe"):
             raise ValueError(f"--model {o.model!r}: choose dense or moe")
-        self.model, tokenizer = cli.new_model("toy", self.source, o.seed)
+        self.model, tokenizer = recipe.new_model("toy", self.source, o.seed)
         if o.data:  # other people's pictures are larger than a tile
             self.model.config = replace(self.model.config, max_tiles=4)
         self.encoder = Encoder(tokenizer, self.model.config, self.source.root, max_length=512)

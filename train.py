@@ -7,7 +7,7 @@ gives the same gradient.
 
     batches -> objective(model, batch) -> (loss sum, statistics) -> backward -> clip -> AdaLRS? -> step -> log.jsonl
 
-What a long run needs besides stands in two files of its own: journal.py (log, progress, tracker) and checkpoint.py (save,
+What a long run needs besides stands in two files of its own: infra/journal.py (log, progress, tracker) and infra/checkpoint.py (save,
 resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the weights stay fp32.
 
 Legend: B rows, T tokens a row. An objective returns the *sum* of weighted losses; `batch.weight` is what it is divided by.
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 import moe
-import parallel
 from adalrs import AdaLRS
-from checkpoint import Keeper, RunDirectory, resumable
-from journal import Journal
+from infra.checkpoint import Keeper, RunDirectory, resumable
+from infra.journal import Journal
 from llm import LLM, Block
-from muon import Muon
+from optim import Muon
 from packing import Batch
-from vit import ViT, VisionBlock
+from scale import parallel
+from vit import VisionBlock, ViT
 from vlm import SailVL
 
 PARTS = {"vision": "vision_model", "adapter": "mlp1", "llm": "language_model"}
@@ -65,7 +65,7 @@ class Stage:
     weighting: str = "token"  # loss weight of a token: token, sample or sqrt
     balance: float = 0.001  # coefficient of the expert balance loss (MoE only)
     router_z: float = 0.0  # coefficient of the router z-loss (MoE only)
-    nudge: float = 0.0  # balance by a bias on the choice instead: its step (MoE only, for comparison; not saved)
+    expert_bias_rate: float = 0.0  # balance by a bias on the choice instead: its step (MoE only, for comparison; not saved)
     precision: str = "auto"  # of the forward pass: fp32, bf16 (weights stay fp32), or auto: bf16 on an accelerator
     recompute: bool = False  # keep no activations inside blocks; run each again in the backward pass
     compile: bool = False  # torch.compile each block
@@ -86,7 +86,7 @@ class Stage:
         raise ValueError(f"unknown schedule {self.schedule!r}; choose constant, cosine or wsd")
 
 
-def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, nudge: float = 0.0) -> tuple[Tensor, dict]:
+def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, expert_bias_rate: float = 0.0) -> tuple[Tensor, dict]:
     """The objective of all supervised stages: -sum of weight * log p(label) over the labelled positions of a packed batch.
 
     For a MoE, adds `balance` times the balance loss and `z` times the router z-loss, scaled so that dividing by the weight
@@ -110,8 +110,8 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, n
         loss = loss + balance * aux
         if z:
             loss = loss + z * moe.z_loss(routing, batch.real()) * batch.weight
-        if nudge and torch.is_grad_enabled():
-            moe.nudge(layers, used.sum(0), nudge)
+        if expert_bias_rate and torch.is_grad_enabled():
+            moe.update_expert_bias(layers, used.sum(0), expert_bias_rate)
     return loss, stats
 
 
@@ -131,7 +131,7 @@ def expert_use(routing: list, batch: Batch, image_token: int) -> tuple[Tensor, f
     """How many slots went to each expert, (2: text and vision, layers, E), and the batch's weight, over all ranks. (Over the
     micro-batches of a step it is not summed: the gradient of the first would have to wait for the routing of the last.)"""
     image = batch.ids.reshape(-1) == image_token
-    used = torch.stack([moe.hits(routing, batch.real() & ~image), moe.hits(routing, image)])
+    used = torch.stack([moe.tokens_per_expert(routing, batch.real() & ~image), moe.tokens_per_expert(routing, image)])
     if not torch.is_grad_enabled():  # an evaluation, which ranks need not do together
         return used, batch.weight
     *everyone, weight = parallel.total(*used.flatten().tolist(), batch.weight)
@@ -220,7 +220,7 @@ class Run:
         return sum(values[-n:]) / n
 
 
-def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], objective: Objective, world=parallel.World(),
+def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], objective: Objective, world=parallel.Ranks(),
           directory: Path | RunDirectory | None = None, patience: int = 5) -> Run:
     """Run one stage in place. Writes `log.jsonl` (one line a step, always) into `directory` when given; a `RunDirectory` also
     keeps checkpoints and resumes from them, leaves on SIGTERM, and checks the model on its schedule.

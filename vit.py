@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from attention import Attend, Segments, inside
+from attention import Attend, Segments, attend_inside
+from infra import weights
+from infra.config import pick, read_config
 from llm import RMSNorm, rotary_table, rotate
 
 
@@ -45,7 +46,7 @@ class ViTConfig:
     def from_dict(c: dict, source: str = "config.json") -> "ViTConfig":
         """From a SAIL-ViT or AIMv2 configuration. Raises ValueError naming a key that is missing or unsupported."""
         c = {"position": "sincos" if c.get("is_native") else "table"} | c if isinstance(c, dict) else c
-        config = weights.pick(ViTConfig, c, source, model_type=("sailvit", "aimv2", "aimv2_vision_model"), hidden_act="silu",
+        config = pick(ViTConfig, c, source, model_type=("sailvit", "aimv2", "aimv2_vision_model"), hidden_act="silu",
                               qkv_bias=False, use_bias=False, mlp_bias=False, use_head=False)
         width, heads = config.hidden_size, config.num_attention_heads
         unit = {"table": 1, "rope2d": 4 * heads, "sincos": 4}.get(config.position)  # what positions want the width to be a multiple of
@@ -146,7 +147,7 @@ RENAMED = (("preprocessor.patchifier.proj", "embeddings.patch_embed"), ("preproc
 
 
 def transformers_names(name: str, value: Tensor) -> dict[str, Tensor]:
-    """The layout (see weights.py) of transformers' Aimv2VisionModel: other names, query, key and value apart."""
+    """The layout (see infra/weights.py) of transformers' Aimv2VisionModel: other names, query, key and value apart."""
     if name == "preprocessor.pos_embed":
         return {"embeddings.position_embedding.weight": value[0]}
     for ours, theirs in RENAMED:
@@ -206,7 +207,7 @@ class ViT(nn.Module):
             grids += [(h, w)] * stack.shape[0]
         x = torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # (S, C)
         rope = self.rope(grids, x)
-        attend = attend or inside(Segments.of([h * w for h, w in grids], x.device), causal=False)
+        attend = attend or attend_inside(Segments.of([h * w for h, w in grids], x.device), causal=False)
         for i, block in enumerate(self.trunk.blocks):
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, x, rope, attend, i, use_reentrant=False) if again else block(x, rope, attend, i)
@@ -216,19 +217,19 @@ class ViT(nn.Module):
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "ViT":
         """A SAIL-ViT or AIMv2 directory, under AIMv2's original names or transformers' (either may open with `vision_model.`).
         Raises ValueError naming what does not fit."""
-        config = ViTConfig.from_dict(weights.read_config(directory), f"{directory}/config.json")
+        config = ViTConfig.from_dict(read_config(directory), f"{directory}/config.json")
         names = weights.locate(directory).keys()
         prefix = "vision_model." if all(n.startswith("vision_model.") for n in names) else ""
         original = lambda name, value: {name: value}
         layout = transformers_names if any(n.startswith(prefix + "encoder.") for n in names) else original
         with torch.device("meta"):
             model = ViT(config)
-        return weights.load(model, directory, dtype, device,
+        return weights.load_weights(model, directory, dtype, device,
                             lambda name, value: {prefix + disk: view for disk, view in layout(name, value).items()})
 
     def save_pretrained(self, directory) -> None:
         """SAIL-ViT's own layout."""
-        weights.save(self, directory, self.config.to_dict())
+        weights.save_weights(self, directory, self.config.to_dict())
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

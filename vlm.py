@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import weights
 from adapter import Adapter
-from attention import Attend, Segments, inside
+from attention import Attend, Segments, attend_inside
+from infra import weights
+from infra.config import pick, read_config
 from llm import LLM, LLMConfig
 from moe import upcycle
 from vit import ViT, ViTConfig
@@ -34,7 +35,7 @@ class VLMConfig:
     min_tiles: int = 1
     max_tiles: int = 10  # the released processor; its config.json says 12
     thumbnail: bool = True
-    msac: bool = False  # a second pass over grids (tiling.py)
+    msac: bool = False  # a second pass over grids (data/tiling.py)
     any_resolution: bool = False
     image_token_id: int = 151671
 
@@ -51,7 +52,7 @@ class VLMConfig:
         values["text"] = LLMConfig.from_dict(values["text"], f"{source}: llm_config")
         optional = tuple(f.name for f in fields(VLMConfig))
         only = {"model_type": "sailvl", "select_layer": -1, "downsample_ratio": 0.5, "ps_version": "v2"}
-        return weights.pick(VLMConfig, values | {key: c.get(key) for key in only}, source, optional, **only)
+        return pick(VLMConfig, values | {key: c.get(key) for key in only}, source, optional, **only)
 
     def to_dict(self) -> dict:
         """The released layout; what it has no field for goes under "nanosail"."""
@@ -129,7 +130,7 @@ class SailVL(nn.Module):
         B, T = input_ids.shape
         segments = segments or Segments.of([T] * B, input_ids.device)
         positions = segments.positions() if positions is None else positions.reshape(-1)
-        return self.language_model(self.embed(input_ids, images), positions, attend or inside(segments, causal=True), routing)
+        return self.language_model(self.embed(input_ids, images), positions, attend or attend_inside(segments, causal=True), routing)
 
     def forward(self, input_ids: Tensor, pixel_values=None, positions=None, segments=None, attend=None) -> Tensor:
         """ids (B, T) int64, pixels (N, 3, H, W) or a list of images -> logits (B, T, V)."""
@@ -152,20 +153,20 @@ class SailVL(nn.Module):
         return self
 
     def save_pretrained(self, directory) -> None:
-        weights.save(self, directory, self.config.to_dict())
+        weights.save_weights(self, directory, self.config.to_dict())
 
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
         """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
         processor = Path(directory, "preprocessor_config.json")
-        processor = weights.read_config(directory, processor.name) if processor.is_file() else None
-        config = VLMConfig.from_dict(weights.read_config(directory), processor, f"{directory}/config.json")
+        processor = read_config(directory, processor.name) if processor.is_file() else None
+        config = VLMConfig.from_dict(read_config(directory), processor, f"{directory}/config.json")
         where = weights.locate(directory)
         if "language_model.lm_head.weight" in where:  # the 2B stores a head although its config says tied: believe the file
             config = replace(config, text=replace(config.text, tie_word_embeddings=False))
         with torch.device("meta"):
             model = SailVL(config)
-        return weights.load(model, directory, dtype, device)
+        return weights.load_weights(model, directory, dtype, device)
 
     @staticmethod
     def from_parts(vision, text, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, **preprocessing) -> "SailVL":

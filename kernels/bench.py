@@ -1,9 +1,9 @@
 """The MoE layer against its peers and against the machine. One command:
 
-    python kernels/bench.py                  a CUDA machine: limits first, then the A3B layer, forward, backward, full
-    python kernels/bench.py --cpu            one CPU core: a training step of a small layer, fp32 and bf16
-    python kernels/bench.py --compile 90     no GPU: compile all kernels for sm_90; registers, spills, shared memory
-    python kernels/bench.py --interpret      no GPU: run all kernels in Triton's interpreter against the reference
+    python -m kernels.bench                  a CUDA machine: limits first, then the A3B layer, forward, backward, full
+    python -m kernels.bench --cpu            one CPU core: a training step of a small layer, fp32 and bf16
+    python -m kernels.bench --compile 90     no GPU: compile all kernels for sm_90; registers, spills, shared memory
+    python -m kernels.bench --interpret      no GPU: run all kernels in Triton's interpreter against the reference
 
 FLOP are counted as everyone counts them: 6 S K C I forward, 12 backward. "of limit" is of the large matmul measured in the
 same run. Inputs are O(1), every time is the median of `--repeat` runs between CUDA events with the L2 cache flushed, and
@@ -11,13 +11,10 @@ same run. Inputs are O(1), every time is the median of `--repeat` runs between C
 """
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +112,7 @@ def cpu(o: Options, S: int = 4096, C: int = 256, I: int = 96, E: int = 64, K: in
     try:
         runs |= transformers_experts(C, I, E, K)
     except ImportError:
-        print("transformers is not installed: left out (pip install -r requirements-bench.txt)")
+        print("transformers is not installed: left out (pip install -r requirements/bench.txt)")
     print(f"training step of a MoE layer, one thread: S {S}, C {C}, I {I}, E {E}, K {K}; torch {torch.__version__}")
     cells: dict[str, list[str]] = {name: [] for name in runs}
     for dtype in (torch.float32, torch.bfloat16):
@@ -156,6 +153,7 @@ def interpret() -> None:
 def compile_all(capability: int, tokens: tuple[int, ...], E: int, K: int, C: int, I: int, dtype=torch.bfloat16) -> list[dict]:
     """Forward and backward on uninitialised CPU memory under `Offline`: one row per compiled kernel."""
     import triton
+
     from kernels.moe_triton import expert_mixture_triton
     from kernels.offline import Offline
     driver = Offline(capability)
@@ -216,6 +214,7 @@ def peers() -> dict[str, Callable]:
 
 def cuda(o: Options) -> None:
     import triton
+
     from kernels.moe_triton import blocks
     E, K, C, I = o.experts, o.k, o.width, o.expert_width
     copy, peak = limits()

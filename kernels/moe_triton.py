@@ -20,8 +20,8 @@ Any S, K, E (an expert may have no token, or all of them), more than 2^31 elemen
 16 bytes, which tensor descriptors (TMA on Hopper and later, plain loads before) ask for. Gathered rows go through pointers:
 Hopper has no TMA gather. No autotuning: `BLOCKS` is a table, so that the first step is not minutes of compiling.
 
-    python kernels/bench.py             speed, where there is a CUDA GPU
-    python kernels/bench.py --compile   everything compiled for sm_90, registers and shared memory shown; needs no GPU
+    python -m kernels.bench             speed, where there is a CUDA GPU
+    python -m kernels.bench --compile   everything compiled for sm_90, registers and shared memory shown; needs no GPU
     TRITON_INTERPRET=1                  the same kernels on a CPU: how tests/test_kernels.py runs them
 
 Sources: the set of saved tensors and the ds identity are those of SonicMoE (arXiv 2512.14080); the code is ours.

@@ -5,7 +5,7 @@ pass runs on a machine without a GPU, on uninitialised CPU memory; every kernel 
 cuobjdump come with Triton's package) and must fit its target. A host synchronisation would read garbage, so getting through
 also shows that there is none. It plugs into Triton's own `driver.set_active`; speed and results are not to be had this way.
 
-    python kernels/bench.py --compile 90
+    python -m kernels.bench --compile 90
 """
 import subprocess
 import tempfile

@@ -1,19 +1,18 @@
 """Shared by all tests: one thread (the suite runs in two processes), the project root on the path, one small model, encoder and set of documents."""
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
 import torch
 
-import world
-from cli import THINK
-from data import Document, Encoder
+from data import world
+from data.encode import Encoder
+from data.sample import Document
 from packing import Batches
+from recipe import THINK
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from adalrs import AdaLRS, fit, gain, load_optimizer_state, optimizer_state, steps_needed
+from adalrs import AdaLRS, fit_line, gain, load_optimizer_state, optimizer_state, steps_needed
 
 K = 5
 
@@ -79,9 +79,9 @@ def actions(search) -> list[str]:
 
 @pytest.mark.parametrize("k", [3, 10, 50])
 def test_the_fit_of_a_line_is_its_slope_without_error(k):
-    velocity, error = fit(line(7.0, -0.25, k))
+    velocity, error = fit_line(line(7.0, -0.25, k))
     assert velocity == pytest.approx(0.25, rel=1e-12) and error == pytest.approx(0, abs=1e-12)
-    assert fit([3.0] * k) == (0.0, 0.0) and fit(line(7.0, 0.25, k))[0] < 0
+    assert fit_line([3.0] * k) == (0.0, 0.0) and fit_line(line(7.0, 0.25, k))[0] < 0
 
 
 def test_the_fit_is_that_of_least_squares():
@@ -91,13 +91,13 @@ def test_the_fit_is_that_of_least_squares():
     slope = torch.linalg.lstsq(x, y[:, None]).solution
     residual = (y - (x @ slope)[:, 0]).square().sum() / 10
     error = (residual * torch.linalg.inv(x.T @ x)[0, 0]).sqrt()
-    assert fit(y.tolist()) == pytest.approx((-slope[0].item(), error.item()))
+    assert fit_line(y.tolist()) == pytest.approx((-slope[0].item(), error.item()))
 
 
 @pytest.mark.parametrize("k, sigma", [(5, 1.0), (10, 0.3), (20, 2.0)])
 def test_the_standard_error_is_the_spread_of_the_slope_over_many_runs(k, sigma):
     rng = random.Random(k)
-    fits = [fit([5 - 0.1 * i + rng.gauss(0, sigma) for i in range(k)]) for _ in range(3000)]
+    fits = [fit_line([5 - 0.1 * i + rng.gauss(0, sigma) for i in range(k)]) for _ in range(3000)]
     slopes = torch.tensor([v for v, _ in fits])
     said = torch.tensor([e for _, e in fits]).square().mean().sqrt().item()
     assert slopes.mean().item() == pytest.approx(0.1, abs=4 * said / 3000 ** 0.5)
@@ -195,7 +195,7 @@ def test_a_blind_search_leaps_once_and_a_leap_that_fails_says_nothing():
 def test_a_jump_that_then_falls_fast_is_not_kept():
     """Its own slope would keep this trial: it falls at five times the rate, from a height that the raise itself caused."""
     search, _, _, states = forced(line(20, -0.1) + CONTROL + line(14, -0.5), window=(0.06, 1.0))
-    assert fit(line(14, -0.5))[0] > 0.4
+    assert fit_line(line(14, -0.5))[0] > 0.4
     assert actions(search) == ["stay"] and identical(states[-1], never(2 * K))
 
 
@@ -203,7 +203,7 @@ def test_natural_deceleration_is_not_held_against_a_raise():
     """A falling exponential: every window is slower than the one before, at any rate; the faster arm still wins."""
     decay = lambda rate, n, start=10.0: [start * math.exp(-rate * i) for i in range(1, n + 1)]
     search, *_ = forced(decay(0.1, K) + decay(0.15, K))
-    assert fit(decay(0.15, 2 * K)[K:])[0] < fit(decay(0.1, K))[0]  # consecutive windows would have said "slower"
+    assert fit_line(decay(0.15, 2 * K)[K:])[0] < fit_line(decay(0.1, K))[0]  # consecutive windows would have said "slower"
     assert actions(search) == ["up"]
 
 

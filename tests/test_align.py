@@ -3,9 +3,9 @@ import pytest
 import torch
 from conftest import EVERY
 
-import align
-import world
-from align import distances, log_law, pca, probe, table7
+from claims import alignment
+from claims.alignment import distances, log_law, pca, probe, table7
+from data import world
 
 
 def cloud(n: int, shift=(0.0, 0.0), seed: int = 0):
@@ -76,5 +76,5 @@ def test_own_units_do_not_see_that_a_cloud_grew(model, encoder):
 
 
 def test_the_probe_of_a_model_runs_on_held_out_pictures(model, encoder):
-    accuracy, chance = align.table6(model, encoder, "counting", n=60)
+    accuracy, chance = alignment.table6(model, encoder, "counting", n=60)
     assert 0 <= accuracy <= 1 and 0.1 < chance < 0.8

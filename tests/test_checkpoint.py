@@ -19,10 +19,9 @@ import torch
 from conftest import made_up
 from safetensors.torch import load_file
 
-import checkpoint
 import packing
-import weights
-from checkpoint import RunDirectory, fault, latest
+from infra import checkpoint, weights
+from infra.checkpoint import RunDirectory, fault, latest
 from train import Stage, answers, train
 from vlm import SailVL
 
@@ -268,10 +267,10 @@ def test_a_second_writer_and_a_changed_configuration_are_refused(tmp_path, confi
     with pytest.raises(ValueError, match=r"another configuration:\n  stage.lr: 0.002 -> 0.1\n"):
         run(tmp_path, config, tokenizer, stage=replace(short, lr=0.1))
     home, other = RunDirectory(tmp_path, {"stage": vars(short)}), RunDirectory(tmp_path, {"stage": vars(short)})
-    from parallel import World
-    assert home.open(World()).name == "step-00000002"
+    from scale.parallel import Ranks
+    assert home.open(Ranks()).name == "step-00000002"
     with pytest.raises(ValueError, match="another process"):
-        other.open(World())
+        other.open(Ranks())
     home.close()
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import EVERY
 from PIL import Image, ImageFile
 
-import world
-from conftest import EVERY
-from data import BadSample, Encoder, Faults, Message, Sample, open_image, with_thinking
-from readers import Folder
-from stream import Documents
+from data import world
+from data.encode import Encoder, with_thinking
+from data.images import open_image
+from data.readers import Folder
+from data.sample import BadSample, Faults, Message, Sample
+from data.stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -76,6 +78,7 @@ def test_bpe_training_stops_when_no_pair_occurs_twice():
 def test_replaying_the_merges_by_hand_gives_the_encoding(tokenizer):
     """Byte-pair encoding as a definition: inside each word, join the neighbours of lowest rank until none is left."""
     import regex
+
     from tokenizer import SPLIT
 
     def by_hand(word: str) -> list[int]:

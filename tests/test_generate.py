@@ -4,12 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import EVERY
 from PIL import Image
 
-import world
-from conftest import EVERY
-from data import Encoder, Message, Sample, normalise
-from generate import choose, generate, stream
+from data import world
+from data.encode import Encoder
+from data.images import normalise
+from data.sample import Message, Sample
+from generate import generate, next_token, stream
 
 NEVER = 10**6  # an end token that no vocabulary has
 
@@ -169,7 +171,7 @@ def test_keeping_one_token_is_greedy(model, prompts):
 def test_top_k_and_top_p_leave_the_likeliest_tokens_scored_by_the_full_distribution(how, allowed):
     p = torch.tensor([0.15, 0.3, 0.05, 0.5])
     options = {"top_k": 0, "top_p": 1.0} | how
-    picked, scores = choose(p.log().expand(2000, 4), 1.0, generator=torch.Generator().manual_seed(0), **options)
+    picked, scores = next_token(p.log().expand(2000, 4), 1.0, generator=torch.Generator().manual_seed(0), **options)
     assert set(picked.tolist()) == allowed
     torch.testing.assert_close(scores, p.log()[picked])
 

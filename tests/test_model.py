@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import attention
-import weights
 from adapter import pixel_shuffle
 from attention import Segments, packed_attention
-from conftest import SHARED
-from data import Encoder, Message, Sample, normalise
+from data.encode import Encoder
+from data.images import normalise
+from data.sample import Message, Sample
+from infra import weights
 from llm import RMSNorm, rotate
 from packing import collate
 from vit import ViT
@@ -75,7 +77,7 @@ def test_logits_and_loss_are_those_of_the_released_code(tiny):
 def test_a_released_checkpoint_saved_again_keeps_every_name_and_bit(tiny, tmp_path, shard_bytes):
     model, _ = tiny
     before = load_file(RELEASED / "tiny" / "model.safetensors")
-    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes)
+    weights.save_weights(model, tmp_path, model.config.to_dict(), shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes < 1 << 20) == (tmp_path / weights.INDEX).is_file()
     after = {name: t for f in files for name, t in load_file(f).items()}
@@ -603,7 +605,7 @@ def test_an_index_cannot_lead_out_of_its_directory(saved, relative):
 
 
 def test_an_index_that_disagrees_with_the_files_is_an_error_that_names_the_tensor(model, tmp_path):
-    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
+    weights.save_weights(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
     index = json.loads((tmp_path / weights.INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     index["weight_map"][NAME] = next(f for f in files if f != index["weight_map"][NAME])
@@ -613,7 +615,7 @@ def test_an_index_that_disagrees_with_the_files_is_an_error_that_names_the_tenso
 
 
 def test_a_tensor_in_two_files_is_an_error_that_names_it(model, tmp_path):
-    weights.save(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
+    weights.save_weights(model, tmp_path, model.config.to_dict(), shard_bytes=1 << 20)
     for file in sorted(tmp_path.glob("*.safetensors"))[:2]:
         save_file(load_file(file) | {NAME: torch.zeros(256, 96)}, file)
     with pytest.raises(ValueError, match=re.escape(NAME) + " is already in"):
@@ -662,7 +664,7 @@ def test_a_released_head_of_its_own_is_believed_although_the_config_says_tied(mo
 
 
 def test_saving_over_an_earlier_checkpoint_replaces_it(model, config, tmp_path):
-    weights.save(SailVL(config).init_weights(1), tmp_path, config.to_dict(), shard_bytes=1 << 20)
+    weights.save_weights(SailVL(config).init_weights(1), tmp_path, config.to_dict(), shard_bytes=1 << 20)
     model.save_pretrained(tmp_path)
     ours = dict(model.named_parameters())
     assert all(torch.equal(p, ours[n]) for n, p in SailVL.from_pretrained(tmp_path).named_parameters())

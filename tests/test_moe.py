@@ -10,16 +10,28 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import calibrate
-import parallel
 import train
-import weights
-import world
-from cli import THINK
-from data import Encoder
+from data import world
+from data.encode import Encoder
+from infra import weights
 from kernels.bench import grouped, saved_bytes
-from moe import (MoE, Routing, balance_loss, choose, entropy, expert_load, expert_mixture, expert_mixture_grouped, hits, nudge, route,
-                 z_loss)
+from moe import (
+    MoE,
+    Routing,
+    balance_loss,
+    choose_path,
+    entropy,
+    expert_load,
+    expert_mixture,
+    expert_mixture_grouped,
+    route,
+    tokens_per_expert,
+    update_expert_bias,
+    z_loss,
+)
 from packing import collate
+from recipe import THINK
+from scale import parallel
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
@@ -98,7 +110,7 @@ def test_the_grouped_mixture_is_chosen_where_it_can_run_and_only_there():
     def chosen(S, C, I, dtype=torch.float32, K=1):
         shapes = (S, C), (2, 2 * I, C), (2, C, I)
         x, gate_up, down = (torch.zeros(shape, dtype=dtype) for shape in shapes)
-        return choose(x, torch.zeros(S, K, dtype=torch.long), gate_up, down)
+        return choose_path(x, torch.zeros(S, K, dtype=torch.long), gate_up, down)
     assert chosen(5, 16, 8) is expert_mixture_grouped and chosen(5, 16, 8, torch.bfloat16) is expert_mixture_grouped
     assert chosen(0, 16, 8) is expert_mixture and chosen(5, 16, 8, torch.float64) is expert_mixture
     assert chosen(5, 18, 8) is expert_mixture and chosen(5, 16, 6) is expert_mixture
@@ -111,7 +123,7 @@ def test_decoding_reads_only_the_experts_that_were_hit():
     idle = [e for e in range(16) if e not in indices]
     whole = expert_mixture(x, indices, w, gate_up, down)
     gate_up[idle], down[idle] = torch.nan, torch.nan
-    assert len(idle) >= 10 and torch.equal(choose(x, indices, gate_up, down)(x, indices, w, gate_up, down), whole)
+    assert len(idle) >= 10 and torch.equal(choose_path(x, indices, gate_up, down)(x, indices, w, gate_up, down), whole)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -147,7 +159,7 @@ def test_the_fast_path_keeps_x_and_z_and_indices_and_nothing_else():
 @pytest.mark.parametrize("S, C, I", [(0, 16, 16), (5, 18, 6), (5, 16, 16)])
 def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     inputs = ingredients(S, 4, 2, C, I)
-    torch.testing.assert_close(choose(inputs[0], inputs[1], *inputs[3:])(*inputs), expert_mixture(*inputs))
+    torch.testing.assert_close(choose_path(inputs[0], inputs[1], *inputs[3:])(*inputs), expert_mixture(*inputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- routing
@@ -373,7 +385,7 @@ def test_a_rank_alone_would_balance_something_else():
     """The parts of the global loss add up to it; the mean of local losses is another, larger number."""
     text = route(torch.arange(8.0).repeat(24, 1), 2, normalise=True)
     pictures = route(torch.arange(8.0).flip(0).repeat(24, 1), 2, normalise=True)
-    counts, whole = (hits([text]) + hits([pictures])).sum(0), balance_loss([stacked(text, pictures)])
+    counts, whole = (tokens_per_expert([text]) + tokens_per_expert([pictures])).sum(0), balance_loss([stacked(text, pictures)])
     parts = [balance_loss([r], everyone=(counts, 48.0)) for r in (text, pictures)]
     torch.testing.assert_close(sum(parts), whole)
     assert (balance_loss([text]) + balance_loss([pictures])) / 2 > whole + 1
@@ -384,7 +396,7 @@ def test_entropy_is_in_nats_and_counts_are_complete():
                                torch.tensor([4.0, 1, 2]).log())
     r = perfect(8, 2, 3)
     keep = torch.arange(24) < 10
-    assert hits([r, r], keep).sum(1).tolist() == [20, 20] and hits([r]).sum() == 48  # none dropped
+    assert tokens_per_expert([r, r], keep).sum(1).tolist() == [20, 20] and tokens_per_expert([r]).sum() == 48  # none dropped
 
 
 def test_the_z_loss_is_the_mean_square_of_the_log_partition():
@@ -400,8 +412,8 @@ def test_nudging_the_bias_spreads_a_crowd():
     x, spread = torch.randn(500, 16, generator=torch.Generator().manual_seed(1)) + 1, []
     for _ in range(100):
         layer(x, routing := [])
-        spread.append(float(entropy(hits(routing))))
-        nudge([layer], hits(routing), 0.01)
+        spread.append(float(entropy(tokens_per_expert(routing))))
+        update_expert_bias([layer], tokens_per_expert(routing), 0.01)
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
 
 

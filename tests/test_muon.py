@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from optim import Muon, orthogonal
 
 SHAPES = ((64, 64), (96, 32), (32, 96), (64, 64), (8, 200), (96, 32), (1, 7), (64, 64))
 
@@ -31,9 +31,9 @@ def one_rank(rank: int, size: int, place: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet{size}", rank=rank, world_size=size)
     calls = []
-    import muon
-    plain = muon.orthogonal
-    muon.orthogonal = lambda updates: calls.append(len(updates)) or plain(updates)
+    import optim
+    plain = optim.orthogonal
+    optim.orthogonal = lambda updates: calls.append(len(updates)) or plain(updates)
     torch.save({"weights": ours(), "did": sum(calls)}, f"{place}/{size}-{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -5,10 +5,17 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
-                          Qwen3MoeForCausalLM)
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from attention import Segments, inside
+from attention import Segments, attend_inside
 from llm import LLM
 from moe import balance_loss
 from vit import ViT, transformers_names
@@ -64,7 +71,7 @@ def test_a_language_model_has_transformers_logits_balance_loss_and_gradients(see
     ours = LLM.from_pretrained(tmp_path)
     ids = torch.randint(theirs.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(seed))
     out, routing, segments = theirs(ids), [], Segments.of([11, 11])
-    logits = ours.lm_head(ours(ours.embed(ids.flatten()), segments.positions(), inside(segments, True), routing)).view(2, 11, -1)
+    logits = ours.lm_head(ours(ours.embed(ids.flatten()), segments.positions(), attend_inside(segments, True), routing)).view(2, 11, -1)
     close(logits, out.logits)
     sides = [logits, out.logits]
     losses = [F.cross_entropy(side[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for side in sides]

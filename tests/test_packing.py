@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import EVERY
 from PIL import Image
+from test_data import record
 
 import packing
-import parallel
-import world
-from conftest import EVERY
-from data import Document, Encoder, Faults, normalise
-from packing import Batches, Rows, choose, collate
-from readers import Folder
-from stream import Documents, Drawn
-from test_data import record
+from data import world
+from data.encode import Encoder
+from data.images import normalise
+from data.readers import Folder
+from data.sample import Document, Faults
+from data.stream import Documents, Drawn
+from packing import Batches, Rows, choose_subset, collate
+from scale import parallel
 from train import Stage, answers, one_step
 
 CAPACITY = 256
@@ -91,7 +93,7 @@ def test_fill_is_as_good_as_trying_every_subset(largest):
         lengths = [rng.randint(1, largest) for _ in range(rng.randint(0, 9))]
         room = rng.randint(0, 4 * largest)
         sums = (sum(c) for k in range(len(lengths) + 1) for c in itertools.combinations(lengths, k))
-        chosen = choose([(n, 0) for n in lengths], room)
+        chosen = choose_subset([(n, 0) for n in lengths], room)
         assert len(set(chosen)) == len(chosen)
         assert sum(lengths[i] for i in chosen) == max(s for s in sums if s <= room)
 
@@ -466,7 +468,7 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     def step(micro):
         parameters = list(model.parameters())
         caught = Caught(parameters)
-        row = one_step(model, [caught], micro, objective, 1.0, Stage(clip=1e9), parallel.World())
+        row = one_step(model, [caught], micro, objective, 1.0, Stage(clip=1e9), parallel.Ranks())
         return row["loss"], row["grad_norm"], caught.gradient
 
     whole = step([collate(group, 512, tokenizer.pad)])

@@ -15,17 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from conftest import EVERY
-from data import BadSample, Encoder, Faults, Message, Sample, Show, Video, frames_of, main, open_image
-from packing import Batches
-from readers import Folder
-from stream import RUN, WINDOW, Documents, Order, Walk
+from PIL import Image
 from test_data import noise, png, record
+
+from data.encode import Encoder
+from data.images import frames_of, open_image
+from data.readers import Folder
+from data.sample import BadSample, Faults, Message, Sample, Video
+from data.show import Show, show_samples
+from data.stream import RUN, WINDOW, Documents, Order, Walk
+from data.world import World
+from packing import Batches
 from tokenizer import Tokenizer
 from vlm import PRESETS
-from world import World
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how) -> bytes:
@@ -244,7 +247,7 @@ def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_
     rows = [record("<image>\nwhät?", "réd", "red.png", task="t"), record("<image>?", "x", "gone.png"), record("hi", "yo")]
     (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl"}}}))
-    assert main(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
+    assert show_samples(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
     said = capsys.readouterr().out
     assert "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said and "\033[32mréd<|im_end|>\033[0m" in said and "yo" not in said
     assert "2 samples usable" in said and "tasks: t 1, (none) 1" in said and "skipped 1 x missing image; first: missing image: a.jsonl:2" in said

@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-import resample
-from readers import Folder
-from resample import balanced, distinct, ngrams, template_share, thinned
+from curation import balance
+from curation.balance import balanced, distinct, ngrams, template_share, thinned
+from data.readers import Folder
 
 
 def test_shares_follow_sizes_temperature_or_targets():
@@ -34,8 +34,8 @@ def test_thinning_keeps_every_text_of_its_own_and_about_the_cap_of_one_phrase():
 
 
 def test_the_commands_balance_a_mixture_and_thin_a_file_to_readable_records(tmp_path, capsys):
-    assert resample.example(resample.Example(tmp_path / "a.jsonl", 2000)) == 0
-    assert resample.thin(resample.Ngrams(tmp_path / "a.jsonl", tmp_path / "b.jsonl", cap=5)) == 0
+    assert balance.example(balance.Example(tmp_path / "a.jsonl", 2000)) == 0
+    assert balance.thin(balance.Ngrams(tmp_path / "a.jsonl", tmp_path / "b.jsonl", cap=5)) == 0
     before, chance, after = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
     for n in range(2, 6):  # distinct-1 to distinct-4
         assert float(after[n]) > float(chance[n])
@@ -44,6 +44,6 @@ def test_the_commands_balance_a_mixture_and_thin_a_file_to_readable_records(tmp_
     assert len(kept) == int(after[1]) < 2000 and not kept.faults.counts and all(s.messages in was for s in kept.first())
 
     (tmp_path / "mix.json").write_text(json.dumps({"datasets": {n: {"data": f"{n}.jsonl"} for n in "ab"}}))
-    assert resample.datasets(resample.Datasets(tmp_path / "mix.json", tmp_path / "new.json", 2.0)) == 0
+    assert balance.datasets(balance.Datasets(tmp_path / "mix.json", tmp_path / "new.json", 2.0)) == 0
     found = json.loads((tmp_path / "new.json").read_text())["datasets"]
     assert found["a"]["weight"] / found["b"]["weight"] == pytest.approx((2000 / len(kept)) ** 0.5)

@@ -5,8 +5,10 @@ import time
 
 import pytest
 
+import graders
 import rewards
-from rewards import GRADERS, answer_reward, arithmetic, boxed, format_reward, items, number, same, symbolic
+from graders import GRADERS, arithmetic, boxed, expressions_equal, lists_equal, number, same_answer
+from rewards import answer_reward, format_reward
 
 T = "<think>a</think>"
 VERDICTS = [  # completion, truth, answer reward, format reward
@@ -56,7 +58,7 @@ def test_there_are_at_least_sixty_and_no_two_alike():
 
 
 def test_nothing_equals_a_missing_answer():
-    assert not same(None, None) and not same("", "") and not same(None, "3") and not same("3", None)
+    assert not same_answer(None, None) and not same_answer("", "") and not same_answer(None, "3") and not same_answer("3", None)
     for name in GRADERS:
         assert answer_reward(T + "\\boxed{}", "", True, name) == 0 == answer_reward(T, "3", True, name), name
     with pytest.raises(ValueError, match="unknown grader"):
@@ -76,15 +78,15 @@ def test_numbers_are_exact():
 @pytest.mark.parametrize("a,b,equal", [("red, blue", "blue, red", 1), ("red, red, blue", "blue, red", 0), ("red", "red, blue", 0), ("[1, 2.0]", "2, 1", 1),
                                        ("{1, 1}", "1, 1", 1), ("1, 1", "1", 0), ("red, blue, green", "red, blue", 0)])
 def test_lists_match_in_any_order_each_item_once(a, b, equal):
-    assert items(a, b) == equal
+    assert lists_equal(a, b) == equal
 
 
 def test_boxes_and_reading_grade_by_overlap_and_distance():
     assert GRADERS["box"]("[0, 0, 10, 10]", "0 0 10 10") == 1 and GRADERS["box"]("0 0 10 10", "0 6 10 16") == 0
-    assert rewards.box_iou("0 0 10 10", "0 5 10 15") == pytest.approx(1 / 3) and rewards.box_iou("0 0 10 10 20", "0 0 10 10") == 0
-    assert rewards.box_iou("10 10 0 0", "0 0 10 10") == 0 == rewards.box_iou("", "")
-    assert rewards.anls("hello", "hello") == 1 and rewards.anls("hallo", "Hello") == 0.8 and rewards.anls("xyz", "hello") == 0
-    assert rewards.anls("hello world " * 20, "hello") == 0
+    assert graders.box_iou("0 0 10 10", "0 5 10 15") == pytest.approx(1 / 3) and graders.box_iou("0 0 10 10 20", "0 0 10 10") == 0
+    assert graders.box_iou("10 10 0 0", "0 0 10 10") == 0 == graders.box_iou("", "")
+    assert graders.anls("hello", "hello") == 1 and graders.anls("hallo", "Hello") == 0.8 and graders.anls("xyz", "hello") == 0
+    assert graders.anls("hello world " * 20, "hello") == 0
 
 
 @pytest.mark.parametrize("text,value", [("2+3*4", 14), ("(2+3)*4", 20), ("2^3^2", 512), ("-2^2", -4), ("\\frac{1}{2}+\\frac{1}{3}", "5/6"), ("2 \\cdot 3", 6),
@@ -99,13 +101,13 @@ def test_arithmetic_is_exact_and_refuses_what_would_take_long(text, value):
     not importlib.util.find_spec("math_verify"), reason="math-verify is not installed"))])
 def test_expressions_are_equal_with_and_without_math_verify(installed, monkeypatch):
     if not installed:
-        monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
     for a, b in (("\\frac{1}{2}", "0.5"), ("2^3", "8"), ("x + 1", "x+1"), ("\\frac{2}{4}", "\\frac{1}{2}"), ("x = 3", "3")):
-        assert symbolic(a, b) == 1, (a, b)
+        assert expressions_equal(a, b) == 1, (a, b)
     for a, b in (("3 or 4", "3"), ("3, 4", "3"), ("3$ or $4", "3"), ("3=3", "3"), ("4 = 3", "3"), ("x", "y"), ("9^9^9^9", "1"), ("", "")):
-        assert symbolic(a, b) == 0, (a, b)
+        assert expressions_equal(a, b) == 0, (a, b)
     if installed:
-        assert symbolic("(x+1)^2", "x^2+2x+1") == 1 and symbolic("\\sqrt{8}", "2\\sqrt{2}") == 1
+        assert expressions_equal("(x+1)^2", "x^2+2x+1") == 1 and expressions_equal("\\sqrt{8}", "2\\sqrt{2}") == 1
 
 
 def hang(pipe):
@@ -118,8 +120,8 @@ def hang(pipe):
 
 
 def test_an_answer_that_takes_too_long_is_wrong_and_the_next_is_judged_also_from_threads(monkeypatch):
-    monkeypatch.setattr(rewards, "verify", hang)
-    judge, verdicts = rewards.Judge(), {}
+    monkeypatch.setattr(graders, "verify", hang)
+    judge, verdicts = graders.Judge(), {}
 
     def ask(answer):
         verdicts[answer] = judge.ask(answer, "x", 1.0)

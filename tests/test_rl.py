@@ -14,12 +14,23 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import bench_rl
 import moe
 import rl
-import world
-from policy_losses import (AGGREGATIONS, ALGORITHMS, aggregate, centred, divisor, group_advantage, kl_penalty, leave_one_out, loss,
-                           overlong_penalty, sequence_log_ratio)
+from claims import algorithms
+from data import world
+from policy_losses import (
+    AGGREGATIONS,
+    ALGORITHMS,
+    aggregate,
+    centred,
+    divisor,
+    group_advantage,
+    kl_penalty,
+    leave_one_out,
+    loss,
+    overlong_penalty,
+    sequence_log_ratio,
+)
 from vlm import PRESETS, SailVL
 
 EVERY_ALGORITHM = pytest.mark.parametrize("name", list(ALGORITHMS))
@@ -542,7 +553,7 @@ def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
     questions = [world.sample(i, 0, {"counting": 1.0}, turns=1) for i in range(4)]
     stage = rl.RLStage("x", ("llm",), {}, steps=8, lr=5e-3, prompts=4, group=16, updates=1, max_new=8, overlong=0, schedule="constant",
                        dynamic=False)
-    log = rl.run(model, stage, SimpleNamespace(stream=lambda *_: itertools.cycle(questions)), encoder, reward=bench_rl.weak).log
+    log = rl.run(model, stage, SimpleNamespace(stream=lambda *_: itertools.cycle(questions)), encoder, reward=algorithms.weak).log
     assert sum(r["reward"] for r in log[-3:]) > 2 * sum(r["reward"] for r in log[:3])
     assert all(r["answer"] == 0 for r in log)  # what our extractor paid
 

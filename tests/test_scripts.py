@@ -73,11 +73,16 @@ def test_an_unknown_option_or_stage_is_an_error():
     assert "choose from" in run("sft.py", "--stage", "sft9", ok=False)
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "sft.py", "rl.py", "soup.py", "generate.py", "evaluate.py", "data.py", "world.py",
-                                    "toy.py", "real.py", "readme.py", "bench_rl.py", "bench_sft.py", "bench_rollout.py",
-                                    "bench_adalrs.py", "bench_train.py", "align.py"])
-def test_help_works_on_every_script(script):
-    assert "usage" in run(script, "--help").lower()
+SCRIPTS = ["pretrain.py", "sft.py", "rl.py", "soup.py", "generate.py", "evaluate.py", "calibrate.py", "toy.py", "vlm.py",
+           "tokenizer.py", "packing.py"]
+MODULES = ["data.show", "data.world", "tools.real", "tools.readme", "curation.balance", "bench.step", "bench.rows",
+           "bench.decoding", "bench.rollouts", "claims.rates", "claims.algorithms", "claims.posttraining",
+           "claims.alignment", "kernels.bench"]
+
+
+@pytest.mark.parametrize("words", [[s] for s in SCRIPTS] + [["-m", m] for m in MODULES], ids=" ".join)
+def test_help_works_on_every_script(words):
+    assert "usage" in run(*words, "--help").lower()
 
 
 def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
@@ -93,4 +98,4 @@ def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
 
 
 def test_the_readme_table_of_files_is_up_to_date():
-    run("readme.py", "--check", "True")
+    run("-m", "tools.readme", "--check", "True")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import sft
-import world
-from data import with_thinking
+from data import world
+from data.encode import with_thinking
 from packing import collate
 from train import Stage, answers
 

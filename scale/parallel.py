@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
@@ -30,20 +30,20 @@ class World:
         return self.rank == 0
 
 
-def start() -> World:
+def start() -> Ranks:
     """Join torchrun's process group if there is one. Chooses the device: CUDA, another accelerator, else the CPU."""
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     kind = "cpu" if kind == "mps" else kind  # a model of the toy's size is faster there, and Muon is untested on MPS
     if "WORLD_SIZE" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-        return World(device=kind)
+        return Ranks(device=kind)
     local = int(os.environ["LOCAL_RANK"])
     device = kind if kind == "cpu" else f"{kind}:{local}"
     if kind != "cpu":
         torch.accelerator.set_device_index(local)
     if not dist.is_initialized():
         dist.init_process_group()
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def stop() -> None:

@@ -9,16 +9,14 @@ that the policy solves sometimes: `solved` measures that, and the filters keep w
 Sources: SAIL-VL2 section 4.2.3 (pass@4 with the previous model; multiple choice becomes free response), 4.2.4 (think-fusion
 data: 90 % direct, 10 % chains by rejection sampling from the RL policy), 4.2.5 (hard, "suboptimal" questions for mixed RL).
 """
-import itertools
-import random
 import re
 from dataclasses import replace
-from typing import Iterator
 
-from data import Encoder, Message, Sample, with_thinking
+from data.encode import Encoder, with_thinking
+from data.sample import Sample
 from evaluate import text_of
 from generate import Answer, generate
-from rewards import answer_reward, boxed, format_reward, split_think
+from rewards import answer_reward
 from vlm import SailVL
 
 
@@ -79,35 +77,3 @@ def free_response(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return done, left
 
 
-def rejection_sample(model: SailVL, encoder: Encoder, samples: list[Sample], tries: int = 4, max_new: int = 64,
-                     temperature: float = 1.0, seed: int = 0) -> list[Sample]:
-    """The samples whose question the model solves when it thinks, answered by the first of its own right chains.
-
-    Right means: the one box holds the truth, the format is whole, and the model stopped by itself.
-    """
-    asked, answers = thought(model, encoder, samples, tries, max_new, temperature, seed)
-    kept: dict[int, Sample] = {}
-    for a in answers:
-        text, s = text_of(a, encoder.tokenizer), asked[a.prompt]
-        if a.prompt not in kept and answer_reward(text, s.facts["answer"], a.finished) and format_reward(text, a.finished):
-            chain, answer = split_think(text)
-            own = Message("assistant", (f"\\boxed{{{boxed(answer)}}}",), think=chain)
-            kept[a.prompt] = replace(s, messages=(*s.messages[:-1], own), task="chain")
-    return [kept[i] for i in sorted(kept)]
-
-
-def blend(direct: Iterator[Sample], chains: list[Sample], share: float, seed: int = 0) -> Iterator[Sample]:
-    """An endless stream with `share` of its samples from `chains` (each as often as the others), the rest direct.
-
-    Raises ValueError when chains are wanted and there are none: the policy solved nothing, so there is nothing to fuse.
-    """
-    if share > 0 and not chains:
-        raise ValueError("no chain survived rejection sampling; train the policy longer or ask it easier questions")
-    rng, pool = random.Random(seed), itertools.chain.from_iterable(
-        rng_order(chains, seed + epoch) for epoch in itertools.count())
-    for sample in direct:
-        yield next(pool) if rng.random() < share else sample
-
-
-def rng_order(samples: list[Sample], seed: int) -> list[Sample]:
-    return random.Random(seed).sample(samples, len(samples))

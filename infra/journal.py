@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import RunDirectory, sync
+from infra.checkpoint import RunDirectory, sync
 
 
 class Journal:

@@ -4,8 +4,8 @@ What it teaches: where a step's time goes, and what not computing costs: logits 
 document instead of a masked square, an RMSNorm with its backward written out. transformers is used as its documentation
 says for packed rows: SDPA attention, position ids that restart, and a block-diagonal mask; its fast paths for packing need a GPU.
 
-    python bench_train.py                  # tokens per second of both, ratio; the ten most expensive operations
-    python bench_train.py --memory True    # peak memory of the loss at a vocabulary of 151,936
+    python -m bench.step                  # tokens per second of both, ratio; the ten most expensive operations
+    python -m bench.step --memory True    # peak memory of the loss at a vocabulary of 151,936
 """
 import multiprocessing
 import resource
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from attention import Segments, inside
+from attention import Segments, attend_inside
 from llm import LLM, LLMConfig
 from vlm import token_logprobs
 
@@ -39,7 +39,7 @@ def ours(config: LLMConfig, ids, labels):
     model = LLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
     segments = Segments.of(DOCUMENTS)
-    attend, positions, at = inside(segments, causal=True), segments.positions(), (labels.reshape(-1) >= 0).nonzero()[:, 0]
+    attend, positions, at = attend_inside(segments, causal=True), segments.positions(), (labels.reshape(-1) >= 0).nonzero()[:, 0]
 
     def loss():
         hidden = model(model.embed(ids.reshape(-1)), positions, attend).index_select(0, at)

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 import tyro
 
-import parallel
-from checkpoint import RunDirectory
-from data import Encoder, Faults
-from readers import Folder
+from data.encode import Encoder
+from data.readers import Folder
+from data.sample import Faults
+from data.world import FAMILIES, World, corpus
+from infra.checkpoint import RunDirectory
+from scale import parallel
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
-from world import FAMILIES, World, corpus
 
 THINK = "think first."  # the toy's request to think: the released sentence would be longer than its answers
 
@@ -26,7 +27,7 @@ THINK = "think first."  # the toy's request to think: the released sentence woul
 @dataclass
 class RunOptions:
     """Where data and model come from and where the result goes."""
-    data: Path | None = None  # JSON, JSONL, TSV, tar, parquet, a folder of them or a mixture file (readers.py); none: the toy world
+    data: Path | None = None  # JSON, JSONL, TSV, tar, parquet, a folder of them or a mixture file (data/readers.py); none: the toy world
     images: Path | None = None  # folder of its images; none: beside the file
     model: Path | None = None  # directory to start from; none: a new toy model and tokenizer
     preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
@@ -97,11 +98,11 @@ def checker(o: RunOptions, model: SailVL, encoder: Encoder):
 
 def run(o: RunOptions, recipes, stage_runner) -> int:
     """Set up world, source and model, run the chosen stage (from its newest checkpoint, if any), save the result."""
-    from generate import load
+    from generate import load_model
     world = parallel.start()
     torch.manual_seed(o.stage.seed)
     source = Folder(o.data, o.images, o.strict) if o.data else World()
-    model, tokenizer = load(o.model) if o.model else new_model(o.preset, source, o.stage.seed)
+    model, tokenizer = load_model(o.model) if o.model else new_model(o.preset, source, o.stage.seed)
     model.to(world.device).train()
     config = {k: v for k, v in dataclasses.asdict(o).items() if k in ("data", "images", "model", "preset", "stage")}
     if world.main:

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-import parallel
+from scale import parallel
 
 A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's: x -> A x + B x^3 + C x^5 on the singular values, as steep at 0 as may be
 

@@ -11,9 +11,9 @@ number of kept texts that may hold an n-gram; then its n-grams are counted. A co
 place, a text of common phrases only does. Measured by distinct-n (different n-grams / n-grams) and by the template share (texts
 that open with one of the ten commonest openings), against a random choice of as many: fewer texts alone raise distinct-n.
 
-    python resample.py datasets --mix mix.json --out balanced.json --temperature 2
-    python resample.py ngrams --data captions.jsonl --out kept.jsonl --cap 20
-    python resample.py example --out captions.jsonl            # captions from a few templates, to try it on
+    python -m curation.balance datasets --mix mix.json --out balanced.json --temperature 2
+    python -m curation.balance ngrams --data captions.jsonl --out kept.jsonl --cap 20
+    python -m curation.balance example --out captions.jsonl            # captions from a few templates, to try it on
 """
 import json
 import random
@@ -26,8 +26,8 @@ from typing import Annotated, Iterable
 
 import tyro
 
-from data import BadSample, Sample
-from readers import Folder
+from data.readers import Folder
+from data.sample import BadSample, Sample
 
 
 def balanced(sizes: list[int], temperature: float = 1.0, targets: list[float] | None = None) -> list[float]:

@@ -21,26 +21,20 @@ Face writes 100 rows of images); text containers are parsed once at the start, t
 """
 import base64
 import binascii
-import csv
 import glob
-import io
-import json
 import re
-import tarfile
 from array import array
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
 
-from data import THINKING, BadSample, Faults, Message, Sample, Video
-from stream import Drawn, Order
+from data.containers import CHEAP, PICTURES, SPANS, fields_of, strict_json
+from data.sample import THINKING, BadSample, Faults, Message, Sample, Video
+from data.stream import Drawn, Order
 
-MAX_BYTES = 1 << 26  # of one record, its images included
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system"}
 DESCRIBE, READ = "Describe the picture.", "Read the text in the picture."  # our questions to captions and pages without one
 WRONG = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # what malformed fields raise
@@ -48,187 +42,10 @@ WRONG = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # 
 
 # ------------------------------------------------------------------------------------------------------------ containers
 
-Span = tuple[int, int, int]  # first byte, byte after the last, and the record's number in its file, from 1
-
-
-def line_spans(path: Path) -> Iterator[Span]:
-    with open(path, "rb") as f:
-        start = 3 if f.read(3) == b"\xef\xbb\xbf" else 0
-        f.seek(start)
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield start, start + len(line), number
-            start += len(line)
-
-
-def item_spans(path: Path) -> Iterator[Span]:
-    """Items of a JSON list, or lines when it is none. Read as Latin-1, a character is a byte, and JSON's own signs are the same."""
-    with open(path, "rb") as f:
-        if not f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from line_spans(path)
-            return
-    text, decoder, blank = path.read_text("latin-1"), json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, number = text.index("[") + 1, 0
-    while (at := blank.match(text, at).end()) < len(text) and text[at] != "]":
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: not a JSON list ({e})") from e
-        number += 1
-        yield at, end, number
-        at = end
-    if at >= len(text):
-        raise ValueError(f"{path}: not a JSON list (it does not end)")
-
-
-def row_spans(path: Path) -> Iterator[Span]:
-    """Lines of a TSV after its header; a quoted field may hold line breaks."""
-    quotes = number = 0
-    with open(path, "rb") as f:
-        end = start = len(f.readline())
-        for line in f:
-            quotes, end = quotes + line.count(b'"'), end + len(line)
-            if quotes % 2 == 0:
-                number += 1
-                yield start, end, number
-                start = end
-    if end > start:
-        yield start, end, number + 1
-
-
-def header(block: bytes) -> tarfile.TarInfo:
-    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-
-
-def members(f) -> Iterator[tuple[str, int, int, int] | str]:
-    """(name, start, data, end) of each file in a tar, from the file's position; a string tells of damage, which is searched
-    block by block for the next header. tarfile itself ends in silence there."""
-    at, size, name = f.tell(), f.seek(0, 2), None
-    start, broken = at, False
-    while True:
-        f.seek(at)
-        block = f.read(512)
-        if len(block) < 512:
-            yield "it ends without an end mark"
-        if len(block) < 512 or not block.strip(b"\0"):
-            return
-        try:
-            info = header(block)
-        except tarfile.HeaderError as e:
-            if not broken:
-                yield f"bad header at byte {at} ({e})"
-            broken, name, at = True, None, at + 512
-            start = at
-            continue
-        data, broken = at + 512, False
-        at = data + (info.size + 511) // 512 * 512
-        if data + info.size > size:
-            yield f"{info.name} is cut short"
-            return
-        if info.type in (b"L", b"x"):  # the next file's name is too long for its header
-            body = f.read(info.size)
-            found = re.search(rb"\d+ path=(.*)\n", body) if info.type == b"x" else re.match(rb"([^\0]*)", body)
-            name = found.group(1).decode("utf-8", "replace") if found else name
-            continue
-        if info.isreg():
-            yield name or info.name, start, data, data + info.size
-        start, name = at, None
-
-
-def key_of(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the path up to the first dot of the file's name is the sample, the rest says what it is."""
-    folder, _, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return f"{folder}/{stem}", kind.lower()
-
-
-def group_spans(path: Path) -> Iterator[Span | BadSample]:
-    """Neighbouring files of one key. Damage is one fault, together with the sample that it leaves incomplete."""
-    key, kinds, start, end, number, damage = None, set(), 0, 0, 0, False
-
-    def whole() -> bool:
-        return bool(kinds & {"txt", "json"}) and bool(kinds & {*PICTURES, "pdf", "tif"})
-
-    with open(path, "rb") as f:
-        for found in members(f):
-            if isinstance(found, str):
-                if key is not None and whole():
-                    yield start, end, number
-                key, kinds, damage = None, set(), True
-                yield BadSample("damaged tar", f"{path.name}: {found}")
-                continue
-            name, a, _, b = found
-            here, kind = key_of(name)
-            if here != key:
-                if key is not None:
-                    if whole() or not damage:
-                        yield start, end, number
-                    damage = False
-                key, kinds, start, number = here, set(), a, number + 1
-            kinds.add(kind)
-            end = b
-    if key is not None and (whole() or not damage):
-        yield start, end, number
-
-
-def parquet(path: Path):
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as e:
-        raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from e
-    return ParquetFile(path)
-
-
-def parquet_spans(path: Path) -> Iterator[Span]:
-    """Not bytes but row group and row in it."""
-    metadata, number = parquet(path).metadata, 0
-    for g in range(metadata.num_row_groups):
-        for i in range(metadata.row_group(g).num_rows):
-            number += 1
-            yield g, i, number
-
-
-@lru_cache(4)
-def row_group(path: Path, group: int):
-    return parquet(path).read_row_group(group)
-
-
-def strict_json(text: str):
-    """JSON without NaN and infinities, which would be numbers nobody wrote."""
-    def refuse(name: str):
-        raise ValueError(f"{name} is no JSON number")
-    return json.loads(text, parse_constant=refuse)
-
-
-def fields_of(path: Path, a: int, b: int) -> dict:
-    """The record at a span, as a dictionary. Raises ValueError (or RecursionError) when it cannot be read."""
-    kind = path.suffix
-    if kind == ".parquet":
-        return row_group(path, a).slice(b, 1).to_pylist()[0]
-    if b - a > MAX_BYTES:
-        raise ValueError(f"a record of {b - a} bytes; the limit is {MAX_BYTES}")
-    with open(path, "rb") as f:
-        f.seek(a)
-        raw = f.read(b - a)
-        if kind == ".tar":
-            files = [m for m in members(io.BytesIO(raw)) if not isinstance(m, str)]
-            return {key_of(name)[1]: raw[data:end] for name, _, data, end in files} | {"__key__": key_of(files[0][0])[0]}
-        if kind == ".tsv":
-            f.seek(0)
-            names = f.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
-            csv.field_size_limit(MAX_BYTES)
-            row, = csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter="\t")
-            return dict(zip(names, row, strict=True))
-    return strict_json(raw.decode("utf-8"))
-
-
-SPANS = {".jsonl": item_spans, ".json": item_spans, ".tsv": row_spans, ".tar": group_spans, ".parquet": parquet_spans}
-CHEAP = (".jsonl", ".json", ".tsv")  # parsed once at the start; pictures in the others make that too dear
-
 
 # ---------------------------------------------------------------------------------------------------------------- fields
 
-def picture(value):
+def image_source(value):
     """An image as datasets spell it: path, bytes, {bytes, path}, {url: ...}, data URL. Returns bytes or a Path."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path") or value.get("url") or value.get("image")
@@ -249,7 +66,7 @@ def listed(value) -> list:
 
 def dialogue(turns: list[tuple[str, str]], images: list, videos: list = ()) -> tuple[Message, ...]:
     """Turns of (role, text) with <image> and <video> marks in the user's texts, and what the marks stand for, in order."""
-    queues = {"<image>": [picture(i) for i in images], "<video>": [film(v) for v in videos]}
+    queues = {"<image>": [image_source(i) for i in images], "<video>": [video_source(v) for v in videos]}
     asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
     for mark, queue in queues.items():
         count = sum(turns[i][1].count(mark) for i in asked)
@@ -270,8 +87,8 @@ def dialogue(turns: list[tuple[str, str]], images: list, videos: list = ()) -> t
     return answered(tuple(messages))
 
 
-def film(value) -> Video:
-    return Video(tuple(picture(v) for v in value) if isinstance(value, list) else picture(value))
+def video_source(value) -> Video:
+    return Video(tuple(image_source(v) for v in value) if isinstance(value, list) else image_source(value))
 
 
 def answered(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -280,7 +97,7 @@ def answered(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-def conversations(row: dict) -> tuple[Message, ...]:
+def from_conversations(row: dict) -> tuple[Message, ...]:
     said = strict_json(row["conversations"]) if isinstance(row["conversations"], str) else row["conversations"]
     turns = [(ROLES[t.get("from") or t["role"]], t["value"] if "value" in t else t["content"]) for t in said]
     if isinstance(row.get("system"), str) and row["system"]:
@@ -290,7 +107,7 @@ def conversations(row: dict) -> tuple[Message, ...]:
     return dialogue(turns, listed(images), listed(videos))
 
 
-def chat(row: dict, field: str = "messages") -> tuple[Message, ...]:
+def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
     """Content is a text with marks, or a list of typed parts; a part without a value of its own takes the next of `images`."""
     if all(isinstance(m["content"], str) for m in row[field]):
         return dialogue([(ROLES[m["role"]], m["content"]) for m in row[field]], listed(row.get("images")), listed(row.get("videos")))
@@ -309,13 +126,13 @@ def chat(row: dict, field: str = "messages") -> tuple[Message, ...]:
     return dialogue(turns, images + spare, videos)
 
 
-def texts(row: dict, least: int = 0) -> tuple[Message, ...]:
+def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
     """FineVision, the_cauldron: turns of {user, assistant}, rated 1 to 5 in FineVision; OBELICS: texts and images in turn."""
     if all(t is None or isinstance(t, str) for t in row["texts"]):
         pairs = list(zip(row["images"], row["texts"], strict=True))
         if any((i is None) == (t is None) for i, t in pairs):
             raise BadSample("malformed record", "an interleaved place holds an image or a text, not both and not none")
-        return (Message("assistant", tuple(picture(i) if t is None else t for i, t in pairs)),)
+        return (Message("assistant", tuple(image_source(i) if t is None else t for i, t in pairs)),)
     ratings = [row[k] for k in row if k.endswith("_ratings") and row[k]]
     kept = [t for i, t in enumerate(row["texts"]) if all(r[i] is None or r[i] >= least for r in ratings)]
     if not kept:
@@ -326,19 +143,19 @@ def texts(row: dict, least: int = 0) -> tuple[Message, ...]:
     return dialogue(turns, images)
 
 
-def question(row: dict) -> tuple[Message, ...]:
+def from_question(row: dict) -> tuple[Message, ...]:
     options = "".join(f"\n{k}. {row[k]}" for k in "ABCDEFGH" if row.get(k))
     hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
     ask = f"{hint}{row['question']}{options}" + "\nAnswer with the letter." * bool(options)
     image = base64.b64decode(row["image"], validate=True) if row.get("image") else row["image_path"]
-    return (Message("user", (picture(image), "\n" + ask)), *dialogue([("assistant", row["answer"])], []))
+    return (Message("user", (image_source(image), "\n" + ask)), *dialogue([("assistant", row["answer"])], []))
 
 
-def shard(row: dict) -> tuple[Message, ...]:
+def from_tar_fields(row: dict) -> tuple[Message, ...]:
     """Files of one key. A JSON sidecar may hold a conversation, a caption, or the pages of a document (idl-wds)."""
     images = [row[k] for k in row if k in PICTURES]
     side = strict_json(row["json"].decode("utf-8")) if "json" in row else {}
-    for known, read in (("conversations", conversations), ("messages", chat)):
+    for known, read in (("conversations", from_conversations), ("messages", from_messages)):
         if known in side:
             return read(side | {"images": images, "image": None})
     if not images:
@@ -356,18 +173,18 @@ def to_sample(row: dict, origin: str, root: Path, d: "Dataset") -> Sample:
     try:
         facts = row.get("facts")
         if "__key__" in row:
-            messages = shard(row)
+            messages = from_tar_fields(row)
         elif "conversations" in row:
-            messages = conversations(row)
+            messages = from_conversations(row)
         elif "messages" in row:
-            messages = chat(row)
+            messages = from_messages(row)
         elif "texts" in row:
-            messages = texts(row, d.min_rating)
+            messages = from_texts(row, d.min_rating)
         elif "prompt" in row:
             facts = {"answer": str(row["reward_model"]["ground_truth"])}
-            messages = chat(row | {"prompt": [*row["prompt"], {"role": "assistant", "content": facts["answer"]}]}, "prompt")
+            messages = from_messages(row | {"prompt": [*row["prompt"], {"role": "assistant", "content": facts["answer"]}]}, "prompt")
         elif "question" in row:
-            messages = question(row)
+            messages = from_question(row)
         else:
             raise KeyError(f"none of conversations, messages, texts, prompt, question among {', '.join(map(str, row))[:100]}")
         task = row.get("task") or d.task or (row.get("data_source") if "prompt" in row else "") or ""

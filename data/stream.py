@@ -22,7 +22,8 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
-from data import BadSample, Document, Encoder, Faults, Sample
+from data.encode import Encoder
+from data.sample import BadSample, Document, Faults, Sample
 
 BLOCK = 1 << 16  # draws of the mixture that are made together
 RUN, WINDOW = 1024, 8192  # records read in order, and records that are shuffled among each other

@@ -3,9 +3,9 @@
 What it teaches: "the ViT speaks the language model's language" can be put into numbers, without training anything (Table 7: the
 distances between two clouds of points) or with a small probe (Table 6), and a curve of scores over data into two (a log law).
 
-    python align.py --model runs/toy/vit3 --before runs/toy/image          # distances and probe of two models of one ladder
-    python align.py --toy 3                                                # over 3 seeds, from scratch: start -> SAIL-ViT
-    python align.py --model runs/toy/vit3 --curve runs/mine/log.jsonl      # accuracy of a run's checks over its steps
+    python -m claims.alignment --model runs/toy/vit3 --before runs/toy/image          # distances and probe of two models of one ladder
+    python -m claims.alignment --toy 3                                                # over 3 seeds, from scratch: start -> SAIL-ViT
+    python -m claims.alignment --model runs/toy/vit3 --curve runs/mine/log.jsonl      # accuracy of a run's checks over its steps
 
 Legend: N vision tokens of width Cv, M rows of the embedding table of width C, P principal components.
 
@@ -29,10 +29,12 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from data import Encoder, Faults, normalise
-from generate import load
+from data.encode import Encoder
+from data.images import normalise
+from data.sample import Faults
+from data.world import World
+from generate import load_model
 from vlm import SailVL
-from world import World
 
 TABLE7 = {"Qwen3-0.6B": ((1.42, 4.86, 10.78), (1.15, 3.88, 9.52)), "Qwen3-1.7B": ((1.30, 4.65, 11.11), (1.05, 3.60, 9.89)),
           "Qwen3-8B": ((0.78, 3.59, 11.24), (0.66, 2.63, 10.06))}  # AIMv2 -> SAIL-ViT: nearest, wasserstein, mean
@@ -134,13 +136,13 @@ def report(name: str, model: SailVL, encoder: Encoder, seed: int = 0) -> dict[st
 
 def toy(seeds: int, effort: float) -> bool:
     """Stand-ins, then SAIL-ViT I to III, for each seed: do the distances fall, in own units? Prints the paper's beside them."""
-    import cli
     import pretrain
+    import recipe
     fell = True
     for seed in range(seeds):
         torch.manual_seed(seed)
         source = World()
-        model, tokenizer = cli.new_model("toy", source, seed)
+        model, tokenizer = recipe.new_model("toy", source, seed)
         encoder = Encoder(tokenizer, model.config, max_length=512)
         short = lambda name: replace(s := pretrain.TOY[name], steps=max(4, round(s.steps * effort)), seed=s.seed + 1000 * seed)
         pretrain.run_stage(model, short("language"), source, encoder)
@@ -168,7 +170,7 @@ class Options:
 
 def main(o: Options) -> int:
     for path in filter(None, (o.before, o.model)):
-        model, tokenizer = load(path)
+        model, tokenizer = load_model(path)
         report(path.name, model, Encoder(tokenizer, model.config))
     if o.curve:
         rows = [(r["step"] + 1, r["check"]["accuracy"]) for r in map(json.loads, o.curve.read_text().splitlines()) if "check" in r]

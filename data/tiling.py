@@ -70,7 +70,7 @@ def tiles(image: Image.Image, max_tiles: int, tile: int, thumbnail: bool = True,
     return first[:-1] + cut(image, second_grid(*image.size, grid, max_tiles, tile, min_tiles), tile) + first[-1:]
 
 
-def fit(image: Image.Image, unit: int, max_patches: int, patch: int) -> Image.Image:
+def fit_to_patches(image: Image.Image, unit: int, max_patches: int, patch: int) -> Image.Image:
     """Any resolution: keep the aspect ratio, round each side to the merge unit (2 patches), stay within `max_patches`.
     The rounding rule is our choice; the limit is the paper's."""
     w, h = image.size
@@ -81,7 +81,7 @@ def fit(image: Image.Image, unit: int, max_patches: int, patch: int) -> Image.Im
     return image if tuple(sides) == image.size else image.resize(tuple(sides), Image.BICUBIC)
 
 
-def prepare(image: Image.Image, config, images: int = 1, video: bool = False) -> list[Image.Image]:
+def tiles_of(image: Image.Image, config, images: int = 1, video: bool = False) -> list[Image.Image]:
     """One image of a sample as the ViT takes it, in order: the rules of the released code. config: a VLMConfig.
 
     images: how many the sample has. Several share 64 tiles (up to 6 images this changes nothing; the released processor alone
@@ -89,6 +89,6 @@ def prepare(image: Image.Image, config, images: int = 1, video: bool = False) ->
     """
     patch = config.vision.patch_size
     if config.any_resolution:
-        return [fit(image, 2 * patch, MAX_PATCHES, patch)]
+        return [fit_to_patches(image, 2 * patch, MAX_PATCHES, patch)]
     most = 1 if video else max(1, min(config.max_tiles, MAX_TILES // images))
     return tiles(image, most, config.vision.image_size, config.thumbnail, min(config.min_tiles, most), config.msac and images == 1)

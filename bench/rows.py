@@ -1,8 +1,8 @@
 """What full and balanced rows are worth: three measurements on the toy model, each within one run.
 
-    python bench_data.py packing      # training step: padded batches, the stream as it comes, ours; equal supervised tokens
-    python bench_data.py vision       # two ranks, any resolution: time of the slower rank's ViT
-    python bench_data.py decode       # JPEG to packed batch, samples a second and worker, against what the toy model takes
+    python -m bench.rows packing      # training step: padded batches, the stream as it comes, ours; equal supervised tokens
+    python -m bench.rows vision       # two ranks, any resolution: time of the slower rank's ViT
+    python -m bench.rows decode       # JPEG to packed batch, samples a second and worker, against what the toy model takes
 
 Lengths are those of `packing.example`, a quarter as long. Times are CPU times of one thread, medians over rounds; the rules
 take turns, so that a busy machine slows all of them.
@@ -21,15 +21,17 @@ import torch
 from PIL import Image
 from tyro.conf import Positional
 
-from cli import new_model
-from data import Document, Encoder, Faults, normalise
+from data.encode import Encoder
+from data.images import normalise
+from data.readers import Folder
+from data.sample import Document, Faults
+from data.stream import Documents, Drawn
+from data.world import World
 from packing import Batches, Rows, Size, collate, example, naive
-from readers import Folder
-from stream import Documents, Drawn
+from recipe import new_model
 from tokenizer import Tokenizer
 from train import answers
 from vlm import PRESETS, SailVL
-from world import World
 
 CAPACITY, SHORTER = 2048, 4
 

@@ -1,7 +1,7 @@
 """Does RL work here, and which part of it does the work? Every algorithm on the toy, over seeds: one table, one figure.
 
-    python bench_rl.py --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot      # everything
-    python bench_rl.py --model runs/toy/long-cot --only learn hack --seeds 1            # some of it
+    python -m claims.algorithms --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot      # everything
+    python -m claims.algorithms --model runs/toy/long-cot --only learn hack --seeds 1            # some of it
 
 Groups of runs, all from the same checkpoint; all but the ablations with the same number of updates:
     learn     five algorithms, dense and MoE: pass@1 on held-out questions before and after
@@ -27,14 +27,16 @@ from pathlib import Path
 
 import tyro
 
-import report
 import rl
-from data import Encoder, Sample
+from data.encode import Encoder
+from data.sample import Sample
+from data.world import REASONING, World
 from evaluate import ask, evaluate, text_of
-from generate import load
-from rewards import answer_reward, same
+from generate import load_model
+from graders import same_answer
+from rewards import answer_reward
+from tools import report
 from vlm import PRESETS
-from world import REASONING, World
 
 LEARN = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 CHAINS = 4  # sampled for each held-out question
@@ -60,7 +62,7 @@ class Options:
 def weak(text: str, sample: Sample, finished: bool) -> dict[str, float]:
     """What not to do: paid when the truth stands anywhere in the completion. Naming everything is then the best policy."""
     said, truth = re.findall(r"[\w.]+", text), sample.facts["answer"]
-    return {"reward": float(any(same(word, truth) for word in said)), "answer": answer_reward(text, truth, finished)}
+    return {"reward": float(any(same_answer(word, truth) for word in said)), "answer": answer_reward(text, truth, finished)}
 
 
 def plan(o: Options) -> list[tuple[str, str, str, dict]]:
@@ -81,9 +83,9 @@ def plan(o: Options) -> list[tuple[str, str, str, dict]]:
 def start(o: Options, kind: str):
     """The checkpoint of a kind, fresh."""
     if kind == "moe" and o.moe_model is None:
-        model, tokenizer = load(o.model)
+        model, tokenizer = load_model(o.model)
         return model.to_moe(replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)), tokenizer
-    return load(o.moe_model if kind == "moe" else o.model)
+    return load_model(o.moe_model if kind == "moe" else o.model)
 
 
 def measure(model, encoder: Encoder, held: list[Sample]) -> dict:

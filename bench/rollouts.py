@@ -1,7 +1,7 @@
 """How fast are rollouts, and a whole GRPO step? Against transformers' generate and TRL's trainer, with the same tiny weights.
 
-    pip install --no-deps -r requirements-trl.txt
-    python bench_rollout.py --model runs/toy/long-cot
+    pip install --no-deps -r requirements/trl.txt
+    python -m bench.rollouts --model runs/toy/long-cot
 
 The language model is Qwen3 under its published names, so transformers loads the very weights. Prompts are the world's
 described pictures (text only: TRL has no class for our vision side), `--prompts` of them, `--group` samples each at
@@ -24,10 +24,10 @@ import torch
 import tyro
 
 import rl
-from data import Encoder
-from generate import generate, load
+from data.encode import Encoder
+from data.world import REASONING, World
+from generate import generate, load_model
 from train import train
-from world import REASONING, World
 
 
 @dataclass
@@ -138,7 +138,7 @@ def step(o: Options, model, theirs, encoder: Encoder, samples) -> None:
 
 
 def main(o: Options) -> int:
-    model, tokenizer = load(o.model)
+    model, tokenizer = load_model(o.model)
     encoder, samples = Encoder(tokenizer, model.config, max_length=512), described(o.prompts)
     theirs = qwen3(model)
     rollout(o, model, theirs, encoder, samples)

@@ -36,9 +36,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import parallel
-import weights
 from adalrs import AdaLRS, load_optimizer_state, optimizer_state
+from infra import weights
+from scale import parallel
 
 MANIFEST = "manifest.json"
 
@@ -193,7 +193,7 @@ class RunDirectory:
     def __post_init__(self):
         self.config = json.loads(json.dumps(self.config, default=str))
 
-    def open(self, world: parallel.World) -> Path | None:
+    def open(self, world: parallel.Ranks) -> Path | None:
         """Take the directory for this run; returns the checkpoint to resume from, if any."""
         if world.main:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 class Keeper:
     """What the loop calls: resume at its start, save when it is due, save and leave when the scheduler says so (SIGTERM)."""
 
-    def __init__(self, home: RunDirectory, model, optimizers: list, search: AdaLRS | None, data: Resumable, world: parallel.World):
+    def __init__(self, home: RunDirectory, model, optimizers: list, search: AdaLRS | None, data: Resumable, world: parallel.Ranks):
         self.home, self.model, self.optimizers, self.search, self.data, self.world = home, model, optimizers, search, data, world
         self.told, self.last = False, 0
         self.before = signal.signal(signal.SIGTERM, self._tell)
@@ -291,7 +291,7 @@ class Keeper:
             return {}
         values, tensors = json.loads((found / "state.json").read_text()), load_file(found / "state.safetensors")
         device = next(self.model.parameters()).device
-        weights.load(self.model, found, next(self.model.parameters()).dtype, device)
+        weights.load_weights(self.model, found, next(self.model.parameters()).dtype, device)
         part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
         load_optimizer_state(self.optimizers, part("optimizer."), values["optimizer"])
         if self.search:

@@ -16,7 +16,7 @@ Seven kinds of scene on a 32 x 32 canvas with a 2 x 2 grid of cells (each become
     video       three frames, one shape that moves   caption, video
 
 Deterministic: sample i of a seed is always the same. Train and held-out scenes differ by content, not only by seed: a
-scene's content is hashed, one in eight hashes is held out, and neither side ever draws the other's. `python world.py`
+scene's content is hashed, one in eight hashes is held out, and neither side ever draws the other's. `python -m data.world`
 prints the number of scenes and answers of each kind and writes a sheet of examples.
 """
 import functools
@@ -30,8 +30,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Message, Sample
-from stream import Drawn
+from data.sample import Message, Sample
+from data.stream import Drawn
 
 SIZE, CELL, SIDE = 32, 16, 2
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),

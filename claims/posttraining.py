@@ -1,8 +1,8 @@
 """Is the curriculum worth its order, a soup its pot, an expert its time, think-fusion its data? Each against its plain alternative.
 
-    python bench_sft.py --only curriculum --runs runs/toy
-    python bench_sft.py --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
-    python bench_sft.py --only modes --runs runs/toy --effort 2
+    python -m claims.posttraining --only curriculum --runs runs/toy
+    python -m claims.posttraining --only soup --runs runs/toy --stranger runs/toy-1/soup       # a model of another seed's ladder
+    python -m claims.posttraining --only modes --runs runs/toy --effort 2
 
     curriculum   the four SFT phases in order, each with its own schedule or all under one, against their mixtures stirred together,
                  at equal tokens (SAIL-VL Fig. 5)
@@ -26,17 +26,19 @@ import tyro
 
 import rl
 import sft
-from curate import rejection_sample
-from data import Encoder, Sample
-from evaluate import ask, evaluate, question, text_of
-from generate import load
-from rewards import answer_reward, same, split_think
+from curation.chains import rejection_sample
+from data.encode import Encoder
+from data.sample import Sample
+from data.world import REASONING, World
+from evaluate import ask, evaluate, question_of, text_of
+from generate import load_model
+from graders import same_answer, split_think
+from infra.weights import write_json
+from rewards import answer_reward
 from soup import average, distance, greedy
 from toy import GRADED
 from train import Stage
 from vlm import PRESETS
-from weights import write_json
-from world import REASONING, World
 
 
 @dataclass
@@ -70,8 +72,8 @@ class Bench:
         self.held = {f: self.world.held_out(f, o.samples) for f in GRADED}
         self.results: dict[str, list[dict]] = defaultdict(list)
 
-    def load(self, name: str):
-        model, tokenizer = load(self.o.runs / name)
+    def load_model(self, name: str):
+        model, tokenizer = load_model(self.o.runs / name)
         return model, Encoder(tokenizer, model.config, max_length=512)
 
     def stage(self, recipe: dict, name: str, seed: int):
@@ -129,7 +131,7 @@ class Bench:
         pots = {"uniform": average(states), "greedy": best}
         more = {"uniform": {"distance": distance(states[0], states[1])}, "greedy": {"chosen": len(chosen)}, "stranger": {}}
         if self.o.stranger:
-            other = load(self.o.stranger)[0]
+            other = load_model(self.o.stranger)[0]
             model.load_state_dict(other.state_dict())
             row("stranger alone")
             pots["stranger"] = average([states[0], other.state_dict()])
@@ -170,11 +172,11 @@ class Bench:
         for mode, think in (("direct", False), ("thinking", True)):
             answers = ask(model, encoder, held, think=think, max_new=64)
             texts = [text_of(a, encoder.tokenizer) for a in answers]
-            right = [answer_reward(t, s.facts["answer"], a.finished) if think else float(a.finished and same(t, s.facts["answer"]))
+            right = [answer_reward(t, s.facts["answer"], a.finished) if think else float(a.finished and same_answer(t, s.facts["answer"]))
                      for t, s, a in zip(texts, held, answers)]
             out |= {f"{mode} accuracy": statistics.mean(right), f"{mode} length": statistics.mean(len(a.ids) for a in answers),
                     f"{mode} that think": statistics.mean(split_think(t)[0] is not None for t in texts)}
-            transcripts += [f"[{name}, {mode}] {question(s)}  ->  {t}   (truth {s.facts['answer']})"
+            transcripts += [f"[{name}, {mode}] {question_of(s)}  ->  {t}   (truth {s.facts['answer']})"
                             for s, t in list(zip(held, texts))[::max(1, self.o.samples)]]
         self.results["modes"].append({"run": name, "seed": seed} | out)
         return transcripts

@@ -6,15 +6,15 @@ AdaLRS, and with AdaLRS that is `cautious`; then with an LR range test, Prodigy,
 the same schedule (warm-up over 5 %, cosine to a tenth) but Schedule-Free, which has its own. 5 seeds: data, noise and initial
 weights.
 
-    python bench_adalrs.py                                  # all, about an hour on one core; resumes where it stopped
-    python bench_adalrs.py --problems quadratic regression  # a part
-    python bench_adalrs.py --report True                    # only the table and runs/adalrs/report.html
+    python -m claims.rates                                  # all, about an hour on one core; resumes where it stopped
+    python -m claims.rates --problems quadratic regression  # a part
+    python -m claims.rates --report True                    # only the table and runs/adalrs/report.html
 
 Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid.
 
 Problems: a noisy quadratic under SGD, whose rates are known (stable below 2, the largest curvature being 1); streaming linear
 regression under Adam; a small language model on the toy world's sentences; the toy VLM's adapter (the repository's basic
-pre-training) on a language model and a ViT that were trained a little before. Needs requirements-bench.txt.
+pre-training) on a language model and a ViT that were trained a little before. Needs requirements/bench.txt.
 """
 import json
 import math
@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 import tyro
 
-import report
 from adalrs import AdaLRS
+from tools import report
 
 STARTS = tuple(10 ** e for e in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0))
 SCHEDULE_FREE = (0.1, 1.0, 10.0)  # its starts, as multiples of the best fixed rate
@@ -78,8 +78,8 @@ class Language:
 
     def __init__(self, seed: int):
         from attention import Segments
+        from data.world import corpus
         from llm import LLM, LLMConfig
-        from world import corpus
         if Language.text is None:
             Language.text = torch.tensor(list(" ".join(corpus(3000)).encode()))
         self.noise = torch.Generator().manual_seed(seed)
@@ -93,11 +93,11 @@ class Language:
         return self.text[at + torch.arange(65)]
 
     def loss(self, ids: torch.Tensor | None = None) -> torch.Tensor:
-        from attention import Segments, inside
+        from attention import Segments, attend_inside
         ids = self.batch(self.noise) if ids is None else ids
         segments = Segments.of([64] * len(ids))
         x = self.model.embed(ids[:, :-1].reshape(-1))
-        hidden = self.model(x, segments.positions(), inside(segments, causal=True))
+        hidden = self.model(x, segments.positions(), attend_inside(segments, causal=True))
         return torch.nn.functional.cross_entropy(self.model.lm_head(hidden), ids[:, 1:].reshape(-1))
 
     @torch.no_grad()
@@ -119,15 +119,16 @@ class Connector:
     @staticmethod
     def prepare():
         """A language model that knows captions from descriptions and a ViT aligned to another copy of it, once."""
-        import cli
         import pretrain
-        import world
-        from data import Encoder, Faults
+        import recipe
+        from data import world
+        from data.encode import Encoder
+        from data.sample import Faults
         from packing import collate
         from train import answers, freeze
         torch.manual_seed(0)
         source, base = world.World(), replace(pretrain.TOY["basic"], rows=1, length=384)
-        model, tokenizer = cli.new_model("toy", source)
+        model, tokenizer = recipe.new_model("toy", source)
         encoder = Encoder(tokenizer, model.config, max_length=384)
         for name, steps in (("language", 60), ("vit2", 80)):
             stage = replace(pretrain.TOY[name], steps=steps, rows=2, length=384, schedule="wsd")

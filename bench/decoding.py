@@ -1,8 +1,8 @@
 """How fast is decoding? Against transformers' `generate`, with the same random weights, in the same process.
 
-    python bench_generate.py                         # 4 prompts x 8 samples, the toy's language model
-    python bench_generate.py --layers 8 --width 256
-    python bench_generate.py --longest 64            # short prompts: nothing to share
+    python -m bench.decoding                         # 4 prompts x 8 samples, the toy's language model
+    python -m bench.decoding --layers 8 --width 256
+    python -m bench.decoding --longest 64            # short prompts: nothing to share
 
 The language model is written in Qwen3's layout and read by transformers. Prompts are random ids of different lengths, text
 only, sampled at temperature 1 to exactly `--max-new` tokens (no end token), so that both do the same work. Ours runs a prompt

@@ -1,0 +1,1 @@
+"""Making datasets out of datasets, with the models that one has."""
