@@ -49,6 +49,7 @@ the highest so far, lower the rate when the loss rises over two windows. **Ours*
 
 `python -m claims.rates` measures all of it.
 """
+
 import math
 import warnings
 from dataclasses import asdict, dataclass
@@ -70,7 +71,9 @@ def fit_line(losses: list[float]) -> tuple[float, float]:
 
 def gain(control: list[float], trial: list[float]) -> tuple[float, float]:
     """How much faster a trial fell than its control from the same point: (difference of velocities, its standard error)."""
-    d = [a - b for a, b in zip(control, trial, strict=True)]  # d[0] is noise: both losses precede their first update
+    d = [
+        a - b for a, b in zip(control, trial, strict=True)
+    ]  # d[0] is noise: both losses precede their first update
     spread = sum(i * i for i in range(len(d)))
     slope = sum(i * y for i, y in enumerate(d)) / spread
     residual = sum((y - slope * i) ** 2 for i, y in enumerate(d)) / (len(d) - 1)
@@ -99,7 +102,9 @@ def optimizer_state(optimizers: list) -> tuple[dict[str, Tensor], list[dict]]:
                     tensors[f"{o}.{i}.{key}"] = value
                 else:
                     numbers[f"{i}.{key}"] = value
-        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        options = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
         rest.append({"numbers": numbers, "options": options})
     return tensors, rest
 
@@ -113,7 +118,9 @@ def load_optimizer_state(optimizers: list, tensors: dict[str, Tensor], rest: lis
             if int(name[0]) == o:
                 p, group = owners[int(name[1])]
                 on_host = name[2] == "step" and not (group.get("fused") or group.get("capturable"))
-                optimizer.state[p][name[2]] = value.detach().to("cpu" if on_host else p.device, copy=True)
+                optimizer.state[p][name[2]] = value.detach().to(
+                    "cpu" if on_host else p.device, copy=True
+                )
         for name, value in saved["numbers"].items():
             i, key = name.split(".", 1)
             optimizer.state[owners[int(i)][0]][key] = value
@@ -126,6 +133,7 @@ class Decision:
     """One adjustment, for the log. step: of the run; made: steps executed until then; action: up, down, stay, abort, rising or
     rescue; scale: of the rate, after it; k: length of the window; before, trial: velocities; error: of their difference;
     lost: first and last + 1 of the executed steps that no longer count."""
+
     step: int
     made: int
     action: str
@@ -140,6 +148,7 @@ class Decision:
 @dataclass
 class Snapshot:
     """Bits of parameters and optimizers at a step of the run."""
+
     step: int
     tensors: dict[str, Tensor]
     rest: list[dict]
@@ -153,12 +162,27 @@ class AdaLRS:
     `extra_steps` counts executed steps that no longer count.
     """
 
-    def __init__(self, tensors, optimizers: list, total_steps: int, k: int | None = None,
-                 window: tuple[float, float] = (0.1, 0.4), up: float = 3.0, down: float = 2.0, decay: float = 0.99,
-                 budget: float = 0.25, cautious: bool = False, offload: bool = False):
+    def __init__(
+        self,
+        tensors,
+        optimizers: list,
+        total_steps: int,
+        k: int | None = None,
+        window: tuple[float, float] = (0.1, 0.4),
+        up: float = 3.0,
+        down: float = 2.0,
+        decay: float = 0.99,
+        budget: float = 0.25,
+        cautious: bool = False,
+        offload: bool = False,
+    ):
         if (k is not None and k < 3) or up <= 1 or down <= 1 or not 0 < decay <= 1:
-            raise ValueError(f"AdaLRS wants k >= 3, up > 1, down > 1 and 0 < decay <= 1; got {k}, {up}, {down}, {decay}")
-        self.tensors = [t for t in tensors if t.requires_grad or not isinstance(t, torch.nn.Parameter)]
+            raise ValueError(
+                f"AdaLRS wants k >= 3, up > 1, down > 1 and 0 < decay <= 1; got {k}, {up}, {down}, {decay}"
+            )
+        self.tensors = [
+            t for t in tensors if t.requires_grad or not isinstance(t, torch.nn.Parameter)
+        ]
         self.optimizers, self.up, self.down, self.decay = optimizers, up, down, decay
         self.cautious, self.offload = cautious, offload
         self.start, self.stop = (int(total_steps * share) for share in window)
@@ -179,7 +203,9 @@ class AdaLRS:
         self.highest = -math.inf
         self.rising = self.stays = self.wait = self.rescues = 0
         self.warned = False
-        self.end: Snapshot | None = self._copy()  # where the last window ended and the one in progress began
+        self.end: Snapshot | None = (
+            self._copy()
+        )  # where the last window ended and the one in progress began
         self.decisions: list[Decision] = []
 
     @property
@@ -205,15 +231,20 @@ class AdaLRS:
         """A window at the present rate is over: rescue, lower the rate, start a trial, or go on."""
         window, begin = self.losses, self.end
         (velocity, error), k = fit_line(window), len(window)
-        mean, level = sum(window) / k, noise(window) * math.sqrt(2 / k)  # level: error of the difference of two means
+        mean, level = (
+            sum(window) / k,
+            noise(window) * math.sqrt(2 / k),
+        )  # level: error of the difference of two means
         if self.first is not None and mean > self.first + 3 * level:
             return self._rescue()
         self.losses, self.end, self.rescues = [], self._copy(), 0
         self.first = mean if self.first is None else self.first
         self.highest = max(self.highest, max(window))
-        slowed = self.velocity is None or not velocity > self.velocity + 2 * error + 1e-9 * abs(velocity)
+        slowed = self.velocity is None or not velocity > self.velocity + 2 * error + 1e-9 * abs(
+            velocity
+        )
         self.rising = self.rising + 1 if self.mean is not None and mean > self.mean + level else 0
-        self.velocity, self.mean, self.recent = velocity, mean, (self.recent + window)[-3 * k:]
+        self.velocity, self.mean, self.recent = velocity, mean, (self.recent + window)[-3 * k :]
         needed = self._choose_k()
         if not self.start < self.step < self.stop:
             return None
@@ -240,21 +271,41 @@ class AdaLRS:
             self.k = round(min(max(needed, self.shortest), self.longest))
         elif needed > most and not self.warned and self.start < self.step < self.stop:
             self.warned = True
-            warnings.warn(f"AdaLRS: k = {self.k} is too small to see a raise by {self.factor:.3g} work: noise "
-                          f"{noise(self.recent):.2g} a step and velocity {velocity:.2g} want k = {needed:.0f} (or larger batches)",
-                          stacklevel=4)
+            warnings.warn(
+                f"AdaLRS: k = {self.k} is too small to see a raise by {self.factor:.3g} work: noise "
+                f"{noise(self.recent):.2g} a step and velocity {velocity:.2g} want k = {needed:.0f} (or larger batches)",
+                stacklevel=4,
+            )
         return self.k
 
     def _judge(self) -> None:
         """A trial is over: keep it, or take it back and lower the rate, or take it back and leave."""
-        (faster, error), velocity, k = gain(self.control, self.losses), fit_line(self.control)[0], len(self.control)
+        (faster, error), velocity, k = (
+            gain(self.control, self.losses),
+            fit_line(self.control)[0],
+            len(self.control),
+        )
         if faster > 2 * error + 1e-9 * abs(velocity):
-            self.recent, self.velocity, self.mean = self.losses, velocity + faster, sum(self.losses) / k
-            self.losses, self.control, self.stays, self.leapt, self.end = [], [], 0, False, self._copy()
+            self.recent, self.velocity, self.mean = (
+                self.losses,
+                velocity + faster,
+                sum(self.losses) / k,
+            )
+            self.losses, self.control, self.stays, self.leapt, self.end = (
+                [],
+                [],
+                0,
+                False,
+                self._copy(),
+            )
             self.extra_steps += k
             self._record("up", velocity, velocity + faster, error, k, k, at=self.made - 2 * k)
         else:
-            self._give_up("down" if faster < -2 * error - 1e-9 * abs(velocity) else "stay", velocity + faster, error)
+            self._give_up(
+                "down" if faster < -2 * error - 1e-9 * abs(velocity) else "stay",
+                velocity + faster,
+                error,
+            )
 
     def _give_up(self, action: str, velocity: float, error: float) -> None:
         """Back to where the control ended, at the rate before, or at a lower one."""
@@ -267,7 +318,7 @@ class AdaLRS:
         if action == "stay":
             blind = leap or 2 * error > (self.factor - 1) * before
             self.stays, self.leapt = 0 if blind else self.stays + 1, leap or self.leapt
-            self.wait = 2 ** self.stays - 1
+            self.wait = 2**self.stays - 1
         else:
             self.scale /= self._factor(self.down)
             self.stays, self.recent, self.velocity, self.leapt = 0, [], None, False
@@ -276,8 +327,10 @@ class AdaLRS:
     def _rescue(self) -> None:
         self.rescues += 1
         if self.rescues > 20:
-            raise ValueError(f"the loss is not finite or far above its start at {self.scale:.1e} of the first rate, restored "
-                             f"20 times from step {self.end.step}: not the rate's fault; look at the data and the model")
+            raise ValueError(
+                f"the loss is not finite or far above its start at {self.scale:.1e} of the first rate, restored "
+                f"20 times from step {self.end.step}: not the rate's fault; look at the data and the model"
+            )
         made = self.step - self.end.step
         self._restore(self.end)
         self.extra_steps += made
@@ -286,12 +339,25 @@ class AdaLRS:
         self._record("rescue", math.nan, math.nan, math.nan, made, made)
 
     def _factor(self, base: float) -> float:
-        return max(self.decay ** self.adjustments * base, 1.0)
+        return max(self.decay**self.adjustments * base, 1.0)
 
-    def _record(self, action: str, before: float, trial: float, error: float, k: int, lost: int, at: int | None = None) -> None:
+    def _record(
+        self,
+        action: str,
+        before: float,
+        trial: float,
+        error: float,
+        k: int,
+        lost: int,
+        at: int | None = None,
+    ) -> None:
         self.adjustments += 1
         at = self.made - lost if at is None else at
-        self.decisions.append(Decision(self.step, self.made, action, self.scale, k, before, trial, error, (at, at + lost)))
+        self.decisions.append(
+            Decision(
+                self.step, self.made, action, self.scale, k, before, trial, error, (at, at + lost)
+            )
+        )
 
     def log(self) -> list[dict]:
         return [asdict(d) for d in self.decisions]
@@ -300,24 +366,58 @@ class AdaLRS:
 
     def _copy(self) -> Snapshot:
         state, rest = optimizer_state(self.optimizers)
-        every = {f"t.{i}": t.detach() for i, t in enumerate(self.tensors)} | {f"o.{name}": t for name, t in state.items()}
-        copied = {name: t.to("cpu" if self.offload else t.device, copy=True) for name, t in every.items()}
-        options = [{k: [dict(g) for g in v] if k == "options" else dict(v) for k, v in r.items()} for r in rest]
+        every = {f"t.{i}": t.detach() for i, t in enumerate(self.tensors)} | {
+            f"o.{name}": t for name, t in state.items()
+        }
+        copied = {
+            name: t.to("cpu" if self.offload else t.device, copy=True) for name, t in every.items()
+        }
+        options = [
+            {k: [dict(g) for g in v] if k == "options" else dict(v) for k, v in r.items()}
+            for r in rest
+        ]
         return Snapshot(self.step, copied, options)
 
     def _restore(self, s: Snapshot) -> None:
         with torch.no_grad():
             for i, t in enumerate(self.tensors):
                 t.copy_(s.tensors[f"t.{i}"])
-        load_optimizer_state(self.optimizers, {n[2:]: t for n, t in s.tensors.items() if n.startswith("o.")}, s.rest)
+        load_optimizer_state(
+            self.optimizers, {n[2:]: t for n, t in s.tensors.items() if n.startswith("o.")}, s.rest
+        )
         self.step, self.losses = s.step, []
 
-    PLAIN = ("k", "scale", "step", "made", "adjustments", "extra_steps", "losses", "recent", "control", "before", "limit", "factor", "leapt", "first", "mean",
-             "velocity", "highest", "rising", "stays", "wait", "rescues", "warned")
+    PLAIN = (
+        "k",
+        "scale",
+        "step",
+        "made",
+        "adjustments",
+        "extra_steps",
+        "losses",
+        "recent",
+        "control",
+        "before",
+        "limit",
+        "factor",
+        "leapt",
+        "first",
+        "mean",
+        "velocity",
+        "highest",
+        "rising",
+        "stays",
+        "wait",
+        "rescues",
+        "warned",
+    )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Everything the search knows, in the middle of a trial too: tensors by name, and JSON values."""
-        values = {name: getattr(self, name) for name in self.PLAIN} | {"decisions": self.log(), "end": None}
+        values = {name: getattr(self, name) for name in self.PLAIN} | {
+            "decisions": self.log(),
+            "end": None,
+        }
         if self.end is None:
             return {}, values
         return self.end.tensors, values | {"end": {"step": self.end.step, "rest": self.end.rest}}
@@ -326,4 +426,6 @@ class AdaLRS:
         for name in self.PLAIN:
             setattr(self, name, values[name])
         self.decisions = [Decision(**d | {"lost": tuple(d["lost"])}) for d in values["decisions"]]
-        self.end = values["end"] and Snapshot(values["end"]["step"], dict(tensors), values["end"]["rest"])
+        self.end = values["end"] and Snapshot(
+            values["end"]["step"], dict(tensors), values["end"]["rest"]
+        )

@@ -6,6 +6,7 @@ the accuracy to that level.
 
     python evaluate.py --model runs/toy/final --data held_out.jsonl --images dir/
 """
+
 import math
 import sys
 from collections import Counter, defaultdict
@@ -26,6 +27,7 @@ from vlm import SailVL
 @dataclass(frozen=True)
 class Score:
     """accuracy in [0, 1] over n samples; chance: the best blind strategy's."""
+
     accuracy: float
     chance: float
     n: int
@@ -40,6 +42,7 @@ class Score:
 @dataclass(frozen=True)
 class Graded:
     """One graded sample, for tables and for the report."""
+
     family: str
     question: str
     truth: str
@@ -81,23 +84,46 @@ def family_of(sample: Sample) -> str:
     return sample.facts.get("family", sample.task)
 
 
-def ask(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool = False, max_new: int = 48, batch: int = 512,
-        temperature: float = 0.0, seed: int = 0, swap: bool = False) -> list[Answer]:
+def ask(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    think: bool = False,
+    max_new: int = 48,
+    batch: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    swap: bool = False,
+) -> list[Answer]:
     """Answers to the last question of each sample, on every rank; each rank works out its share. `swap` gives each sample
     the images of another one (same count)."""
     rank, size = parallel.place()
     everything, samples = samples, samples[rank::size]
-    prompts = [encoder.prompt(with_thinking(s, encoder.tokenizer.think_prompt) if think else s) for s in samples]
+    prompts = [
+        encoder.prompt(with_thinking(s, encoder.tokenizer.think_prompt) if think else s)
+        for s in samples
+    ]
     if swap:
         prompts = swapped(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # rows of a batch alike in length
+    order = sorted(
+        range(len(prompts)), key=lambda i: len(prompts[i][0])
+    )  # rows of a batch alike in length
     answers: list[Answer | None] = [None] * len(prompts)
     was = model.training
     model.eval()
     for at in range(0, len(order), batch):
-        part = order[at:at + batch]
-        for i, a in zip(part, generate(model, [prompts[i] for i in part], encoder.tokenizer.end, max_new,
-                                       temperature=temperature, seed=seed + at)):
+        part = order[at : at + batch]
+        for i, a in zip(
+            part,
+            generate(
+                model,
+                [prompts[i] for i in part],
+                encoder.tokenizer.end,
+                max_new,
+                temperature=temperature,
+                seed=seed + at,
+            ),
+        ):
             answers[i] = a
     model.train(was)
     whole: list[Answer | None] = [None] * len(everything)
@@ -122,8 +148,14 @@ def text_of(answer: Answer, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
 
 
-def evaluate(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool = False, swap: bool = False,
-             max_new: int = 48) -> tuple[dict[str, Score], list[Graded]]:
+def evaluate(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    think: bool = False,
+    swap: bool = False,
+    max_new: int = 48,
+) -> tuple[dict[str, Score], list[Graded]]:
     """Score per family (plus "overall", the mean over families) and every graded sample.
 
     With `think` the model is asked to think, and only a well-formed box counts.
@@ -131,7 +163,11 @@ def evaluate(model: SailVL, encoder: Encoder, samples: list[Sample], think: bool
     tokenizer, graded = encoder.tokenizer, []
     for s, a in zip(samples, ask(model, encoder, samples, think, max_new, swap=swap)):
         said, truth, family = text_of(a, tokenizer), s.facts["answer"], family_of(s)
-        score = answer_reward(said, truth, a.finished) if think else grade(family, said, truth) * a.finished
+        score = (
+            answer_reward(said, truth, a.finished)
+            if think
+            else grade(family, said, truth) * a.finished
+        )
         graded.append(Graded(family, question_of(s), truth, said, score, s))
     return summary(graded), graded
 
@@ -140,15 +176,25 @@ def summary(graded: list[Graded]) -> dict[str, Score]:
     groups = defaultdict(list)
     for g in graded:
         groups["text" if g.sample.task == "text" else g.family].append(g)
-    scores = {f: Score(sum(g.score for g in group) / len(group), blind_chance([g.sample for g in group]), len(group))
-              for f, group in groups.items()}
-    mean = [sum(getattr(s, key) for s in scores.values()) / len(scores) for key in ("accuracy", "chance")]
+    scores = {
+        f: Score(
+            sum(g.score for g in group) / len(group),
+            blind_chance([g.sample for g in group]),
+            len(group),
+        )
+        for f, group in groups.items()
+    }
+    mean = [
+        sum(getattr(s, key) for s in scores.values()) / len(scores)
+        for key in ("accuracy", "chance")
+    ]
     return scores | {"overall": Score(*mean, sum(s.n for s in scores.values()))}
 
 
 @dataclass
 class Options:
     """Grade a model on a held-out LLaVA file (exact match of the last answer)."""
+
     data: Path
     model: Path = Path("runs/toy/final")
     images: Path | None = None
@@ -176,4 +222,5 @@ def main(o: Options) -> int:
 
 if __name__ == "__main__":
     import tyro
+
     sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))

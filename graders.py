@@ -1,5 +1,5 @@
-"""Graders: is this answer the truth? One file, for evaluation and for rewards.
-"""
+"""Graders: is this answer the truth? One file, for evaluation and for rewards."""
+
 import atexit
 import importlib.util
 import logging
@@ -24,7 +24,7 @@ def boxed(text: str) -> str | None:
         return None
     start = text.index(BOX) + len(BOX)
     depth, escaped = 1, False
-    for i, c in enumerate(text[start:start + LONGEST], start):
+    for i, c in enumerate(text[start : start + LONGEST], start):
         if not escaped:  # \{ and \} are printed braces
             depth += (c == "{") - (c == "}")
         if depth == 0:
@@ -35,8 +35,12 @@ def boxed(text: str) -> str | None:
 
 def split_think(text: str) -> tuple[str | None, str]:
     """(chain, answer): the chain of one leading <think>...</think>, None when the text is not of that form."""
-    if text.count("<think>") == 1 and text.count("</think>") == 1 and text.lstrip().startswith("<think>"):
-        chain, _, answer = text.lstrip()[len("<think>"):].partition("</think>")
+    if (
+        text.count("<think>") == 1
+        and text.count("</think>") == 1
+        and text.lstrip().startswith("<think>")
+    ):
+        chain, _, answer = text.lstrip()[len("<think>") :].partition("</think>")
         return chain, answer
     return None, text
 
@@ -45,7 +49,11 @@ def plain(text: str) -> str:
     """Without what only dresses an answer: dollar signs, \\text{...}, spacing commands, \\left and \\right, outer space, a
     final stop, case."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text.strip().strip("$"))
-    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;!]|\^\{?\\circ\}?", "", text).replace("\\%", "%").replace("\\$", "")
+    text = (
+        re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;!]|\^\{?\\circ\}?", "", text)
+        .replace("\\%", "%")
+        .replace("\\$", "")
+    )
     return " ".join(text.rstrip(". ").lower().split())
 
 
@@ -53,9 +61,13 @@ def number(text: str) -> Fraction | None:
     """An exact number: 3, -2.5, 1/4, \\frac{1}{4}, 1,000, 40% (as 40). None for anything else, and for absurd lengths."""
     text = plain(text).removesuffix("%")
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text, re.ASCII):  # 1,000 is a number, 1,2 is a list
+    if re.fullmatch(
+        r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text, re.ASCII
+    ):  # 1,000 is a number, 1,2 is a list
         text = text.replace(",", "")
-    if len(text) > 40 or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII):
+    if len(text) > 40 or not re.fullmatch(
+        r"[+-]?(\d+(\.\d*)?|\.\d+|\d+/0*[1-9]\d*)", text, re.ASCII
+    ):
         return None
     return Fraction(text)
 
@@ -80,7 +92,9 @@ def same_answer(answer: str | None, truth: str | None) -> bool:
 
 def lists_equal(answer: str, truth: str) -> float:
     """The same things in any order, each as often: "red, blue" is "blue, red", not "red, blue, red"."""
-    a, b = ([w.strip() for w in t.strip("[](){} ").split(",")] for t in (plain(answer), plain(truth)))
+    a, b = (
+        [w.strip() for w in t.strip("[](){} ").split(",")] for t in (plain(answer), plain(truth))
+    )
     left = list(b)
     for one in a:
         found = next((i for i, other in enumerate(left) if same_answer(one, other)), None)
@@ -126,20 +140,37 @@ def expressions_equal(answer: str, truth: str, seconds: float = 5.0) -> float:
     A leading `x =` is dropped; any other sign of a second guess (=, $, or) makes the answer wrong before it is parsed:
     math-verify takes `4=3` for 3.
     """
-    said, gold = (re.sub(r"^[a-zA-Z]\s*=", "", t.strip().strip("$")).strip() for t in (answer, truth))
-    if max(len(said), len(gold)) > 300 or not plain(said) or not plain(gold) or re.search(r"[=$]|\bor\b", said):
+    said, gold = (
+        re.sub(r"^[a-zA-Z]\s*=", "", t.strip().strip("$")).strip() for t in (answer, truth)
+    )
+    if (
+        max(len(said), len(gold)) > 300
+        or not plain(said)
+        or not plain(gold)
+        or re.search(r"[=$]|\bor\b", said)
+    ):
         return 0.0
     if same_answer(said, gold):
         return 1.0
     if importlib.util.find_spec("math_verify"):
         return float(JUDGE.ask(said, gold, seconds))
     a, b = (arithmetic(plain(t)) for t in (said, gold))
-    return float(a == b if a is not None and b is not None else plain(said).replace(" ", "") == plain(gold).replace(" ", ""))
+    return float(
+        a == b
+        if a is not None and b is not None
+        else plain(said).replace(" ", "") == plain(gold).replace(" ", "")
+    )
 
 
 GRADERS: dict[str, Callable[[str, str], float]] = {
-    "auto": lambda a, b: float(same_answer(a, b)), "number": numbers_equal, "symbolic": expressions_equal, "text": text_equal, "list": lists_equal,
-    "box": lambda a, b: float(box_iou(a, b) >= 0.5), "anls": anls}
+    "auto": lambda a, b: float(same_answer(a, b)),
+    "number": numbers_equal,
+    "symbolic": expressions_equal,
+    "text": text_equal,
+    "list": lists_equal,
+    "box": lambda a, b: float(box_iou(a, b) >= 0.5),
+    "anls": anls,
+}
 
 
 def arithmetic(text: str) -> Fraction | None:
@@ -149,7 +180,13 @@ def arithmetic(text: str) -> Fraction | None:
     long (a tower of powers, deep brackets) is refused before it is computed.
     """
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
-    text = text.replace("\\cdot", "*").replace("\\times", "*").replace("\\div", "/").replace("{", "(").replace("}", ")")
+    text = (
+        text.replace("\\cdot", "*")
+        .replace("\\times", "*")
+        .replace("\\div", "/")
+        .replace("{", "(")
+        .replace("}", ")")
+    )
     tokens = re.findall(r"\d+\.?\d*|\.\d+|\S", text, re.ASCII)
     if len(tokens) > 100 or text.count("(") > 20:
         return None
@@ -200,7 +237,11 @@ def arithmetic(text: str) -> Fraction | None:
 
     try:
         value = total()
-    except (ArithmeticError, ValueError, IndexError):  # division by zero, a stray sign, an early end
+    except (
+        ArithmeticError,
+        ValueError,
+        IndexError,
+    ):  # division by zero, a stray sign, an early end
         return None
     return value if at == len(tokens) else None
 
@@ -241,8 +282,13 @@ def verify(pipe) -> None:
     sympy's parse_expr, which evaluates its text as Python."""
     from math_verify import LatexExtractionConfig, parse
     from math_verify import verify as equal
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off: ours is on
-    read = lambda latex: parse(f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its own time limits are off: ours is on
+    read = lambda latex: parse(
+        f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None
+    )
     pipe.send("ready")
     while True:
         answer, truth = pipe.recv()

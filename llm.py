@@ -9,6 +9,7 @@ I feed-forward width, V vocabulary. Sources: Qwen3 as released; SAIL-VL2 section
 
 Left out on purpose: sliding windows, RoPE scaling, dropout, attention bias (no released SAIL-VL2 uses them).
 """
+
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -26,6 +27,7 @@ from moe import MoE
 @dataclass(frozen=True)
 class LLMConfig:
     """Field names as in the published config.json. `num_experts` 0 means dense."""
+
     vocab_size: int = 151936
     hidden_size: int = 2048
     intermediate_size: int = 6144
@@ -46,23 +48,53 @@ class LLMConfig:
         """From a published Qwen3 or Qwen3-MoE configuration. Raises ValueError naming a key that is missing or unsupported."""
         if isinstance(c, dict):  # transformers 5 writes two of the keys elsewhere
             rope = c["rope_parameters"] if isinstance(c.get("rope_parameters"), dict) else {}
-            c = {"rope_theta": rope.get("rope_theta"), "rope_type": rope.get("rope_type"), "num_experts": c.get("num_local_experts")} | c
+            c = {
+                "rope_theta": rope.get("rope_theta"),
+                "rope_type": rope.get("rope_type"),
+                "num_experts": c.get("num_local_experts"),
+            } | c
         dense = isinstance(c, dict) and not c["num_experts"]
         experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        config = pick(LLMConfig, c, source, experts if dense else (), model_type=("qwen3", "qwen3_moe"), hidden_act="silu",
-                              attention_bias=False, rope_scaling=None, rope_type="default", use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
+        config = pick(
+            LLMConfig,
+            c,
+            source,
+            experts if dense else (),
+            model_type=("qwen3", "qwen3_moe"),
+            hidden_act="silu",
+            attention_bias=False,
+            rope_scaling=None,
+            rope_type="default",
+            use_sliding_window=False,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+        )
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
-                             f"{config.num_key_value_heads} key heads")
+            raise ValueError(
+                f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
+                f"{config.num_key_value_heads} key heads"
+            )
         if config.num_experts and config.num_experts_per_tok > config.num_experts:
-            raise ValueError(f"{source}: {config.num_experts_per_tok} experts a token of {config.num_experts}")
+            raise ValueError(
+                f"{source}: {config.num_experts_per_tok} experts a token of {config.num_experts}"
+            )
         return config
 
     def to_dict(self) -> dict:
         """The published layout, which transformers reads."""
-        kind = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.num_experts else ("qwen3", "Qwen3ForCausalLM")
-        return asdict(self) | {"model_type": kind[0], "architectures": [kind[1]], "hidden_act": "silu", "attention_bias": False,
-                               "rope_scaling": None, "max_position_embeddings": 40960}
+        kind = (
+            ("qwen3_moe", "Qwen3MoeForCausalLM")
+            if self.num_experts
+            else ("qwen3", "Qwen3ForCausalLM")
+        )
+        return asdict(self) | {
+            "model_type": kind[0],
+            "architectures": [kind[1]],
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_scaling": None,
+            "max_position_embeddings": 40960,
+        }
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -106,10 +138,14 @@ class RMSNorm(nn.Module):
         return (FusedRMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each (S, 1, dim), for integer positions (S,). Angles are computed in fp32 (fp64 for fp64 models)."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim)  # (dim/2,)
+    frequency = theta ** -(
+        torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim
+    )  # (dim/2,)
     angle = (positions[:, None].to(exact) * frequency).repeat(1, 2)[:, None]  # (S, 1, dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -130,7 +166,10 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(self.dim, c.rms_norm_eps), RMSNorm(self.dim, c.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.dim, c.rms_norm_eps),
+            RMSNorm(self.dim, c.rms_norm_eps),
+        )
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         S = x.shape[0]
@@ -190,7 +229,9 @@ class LLM(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embed_tokens(ids)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None
+    ) -> Tensor:
         """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm; logits are `lm_head` of that.
 
         `routing`, when a list, receives one `moe.Routing` per MoE layer (for the balance loss and statistics).
@@ -198,16 +239,30 @@ class LLM(nn.Module):
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for i, block in enumerate(self.model.layers):
             again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, rope, attend, i, routing, use_reentrant=False) if again else block(x, rope, attend, i, routing)
+            x = (
+                checkpoint(block, x, rope, attend, i, routing, use_reentrant=False)
+                if again
+                else block(x, rope, attend, i, routing)
+            )
         return self.model.norm(x)
 
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
         """A published Qwen3 or Qwen3-MoE directory, or one of ours. Raises ValueError naming what does not fit."""
         config = LLMConfig.from_dict(read_config(directory), f"{directory}/config.json")
-        where, (head, embedding) = weights.locate(directory), ("lm_head.weight", "model.embed_tokens.weight")
-        if config.tie_word_embeddings and head in where and embedding in where and not weights.same_tensor(where, head, embedding):
-            config = replace(config, tie_word_embeddings=False)  # the file is believed, not its config
+        where, (head, embedding) = (
+            weights.locate(directory),
+            ("lm_head.weight", "model.embed_tokens.weight"),
+        )
+        if (
+            config.tie_word_embeddings
+            and head in where
+            and embedding in where
+            and not weights.same_tensor(where, head, embedding)
+        ):
+            config = replace(
+                config, tie_word_embeddings=False
+            )  # the file is believed, not its config
         with torch.device("meta"):
             model = LLM(config)
         return weights.load_weights(model, directory, dtype, device)
@@ -234,5 +289,5 @@ class LLM(nn.Module):
                 continue
             std = p.shape[-1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-                std *= depth ** -0.5
+                std *= depth**-0.5
             p.normal_(0.0, std, generator=generator)

@@ -17,6 +17,7 @@ Three ways to compute the same, one signature, and `choose` is the one place tha
 around grouped products, `kernels.moe_triton` the same on a GPU. Tests compare outputs and all gradients.
 `python -m kernels.bench --cpu` measures them against transformers' implementations.
 """
+
 import importlib.util
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from torch import Tensor
 @dataclass
 class Routing:
     """One layer's decision: logits (S, E) fp32, indices (S, K) int64, weights (S, K)."""
+
     logits: Tensor
     indices: Tensor
     weights: Tensor
@@ -48,12 +50,19 @@ class Replay(list):
 
     def moved(self) -> float:
         """Share of the replayed choices that the present router would not make."""
-        own = [r.logits.topk(c.shape[1], dim=-1).indices for r, c in zip(self, self.choices, strict=True)]
-        same = [(c[:, :, None] == o[:, None]).any(2).float().mean() for c, o in zip(self.choices, own)]
+        own = [
+            r.logits.topk(c.shape[1], dim=-1).indices
+            for r, c in zip(self, self.choices, strict=True)
+        ]
+        same = [
+            (c[:, :, None] == o[:, None]).any(2).float().mean() for c, o in zip(self.choices, own)
+        ]
         return 1 - float(sum(same)) / len(same)
 
 
-def route(logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, bias: Tensor | None = None) -> Routing:
+def route(
+    logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, bias: Tensor | None = None
+) -> Routing:
     """Qwen3 semantics: softmax over all E in fp32, top K (or the `given` (S, K)), optionally re-normalised to sum 1.
 
     A `bias` (E,) moves the choice only, never the weights (balancing without a loss, see `update_expert_bias`).
@@ -61,8 +70,10 @@ def route(logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, 
     gradient from the task (seen in the wild as a router that never learns).
     """
     if k == 1 and normalise:
-        raise ValueError("num_experts_per_tok=1 with norm_topk_prob=True: the kept weight is always 1, so the router gets "
-                         "no task gradient; set norm_topk_prob=False or use at least 2 experts per token")
+        raise ValueError(
+            "num_experts_per_tok=1 with norm_topk_prob=True: the kept weight is always 1, so the router gets "
+            "no task gradient; set norm_topk_prob=False or use at least 2 experts per token"
+        )
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     shares = wide.softmax(-1)
     if given is None:
@@ -73,7 +84,9 @@ def route(logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, 
     return Routing(wide, given, weights)
 
 
-def expert_mixture(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mixture(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """The definition. x (S, C), gate_up (E, 2I, C), down (E, C, I) -> (S, C): sum over k of w_k * expert_k(x)."""
     out = torch.zeros_like(x)
     for e in indices.unique().tolist():  # an expert without tokens is not even read
@@ -92,12 +105,20 @@ class GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         flat = indices.reshape(-1)
         order = flat.argsort(stable=True)  # (S*K,) row -> slot
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(indices)
+        inverse = (
+            torch.empty_like(order)
+            .scatter_(0, order, torch.arange(len(order), device=order.device))
+            .view_as(indices)
+        )
         offs = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-        z = F.grouped_mm(x.index_select(0, order // indices.shape[1]), gate_up.transpose(1, 2), offs=offs)  # (S*K, 2I)
+        z = F.grouped_mm(
+            x.index_select(0, order // indices.shape[1]), gate_up.transpose(1, 2), offs=offs
+        )  # (S*K, 2I)
         gate, up = z.chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=offs)  # (S*K, C)
         ctx.save_for_backward(x, z, weights, order, inverse, offs, gate_up, down)
@@ -127,7 +148,9 @@ def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) 
     return F.embedding_bag(inverse, rows, per_sample_weights=weights, mode="sum")
 
 
-def expert_mixture_grouped(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mixture_grouped(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """The same by one sort and grouped products: every expert's tokens at once, no zeroed full-size gradients."""
     return GroupedExperts.apply(x, indices, weights, gate_up, down)
 
@@ -145,6 +168,7 @@ def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor):
         from kernels.moe_triton import (
             expert_mixture_triton,  # imported here: a CPU has no use for Triton
         )
+
         return expert_mixture_triton
     return expert_mixture_grouped if indices.numel() >= gate_up.shape[0] else expert_mixture
 
@@ -166,14 +190,24 @@ class MoE(nn.Module):
         self.top_k, self.normalise = c.num_experts_per_tok, c.norm_topk_prob
         self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
         self.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
-        self.bias: Tensor | None = None  # (E,) moves the choice only; no place in the released layout, so it is not saved
+        self.bias: Tensor | None = (
+            None  # (E,) moves the choice only; no place in the released layout, so it is not saved
+        )
 
     def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
         given = routing.given(self) if isinstance(routing, Replay) else None
         kind, gate_up, down = x.device.type, self.experts.gate_up_proj, self.experts.down_proj
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):  # the router stays in full precision, the experts take what autocast wants
-            r = route(self.gate(x.to(self.gate.weight.dtype)), self.top_k, self.normalise, given, self.bias)
+        with torch.autocast(
+            kind, enabled=False
+        ):  # the router stays in full precision, the experts take what autocast wants
+            r = route(
+                self.gate(x.to(self.gate.weight.dtype)),
+                self.top_k,
+                self.normalise,
+                given,
+                self.bias,
+            )
             if routing is not None:
                 routing.append(r)
             x, gate_up, down = x.to(half), gate_up.to(half), down.to(half)
@@ -181,6 +215,7 @@ class MoE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ keeping experts alive
+
 
 def tokens_per_expert(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
     """(layers, E) how many slots each expert received, over the tokens that `keep` (S,) bool leaves (padding out)."""
@@ -202,7 +237,9 @@ def entropy(load: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1)
 
 
-def balance_loss(routing: list[Routing], keep: Tensor | None = None, everyone: tuple[Tensor, float] | None = None) -> Tensor:
+def balance_loss(
+    routing: list[Routing], keep: Tensor | None = None, everyone: tuple[Tensor, float] | None = None
+) -> Tensor:
     """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE: K at perfect balance, more when skewed.
 
     f_e counts how often expert e was chosen per token (it sums to K), P_e is its mean probability. `keep` (S,) bool leaves
@@ -212,7 +249,9 @@ def balance_loss(routing: list[Routing], keep: Tensor | None = None, everyone: t
     `everyone`, the choices (E,) and the number of token decisions of all ranks, makes f global ("average activation across
     ranks") and the result this rank's part: parts add up to the loss of the whole batch, and so do their gradients.
     """
-    shares = torch.cat([r.logits if keep is None else r.logits[keep] for r in routing]).softmax(-1)  # (layers * S, E)
+    shares = torch.cat([r.logits if keep is None else r.logits[keep] for r in routing]).softmax(
+        -1
+    )  # (layers * S, E)
     counts, tokens = everyone or (tokens_per_expert(routing, keep).sum(0), shares.shape[0])
     return shares.shape[-1] * (counts.to(shares) / tokens * shares.sum(0) / tokens).sum()
 
@@ -241,6 +280,8 @@ def upcycle(dense: nn.Module, moe: MoE) -> None:
     """
     assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
     gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])  # (2I, C)
-    assert moe.experts.gate_up_proj.shape[1:] == gate_up.shape, "upcycling copies whole experts: equal widths wanted"
+    assert moe.experts.gate_up_proj.shape[1:] == gate_up.shape, (
+        "upcycling copies whole experts: equal widths wanted"
+    )
     moe.experts.gate_up_proj.copy_(gate_up.expand_as(moe.experts.gate_up_proj))
     moe.experts.down_proj.copy_(dense.down_proj.weight.expand_as(moe.experts.down_proj))

@@ -10,6 +10,7 @@ Legend: (m, n) one matrix, m <= n inside the iteration. Sources: Jordan 2024 (Mu
 Training": the factor 0.2 sqrt(max(m, n)), which makes the update as large as AdamW's). Muon is our choice for the toy; the
 paper names AdamW.
 """
+
 import math
 from itertools import groupby
 
@@ -18,7 +19,11 @@ from torch import Tensor
 
 from scale import parallel
 
-A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's: x -> A x + B x^3 + C x^5 on the singular values, as steep at 0 as may be
+A, B, C = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's: x -> A x + B x^3 + C x^5 on the singular values, as steep at 0 as may be
 
 
 def orthogonal(updates: list[Tensor]) -> list[Tensor]:

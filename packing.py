@@ -14,6 +14,7 @@ so their ViTs finish together without a word between them.
 Legend: B rows, T tokens a row (the capacity), N images of all rows, L lanes. Source: SAIL-VL2 section 5.1 describes stream
 packing with a buffer per node and visual packing, and publishes no rule: oldest first with subset-sum is our choice.
 """
+
 import functools
 import json
 import math
@@ -44,6 +45,7 @@ class Batch:
     segments: the documents of all rows (padding is a document of its own); images: (N, 3, H, W), a list, or None;
     owners: per document (row-major) its task. `weight` is the sum of the loss weights, `filled` the share of real tokens.
     """
+
     ids: Tensor
     labels: Tensor
     weights: Tensor
@@ -60,13 +62,19 @@ class Batch:
     def real(self) -> Tensor:
         """(B*T,) bool: positions that belong to a document."""
         lengths = torch.tensor(self.segments.lengths)
-        return torch.tensor([o != "padding" for o in self.owners]).repeat_interleave(lengths).to(self.ids.device)
+        return (
+            torch.tensor([o != "padding" for o in self.owners])
+            .repeat_interleave(lengths)
+            .to(self.ids.device)
+        )
 
     def to(self, device) -> "Batch":
         if str(device) == "cpu":
             return self
         move = [t.to(device) for t in (self.ids, self.labels, self.weights, self.positions)]
-        images = [i.to(device) for i in self.images] if isinstance(self.images, list) else self.images
+        images = (
+            [i.to(device) for i in self.images] if isinstance(self.images, list) else self.images
+        )
         images = images.to(device) if torch.is_tensor(images) else images
         return Batch(*move, self.segments.to(device), images, self.owners, self.filled)
 
@@ -78,7 +86,9 @@ UNITS = 80  # vision is counted in about 80ths of what a row should hold, or in 
 FILL = 60  # a row with one percent left empty is as bad as one with 60 percent too much vision
 
 
-def choose_subset(sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: float = 1.0, slack: int = 0) -> list[int]:
+def choose_subset(
+    sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: float = 1.0, slack: int = 0
+) -> list[int]:
     """Indices of a subset of `sizes` (tokens, vision) with at most `room` tokens: as full as can be, vision near `want`.
 
     Stops at the first subset within `slack` tokens of full and half a unit of `want`; else takes the best by `FILL`. Without
@@ -87,7 +97,11 @@ def choose_subset(sizes: list[tuple[int, int]], room: int, want: float = 0.0, un
     units = [round(v / unit) for _, v in sizes]
     want = max(0.0, want / unit)
     columns = int(want) + UNITS // 4 if any(units) else 1
-    near = range(max(0, math.ceil(want - 0.5)), min(columns, int(want + 0.5) + 1)) if columns > 1 else range(1)
+    near = (
+        range(max(0, math.ceil(want - 0.5)), min(columns, int(want + 0.5) + 1))
+        if columns > 1
+        else range(1)
+    )
     mask, full = (1 << room + 1) - 1, max(0, room - slack)
     reach = [1] + [0] * (columns - 1)
     history, found = [reach], []
@@ -97,13 +111,19 @@ def choose_subset(sizes: list[tuple[int, int]], room: int, want: float = 0.0, un
         found = [c for c in near if reach[c] >> full]
         if found:
             break
-    best = max(found or (c for c in range(columns) if reach[c]),
-               key=lambda c: FILL * (reach[c].bit_length() - 1) / max(room, 1) - abs(c - want) / max(want, 1))
+    best = max(
+        found or (c for c in range(columns) if reach[c]),
+        key=lambda c: (
+            FILL * (reach[c].bit_length() - 1) / max(room, 1) - abs(c - want) / max(want, 1)
+        ),
+    )
     tokens, chosen = reach[best].bit_length() - 1, []
     if columns > 1 and tokens < 0.98 * room:  # nothing that keeps the balance: then a full row
         return choose_subset([(n, 0) for n, _ in sizes], room)
     for i in reversed(range(len(history) - 1)):
-        if not history[i][best] >> tokens & 1:  # not reachable without item i: it is part of the choice
+        if (
+            not history[i][best] >> tokens & 1
+        ):  # not reachable without item i: it is part of the choice
             chosen.append(i)
             tokens, best = tokens - sizes[i][0], best - units[i]
     return chosen
@@ -120,7 +140,10 @@ class Rows:
     def __init__(self, documents: Iterator[Document], capacity: int, buffer: int = 64):
         self.source, self.capacity, self.buffer = iter(documents), capacity, buffer
         self.waiting: list[Document] = []
-        self.seen = [0, 0]  # tokens and vision of all documents so far: their ratio is what a row aims at
+        self.seen = [
+            0,
+            0,
+        ]  # tokens and vision of all documents so far: their ratio is what a row aims at
 
     def __iter__(self) -> "Rows":
         return self
@@ -128,7 +151,9 @@ class Rows:
     def refill(self, most: int) -> None:
         while len(self.waiting) < most and (document := next(self.source, None)) is not None:
             if len(document) > self.capacity:
-                raise ValueError(f"{document.origin}: {len(document)} tokens do not fit in a row of {self.capacity}")
+                raise ValueError(
+                    f"{document.origin}: {len(document)} tokens do not fit in a row of {self.capacity}"
+                )
             self.waiting.append(document)
             self.seen = [self.seen[0] + len(document), self.seen[1] + document.vision]
 
@@ -139,7 +164,9 @@ class Rows:
         mean = self.seen[1] / self.seen[0]
         here = sum(d.vision for d in self.waiting) / sum(map(len, self.waiting))
         want = self.capacity * (mean + GAIN * (here - mean))  # vision that this row should hold
-        tile = math.gcd(*(d.vision for d in self.waiting)) or 1  # at any resolution: next to nothing
+        tile = (
+            math.gcd(*(d.vision for d in self.waiting)) or 1
+        )  # at any resolution: next to nothing
         unit = tile * max(1, round(want / UNITS / tile))
         row, room = [], self.capacity
 
@@ -157,13 +184,23 @@ class Rows:
         while fits and len(self.waiting) >= self.buffer - 1 and sum(map(len, fits)) < 2 * room:
             fits = take(fits[0])
         big = max(fits, key=len, default=row[0])
-        if fits and 2 * len(big) > self.capacity and big.vision <= want:  # no two of these share a row: one goes when it can
+        if (
+            fits and 2 * len(big) > self.capacity and big.vision <= want
+        ):  # no two of these share a row: one goes when it can
             fits = take(big)
-        take(*[fits[i] for i in choose_subset([(len(d), d.vision) for d in fits], room, want, unit, self.capacity // 2048)])
+        take(
+            *[
+                fits[i]
+                for i in choose_subset(
+                    [(len(d), d.vision) for d in fits], room, want, unit, self.capacity // 2048
+                )
+            ]
+        )
         return row
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows
+
 
 def collate(group: list[list[Document]], capacity: int | None, pad: int) -> Batch:
     """B rows of documents -> a Batch. capacity None: as long as the longest row."""
@@ -176,8 +213,12 @@ def collate(group: list[list[Document]], capacity: int | None, pad: int) -> Batc
         at = 0
         for d in row:
             n = len(d)
-            ids[b, at:at + n], labels[b, at:at + n], weights[b, at:at + n] = d.ids, d.labels, d.weights
-            positions[b, at:at + n] = np.arange(n)
+            ids[b, at : at + n], labels[b, at : at + n], weights[b, at : at + n] = (
+                d.ids,
+                d.labels,
+                d.weights,
+            )
+            positions[b, at : at + n] = np.arange(n)
             lengths.append(n)
             images += d.images
             owners.append(d.task)
@@ -188,7 +229,9 @@ def collate(group: list[list[Document]], capacity: int | None, pad: int) -> Batc
             positions[b, at:] = np.arange(T - at)
             owners.append("padding")
     arrays = (torch.from_numpy(a) for a in (ids, labels, weights, positions))
-    return Batch(*arrays, Segments.of(lengths), normalise(images) if images else None, owners, used / (B * T))
+    return Batch(
+        *arrays, Segments.of(lengths), normalise(images) if images else None, owners, used / (B * T)
+    )
 
 
 class Batches:
@@ -205,18 +248,42 @@ class Batches:
     Raises ValueError when ranks find different numbers of records: they would lose some samples and repeat others.
     """
 
-    def __init__(self, documents, capacity: int, rows_per_step: int, accumulate: int, pad: int, rank: int = 0, world: int = 1,
-                 buffer: int = 64, lanes: int = 0):
+    def __init__(
+        self,
+        documents,
+        capacity: int,
+        rows_per_step: int,
+        accumulate: int,
+        pad: int,
+        rank: int = 0,
+        world: int = 1,
+        buffer: int = 64,
+        lanes: int = 0,
+    ):
         accumulate = accumulate or max(1, rows_per_step // world)  # 0: a row at a time
         if rows_per_step % (world * accumulate):
-            raise ValueError(f"{rows_per_step} rows a step do not divide over {world} ranks x {accumulate} accumulation steps")
-        self.documents = documents if isinstance(documents, Documents) else Documents(documents, None, None)
-        self.capacity, self.rows_per_step, self.accumulate, self.pad, self.buffer = capacity, rows_per_step, accumulate, pad, buffer
+            raise ValueError(
+                f"{rows_per_step} rows a step do not divide over {world} ranks x {accumulate} accumulation steps"
+            )
+        self.documents = (
+            documents if isinstance(documents, Documents) else Documents(documents, None, None)
+        )
+        self.capacity, self.rows_per_step, self.accumulate, self.pad, self.buffer = (
+            capacity,
+            rows_per_step,
+            accumulate,
+            pad,
+            buffer,
+        )
         self.rank, self.world, self.row = rank, world, 0
         found = parallel.gather([self.documents.records])
         if any(f != found[0] for f in found):
-            raise ValueError(f"the ranks find different data, {' and '.join(map(str, found))} records: wait until every node has all files")
-        usual = max(n for n in range(1, max(8, world) + 1) if rows_per_step % n == 0 and n % world == 0)
+            raise ValueError(
+                f"the ranks find different data, {' and '.join(map(str, found))} records: wait until every node has all files"
+            )
+        usual = max(
+            n for n in range(1, max(8, world) + 1) if rows_per_step % n == 0 and n % world == 0
+        )
         self.open(lanes or (usual if self.documents.numbered else 1), {})
 
     def open(self, lanes: int, states: dict) -> None:
@@ -227,7 +294,9 @@ class Batches:
             self.mine[lane] = Rows(share, self.capacity, self.buffer)
             if str(lane) in states:
                 state = states[str(lane)]
-                self.mine[lane].waiting = [d for n in state["waiting"] if isinstance(d := self.documents[n], Document)]
+                self.mine[lane].waiting = [
+                    d for n in state["waiting"] if isinstance(d := self.documents[n], Document)
+                ]
                 self.mine[lane].seen = list(state["seen"])
                 share.go_to(state["next"])
 
@@ -241,35 +310,60 @@ class Batches:
             made += bool(row)
             if g % self.world == self.rank:
                 kept.append(row)
-        alone = self.lanes == 1 or self.documents.endless  # every rank knows of every row, or there is always one
+        alone = (
+            self.lanes == 1 or self.documents.endless
+        )  # every rank knows of every row, or there is always one
         if not (made if alone else parallel.total(made)[0]):
             raise StopIteration
         self.row += self.rows_per_step
         share = len(kept) // self.accumulate
-        return [collate(kept[i * share:(i + 1) * share], self.capacity, self.pad) for i in range(self.accumulate)]
+        return [
+            collate(kept[i * share : (i + 1) * share], self.capacity, self.pad)
+            for i in range(self.accumulate)
+        ]
 
     def state_dict(self) -> dict:
-        states = parallel.gather([{str(lane): {"next": rows.source.next, "waiting": [d.number for d in rows.waiting],
-                                               "seen": rows.seen} for lane, rows in self.mine.items()}])
-        return {"row": self.row, "lanes": self.lanes, "records": self.documents.records,
-                "buffers": {k: v for part in states for k, v in part.items()}}
+        states = parallel.gather(
+            [
+                {
+                    str(lane): {
+                        "next": rows.source.next,
+                        "waiting": [d.number for d in rows.waiting],
+                        "seen": rows.seen,
+                    }
+                    for lane, rows in self.mine.items()
+                }
+            ]
+        )
+        return {
+            "row": self.row,
+            "lanes": self.lanes,
+            "records": self.documents.records,
+            "buffers": {k: v for part in states for k, v in part.items()},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the step has another number of rows, or the data another number of records, than when it was saved."""
         if state["row"] % self.rows_per_step:
-            raise ValueError(f"the saved run stopped at row {state['row']}, which is no multiple of {self.rows_per_step} rows a step")
+            raise ValueError(
+                f"the saved run stopped at row {state['row']}, which is no multiple of {self.rows_per_step} rows a step"
+            )
         if (records := state.get("records", self.documents.records)) != self.documents.records:
-            raise ValueError(f"the saved run read {records} records, now there are {self.documents.records}: its place in them means "
-                             "nothing any more; put the files back, or begin again with --resume False")
+            raise ValueError(
+                f"the saved run read {records} records, now there are {self.documents.records}: its place in them means "
+                "nothing any more; put the files back, or begin again with --resume False"
+            )
         self.row = state["row"]
         self.open(state["lanes"], state["buffers"])
 
 
 # -------------------------------------------------------------------------------------------------- the command: compare rules
 
+
 @dataclass(slots=True)
 class Size:
     """A document of which only the sizes are known."""
+
     tokens: int
     vision: int
     origin: str = ""
@@ -304,7 +398,9 @@ def first_fit(sizes: Iterator[Size], capacity: int, most: int = 64) -> Iterator[
     yield from (row for _, row in opened)
 
 
-def measure(rule: Callable, sizes: list[Size], capacity: int, ranks: int) -> tuple[dict, list[list[Size]]]:
+def measure(
+    rule: Callable, sizes: list[Size], capacity: int, ranks: int
+) -> tuple[dict, list[list[Size]]]:
     """One rule on one stream. Row g goes to rank g % ranks. A stream's last row, which nothing can fill, is left out of fill.
 
     The two imbalances are the mean over steps of (largest rank / mean of ranks) of pixels and of the sum of squared lengths.
@@ -326,20 +422,30 @@ def measure(rule: Callable, sizes: list[Size], capacity: int, ranks: int) -> tup
 
     def imbalance(cost: Callable[[Size], int]) -> float:
         costs = [sum(map(cost, row)) for row in body]
-        steps = [costs[i:i + ranks] for i in range(0, len(costs) - ranks + 1, ranks)] or [costs]
+        steps = [costs[i : i + ranks] for i in range(0, len(costs) - ranks + 1, ranks)] or [costs]
         found = [max(step) * len(step) / sum(step) for step in steps if sum(step)]
         return sum(found) / len(found) if found else 1.0
 
-    return {"fill": fill, "padding": 1 - fill, "vision_max_over_mean": imbalance(lambda d: d.vision),
-            "attention_max_over_mean": imbalance(lambda d: len(d) ** 2), "max_wait_rows": wait,
-            "us_per_sample": 1e6 * seconds / len(sizes)}, made
+    return {
+        "fill": fill,
+        "padding": 1 - fill,
+        "vision_max_over_mean": imbalance(lambda d: d.vision),
+        "attention_max_over_mean": imbalance(lambda d: len(d) ** 2),
+        "max_wait_rows": wait,
+        "us_per_sample": 1e6 * seconds / len(sizes),
+    }, made
 
 
 def draw(made: dict[str, list[list[Size]]], capacity: int, path: Path, most: int = 48) -> None:
     """The first rows of each rule as bars: documents in blue, darker with more vision per token; padding in red."""
-    sheet = Image.new("RGB", (820, sum(24 + 8 * len(rows[:most]) for rows in made.values())), "white")
+    sheet = Image.new(
+        "RGB", (820, sum(24 + 8 * len(rows[:most]) for rows in made.values())), "white"
+    )
     pen, y = ImageDraw.Draw(sheet), 0
-    densest = max((d.vision / len(d) for rows in made.values() for row in rows for d in row), default=0) or 1
+    densest = (
+        max((d.vision / len(d) for rows in made.values() for row in rows for d in row), default=0)
+        or 1
+    )
     for name, rows in made.items():
         pen.text((10, y + 6), name, "black")
         y += 24
@@ -348,7 +454,11 @@ def draw(made: dict[str, list[list[Size]]], capacity: int, path: Path, most: int
             at = 0
             for d in row:
                 shade = int(210 - 170 * d.vision / len(d) / densest)
-                pen.rectangle((10 + 800 * at // capacity, y, 9 + 800 * (at + len(d)) // capacity, y + 5), (shade, shade, 235), "white")
+                pen.rectangle(
+                    (10 + 800 * at // capacity, y, 9 + 800 * (at + len(d)) // capacity, y + 5),
+                    (shade, shade, 235),
+                    "white",
+                )
                 at += len(d)
             y += 8
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -380,9 +490,14 @@ def example(mix: str, n: int, seed: int = 0) -> list[tuple[int, int]]:
         n = rng.randint(1500, 4000)
         return n, rng.choice((0, n // 400, n // 300))
 
-    mixes = {"tiles": tiles, "any-resolution": any_resolution, "short": lambda: (rng.randint(16, 200), 0), "long": long,
-             "two-valued": lambda: rng.choice(((64, 0), (2000, 7))),
-             "zipf": lambda: ((n := min(8192, int(16 * rng.paretovariate(0.9)))), min(13, n // 300))}
+    mixes = {
+        "tiles": tiles,
+        "any-resolution": any_resolution,
+        "short": lambda: (rng.randint(16, 200), 0),
+        "long": long,
+        "two-valued": lambda: rng.choice(((64, 0), (2000, 7))),
+        "zipf": lambda: ((n := min(8192, int(16 * rng.paretovariate(0.9)))), min(13, n // 300)),
+    }
     if mix not in mixes:
         raise ValueError(f"--mix {mix!r}: choose from {', '.join(mixes)}")
     return [mixes[mix]() for _ in range(n)]
@@ -391,6 +506,7 @@ def example(mix: str, n: int, seed: int = 0) -> list[tuple[int, int]]:
 @dataclass
 class Options:
     """Pack a list of lengths by three rules and compare them; or write such a list."""
+
     lengths: Path | None = None  # a line per sample: tokens and vision (tiles, patches or pixels)
     capacity: int = 8192  # tokens a row
     ranks: int = 8
@@ -410,25 +526,42 @@ def main(o: Options) -> int:
         return 0
     if o.lengths is None:
         sys.exit("give --lengths FILE, or --example FILE to write one")
-    sizes = [Size(*map(int, line.split()), f"{o.lengths}:{i}") for i, line in enumerate(o.lengths.read_text().splitlines(), 1) if line.strip()]
+    sizes = [
+        Size(*map(int, line.split()), f"{o.lengths}:{i}")
+        for i, line in enumerate(o.lengths.read_text().splitlines(), 1)
+        if line.strip()
+    ]
     fit = [d for d in sizes if 0 < len(d) <= o.capacity]
     if not fit:
         sys.exit(f"{o.lengths}: none of {len(sizes)} lengths fits in a row of {o.capacity}")
-    rules = {"naive": naive, "first_fit": first_fit, "ours": functools.partial(Rows, buffer=o.buffer)}
+    rules = {
+        "naive": naive,
+        "first_fit": first_fit,
+        "ours": functools.partial(Rows, buffer=o.buffer),
+    }
     found = {name: measure(rule, fit, o.capacity, o.ranks) for name, rule in rules.items()}
     draw({name: rows for name, (_, rows) in found.items()}, o.capacity, o.out)
     if o.json:
         print(json.dumps({name: figures for name, (figures, _) in found.items()}))
         return 0
-    print(f"{len(fit)} samples, {len(sizes) - len(fit)} left out (longer than a row); mean {sum(map(len, fit)) / len(fit):.0f} tokens")
-    print(f"{'':10s} {'fill':>9s} {'padding':>9s} {'vision':>8s} {'attention':>9s} {'wait':>6s} {'us/sample':>9s}")
+    print(
+        f"{len(fit)} samples, {len(sizes) - len(fit)} left out (longer than a row); mean {sum(map(len, fit)) / len(fit):.0f} tokens"
+    )
+    print(
+        f"{'':10s} {'fill':>9s} {'padding':>9s} {'vision':>8s} {'attention':>9s} {'wait':>6s} {'us/sample':>9s}"
+    )
     for name, (f, rows) in found.items():
-        print(f"{name:10s} {f['fill']:9.3%} {f['padding']:9.3%} {f['vision_max_over_mean']:8.3f} {f['attention_max_over_mean']:9.3f} "
-              f"{f['max_wait_rows']:6d} {f['us_per_sample']:9.1f}")
-    print(f"vision, attention: max / mean over {o.ranks} ranks; wait: rows between entering and leaving; rows drawn in {o.out}")
+        print(
+            f"{name:10s} {f['fill']:9.3%} {f['padding']:9.3%} {f['vision_max_over_mean']:8.3f} {f['attention_max_over_mean']:9.3f} "
+            f"{f['max_wait_rows']:6d} {f['us_per_sample']:9.1f}"
+        )
+    print(
+        f"vision, attention: max / mean over {o.ranks} ranks; wait: rows between entering and leaving; rows drawn in {o.out}"
+    )
     return 0
 
 
 if __name__ == "__main__":
     import tyro
+
     sys.exit(main(tyro.cli(Options)))

@@ -28,6 +28,7 @@ changes a gradient. On the sampling policy r = 1 and every term's gradient is A,
 Not published by SAIL-VL2, our choice: GSPO's clip range (its own paper's; the [0.20, 0.28] that SAIL-VL2 states for both
 would never clip a sequence ratio), CISPO's bound (5, as in ScaleRL; MiniMax gives none), the spread with n, not n - 1.
 """
+
 from dataclasses import dataclass
 from typing import Callable
 
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 
 # -------------------------------------------------------------------------------------------------------------- advantage
+
 
 def group_advantage(reward: Tensor, group: int, by_std: bool = True) -> Tensor:
     """(N,) rewards, `group` consecutive completions per prompt -> (N,): (r - mean) / std inside each group (GRPO; DAPO
@@ -44,7 +46,9 @@ def group_advantage(reward: Tensor, group: int, by_std: bool = True) -> Tensor:
     centred = r - r.mean(1, keepdim=True)
     if by_std:
         centred = centred / (r.std(1, correction=0, keepdim=True) + 1e-6)
-    centred = centred.masked_fill((r == r[:, :1]).all(1, keepdim=True), 0.0)  # a mean of equal numbers may be off by rounding
+    centred = centred.masked_fill(
+        (r == r[:, :1]).all(1, keepdim=True), 0.0
+    )  # a mean of equal numbers may be off by rounding
     return centred.reshape(-1)
 
 
@@ -56,7 +60,9 @@ def centred(reward: Tensor, group: int) -> Tensor:
 def leave_one_out(reward: Tensor, group: int) -> Tensor:
     """RLOO: r minus the mean of the *others*, an unbiased baseline. Raises ValueError for a group of one."""
     if group < 2:
-        raise ValueError("leave-one-out wants at least two completions per prompt: with one there is nothing to compare")
+        raise ValueError(
+            "leave-one-out wants at least two completions per prompt: with one there is nothing to compare"
+        )
     return centred(reward, group) * group / (group - 1)
 
 
@@ -66,6 +72,7 @@ def overlong_penalty(length: int, limit: int, soft: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------------ ratio
+
 
 def log_ratio(logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     """(N, L) log(pi / pi_old), zero on padding whatever stands there, bounded so that its exponential is finite."""
@@ -84,6 +91,7 @@ def per_token(advantage: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------------ terms
 
+
 def clipped(ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """min(r A, clip(r, 1-low, 1+high) A). The gradient is lost where the policy has already moved far the way that A asks:
     A > 0 and r > 1+high, or A < 0 and r < 1-low; never on the way back."""
@@ -91,33 +99,48 @@ def clipped(ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor, 
     return gain, (A > 0) & (ratio > 1 + high) | (A < 0) & (ratio < 1 - low)
 
 
-def reinforce(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def reinforce(
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """A log p. No ratio: right for one update per rollout batch, biased after it."""
     return per_token(advantage) * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
-def ppo(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def ppo(
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """Clipped token ratios: PPO, and with other advantages and sums GRPO, Dr.GRPO and DAPO. Clip-higher (high > low) lets
     unlikely tokens grow: at 0.2 a token of probability 0.01 may rise to 0.012 only."""
     return clipped(log_ratio(logp, old, mask).exp(), per_token(advantage), low, high)
 
 
-def dual(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float,
-         bound: float = 3.0) -> tuple[Tensor, Tensor]:
+def dual(
+    logp: Tensor,
+    old: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    low: float,
+    high: float,
+    bound: float = 3.0,
+) -> tuple[Tensor, Tensor]:
     """Dual clip: for A < 0 at least bound * A, so that a bad token that became much likelier cannot blow the update up."""
     ratio, A = log_ratio(logp, old, mask).exp(), per_token(advantage)
     gain, cut = clipped(ratio, A, low, high)
     return torch.where(A < 0, torch.maximum(gain, bound * A), gain), cut | (A < 0) & (ratio > bound)
 
 
-def gspo(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def gspo(
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """One ratio per sequence, s = (pi(o) / pi_old(o))^(1/|o|): all its tokens are clipped together or none."""
     assert advantage.ndim == 1, "GSPO has one advantage a completion; gspo_token takes one a token"
     gain, cut = clipped(sequence_log_ratio(logp, old, mask).exp(), advantage[:, None], low, high)
     return gain.expand_as(logp), cut.expand_as(logp)
 
 
-def gspo_token(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def gspo_token(
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """s_t = stop(s) pi_t / stop(pi_t): GSPO's value, clipping and (for equal advantages) gradient, but each token may have
     an advantage of its own."""
     moving = log_ratio(logp, logp.detach(), mask)  # zero, with the gradient of log p
@@ -125,7 +148,9 @@ def gspo_token(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: 
     return clipped(ratio, per_token(advantage), low, high)
 
 
-def cispo(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def cispo(
+    logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     """stop(clip(r)) A log p: the importance weight is bounded, no token's gradient is lost. low = 1 means no lower bound."""
     ratio = log_ratio(logp, old, mask).exp().detach()
     weight = ratio.clamp(1 - low, 1 + high)
@@ -133,6 +158,7 @@ def cispo(logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float
 
 
 # ------------------------------------------------------------------------------------------------------------ aggregation
+
 
 def aggregate(values: Tensor, mask: Tensor, how: str) -> Tensor:
     """Sum of per-token values (N, L) over the mask; `sequences` first takes the mean inside each completion."""
@@ -149,13 +175,19 @@ def divisor(mask: Tensor, how: str, budget: int) -> float:
     completions  the sum of a completion's log-probabilities, averaged: the policy gradient as it is derived (REINFORCE)
     """
     sequences = float((mask.sum(1) > 0).sum())
-    return {"tokens": float(mask.sum()), "sequences": sequences, "completions": sequences, "budget": sequences * budget}[how]
+    return {
+        "tokens": float(mask.sum()),
+        "sequences": sequences,
+        "completions": sequences,
+        "budget": sequences * budget,
+    }[how]
 
 
 AGGREGATIONS = ("tokens", "sequences", "budget", "completions")
 
 
 # --------------------------------------------------------------------------------------------------------------------- KL
+
 
 def kl_penalty(logp: Tensor, reference: Tensor, mask: Tensor, estimator: str = "k3") -> Tensor:
     """(N, L) estimates of KL(pi || reference) from samples of pi, with l = log pi - log reference. As a *value*:
@@ -171,14 +203,18 @@ def kl_penalty(logp: Tensor, reference: Tensor, mask: Tensor, estimator: str = "
     l = log_ratio(logp, reference, mask)
     if estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"unknown KL estimator {estimator!r}; choose k1, k2 or k3")
-    return {"k1": lambda: l, "k2": lambda: l.square() / 2, "k3": lambda: (-l).exp() - 1 + l}[estimator]()
+    return {"k1": lambda: l, "k2": lambda: l.square() / 2, "k3": lambda: (-l).exp() - 1 + l}[
+        estimator
+    ]()
 
 
 # ------------------------------------------------------------------------------------------------------------------ table
 
+
 @dataclass(frozen=True)
 class Algorithm:
     """One row of the table above. term(logp, old, mask, advantage, low, high) -> (gain (N, L), clipped (N, L))."""
+
     term: Callable[..., tuple[Tensor, Tensor]]
     advantage: Callable[[Tensor, int], Tensor]
     aggregation: str
@@ -199,9 +235,21 @@ ALGORITHMS = {
 }
 
 
-def loss(name: str, logp: Tensor, old: Tensor, mask: Tensor, advantage: Tensor, low: float | None = None,
-         high: float | None = None, how: str | None = None) -> tuple[Tensor, Tensor]:
+def loss(
+    name: str,
+    logp: Tensor,
+    old: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    low: float | None = None,
+    high: float | None = None,
+    how: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """(sum to minimise, share of the tokens that were clipped). None: the algorithm's own range and aggregation."""
     a = ALGORITHMS[name]
-    gain, cut = a.term(logp, old, mask, advantage, a.low if low is None else low, a.high if high is None else high)
-    return -aggregate(gain, mask, how or a.aggregation), (cut & (mask > 0)).sum() / mask.sum().clamp(min=1)
+    gain, cut = a.term(
+        logp, old, mask, advantage, a.low if low is None else low, a.high if high is None else high
+    )
+    return -aggregate(gain, mask, how or a.aggregation), (
+        cut & (mask > 0)
+    ).sum() / mask.sum().clamp(min=1)

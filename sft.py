@@ -20,6 +20,7 @@ The loss is on answers only (chain and box for thinking samples). What its sum i
     token      tokens: the same direction, and a loss in nats a token that does not grow with the length of chains
     sample     each sample's own tokens first, then samples: a chain counts as much as a one-word answer
 """
+
 import functools
 import sys
 from dataclasses import dataclass, field, replace
@@ -39,34 +40,161 @@ from scale import parallel
 from train import Run, Stage, train
 from vlm import SailVL
 
-PHASES = {"sft1": ("attributes", "spatial", "counting"), "sft2": ("charts", "grounding", "reading"),
-          "sft3": ("arithmetic", "odd"), "sft4": ("video",)}
-REHEARSE = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}  # what earlier stages taught
+PHASES = {
+    "sft1": ("attributes", "spatial", "counting"),
+    "sft2": ("charts", "grounding", "reading"),
+    "sft3": ("arithmetic", "odd"),
+    "sft4": ("video",),
+}
+REHEARSE = {"text": 0.05} | {
+    f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()
+}  # what earlier stages taught
 
-TOY = {s.name: s for s in (
-    Stage("sft1", ALL, REHEARSE | {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}, steps=220, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("sft2", ALL, REHEARSE | {"listing": 1.5, "charts": 6.0, "grounding": 4.0}, steps=370, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("sft3", ALL, REHEARSE | {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}, steps=310, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("sft4", ALL, REHEARSE | {"video": 5.0}, steps=70, rows=4, lr=5e-3, schedule="wsd", weighting="sqrt"),
-    Stage("soup-a", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=101, weighting="sqrt"),
-    Stage("soup-b", ALL, REHEARSE | {"video": 0.5, "charts": 1.2}, steps=30, rows=4, lr=3e-3, schedule="constant", seed=102, weighting="sqrt"),
-    Stage("moe-branch", ALL, REHEARSE | {"video": 0.5}, steps=40, rows=4, lr=1e-3, schedule="wsd", weighting="sqrt", seed=103),
-    Stage("long-cot", ALL, {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}, steps=120, rows=2, length=1024, lr=5e-3, schedule="wsd",
-          think=1.0, turns=1),
-    Stage("fusion", ALL, REHEARSE | {"video": 0.5}, steps=100, rows=4, lr=3e-3, schedule="wsd", think=0.1),
-)}
+TOY = {
+    s.name: s
+    for s in (
+        Stage(
+            "sft1",
+            ALL,
+            REHEARSE | {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0},
+            steps=220,
+            rows=4,
+            lr=5e-3,
+            schedule="wsd",
+            weighting="sqrt",
+        ),
+        Stage(
+            "sft2",
+            ALL,
+            REHEARSE | {"listing": 1.5, "charts": 6.0, "grounding": 4.0},
+            steps=370,
+            rows=4,
+            lr=5e-3,
+            schedule="wsd",
+            weighting="sqrt",
+        ),
+        Stage(
+            "sft3",
+            ALL,
+            REHEARSE | {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5},
+            steps=310,
+            rows=4,
+            lr=5e-3,
+            schedule="wsd",
+            weighting="sqrt",
+        ),
+        Stage(
+            "sft4",
+            ALL,
+            REHEARSE | {"video": 5.0},
+            steps=70,
+            rows=4,
+            lr=5e-3,
+            schedule="wsd",
+            weighting="sqrt",
+        ),
+        Stage(
+            "soup-a",
+            ALL,
+            REHEARSE | {"video": 0.5, "charts": 1.2},
+            steps=30,
+            rows=4,
+            lr=3e-3,
+            schedule="constant",
+            seed=101,
+            weighting="sqrt",
+        ),
+        Stage(
+            "soup-b",
+            ALL,
+            REHEARSE | {"video": 0.5, "charts": 1.2},
+            steps=30,
+            rows=4,
+            lr=3e-3,
+            schedule="constant",
+            seed=102,
+            weighting="sqrt",
+        ),
+        Stage(
+            "moe-branch",
+            ALL,
+            REHEARSE | {"video": 0.5},
+            steps=40,
+            rows=4,
+            lr=1e-3,
+            schedule="wsd",
+            weighting="sqrt",
+            seed=103,
+        ),
+        Stage(
+            "long-cot",
+            ALL,
+            {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8},
+            steps=120,
+            rows=2,
+            length=1024,
+            lr=5e-3,
+            schedule="wsd",
+            think=1.0,
+            turns=1,
+        ),
+        Stage(
+            "fusion",
+            ALL,
+            REHEARSE | {"video": 0.5},
+            steps=100,
+            rows=4,
+            lr=3e-3,
+            schedule="wsd",
+            think=0.1,
+        ),
+    )
+}
 
 # Tokens 42B -> 40B -> 16B -> 70B (Table 3); long-CoT 0.4B, fusion 1B tokens, batch 1024, AdamW, cosine, 1e-6 (4.2.2). The
 # phases' rate and batch are not published: 1e-5 and 512 are the first SAIL-VL's.
-PAPER = {s.name: s for s in (
-    Stage("sft1", ALL, {}, steps=10010, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-    Stage("sft2", ALL, {}, steps=9540, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-    Stage("sft3", ALL, {}, steps=3810, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-    Stage("sft4", ALL, {"image": 1.0, "video": 1.0}, steps=8340, rows=512, length=16384, lr=1e-5, optimizer="adamw"),
-    Stage("long-cot", ALL, {}, steps=390, rows=1024, length=20480, lr=1e-6, think=1.0, optimizer="adamw",
-          weighting="sequence"),
-    Stage("fusion", ALL, {}, steps=977, rows=1024, length=20480, lr=1e-6, think=0.1, optimizer="adamw", weighting="sequence"),
-)}
+PAPER = {
+    s.name: s
+    for s in (
+        Stage("sft1", ALL, {}, steps=10010, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
+        Stage("sft2", ALL, {}, steps=9540, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
+        Stage("sft3", ALL, {}, steps=3810, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
+        Stage(
+            "sft4",
+            ALL,
+            {"image": 1.0, "video": 1.0},
+            steps=8340,
+            rows=512,
+            length=16384,
+            lr=1e-5,
+            optimizer="adamw",
+        ),
+        Stage(
+            "long-cot",
+            ALL,
+            {},
+            steps=390,
+            rows=1024,
+            length=20480,
+            lr=1e-6,
+            think=1.0,
+            optimizer="adamw",
+            weighting="sequence",
+        ),
+        Stage(
+            "fusion",
+            ALL,
+            {},
+            steps=977,
+            rows=1024,
+            length=20480,
+            lr=1e-6,
+            think=0.1,
+            optimizer="adamw",
+            weighting="sequence",
+        ),
+    )
+}
 RECIPES = {"toy": TOY, "paper": PAPER}
 
 
@@ -75,7 +203,12 @@ class PerSample(Batch):
 
     @property
     def weight(self) -> float:
-        return float(sum(bool((part >= 0).any()) for part in self.labels.reshape(-1).split(self.segments.lengths)))
+        return float(
+            sum(
+                bool((part >= 0).any())
+                for part in self.labels.reshape(-1).split(self.segments.lengths)
+            )
+        )
 
     def to(self, device) -> "PerSample":
         return PerSample(**vars(super().to(device)))
@@ -90,32 +223,67 @@ def chains(source, stage: Stage, encoder: Encoder) -> Iterator[Sample]:
             yield s
 
 
-def run_samples(model: SailVL, stage: Stage, samples: Iterator[Sample], encoder: Encoder, world=parallel.Ranks(),
-                directory: Path | None = None, faults: Faults | None = None) -> Run:
+def run_samples(
+    model: SailVL,
+    stage: Stage,
+    samples: Iterator[Sample],
+    encoder: Encoder,
+    world=parallel.Ranks(),
+    directory: Path | None = None,
+    faults: Faults | None = None,
+) -> Run:
     """A supervised stage on a given stream of samples."""
     literal = stage.weighting == "sequence"
-    encoder = replace(encoder, weighting="token" if literal else stage.weighting, max_length=min(stage.length, encoder.max_length))
-    data = Batches(Documents(samples, encoder, faults or Faults()), stage.length, stage.rows, stage.accumulate,
-                   encoder.tokenizer.pad, world.rank, world.size)
+    encoder = replace(
+        encoder,
+        weighting="token" if literal else stage.weighting,
+        max_length=min(stage.length, encoder.max_length),
+    )
+    data = Batches(
+        Documents(samples, encoder, faults or Faults()),
+        stage.length,
+        stage.rows,
+        stage.accumulate,
+        encoder.tokenizer.pad,
+        world.rank,
+        world.size,
+    )
     if literal:
         data = ([PerSample(**vars(batch)) for batch in micro] for micro in data)
     return train(model, stage, data, answers_of(stage), world, directory)
 
 
-def long_cot(model: SailVL, stage: Stage, source, encoder: Encoder, world=parallel.Ranks(), directory: Path | None = None) -> Run:
+def long_cot(
+    model: SailVL,
+    stage: Stage,
+    source,
+    encoder: Encoder,
+    world=parallel.Ranks(),
+    directory: Path | None = None,
+) -> Run:
     return run_samples(model, stage, chains(source, stage, encoder), encoder, world, directory)
 
 
-def fusion(model: SailVL, stage: Stage, source, harvest: list[Sample], encoder: Encoder, world=parallel.Ranks(),
-           directory: Path | None = None) -> Run:
+def fusion(
+    model: SailVL,
+    stage: Stage,
+    source,
+    harvest: list[Sample],
+    encoder: Encoder,
+    world=parallel.Ranks(),
+    directory: Path | None = None,
+) -> Run:
     """Think-fusion: direct samples of the source, and `stage.think` of the stream from the harvested chains."""
     direct = source.stream(stage.mixture, stage.seed, stage.turns)
-    return run_samples(model, stage, blend(direct, harvest, stage.think, stage.seed), encoder, world, directory)
+    return run_samples(
+        model, stage, blend(direct, harvest, stage.think, stage.seed), encoder, world, directory
+    )
 
 
 @dataclass
 class Options(recipe.RunOptions):
     """Run a fine-tuning stage. Without --data it trains on the toy world."""
+
     out: Path = Path("runs/sft")
     stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["sft1"])
 

@@ -12,6 +12,7 @@ Uniform: the mean of all. Greedy: best first, and each next one only if the mean
 arXiv 2203.05482, recipe 1); the paper says only that it averages. Either way tensors are read one at a time, so memory holds
 one model, however many there are.
 """
+
 import sys
 import warnings
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ from evaluate import evaluate
 from generate import load_model
 from infra import weights
 
-STRANGERS = 0.5  # our choice: relative distance above which models are taken to have no common history
+STRANGERS = (
+    0.5  # our choice: relative distance above which models are taken to have no common history
+)
 
 
 class Checkpoint(Mapping):
@@ -55,19 +58,28 @@ def side_by_side(states: list[Mapping[str, Tensor]]) -> Iterator[tuple[str, list
     """(name, that tensor of every model), one name at a time. Raises ValueError for different architectures."""
     names = list(states[0])
     for state in states[1:]:
-        if odd := set(names) ^ set(state):  # sets: asking a Checkpoint whether it holds a name would read the tensor
-            raise ValueError(f"cannot average different architectures: they disagree about {sorted(odd)[0]}")
+        if odd := set(names) ^ set(
+            state
+        ):  # sets: asking a Checkpoint whether it holds a name would read the tensor
+            raise ValueError(
+                f"cannot average different architectures: they disagree about {sorted(odd)[0]}"
+            )
     for name in names:
         tensors = [state[name] for state in states]
         if len({t.shape for t in tensors}) > 1:
-            raise ValueError(f"cannot average different architectures: {name} has shapes {[list(t.shape) for t in tensors]}")
+            raise ValueError(
+                f"cannot average different architectures: {name} has shapes {[list(t.shape) for t in tensors]}"
+            )
         yield name, tensors
 
 
 def average(states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Uniform mean of state dictionaries (or Checkpoints), in fp32, tensor by tensor. Raises ValueError for different
     architectures."""
-    return {name: (sum(t.float() for t in tensors) / len(tensors)).to(tensors[0].dtype) for name, tensors in side_by_side(states)}
+    return {
+        name: (sum(t.float() for t in tensors) / len(tensors)).to(tensors[0].dtype)
+        for name, tensors in side_by_side(states)
+    }
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -76,11 +88,17 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     gap = norm_a = norm_b = 0.0
     for _, (x, y) in side_by_side([a, b]):
         x, y = x.float(), y.float()
-        gap, norm_a, norm_b = gap + float((x - y).square().sum()), norm_a + float(x.square().sum()), norm_b + float(y.square().sum())
-    return gap ** 0.5 / (norm_a * norm_b) ** 0.25
+        gap, norm_a, norm_b = (
+            gap + float((x - y).square().sum()),
+            norm_a + float(x.square().sum()),
+            norm_b + float(y.square().sum()),
+        )
+    return gap**0.5 / (norm_a * norm_b) ** 0.25
 
 
-def greedy(states: list[Mapping[str, Tensor]], score: Callable[[dict[str, Tensor]], float]) -> tuple[dict[str, Tensor], list[int]]:
+def greedy(
+    states: list[Mapping[str, Tensor]], score: Callable[[dict[str, Tensor]], float]
+) -> tuple[dict[str, Tensor], list[int]]:
     """(mean, indices of its ingredients). `score` grades a state dictionary, higher is better; called 2n - 1 times."""
     alone = [score(average([s])) for s in states]
     order = sorted(range(len(states)), key=lambda i: -alone[i])
@@ -95,18 +113,24 @@ def farthest(states: list[Mapping[str, Tensor]]) -> float:
     """Largest distance between any two; warns when they look like strangers."""
     far = max(distance(a, b) for a, b in combinations(states, 2))
     if far > STRANGERS:
-        warnings.warn(f"these models are {far:.2f} apart: they do not share a history and their mean is likely noise (paper, "
-                      "Table 5: 12.86)", stacklevel=2)
+        warnings.warn(
+            f"these models are {far:.2f} apart: they do not share a history and their mean is likely noise (paper, "
+            "Table 5: 12.86)",
+            stacklevel=2,
+        )
     return far
 
 
 @dataclass
 class Options:
     """Average model directories of one architecture."""
+
     models: tuple[Path, ...]
     out: Path
     greedy: bool = False  # best first, and only what does not make the mean worse on held-out data
-    data: Path | None = None  # held-out LLaVA file for --greedy; none: the toy world's held-out side
+    data: Path | None = (
+        None  # held-out LLaVA file for --greedy; none: the toy world's held-out side
+    )
     images: Path | None = None
     samples: int = 100  # held-out samples (per family of the toy world)
     force: bool = False  # average although the models are far apart
@@ -119,7 +143,9 @@ def main(o: Options) -> int:
     far = farthest(states)
     print(f"largest relative distance between two models: {far:.3f}")
     if far > STRANGERS and not o.force:
-        raise ValueError(f"not averaging models that are {far:.2f} apart; say --force True to do it all the same")
+        raise ValueError(
+            f"not averaging models that are {far:.2f} apart; say --force True to do it all the same"
+        )
     model, tokenizer = load_model(o.models[0])
 
     def fill(state: dict[str, Tensor]) -> None:
@@ -129,8 +155,11 @@ def main(o: Options) -> int:
                     view.copy_(state[name])
 
     if o.greedy:
-        held = Folder(o.data, o.images).first(o.samples) if o.data else [
-            s for f in FAMILIES for s in World().held_out(f, o.samples)]
+        held = (
+            Folder(o.data, o.images).first(o.samples)
+            if o.data
+            else [s for f in FAMILIES for s in World().held_out(f, o.samples)]
+        )
         encoder = Encoder(tokenizer, model.config, o.images or (o.data and o.data.parent))
 
         def score(state: dict[str, Tensor]) -> float:
@@ -150,4 +179,5 @@ def main(o: Options) -> int:
 
 if __name__ == "__main__":
     import tyro
+
     sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))

@@ -14,6 +14,7 @@ Only the assistant's text and its `<|im_end|>` are supervised. Real weights use 
 
     python tokenizer.py --compare DIR      # ids and speed against the `tokenizers` library, on DIR's tokenizer.json
 """
+
 import base64
 import codecs
 import collections
@@ -32,17 +33,23 @@ import tiktoken
 
 from infra.config import parse_json
 
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The released added tokens, in the order of their ids (151643 ...).
-ADDED = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-         "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-         "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-         "<tool_response> </tool_response> <think> </think> <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> "
-         "<box> </box>").split()
-RELEASED_SYSTEM = "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
+ADDED = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think> <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> "
+    "<box> </box>"
+).split()
+RELEASED_SYSTEM = (
+    "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
+)
 LONG = 100_000  # characters; tiktoken's matcher keeps a stack entry for every space of a run, and gives up near a million
-THINK_PROMPT = ("You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-                "reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}.")
+THINK_PROMPT = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
+    "reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
+)
 
 
 class Tokenizer:
@@ -54,18 +61,29 @@ class Tokenizer:
     comes back is then the composed text.
     """
 
-    def __init__(self, ranks: dict[bytes, int], system: str = RELEASED_SYSTEM, think_prompt: str = THINK_PROMPT,
-                 nfc: bool = False):
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        system: str = RELEASED_SYSTEM,
+        think_prompt: str = THINK_PROMPT,
+        nfc: bool = False,
+    ):
         if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError("tokenizer ranks must be 0..n-1 without gaps; the vocabulary file is not a plain BPE vocabulary")
+            raise ValueError(
+                "tokenizer ranks must be 0..n-1 without gaps; the vocabulary file is not a plain BPE vocabulary"
+            )
         self.ranks, self.system, self.think_prompt, self.nfc = ranks, system, think_prompt, nfc
         self.special = {name: len(ranks) + i for i, name in enumerate(ADDED)}
-        self.encoding = tiktoken.Encoding("nanosail", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
+        self.encoding = tiktoken.Encoding(
+            "nanosail", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special
+        )
         self.end, self.pad = self.special["<|im_end|>"], self.special["<|endoftext|>"]
         self.image = self.special["<IMG_CONTEXT>"]
         self.think, self.unthink = self.special["<think>"], self.special["</think>"]
         self._user, self._assistant, self._system = (
-            [self.special["<|im_start|>"]] + self.encode(role + "\n") for role in ("user", "assistant", "system"))
+            [self.special["<|im_start|>"]] + self.encode(role + "\n")
+            for role in ("user", "assistant", "system")
+        )
 
     def __len__(self) -> int:
         return self.encoding.n_vocab
@@ -76,8 +94,15 @@ class Tokenizer:
             text = unicodedata.normalize("NFC", text)
         if len(text) < LONG:
             return self.encoding.encode_ordinary(text)
-        return [i for word in regex.findall(SPLIT, text) for i in (
-            self.encoding.encode_ordinary(word) if len(word) < LONG else self.encoding._encode_single_piece(word))]
+        return [
+            i
+            for word in regex.findall(SPLIT, text)
+            for i in (
+                self.encoding.encode_ordinary(word)
+                if len(word) < LONG
+                else self.encoding._encode_single_piece(word)
+            )
+        ]
 
     def decode(self, ids) -> str:
         """Ids -> text; ids past the vocabulary (the model's padding rows) are left out."""
@@ -87,12 +112,16 @@ class Tokenizer:
         """Ids as they come -> text as soon as its characters are whole; joined, the pieces are `decode` of all the ids."""
         characters = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            if i < len(self) and (text := characters.decode(self.encoding.decode_single_token_bytes(i))):
+            if i < len(self) and (
+                text := characters.decode(self.encoding.decode_single_token_bytes(i))
+            ):
                 yield text
         if text := characters.decode(b"", final=True):
             yield text
 
-    def render(self, messages, image_tokens: list[int], prompt_only: bool = False) -> tuple[list[int], list[bool]]:
+    def render(
+        self, messages, image_tokens: list[int], prompt_only: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Messages (see data.Message) -> ids, and for each whether it is supervised.
 
         image_tokens: visual tokens of each image part, in order. `prompt_only` ends with the assistant's opening, ready to
@@ -110,9 +139,16 @@ class Tokenizer:
             put(self._system + self.encode(self.system) + [self.end])
         for message in messages:
             answer = message.role == "assistant"
-            put({"user": self._user, "assistant": self._assistant, "system": self._system}[message.role])
+            put(
+                {"user": self._user, "assistant": self._assistant, "system": self._system}[
+                    message.role
+                ]
+            )
             if message.think is not None:
-                put([self.think] + self.encode(message.think) + [self.unthink], answer and message.learn)
+                put(
+                    [self.think] + self.encode(message.think) + [self.unthink],
+                    answer and message.learn,
+                )
             for part in message.parts:
                 if isinstance(part, str):
                     put(self.encode(part), answer and message.learn)
@@ -129,10 +165,19 @@ class Tokenizer:
         return ids, supervised
 
     def save(self, directory) -> None:
-        lines = [base64.b64encode(token).decode() + f" {rank}\n" for token, rank in sorted(self.ranks.items(), key=lambda x: x[1])]
+        lines = [
+            base64.b64encode(token).decode() + f" {rank}\n"
+            for token, rank in sorted(self.ranks.items(), key=lambda x: x[1])
+        ]
         Path(directory, "tokenizer.tiktoken").write_text("".join(lines))
-        Path(directory, "template.json").write_text(json.dumps(
-            {"system": self.system, "think_prompt": self.think_prompt, "nfc": self.nfc}, ensure_ascii=False, indent=1) + "\n")
+        Path(directory, "template.json").write_text(
+            json.dumps(
+                {"system": self.system, "think_prompt": self.think_prompt, "nfc": self.nfc},
+                ensure_ascii=False,
+                indent=1,
+            )
+            + "\n"
+        )
 
     @staticmethod
     def load(directory) -> "Tokenizer":
@@ -141,22 +186,48 @@ class Tokenizer:
         template = directory / "template.json"
         how = parse_json(template.read_bytes(), template) if template.is_file() else {"nfc": True}
         for key, value in how.items():
-            if not isinstance(value, {"system": str, "think_prompt": str, "nfc": bool}.get(key, ())):
-                raise ValueError(f"{template}: {key} {value!r:.80} is not an option of the template")
+            if not isinstance(
+                value, {"system": str, "think_prompt": str, "nfc": bool}.get(key, ())
+            ):
+                raise ValueError(
+                    f"{template}: {key} {value!r:.80} is not an option of the template"
+                )
         ranked = sorted(directory.glob("*.tiktoken"))
-        file = next((f for f in (*ranked[:1], directory / "tokenizer.json", directory / "vocab.json") if f.is_file()), None)
+        file = next(
+            (
+                f
+                for f in (*ranked[:1], directory / "tokenizer.json", directory / "vocab.json")
+                if f.is_file()
+            ),
+            None,
+        )
         if file is None:
-            raise ValueError(f"{directory}: no tokenizer here (wanted *.tiktoken, tokenizer.json or vocab.json)")
+            raise ValueError(
+                f"{directory}: no tokenizer here (wanted *.tiktoken, tokenizer.json or vocab.json)"
+            )
         try:
             if ranked:
                 pairs = (line.split() for line in file.read_bytes().splitlines() if line)
-                return Tokenizer({base64.b64decode(token): int(rank) for token, rank in pairs}, **how)
-            read, back = json.loads(file.read_text(encoding="utf-8")), {c: b for b, c in _printable().items()}
-            vocabulary, added = (read, []) if file.name == "vocab.json" else (read["model"]["vocab"], read.get("added_tokens", []))
-            tokenizer = Tokenizer({bytes(back[c] for c in token): i for token, i in vocabulary.items()}, **how)
+                return Tokenizer(
+                    {base64.b64decode(token): int(rank) for token, rank in pairs}, **how
+                )
+            read, back = (
+                json.loads(file.read_text(encoding="utf-8")),
+                {c: b for b, c in _printable().items()},
+            )
+            vocabulary, added = (
+                (read, [])
+                if file.name == "vocab.json"
+                else (read["model"]["vocab"], read.get("added_tokens", []))
+            )
+            tokenizer = Tokenizer(
+                {bytes(back[c] for c in token): i for token, i in vocabulary.items()}, **how
+            )
             other = [t["content"] for t in added if tokenizer.special.get(t["content"]) != t["id"]]
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ValueError(f"{file}: not a byte-level BPE vocabulary ({type(e).__name__}: {e})") from e
+            raise ValueError(
+                f"{file}: not a byte-level BPE vocabulary ({type(e).__name__}: {e})"
+            ) from e
         if other:
             raise ValueError(f"{file}: its added token {other[0]} is not SAIL-VL2's")
         return tokenizer
@@ -164,7 +235,11 @@ class Tokenizer:
 
 def _printable() -> dict[int, str]:
     """GPT-2's byte -> printable character map, in which published BPE vocabularies are written."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     moved = (b for b in range(256) if b not in set(kept))
     return {b: chr(b) for b in kept} | {b: chr(256 + i) for i, b in enumerate(moved)}
 
@@ -208,28 +283,41 @@ def _merge(parts: list[bytes], pair: tuple[bytes, bytes], new: bytes) -> list[by
 
 # ------------------------------------------------------------------------------------------------------------- comparing
 
+
 def mixed_texts(tokenizer: Tokenizer, seed: int = 0):
     """Endless texts of every kind, in turn: code and English from this Python's own library, then words of the vocabulary
     (all scripts; Chinese; emoji), digits, runs of white space, bytes that are no UTF-8, any code points."""
     rng = random.Random(seed)
     words = [w for token in tokenizer.ranks if (w := token.decode("utf-8", "ignore")).strip()]
     chinese = [w for w in words if all("\u4e00" <= c <= "\u9fff" for c in w)] or ["你好"]
-    faces = [chr(c) + mark for c in range(0x1f300, 0x1fb00) for mark in ("", "\ufe0f", "\u200d", "\U0001f3fd")]
+    faces = [
+        chr(c) + mark
+        for c in range(0x1F300, 0x1FB00)
+        for mark in ("", "\ufe0f", "\u200d", "\U0001f3fd")
+    ]
     files = sorted(Path(random.__file__).parent.glob("*.py"))
     for n in itertools.count():
         yield files[n % len(files)].read_text(encoding="utf-8")[:20_000]
         yield "".join(rng.choices(words, k=500))
-        yield "，".join("".join(rng.choices(chinese, k=rng.randint(1, 12))) for _ in range(60)) + "。"
+        yield (
+            "，".join("".join(rng.choices(chinese, k=rng.randint(1, 12))) for _ in range(60)) + "。"
+        )
         yield " ".join("".join(rng.choices(faces, k=rng.randint(1, 5))) for _ in range(60))
         yield " ".join(str(rng.randrange(10 ** rng.randint(1, 18))) for _ in range(60))
-        yield "".join(rng.choice(" \t\r\n\u3000\xa0") * rng.randint(1, 90) + rng.choice(["", "x", "."]) for _ in range(40))
+        yield "".join(
+            rng.choice(" \t\r\n\u3000\xa0") * rng.randint(1, 90) + rng.choice(["", "x", "."])
+            for _ in range(40)
+        )
         yield rng.randbytes(600).decode("utf-8", "replace")
-        yield "".join(chr(c) for c in rng.choices(range(0x110000), k=300) if not 0xd800 <= c < 0xe000)
+        yield "".join(
+            chr(c) for c in rng.choices(range(0x110000), k=300) if not 0xD800 <= c < 0xE000
+        )
 
 
 @dataclass
 class Compare:
     """Compare ids and speed with the `tokenizers` library, on the published tokenizer of a directory."""
+
     compare: Path  # directory with a tokenizer.json, e.g. of Qwen3
     tokens: int = 600_000  # at least so many
 
@@ -237,7 +325,11 @@ class Compare:
 def main(o: Compare) -> int:
     """Prints agreement and the ratio of times; exit code 1 when a single id differs."""
     from tokenizers import Tokenizer as Published
-    ours, published = Tokenizer.load(o.compare), Published.from_file(str(o.compare / "tokenizer.json"))
+
+    ours, published = (
+        Tokenizer.load(o.compare),
+        Published.from_file(str(o.compare / "tokenizer.json")),
+    )
     tokens = texts = same = 0
     seconds = [0.0, 0.0]
     for text in mixed_texts(ours):
@@ -251,11 +343,14 @@ def main(o: Compare) -> int:
             print(f"differs: {text[:80]!r}: {ids[:20]} against {theirs[:20]}")
         if tokens >= o.tokens:
             break
-    print(f"{tokens} tokens in {texts} texts: {same} texts with identical ids; ours {seconds[0]:.2f} s, tokenizers "
-          f"{seconds[1]:.2f} s: {seconds[1] / seconds[0]:.1f} times faster")
+    print(
+        f"{tokens} tokens in {texts} texts: {same} texts with identical ids; ours {seconds[0]:.2f} s, tokenizers "
+        f"{seconds[1]:.2f} s: {seconds[1] / seconds[0]:.1f} times faster"
+    )
     return int(same < texts)
 
 
 if __name__ == "__main__":
     import tyro
+
     sys.exit(main(tyro.cli(Compare)))

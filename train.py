@@ -12,6 +12,7 @@ resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the weight
 
 Legend: B rows, T tokens a row. An objective returns the *sum* of weighted losses; `batch.weight` is what it is divided by.
 """
+
 import math
 import time
 from collections import defaultdict
@@ -40,19 +41,26 @@ Objective = Callable[[torch.nn.Module, Batch], tuple[Tensor, dict[str, float]]]
 @dataclass(frozen=True)
 class Stage:
     """One row of the recipe. Derived: steps * rows * length = tokens seen (padding included)."""
+
     name: str = ""
     trains: tuple[str, ...] = ("vision", "adapter", "llm")  # the other parts are frozen
-    mixture: dict[str, float] = field(default_factory=dict)  # task -> weight; "text" is the share of text-only samples
+    mixture: dict[str, float] = field(
+        default_factory=dict
+    )  # task -> weight; "text" is the share of text-only samples
     steps: int = 100
     rows: int = 8  # packed rows a step, over all ranks
     length: int = 512  # tokens a row
     accumulate: int = 1  # micro-batches a step on each rank; 0: as many as rows (not in RL)
     lr: float = 3e-3  # peak learning rate
-    schedule: str = "cosine"  # constant, cosine (to a tenth) or wsd (linear to zero over the last fifth)
+    schedule: str = (
+        "cosine"  # constant, cosine (to a tenth) or wsd (linear to zero over the last fifth)
+    )
     warmup: float = 0.05  # share of the steps
     optimizer: str = "muon"  # muon (matrices; AdamW for the rest) or adamw
     weight_decay: float = 0.0  # of matrices only
-    lr_scale: dict[str, float] = field(default_factory=dict)  # part -> multiple of the rate; parts not named: 1
+    lr_scale: dict[str, float] = field(
+        default_factory=dict
+    )  # part -> multiple of the rate; parts not named: 1
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
     clip: float = 1.0  # gradient norm
     adalrs: bool = False  # search the rate while training
@@ -67,7 +75,9 @@ class Stage:
     router_z: float = 0.0  # coefficient of the router z-loss (MoE only)
     expert_bias_rate: float = 0.0  # balance by a bias on the choice instead: its step (MoE only, for comparison; not saved)
     precision: str = "auto"  # of the forward pass: fp32, bf16 (weights stay fp32), or auto: bf16 on an accelerator
-    recompute: bool = False  # keep no activations inside blocks; run each again in the backward pass
+    recompute: bool = (
+        False  # keep no activations inside blocks; run each again in the backward pass
+    )
     compile: bool = False  # torch.compile each block
     seed: int = 0
 
@@ -86,7 +96,9 @@ class Stage:
         raise ValueError(f"unknown schedule {self.schedule!r}; choose constant, cosine or wsd")
 
 
-def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, expert_bias_rate: float = 0.0) -> tuple[Tensor, dict]:
+def answers(
+    model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, expert_bias_rate: float = 0.0
+) -> tuple[Tensor, dict]:
     """The objective of all supervised stages: -sum of weight * log p(label) over the labelled positions of a packed batch.
 
     For a MoE, adds `balance` times the balance loss and `z` times the router z-loss, scaled so that dividing by the weight
@@ -94,8 +106,15 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, e
     """
     routing: list | None = [] if model.config.text.num_experts else None
     at = (batch.labels.reshape(-1) >= 0).nonzero()[:, 0]
-    logprobs = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, at, batch.labels.reshape(-1)[at],
-                              routing=routing)
+    logprobs = model.logprobs(
+        batch.ids,
+        batch.images,
+        batch.positions,
+        batch.segments,
+        at,
+        batch.labels.reshape(-1)[at],
+        routing=routing,
+    )
     weights = batch.weights.reshape(-1)[at]
     losses = -logprobs * weights
     loss = losses.sum()
@@ -103,7 +122,9 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, e
     if routing:
         used, weight = expert_use(routing, batch, model.image_token_id)
         layers = [block.mlp for block in model.language_model.model.layers]
-        aux = weight * moe.balance_loss(routing, batch.real(), (used.sum((0, 1)), float(used.sum()) / layers[0].top_k))
+        aux = weight * moe.balance_loss(
+            routing, batch.real(), (used.sum((0, 1)), float(used.sum()) / layers[0].top_k)
+        )
         stats["balance"] = float(aux.detach())
         for kind, entropies in zip(("text", "vision"), moe.entropy(used).tolist()):
             stats |= {f"{kind}_entropy_{i}": h * batch.weight for i, h in enumerate(entropies)}
@@ -115,10 +136,14 @@ def answers(model: SailVL, batch: Batch, balance: float = 0.0, z: float = 0.0, e
     return loss, stats
 
 
-def by_task(losses: Tensor, weights: Tensor, at: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
+def by_task(
+    losses: Tensor, weights: Tensor, at: Tensor, batch: Batch
+) -> dict[str, tuple[float, float]]:
     """(sum of losses, sum of weights) of each task, for losses (n,) at the flat positions `at` (n,)."""
     document = torch.bucketize(at, batch.segments.cu[1:].to(at.dtype), right=True)
-    sums = losses.new_zeros(len(batch.owners), 2).index_add_(0, document, torch.stack((losses, weights), 1))
+    sums = losses.new_zeros(len(batch.owners), 2).index_add_(
+        0, document, torch.stack((losses, weights), 1)
+    )
     found: dict[str, tuple[float, float]] = {}
     for task, (loss, weight) in zip(batch.owners, sums.tolist()):
         if weight:
@@ -131,7 +156,12 @@ def expert_use(routing: list, batch: Batch, image_token: int) -> tuple[Tensor, f
     """How many slots went to each expert, (2: text and vision, layers, E), and the batch's weight, over all ranks. (Over the
     micro-batches of a step it is not summed: the gradient of the first would have to wait for the routing of the last.)"""
     image = batch.ids.reshape(-1) == image_token
-    used = torch.stack([moe.tokens_per_expert(routing, batch.real() & ~image), moe.tokens_per_expert(routing, image)])
+    used = torch.stack(
+        [
+            moe.tokens_per_expert(routing, batch.real() & ~image),
+            moe.tokens_per_expert(routing, image),
+        ]
+    )
     if not torch.is_grad_enabled():  # an evaluation, which ranks need not do together
         return used, batch.weight
     *everyone, weight = parallel.total(*used.flatten().tolist(), batch.weight)
@@ -142,7 +172,9 @@ def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
     """Train these parts only; returns their parameters. Frozen parameters get no gradient and no optimizer state."""
     unknown = set(trains) - set(PARTS)
     if unknown:
-        raise ValueError(f"stage trains unknown part {sorted(unknown)[0]!r}; choose from {', '.join(PARTS)}")
+        raise ValueError(
+            f"stage trains unknown part {sorted(unknown)[0]!r}; choose from {', '.join(PARTS)}"
+        )
     for part, module in PARTS.items():
         if hasattr(model, module):
             getattr(model, module).requires_grad_(part in trains)
@@ -151,10 +183,20 @@ def freeze(model: torch.nn.Module, trains: tuple[str, ...]) -> list[Tensor]:
 
 def frozen(model: torch.nn.Module, optimizers: list) -> str:
     """One line: what trains, and what freezing the rest saves (a gradient and each optimizer's moments in fp32)."""
-    state = sum(4 * p.numel() * (2 if isinstance(o, Muon) else 3) for o in optimizers for g in o.param_groups for p in g["params"])
-    some, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
-    return (f"trains {some / 1e6:.2f} of {every / 1e6:.2f} M parameters; gradients and optimizer state {state / 2 ** 20:.1f} MiB, "
-            f"{state * (every - some) / max(some, 1) / 2 ** 20:.1f} MiB saved by what is frozen")
+    state = sum(
+        4 * p.numel() * (2 if isinstance(o, Muon) else 3)
+        for o in optimizers
+        for g in o.param_groups
+        for p in g["params"]
+    )
+    some, every = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or all_)
+        for all_ in (False, True)
+    )
+    return (
+        f"trains {some / 1e6:.2f} of {every / 1e6:.2f} M parameters; gradients and optimizer state {state / 2**20:.1f} MiB, "
+        f"{state * (every - some) / max(some, 1) / 2**20:.1f} MiB saved by what is frozen"
+    )
 
 
 def part_of(name: str) -> str:
@@ -172,18 +214,27 @@ def make_optimizers(model: torch.nn.Module, stage: Stage) -> list[torch.optim.Op
     if stage.optimizer not in ("muon", "adamw"):
         raise ValueError(f"unknown optimizer {stage.optimizer!r}; choose muon or adamw")
     if unknown := set(stage.lr_scale) - set(PARTS):
-        raise ValueError(f"--lr-scale for unknown part {min(unknown)!r}; choose from {', '.join(PARTS)}")
+        raise ValueError(
+            f"--lr-scale for unknown part {min(unknown)!r}; choose from {', '.join(PARTS)}"
+        )
     outside = ("embed_tokens", "lm_head", "pos_embed", "patchifier")
     groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            hidden = stage.optimizer == "muon" and p.ndim == 2 and not any(o in name for o in outside)
+            hidden = (
+                stage.optimizer == "muon" and p.ndim == 2 and not any(o in name for o in outside)
+            )
             groups[hidden, p.ndim >= 2, stage.lr_scale.get(part_of(name), 1.0)].append(p)
-    made = lambda muon: [{"params": ps, "weight_decay": stage.weight_decay if matrix else 0.0, "scale": scale}
-                         for (hidden, matrix, scale), ps in sorted(groups.items(), key=lambda g: g[0], reverse=True) if hidden == muon]
+    made = lambda muon: [
+        {"params": ps, "weight_decay": stage.weight_decay if matrix else 0.0, "scale": scale}
+        for (hidden, matrix, scale), ps in sorted(groups.items(), key=lambda g: g[0], reverse=True)
+        if hidden == muon
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if made(False):
-        optimizers.append(torch.optim.AdamW(made(False), lr=stage.lr, betas=stage.betas, fused=True))
+        optimizers.append(
+            torch.optim.AdamW(made(False), lr=stage.lr, betas=stage.betas, fused=True)
+        )
     if made(True):
         optimizers.append(Muon(made(True), lr=stage.lr))
     return optimizers
@@ -202,12 +253,17 @@ def precision(stage: Stage, device: str) -> torch.autocast:
     kind = str(device).partition(":")[0]
     if stage.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"unknown precision {stage.precision!r}; choose auto, fp32 or bf16")
-    return torch.autocast(kind, torch.bfloat16, enabled=stage.precision == "bf16" or (stage.precision == "auto" and kind != "cpu"))
+    return torch.autocast(
+        kind,
+        torch.bfloat16,
+        enabled=stage.precision == "bf16" or (stage.precision == "auto" and kind != "cpu"),
+    )
 
 
 @dataclass
 class Run:
     """What a finished stage leaves: its log (a dict per step), AdaLRS's decisions, steps that were skipped."""
+
     log: list[dict] = field(default_factory=list)
     decisions: list[dict] = field(default_factory=list)
     skipped: int = 0
@@ -220,19 +276,38 @@ class Run:
         return sum(values[-n:]) / n
 
 
-def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], objective: Objective, world=parallel.Ranks(),
-          directory: Path | RunDirectory | None = None, patience: int = 5) -> Run:
+def train(
+    model: torch.nn.Module,
+    stage: Stage,
+    data: Iterator[list[Batch]],
+    objective: Objective,
+    world=parallel.Ranks(),
+    directory: Path | RunDirectory | None = None,
+    patience: int = 5,
+) -> Run:
     """Run one stage in place. Writes `log.jsonl` (one line a step, always) into `directory` when given; a `RunDirectory` also
     keeps checkpoints and resumes from them, leaves on SIGTERM, and checks the model on its schedule.
 
     A step with a non-finite loss or gradient changes nothing, is counted, and stops the run with ValueError after `patience`
     in a row. Raises ValueError when the data ends early.
     """
-    parameters = freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
+    parameters = (
+        freeze(model, stage.trains) if isinstance(model, SailVL) else list(model.parameters())
+    )
     prepare(model, stage)
     optimizers = make_optimizers(model, stage)
-    search = AdaLRS(parameters, optimizers, stage.steps, stage.adalrs_k or None, stage.adalrs_window,
-                    cautious=stage.adalrs_cautious) if stage.adalrs else None
+    search = (
+        AdaLRS(
+            parameters,
+            optimizers,
+            stage.steps,
+            stage.adalrs_k or None,
+            stage.adalrs_window,
+            cautious=stage.adalrs_cautious,
+        )
+        if stage.adalrs
+        else None
+    )
     home, data = directory if isinstance(directory, RunDirectory) else None, resumable(data)
     keeper = Keeper(home, model, optimizers, search, data, world) if home else None
     saved = keeper.resume() if keeper else {}
@@ -245,11 +320,15 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
         if micro is None:
             raise ValueError(f"stage {stage.name}: the data ended at step {step} of {stage.steps}")
         rate = stage.rate(step) * (search.scale if search else 1.0)
-        row = {"step": step, "lr": rate} | one_step(model, optimizers, micro, objective, rate, stage, world)
+        row = {"step": step, "lr": rate} | one_step(
+            model, optimizers, micro, objective, rate, stage, world
+        )
         bad = bad + 1 if row["skipped"] else 0
         if bad >= patience:
-            raise ValueError(f"stage {stage.name}: {bad} steps in a row with a non-finite loss or gradient, the last at step "
-                             f"{step} (rate {rate:.2e}); lower --lr or look at the data")
+            raise ValueError(
+                f"stage {stage.name}: {bad} steps in a row with a non-finite loss or gradient, the last at step "
+                f"{step} (rate {rate:.2e}); lower --lr or look at the data"
+            )
         step = search.observe(row["loss"]) if search else step + 1
         if home and home.check and home.check_every and step % home.check_every == 0:
             row["check"] = home.check(step)
@@ -262,14 +341,21 @@ def train(model: torch.nn.Module, stage: Stage, data: Iterator[list[Batch]], obj
     journal.close()
     if keeper:
         keeper.close()
-    return Run(journal.rows, search.log() if search else [], sum(row["skipped"] for row in journal.rows), time.time() - started)
+    return Run(
+        journal.rows,
+        search.log() if search else [],
+        sum(row["skipped"] for row in journal.rows),
+        time.time() - started,
+    )
 
 
-def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: float, stage: Stage, world) -> dict:
+def one_step(
+    model, optimizers, micro: list[Batch], objective: Objective, rate: float, stage: Stage, world
+) -> dict:
     """Gradient of a global batch, clipped, applied. Returns loss, loss per task, gradient norms, tokens and images a second
     and the objective's statistics. A loss or gradient that is not finite on any rank skips the step on all of them."""
     began = time.time()
-    weight, = parallel.total(sum(b.weight for b in micro))
+    (weight,) = parallel.total(sum(b.weight for b in micro))
     sums: dict[str, float] = defaultdict(float)
     tasks = []
     for batch in micro:
@@ -282,7 +368,11 @@ def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parallel.sum_gradients([p for _, p in named])
     norm, norms = clip_gradients(named, stage.clip)
-    seen = parallel.total(*sums.values(), sum(b.ids.numel() for b in micro), sum(len(b.images) for b in micro if b.images is not None))
+    seen = parallel.total(
+        *sums.values(),
+        sum(b.ids.numel() for b in micro),
+        sum(len(b.images) for b in micro if b.images is not None),
+    )
     row = {key: value / max(weight, 1e-8) for key, value in zip(sums, seen)}
     finite = math.isfinite(row["loss"]) and math.isfinite(norm)
     for optimizer in optimizers:
@@ -292,9 +382,15 @@ def one_step(model, optimizers, micro: list[Batch], objective: Objective, rate: 
             optimizer.step()
         optimizer.zero_grad()
     seconds = time.time() - began
-    return row | {"tasks": mean_by_task(parallel.gather(tasks)), "grad_norm": norm, "grad_norms": norms, "skipped": not finite,
-                  "filled": sum(b.filled for b in micro) / len(micro), "tokens_per_second": seen[-2] / seconds,
-                  "images_per_second": seen[-1] / seconds}
+    return row | {
+        "tasks": mean_by_task(parallel.gather(tasks)),
+        "grad_norm": norm,
+        "grad_norms": norms,
+        "skipped": not finite,
+        "filled": sum(b.filled for b in micro) / len(micro),
+        "tokens_per_second": seen[-2] / seconds,
+        "images_per_second": seen[-1] / seconds,
+    }
 
 
 def clip_gradients(named: list[tuple[str, Tensor]], clip: float) -> tuple[float, dict[str, float]]:
@@ -305,7 +401,7 @@ def clip_gradients(named: list[tuple[str, Tensor]], clip: float) -> tuple[float,
     torch.nn.utils.clip_grads_with_norm_([p for _, p in named], clip, total)
     parts: dict[str, float] = defaultdict(float)
     for (name, _), norm in zip(named, norms.tolist()):
-        parts[part_of(name)] += norm ** 2
+        parts[part_of(name)] += norm**2
     return float(total), {part: math.sqrt(square) for part, square in parts.items()}
 
 

@@ -11,6 +11,7 @@ times, and the best time of each counts.
     rollout   prompts -> sampled ids                        ours: generate.generate      theirs: Qwen3ForCausalLM.generate
     step      rollout, reward, loss, backward, AdamW        ours: rl.Rollouts, train     theirs: trl.GRPOTrainer.train
 """
+
 import cProfile
 import itertools
 import pstats
@@ -33,6 +34,7 @@ from train import train
 @dataclass
 class Options:
     """Race our rollouts and GRPO steps against transformers and TRL on the same weights."""
+
     model: Path = Path("runs/toy/long-cot")
     prompts: int = 16
     group: int = 8
@@ -51,11 +53,22 @@ def described(n: int):
 def qwen3(model):
     """transformers' Qwen3 with our weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
     c = model.config.text
-    config = Qwen3Config(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-                         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-                         num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
-                         tie_word_embeddings=c.tie_word_embeddings, max_position_embeddings=4096, attention_bias=False)
+    config = Qwen3Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        head_dim=c.head_dim,
+        num_key_value_heads=c.num_key_value_heads,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        tie_word_embeddings=c.tie_word_embeddings,
+        max_position_embeddings=4096,
+        attention_bias=False,
+    )
     theirs = Qwen3ForCausalLM(config)
     theirs.load_state_dict(model.language_model.state_dict(), strict=True)
     return theirs.eval()
@@ -80,7 +93,9 @@ def rollout(o: Options, model, theirs, encoder: Encoder, samples) -> None:
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in prompts])
     with torch.no_grad():  # the same function before it is raced
         ours = model(torch.tensor([prompts[0][0]]))
-        torch.testing.assert_close(theirs(torch.tensor([prompts[0][0]])).logits, ours, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            theirs(torch.tensor([prompts[0][0]])).logits, ours, rtol=1e-3, atol=1e-3
+        )
     counts = {}
 
     def we(seed=itertools.count()):
@@ -88,13 +103,26 @@ def rollout(o: Options, model, theirs, encoder: Encoder, samples) -> None:
         counts["ours"] = sum(len(a.ids) for a in answers)
 
     def they():
-        out = theirs.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=o.max_new,
-                              num_return_sequences=o.group, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
+        out = theirs.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=o.max_new,
+            num_return_sequences=o.group,
+            eos_token_id=tokenizer.end,
+            pad_token_id=tokenizer.pad,
+        )
         counts["transformers"] = int((out[:, longest:] != tokenizer.pad).sum())
 
     a, b = best(o.repeats, we, they)
-    print(f"rollout, {o.prompts} x {o.group}: ours {a:.2f} s ({counts['ours'] / a:.0f} tokens a second), transformers {b:.2f} s "
-          f"({counts['transformers'] / b:.0f}): {b / a:.1f} times", flush=True)
+    print(
+        f"rollout, {o.prompts} x {o.group}: ours {a:.2f} s ({counts['ours'] / a:.0f} tokens a second), transformers {b:.2f} s "
+        f"({counts['transformers'] / b:.0f}): {b / a:.1f} times",
+        flush=True,
+    )
 
 
 def step(o: Options, model, theirs, encoder: Encoder, samples) -> None:
@@ -104,12 +132,25 @@ def step(o: Options, model, theirs, encoder: Encoder, samples) -> None:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
+
     tokenizer = encoder.tokenizer
-    spelled = lambda ids: " ".join(f"t{i}" for i in ids)  # a word per id, so that TRL's text round trip changes no id
-    words = Words(WordLevel({f"t{i}": i for i in range(model.config.text.vocab_size)}, unk_token="t0"))
+    spelled = lambda ids: " ".join(
+        f"t{i}" for i in ids
+    )  # a word per id, so that TRL's text round trip changes no id
+    words = Words(
+        WordLevel({f"t{i}": i for i in range(model.config.text.vocab_size)}, unk_token="t0")
+    )
     words.pre_tokenizer = WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"t{tokenizer.end}", pad_token=f"t{tokenizer.pad}")
-    data = [{"prompt": spelled(encoder.prompt(rl.with_thinking(s, tokenizer.think_prompt))[0]), "row": i} for i, s in enumerate(samples)]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"t{tokenizer.end}", pad_token=f"t{tokenizer.pad}"
+    )
+    data = [
+        {
+            "prompt": spelled(encoder.prompt(rl.with_thinking(s, tokenizer.think_prompt))[0]),
+            "row": i,
+        }
+        for i, s in enumerate(samples)
+    ]
 
     def reward(completions, row, completion_ids, **_):
         texts = [tokenizer.decode([i for i in ids if i != tokenizer.end]) for ids in completion_ids]
@@ -117,24 +158,64 @@ def step(o: Options, model, theirs, encoder: Encoder, samples) -> None:
 
     def they() -> float:
         with tempfile.TemporaryDirectory() as out:
-            config = GRPOConfig(output_dir=out, per_device_train_batch_size=o.prompts * o.group, num_generations=o.group,
-                                max_completion_length=o.max_new, max_steps=o.steps, temperature=1.0, beta=0.0, learning_rate=1e-5,
-                                loss_type="dapo", logging_steps=1000, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
-                                gradient_checkpointing=False, disable_tqdm=True)
-            trainer = GRPOTrainer(model=theirs, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(data), processing_class=wrapped)
+            config = GRPOConfig(
+                output_dir=out,
+                per_device_train_batch_size=o.prompts * o.group,
+                num_generations=o.group,
+                max_completion_length=o.max_new,
+                max_steps=o.steps,
+                temperature=1.0,
+                beta=0.0,
+                learning_rate=1e-5,
+                loss_type="dapo",
+                logging_steps=1000,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
+            )
+            trainer = GRPOTrainer(
+                model=theirs,
+                reward_funcs=reward,
+                args=config,
+                train_dataset=Dataset.from_list(data),
+                processing_class=wrapped,
+            )
             return trainer.train().metrics["train_runtime"]  # without making the trainer
 
     def we():
-        stage = rl.RLStage("step", ("llm",), steps=o.steps, lr=1e-5, optimizer="adamw", schedule="constant", prompts=o.prompts, group=o.group,
-                           updates=1, max_new=o.max_new, overlong=0, dynamic=False)
-        train(model, stage, rl.Rollouts(model, encoder, itertools.cycle(samples), stage), rl.policy(stage))
+        stage = rl.RLStage(
+            "step",
+            ("llm",),
+            steps=o.steps,
+            lr=1e-5,
+            optimizer="adamw",
+            schedule="constant",
+            prompts=o.prompts,
+            group=o.group,
+            updates=1,
+            max_new=o.max_new,
+            overlong=0,
+            dynamic=False,
+        )
+        train(
+            model,
+            stage,
+            rl.Rollouts(model, encoder, itertools.cycle(samples), stage),
+            rl.policy(stage),
+        )
 
     if o.profile:
         with cProfile.Profile() as p:
             we()
         pstats.Stats(p).sort_stats("cumulative").print_stats(30)
     a, b = best(o.repeats, we, they)
-    print(f"GRPO step, {o.prompts} x {o.group}: ours {a / o.steps:.2f} s, TRL {b / o.steps:.2f} s: {b / a:.1f} times", flush=True)
+    print(
+        f"GRPO step, {o.prompts} x {o.group}: ours {a / o.steps:.2f} s, TRL {b / o.steps:.2f} s: {b / a:.1f} times",
+        flush=True,
+    )
 
 
 def main(o: Options) -> int:

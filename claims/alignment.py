@@ -17,6 +17,7 @@ unit (its mean distance from its centre). Last, between the *adapter's* tokens a
 of directions, because every block begins with an RMSNorm.
 Table 6's probe: mean of the final tokens of an image, a two-layer MLP on top; the ViT stays frozen (the paper does not say).
 """
+
 import json
 import math
 import sys
@@ -36,8 +37,11 @@ from data.world import World
 from generate import load_model
 from vlm import SailVL
 
-TABLE7 = {"Qwen3-0.6B": ((1.42, 4.86, 10.78), (1.15, 3.88, 9.52)), "Qwen3-1.7B": ((1.30, 4.65, 11.11), (1.05, 3.60, 9.89)),
-          "Qwen3-8B": ((0.78, 3.59, 11.24), (0.66, 2.63, 10.06))}  # AIMv2 -> SAIL-ViT: nearest, wasserstein, mean
+TABLE7 = {
+    "Qwen3-0.6B": ((1.42, 4.86, 10.78), (1.15, 3.88, 9.52)),
+    "Qwen3-1.7B": ((1.30, 4.65, 11.11), (1.05, 3.60, 9.89)),
+    "Qwen3-8B": ((0.78, 3.59, 11.24), (0.66, 2.63, 10.06)),
+}  # AIMv2 -> SAIL-ViT: nearest, wasserstein, mean
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,16 @@ def pca(x: Tensor, dims: int) -> Tensor:
 def distances(a: Tensor, b: Tensor, directions: int = 128, seed: int = 0) -> Distances:
     """Between the clouds a (N, P) and b (M, P): nearest from a to b, sliced Wasserstein-1, mean over all pairs."""
     pairs = torch.cdist(a, b)
-    way = F.normalize(torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(seed)), dim=0)
+    way = F.normalize(
+        torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(seed)), dim=0
+    )
     share = (torch.arange(512) + 0.5) / 512
     along = [torch.quantile(points @ way, share, dim=0) for points in (a, b)]
-    return Distances(float(pairs.min(1).values.mean()), float((along[0] - along[1]).abs().mean()), float(pairs.mean()))
+    return Distances(
+        float(pairs.min(1).values.mean()),
+        float((along[0] - along[1]).abs().mean()),
+        float(pairs.mean()),
+    )
 
 
 @torch.no_grad()
@@ -73,15 +83,22 @@ def table7(model: SailVL, images: list, rows: int = 2000, seed: int = 0) -> dict
     """The distances after PCA (the paper's), the same in each cloud's own unit, and of directions in the language model's space."""
     features, adapted = vision_tokens(model, images)
     table = model.language_model.model.embed_tokens.weight.detach()
-    pick = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows]].float()
+    pick = lambda x: x[
+        torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows]
+    ].float()
     text = pick(table)
     seen, read = pca(pick(features.flatten(0, 1)), 2), pca(text, 2)
     unit = lambda x: x / x.norm(dim=1).mean()
-    return {"after PCA": distances(seen, read), "own units": distances(unit(seen), unit(read)),
-            "adapter": distances(F.normalize(pick(adapted)), F.normalize(text))}
+    return {
+        "after PCA": distances(seen, read),
+        "own units": distances(unit(seen), unit(read)),
+        "adapter": distances(F.normalize(pick(adapted)), F.normalize(text)),
+    }
 
 
-def probe(features: Tensor, labels: Tensor, held: Tensor, truth: Tensor, epochs: int = 10, seed: int = 0) -> float:
+def probe(
+    features: Tensor, labels: Tensor, held: Tensor, truth: Tensor, epochs: int = 10, seed: int = 0
+) -> float:
     """Accuracy on (held, truth) of a two-layer MLP trained for `epochs` on (features, labels); features (N, Cv) are means over
     the final tokens, labels (N,) int64."""
     torch.manual_seed(seed)
@@ -116,20 +133,26 @@ def pictures(encoder: Encoder, family: str, n: int, seed: int) -> tuple[list, li
     return [encoder.images(s)[0][0] for s in samples], [s.facts["answer"] for s in samples]
 
 
-def table6(model: SailVL, encoder: Encoder, family: str = "reading", n: int = 600) -> tuple[float, float]:
+def table6(
+    model: SailVL, encoder: Encoder, family: str = "reading", n: int = 600
+) -> tuple[float, float]:
     """(probe accuracy, share of the commonest class) on a family with few answers; two thirds to train on."""
     images, said = pictures(encoder, family, n, 3)
     names = sorted(set(said))
     labels = torch.tensor([names.index(a) for a in said])
     features = vision_tokens(model, images)[0].mean(1)
     cut = 2 * n // 3
-    return probe(features[:cut], labels[:cut], features[cut:], labels[cut:]), float(labels[cut:].bincount().max() / len(labels[cut:]))
+    return probe(features[:cut], labels[:cut], features[cut:], labels[cut:]), float(
+        labels[cut:].bincount().max() / len(labels[cut:])
+    )
 
 
 def report(name: str, model: SailVL, encoder: Encoder, seed: int = 0) -> dict[str, Distances]:
     found = table7(model, pictures(encoder, "caption", 320, 2)[0], seed=seed)
     accuracy, chance = table6(model, encoder, "counting")
-    cells = "  ".join(f"{kind}: {d.nearest:.2f} / {d.wasserstein:.2f} / {d.mean:.2f}" for kind, d in found.items())
+    cells = "  ".join(
+        f"{kind}: {d.nearest:.2f} / {d.wasserstein:.2f} / {d.mean:.2f}" for kind, d in found.items()
+    )
     print(f"{name:28s} {cells}  probe {accuracy:.1%} (commonest {chance:.1%})", flush=True)
     return found
 
@@ -138,22 +161,35 @@ def toy(seeds: int, effort: float) -> bool:
     """Stand-ins, then SAIL-ViT I to III, for each seed: do the distances fall, in own units? Prints the paper's beside them."""
     import pretrain
     import recipe
+
     fell = True
     for seed in range(seeds):
         torch.manual_seed(seed)
         source = World()
         model, tokenizer = recipe.new_model("toy", source, seed)
         encoder = Encoder(tokenizer, model.config, max_length=512)
-        short = lambda name: replace(s := pretrain.TOY[name], steps=max(4, round(s.steps * effort)), seed=s.seed + 1000 * seed)
+        short = lambda name: replace(
+            s := pretrain.TOY[name],
+            steps=max(4, round(s.steps * effort)),
+            seed=s.seed + 1000 * seed,
+        )
         pretrain.run_stage(model, short("language"), source, encoder)
         pretrain.pretrain_vit(model, short("image"), source, encoder)
         before = report(f"seed {seed}: image stand-in", model, encoder, seed)
         for name in ("vit1", "vit2", "vit3"):
             pretrain.run_stage(model, short(name), source, encoder, faults=Faults())
         after = report(f"seed {seed}: SAIL-ViT", model, encoder, seed)
-        fell &= all(getattr(after["own units"], d) < getattr(before["own units"], d) for d in ("nearest", "wasserstein", "mean"))
+        fell &= all(
+            getattr(after["own units"], d) < getattr(before["own units"], d)
+            for d in ("nearest", "wasserstein", "mean")
+        )
     for llm, (aim, sail) in TABLE7.items():
-        print(f"{'paper, ' + llm:28s} after PCA: " + " / ".join(map(str, aim)) + "  ->  " + " / ".join(map(str, sail)))
+        print(
+            f"{'paper, ' + llm:28s} after PCA: "
+            + " / ".join(map(str, aim))
+            + "  ->  "
+            + " / ".join(map(str, sail))
+        )
     print("in own units all distances fell for every seed" if fell else "NOT ALL DISTANCES FELL")
     return fell
 
@@ -161,9 +197,12 @@ def toy(seeds: int, effort: float) -> bool:
 @dataclass
 class Options:
     """Distances between vision tokens and the embedding table, a probe, and log laws."""
+
     model: Path | None = None  # a saved model
     before: Path | None = None  # an earlier one, to compare with
-    curve: Path | None = None  # log.jsonl of a run with --check-every: fits accuracy = a + b log10(step)
+    curve: Path | None = (
+        None  # log.jsonl of a run with --check-every: fits accuracy = a + b log10(step)
+    )
     toy: int = 0  # seeds to run from scratch
     effort: float = 0.5  # multiplies the toy's steps
 
@@ -173,7 +212,11 @@ def main(o: Options) -> int:
         model, tokenizer = load_model(path)
         report(path.name, model, Encoder(tokenizer, model.config))
     if o.curve:
-        rows = [(r["step"] + 1, r["check"]["accuracy"]) for r in map(json.loads, o.curve.read_text().splitlines()) if "check" in r]
+        rows = [
+            (r["step"] + 1, r["check"]["accuracy"])
+            for r in map(json.loads, o.curve.read_text().splitlines())
+            if "check" in r
+        ]
         a, b, r2 = log_law(*map(list, zip(*rows)))
         print(f"accuracy = {a:.3f} + {b:.3f} log10(step), R^2 {r2:.3f}, {len(rows)} checks")
     return 0 if not o.toy or toy(o.toy, o.effort) else 1

@@ -14,6 +14,7 @@ Every part starts from checkpoints that `make toy` leaves in --runs. Accuracy is
 on other held-out ones. Prints one markdown table a part and keeps it as PART.md; all
 numbers go to results.json.
 """
+
 import statistics
 import sys
 import time
@@ -44,8 +45,11 @@ from vlm import PRESETS
 @dataclass
 class Options:
     """Compare the parts of supervised post-training with their plain alternatives."""
+
     runs: Path = Path("runs/toy")  # a finished ladder
-    stranger: Path | None = None  # a model of the same sizes with another history, for the heterologous soup
+    stranger: Path | None = (
+        None  # a model of the same sizes with another history, for the heterologous soup
+    )
     only: tuple[str, ...] = ("curriculum", "soup", "experts", "modes")
     seeds: int = 3
     effort: float = 1.0  # multiplies the steps of every stage
@@ -57,6 +61,7 @@ class Options:
 @dataclass(frozen=True)
 class Part(Stage):
     """A stage that is some of the steps of a longer one: its rate goes on where the part before it ended."""
+
     first: int = 0
     whole: int = 0
 
@@ -92,19 +97,28 @@ class Bench:
         order only (and in momentum, which begins anew with each phase)."""
         phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
         ends = list(accumulate(s.steps for s in phases))
-        parts = [Part(**vars(s) | {"first": end - s.steps, "whole": ends[-1]}) for s, end in zip(phases, ends)]
+        parts = [
+            Part(**vars(s) | {"first": end - s.steps, "whole": ends[-1]})
+            for s, end in zip(phases, ends)
+        ]
         stirred: dict[str, float] = defaultdict(float)
         for s in phases:
             total = sum(w for f, w in s.mixture.items() if f != "text")
             for family, w in s.mixture.items():
                 stirred[family] += s.steps / ends[-1] * (w if family == "text" else w / total)
         together = replace(phases[0], name="all in one", mixture=dict(stirred), steps=ends[-1])
-        for name, stages in (("curriculum", phases), ("curriculum, one schedule", parts), ("all in one", [together])):
+        for name, stages in (
+            ("curriculum", phases),
+            ("curriculum, one schedule", parts),
+            ("all in one", [together]),
+        ):
             model, encoder = self.load("multitask")
             for stage in stages:
                 sft.run_stage(model, stage, self.world, encoder)
             tokens = sum(stage.steps * stage.rows * stage.length for stage in stages)
-            self.results["curriculum"].append({"run": name, "seed": seed, "tokens": tokens} | self.overall(model, encoder))
+            self.results["curriculum"].append(
+                {"run": name, "seed": seed, "tokens": tokens} | self.overall(model, encoder)
+            )
 
     # --------------------------------------------------------------------------------------------------------- soup
 
@@ -113,15 +127,21 @@ class Bench:
         model, encoder = self.load("sft4")
         begin = {k: v.clone() for k, v in model.state_dict().items()}
         copy = lambda: {k: v.clone() for k, v in model.state_dict().items()}
-        states, row = [], lambda name, **more: self.results["soup"].append(
-            {"run": name, "seed": seed} | more | self.overall(model, encoder))
+        states, row = (
+            [],
+            lambda name, **more: self.results["soup"].append(
+                {"run": name, "seed": seed} | more | self.overall(model, encoder)
+            ),
+        )
         for i in range(3):
             model.load_state_dict(begin)
             stage = self.stage(sft.TOY, "soup-a", seed)
             sft.run_stage(model, replace(stage, seed=stage.seed + 10 * i), self.world, encoder)
             states.append(copy())
             row("ingredient")
-        choosing = [s for f in GRADED for s in self.world.held_out(f, max(1, self.o.samples // 2), seed=2)]
+        choosing = [
+            s for f in GRADED for s in self.world.held_out(f, max(1, self.o.samples // 2), seed=2)
+        ]
 
         def score(state) -> float:
             model.load_state_dict(state)
@@ -129,7 +149,11 @@ class Bench:
 
         best, chosen = greedy(states, score)
         pots = {"uniform": average(states), "greedy": best}
-        more = {"uniform": {"distance": distance(states[0], states[1])}, "greedy": {"chosen": len(chosen)}, "stranger": {}}
+        more = {
+            "uniform": {"distance": distance(states[0], states[1])},
+            "greedy": {"chosen": len(chosen)},
+            "stranger": {},
+        }
         if self.o.stranger:
             other = load_model(self.o.stranger)[0]
             model.load_state_dict(other.state_dict())
@@ -144,6 +168,7 @@ class Bench:
 
     def experts(self, seed: int) -> None:
         """The soup, dense and upcycled, trains on for the same processor time: that of three of the toy's MoE branches."""
+
         def upcycled(name: str):
             model, encoder = self.load("soup")
             moe = replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)
@@ -156,12 +181,18 @@ class Bench:
 
         stage = self.stage(sft.TOY, "moe-branch", seed)
         a_step = {name: seconds(name, 10)[0] / 10 for name in ("dense", "MoE")}
-        self.results["experts"].append({"run": "before", "seed": seed} | self.overall(*self.load("soup")))
+        self.results["experts"].append(
+            {"run": "before", "seed": seed} | self.overall(*self.load("soup"))
+        )
         for name in a_step:
             steps = round(3 * stage.steps * a_step["MoE"] / a_step[name])
             spent, model, encoder = seconds(name, steps)
-            self.results["experts"].append({"run": name, "seed": seed} | model.parameter_counts() | {"steps": steps, "seconds": spent}
-                                           | self.overall(model, encoder))
+            self.results["experts"].append(
+                {"run": name, "seed": seed}
+                | model.parameter_counts()
+                | {"steps": steps, "seconds": spent}
+                | self.overall(model, encoder)
+            )
 
     # -------------------------------------------------------------------------------------------------------- modes
 
@@ -172,12 +203,21 @@ class Bench:
         for mode, think in (("direct", False), ("thinking", True)):
             answers = ask(model, encoder, held, think=think, max_new=64)
             texts = [text_of(a, encoder.tokenizer) for a in answers]
-            right = [answer_reward(t, s.facts["answer"], a.finished) if think else float(a.finished and same_answer(t, s.facts["answer"]))
-                     for t, s, a in zip(texts, held, answers)]
-            out |= {f"{mode} accuracy": statistics.mean(right), f"{mode} length": statistics.mean(len(a.ids) for a in answers),
-                    f"{mode} that think": statistics.mean(split_think(t)[0] is not None for t in texts)}
-            transcripts += [f"[{name}, {mode}] {question_of(s)}  ->  {t}   (truth {s.facts['answer']})"
-                            for s, t in list(zip(held, texts))[::max(1, self.o.samples)]]
+            right = [
+                answer_reward(t, s.facts["answer"], a.finished)
+                if think
+                else float(a.finished and same_answer(t, s.facts["answer"]))
+                for t, s, a in zip(texts, held, answers)
+            ]
+            out |= {
+                f"{mode} accuracy": statistics.mean(right),
+                f"{mode} length": statistics.mean(len(a.ids) for a in answers),
+                f"{mode} that think": statistics.mean(split_think(t)[0] is not None for t in texts),
+            }
+            transcripts += [
+                f"[{name}, {mode}] {question_of(s)}  ->  {t}   (truth {s.facts['answer']})"
+                for s, t in list(zip(held, texts))[:: max(1, self.o.samples)]
+            ]
         self.results["modes"].append({"run": name, "seed": seed} | out)
         return transcripts
 
@@ -186,13 +226,23 @@ class Bench:
         model, encoder = self.load("soup")
         lines = self.both(model, encoder, "SFT", seed)
         stage = self.stage(sft.TOY, "long-cot", seed)
-        sft.long_cot(model, replace(stage, steps=round(stage.steps * self.o.chains)), self.world, encoder)
+        sft.long_cot(
+            model, replace(stage, steps=round(stage.steps * self.o.chains)), self.world, encoder
+        )
         lines += self.both(model, encoder, "long CoT", seed)
         rl.run(model, self.stage(rl.TOY, "verifiable", seed), self.world, encoder)
         lines += self.both(model, encoder, "verifiable RL", seed)
         stage = self.stage(sft.TOY, "fusion", seed)
-        stream: list[Sample] = [s for s in islice(self.world.stream(dict.fromkeys(REASONING, 1.0), stage.seed + 5, 1), 400) if s.facts["chain"]]
-        sft.fusion(model, stage, self.world, rejection_sample(model, encoder, stream, seed=seed), encoder)
+        stream: list[Sample] = [
+            s
+            for s in islice(
+                self.world.stream(dict.fromkeys(REASONING, 1.0), stage.seed + 5, 1), 400
+            )
+            if s.facts["chain"]
+        ]
+        sft.fusion(
+            model, stage, self.world, rejection_sample(model, encoder, stream, seed=seed), encoder
+        )
         lines += self.both(model, encoder, "think-fusion", seed)
         rl.run(model, self.stage(rl.TOY, "mixed", seed), self.world, encoder)
         lines += self.both(model, encoder, "mixed RL", seed)
@@ -203,7 +253,9 @@ class Bench:
         grouped: dict[str, list[dict]] = defaultdict(list)
         for r in self.results[part]:
             grouped[r["run"]].append(r)
-        keys = list(dict.fromkeys(k for r in self.results[part] for k in r if k not in ("run", "seed")))
+        keys = list(
+            dict.fromkeys(k for r in self.results[part] for k in r if k not in ("run", "seed"))
+        )
         heads = ["run", "rows", *keys]
         lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for name, rows in grouped.items():
@@ -218,7 +270,12 @@ class Bench:
 
 def main(o: Options) -> int:
     bench = Bench(o)
-    parts = {"curriculum": bench.curriculum, "soup": bench.soup, "experts": bench.experts, "modes": bench.modes}
+    parts = {
+        "curriculum": bench.curriculum,
+        "soup": bench.soup,
+        "experts": bench.experts,
+        "modes": bench.modes,
+    }
     if unknown := set(o.only) - set(parts):
         raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(parts)}")
     o.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ that the policy solves sometimes: `solved` measures that, and the filters keep w
 Sources: SAIL-VL2 section 4.2.3 (pass@4 with the previous model; multiple choice becomes free response), 4.2.4 (think-fusion
 data: 90 % direct, 10 % chains by rejection sampling from the RL policy), 4.2.5 (hard, "suboptimal" questions for mixed RL).
 """
+
 import re
 from dataclasses import replace
 
@@ -20,28 +21,59 @@ from rewards import answer_reward
 from vlm import SailVL
 
 
-def thought(model: SailVL, encoder: Encoder, samples: list[Sample], tries: int, max_new: int, temperature: float,
-            seed: int) -> tuple[list[Sample], list[Answer]]:
+def thought(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    tries: int,
+    max_new: int,
+    temperature: float,
+    seed: int,
+) -> tuple[list[Sample], list[Answer]]:
     """The samples asked with thinking, and `tries` answers to each, in order."""
     asked = [with_thinking(s, encoder.tokenizer.think_prompt) for s in samples]
-    return asked, generate(model, [encoder.prompt(s) for s in asked], encoder.tokenizer.end, max_new, tries, temperature, seed=seed)
+    return asked, generate(
+        model,
+        [encoder.prompt(s) for s in asked],
+        encoder.tokenizer.end,
+        max_new,
+        tries,
+        temperature,
+        seed=seed,
+    )
 
 
-def solved(model: SailVL, encoder: Encoder, samples: list[Sample], tries: int = 4, max_new: int = 64, temperature: float = 1.0,
-           seed: int = 0) -> list[float]:
+def solved(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    tries: int = 4,
+    max_new: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[float]:
     """Share of `tries` sampled chains that answer each question rightly: pass@4 as the paper's filter must mean it, since
     it keeps what lies strictly between 0 and 1 (inferred)."""
     asked, answers = thought(model, encoder, samples, tries, max_new, temperature, seed)
     right = [0.0] * len(samples)
     for a in answers:
-        right[a.prompt] += answer_reward(text_of(a, encoder.tokenizer), asked[a.prompt].facts["answer"], a.finished) / tries
+        right[a.prompt] += (
+            answer_reward(
+                text_of(a, encoder.tokenizer), asked[a.prompt].facts["answer"], a.finished
+            )
+            / tries
+        )
     return right
 
 
 def by_difficulty(samples: list[Sample], rates: list[float], reasoning: set[str]) -> list[Sample]:
     """What can still teach: reasoning questions (by family) that are solved sometimes, others that are not always solved.
     An impossible reasoning question gives groups without a lesson; an impossible look-up may only be unfamiliar."""
-    return [s for s, r in zip(samples, rates, strict=True) if r < 1 and (r > 0 or s.facts.get("family", s.task) not in reasoning)]
+    return [
+        s
+        for s, r in zip(samples, rates, strict=True)
+        if r < 1 and (r > 0 or s.facts.get("family", s.task) not in reasoning)
+    ]
 
 
 def hard(samples: list[Sample], rates: list[float], most: float = 0.5) -> list[Sample]:
@@ -68,12 +100,20 @@ def free_response(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
         letter = re.fullmatch(r"\(?([A-Z])[).:]?", truth)
         if len(options) < 2:
             done.append(s)
-        elif not letter or letter[1] not in options or re.search(r"\b(which|these|following|option|above)\b", OPTION.sub("", text), re.I):
+        elif (
+            not letter
+            or letter[1] not in options
+            or re.search(r"\b(which|these|following|option|above)\b", OPTION.sub("", text), re.I)
+        ):
             left.append(s)
         else:
             told = options[letter[1]]
             asked = replace(user, parts=(*user.parts[:-1], OPTION.sub("", text).rstrip()))
-            done.append(replace(s, messages=(*history, asked, replace(answer, parts=(told,))), facts=s.facts | {"answer": told}))
+            done.append(
+                replace(
+                    s,
+                    messages=(*history, asked, replace(answer, parts=(told,))),
+                    facts=s.facts | {"answer": told},
+                )
+            )
     return done, left
-
-

@@ -1,5 +1,5 @@
-"""Containers: where a record lies in a file. JSON, JSONL, TSV, tar and parquet as byte spans.
-"""
+"""Containers: where a record lies in a file. JSON, JSONL, TSV, tar and parquet as byte spans."""
+
 import csv
 import io
 import json
@@ -15,7 +15,9 @@ MAX_BYTES = 1 << 26  # of one record, its images included
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
-Span = tuple[int, int, int]  # first byte, byte after the last, and the record's number in its file, from 1
+Span = tuple[
+    int, int, int
+]  # first byte, byte after the last, and the record's number in its file, from 1
 
 
 def line_spans(path: Path) -> Iterator[Span]:
@@ -94,7 +96,11 @@ def members(f) -> Iterator[tuple[str, int, int, int] | str]:
             return
         if info.type in (b"L", b"x"):  # the next file's name is too long for its header
             body = f.read(info.size)
-            found = re.search(rb"\d+ path=(.*)\n", body) if info.type == b"x" else re.match(rb"([^\0]*)", body)
+            found = (
+                re.search(rb"\d+ path=(.*)\n", body)
+                if info.type == b"x"
+                else re.match(rb"([^\0]*)", body)
+            )
             name = found.group(1).decode("utf-8", "replace") if found else name
             continue
         if info.isreg():
@@ -162,8 +168,10 @@ def row_group(path: Path, group: int):
 
 def strict_json(text: str):
     """JSON without NaN and infinities, which would be numbers nobody wrote."""
+
     def refuse(name: str):
         raise ValueError(f"{name} is no JSON number")
+
     return json.loads(text, parse_constant=refuse)
 
 
@@ -179,16 +187,28 @@ def fields_of(path: Path, a: int, b: int) -> dict:
         raw = f.read(b - a)
         if kind == ".tar":
             files = [m for m in members(io.BytesIO(raw)) if not isinstance(m, str)]
-            return {key_of(name)[1]: raw[data:end] for name, _, data, end in files} | {"__key__": key_of(files[0][0])[0]}
+            return {key_of(name)[1]: raw[data:end] for name, _, data, end in files} | {
+                "__key__": key_of(files[0][0])[0]
+            }
         if kind == ".tsv":
             f.seek(0)
             names = f.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
             csv.field_size_limit(MAX_BYTES)
-            row, = csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter="\t")
+            (row,) = csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter="\t")
             return dict(zip(names, row, strict=True))
     return strict_json(raw.decode("utf-8"))
 
 
-SPANS = {".jsonl": item_spans, ".json": item_spans, ".tsv": row_spans, ".tar": group_spans, ".parquet": parquet_spans}
+SPANS = {
+    ".jsonl": item_spans,
+    ".json": item_spans,
+    ".tsv": row_spans,
+    ".tar": group_spans,
+    ".parquet": parquet_spans,
+}
 
-CHEAP = (".jsonl", ".json", ".tsv")  # parsed once at the start; pictures in the others make that too dear
+CHEAP = (
+    ".jsonl",
+    ".json",
+    ".tsv",
+)  # parsed once at the start; pictures in the others make that too dear

@@ -12,6 +12,7 @@ for the first token of its neighbour. `python encode.py --data my.jsonl --images
 
 Legend: T tokens of a document, n tiles, H x W pixels, p patch size.
 """
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
@@ -29,6 +30,7 @@ from vlm import VLMConfig
 
 # --------------------------------------------------------------------------------------------------------------- encoder
 
+
 @dataclass(frozen=True)
 class Encoder:
     """Sample -> Document, for one model. `root` is where relative image paths start; `max_length` in tokens.
@@ -37,6 +39,7 @@ class Encoder:
     long: what becomes of a sample over `max_length`: "drop", or "truncate" when all that goes is text after the last image.
     weighting: each token counts 1 ("token"), 1/n ("sample") or 1/sqrt(n) ("sqrt"), n the supervised tokens of its sample.
     """
+
     tokenizer: Tokenizer
     config: VLMConfig
     root: Path | None = None
@@ -50,29 +53,47 @@ class Encoder:
         arrays, counts = [], []
         parts = [p for m in sample.messages for p in m.parts]
         pictures = [p for p in parts if not isinstance(p, str)]
-        video = any(isinstance(p, str) and p.endswith("Frame-1: ") for p in parts)  # as the released prompt announces frames
+        video = any(
+            isinstance(p, str) and p.endswith("Frame-1: ") for p in parts
+        )  # as the released prompt announces frames
         config = self.config
-        if sample.max_tiles and pictures:  # InternVL's rule: the dataset's tiles are shared by the images of a sample
+        if (
+            sample.max_tiles and pictures
+        ):  # InternVL's rule: the dataset's tiles are shared by the images of a sample
             config = replace(config, max_tiles=max(1, sample.max_tiles // len(pictures)))
         for picture in pictures:
-            pieces = tiles_of(open_image(picture, sample.root or self.root, sample.origin), config, len(pictures), video)
+            pieces = tiles_of(
+                open_image(picture, sample.root or self.root, sample.origin),
+                config,
+                len(pictures),
+                video,
+            )
             pieces = [np.asarray(p) for p in pieces]
             arrays += pieces
-            counts.append(sum(a.shape[0] * a.shape[1] for a in pieces) // (2 * self.config.vision.patch_size) ** 2)
+            counts.append(
+                sum(a.shape[0] * a.shape[1] for a in pieces)
+                // (2 * self.config.vision.patch_size) ** 2
+            )
         return arrays, counts
 
     def unrolled(self, sample: Sample) -> Sample:
         """Videos become numbered frames."""
+
         def parts(message: Message) -> Iterator:
             for part in message.parts:
                 if not isinstance(part, Video):
                     yield part
                     continue
-                for i, frame in enumerate(frames_of(part, sample.root or self.root, sample.origin), 1):
+                for i, frame in enumerate(
+                    frames_of(part, sample.root or self.root, sample.origin), 1
+                ):
                     yield from (f"Frame-{i}: ", frame, "\n")
+
         if not any(isinstance(p, Video) for m in sample.messages for p in m.parts):
             return sample
-        return replace(sample, messages=tuple(replace(m, parts=tuple(parts(m))) for m in sample.messages))
+        return replace(
+            sample, messages=tuple(replace(m, parts=tuple(parts(m))) for m in sample.messages)
+        )
 
     def prompt(self, sample: Sample) -> tuple[list[int], list[np.ndarray]]:
         """Ids up to the assistant's opening, and the images: everything before the last assistant turn."""
@@ -87,30 +108,51 @@ class Encoder:
         arrays, counts = self.images(sample)
         ids, supervised = t.render(sample.messages, counts)
         if len(ids) > self.max_length:
-            if self.long == "drop" or t.special["</img>"] in ids[self.max_length - 1:]:
-                raise BadSample("too long", f"{sample.origin}: {len(ids)} tokens, the limit is {self.max_length}")
-            ids, supervised = ids[:self.max_length], supervised[:self.max_length]
+            if self.long == "drop" or t.special["</img>"] in ids[self.max_length - 1 :]:
+                raise BadSample(
+                    "too long",
+                    f"{sample.origin}: {len(ids)} tokens, the limit is {self.max_length}",
+                )
+            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
         ids = np.array(ids, dtype=np.int64)
-        learn = np.array(supervised) if not self.everything else ~np.isin(ids, (t.image, t.special["<img>"], t.special["</img>"]))
+        learn = (
+            np.array(supervised)
+            if not self.everything
+            else ~np.isin(ids, (t.image, t.special["<img>"], t.special["</img>"]))
+        )
         labels = np.full(len(ids), -100, dtype=np.int64)
         labels[:-1][learn[1:]] = ids[1:][learn[1:]]
         n = int((labels >= 0).sum())
         if n == 0:
-            raise BadSample("nothing to learn", f"{sample.origin}: no supervised token (no assistant turn?)")
-        weight = {"token": 1.0, "sample": 1.0 / n, "sqrt": n ** -0.5}[self.weighting]
+            raise BadSample(
+                "nothing to learn", f"{sample.origin}: no supervised token (no assistant turn?)"
+            )
+        weight = {"token": 1.0, "sample": 1.0 / n, "sqrt": n**-0.5}[self.weighting]
         weights = np.where(labels >= 0, weight, 0.0).astype(np.float32)
         vision = sum(self.config.vision.work(a.shape[0] * a.shape[1]) for a in arrays)
-        return Document(ids, labels, weights, tuple(arrays), sample.task, sample.origin, sample.facts, vision=vision)
+        return Document(
+            ids,
+            labels,
+            weights,
+            tuple(arrays),
+            sample.task,
+            sample.origin,
+            sample.facts,
+            vision=vision,
+        )
 
 
 def with_thinking(sample: Sample, think_prompt: str) -> Sample:
     """The last question with the request to think; its answer becomes chain and box (`facts["chain"]` holds the chain)."""
     *history, user, _ = sample.messages
     *before, last = user.parts
-    parts = (*before, f"{last} {think_prompt}") if isinstance(last, str) else (*user.parts, think_prompt)
+    parts = (
+        (*before, f"{last} {think_prompt}")
+        if isinstance(last, str)
+        else (*user.parts, think_prompt)
+    )
     asked = Message("user", parts)
-    answer = Message("assistant", (f"\\boxed{{{sample.facts['answer']}}}",), think=sample.facts.get("chain", ""))
+    answer = Message(
+        "assistant", (f"\\boxed{{{sample.facts['answer']}}}",), think=sample.facts.get("chain", "")
+    )
     return replace(sample, messages=(*history, asked, answer))
-
-
-

@@ -2,6 +2,7 @@
 
 Legend: H x W pixels.
 """
+
 import io
 from pathlib import Path
 
@@ -17,7 +18,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 MAX_PIXELS, MAX_ASPECT = 64_000_000, 200
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in the released preprocessor
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, as in the released preprocessor
 
 
 def path_inside(source, root: Path | None, origin: str) -> Path:
@@ -34,10 +38,16 @@ def decoded(source, root: Path | None, origin: str, most: int = 1) -> list[Image
     Raises BadSample for a missing, foreign, truncated or oversized file, or a path that leads out of `root`.
     """
     try:
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else path_inside(source, root, origin)
+        name = (
+            f"{len(source)} bytes"
+            if isinstance(source, bytes)
+            else path_inside(source, root, origin)
+        )
         if not isinstance(source, bytes) and not name.is_file():
             raise BadSample("missing image", f"{origin}: no file {name}")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else name, formats=FORMATS) as image:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else name, formats=FORMATS
+        ) as image:
             w, h = image.size
             if w * h > MAX_PIXELS or max(w, h) > MAX_ASPECT * min(w, h):
                 raise BadSample("oversized image", f"{origin}: {name} is {w}x{h}")
@@ -50,7 +60,13 @@ def decoded(source, root: Path | None, origin: str, most: int = 1) -> list[Image
             return frames
     except BadSample:
         raise
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:  # RuntimeError: a link to itself
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+        Image.DecompressionBombError,
+    ) as e:  # RuntimeError: a link to itself
         raise BadSample("unreadable image", f"{origin}: {source!r:.200}: {e}") from e
 
 
@@ -67,7 +83,11 @@ def frames_of(video: Video, root: Path | None, origin: str) -> list[Image.Image]
     source = video.source
     try:
         if isinstance(source, Path) and (folder := path_inside(source, root, origin)).is_dir():
-            source = tuple(Path(source, p.name) for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES)
+            source = tuple(
+                Path(source, p.name)
+                for p in sorted(folder.iterdir())
+                if p.suffix.lower() in SUFFIXES
+            )
     except (OSError, ValueError, RuntimeError) as e:
         raise BadSample("unreadable image", f"{origin}: {source!r:.200}: {e}") from e
     if not isinstance(source, tuple):
@@ -79,11 +99,17 @@ def frames_of(video: Video, root: Path | None, origin: str) -> list[Image.Image]
 
 def evenly_spaced(n: int, most: int) -> list[int]:
     """At most `most` of the numbers 0..n-1, evenly spaced, the first and the last among them."""
-    return list(range(n)) if n <= most else [round(i * (n - 1) / max(1, most - 1)) for i in range(most)]
+    return (
+        list(range(n))
+        if n <= most
+        else [round(i * (n - 1) / max(1, most - 1)) for i in range(most)]
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would clip nearly all of them to white
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits per pixel: convert("RGB") would clip nearly all of them to white
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -2,6 +2,7 @@
 
 Legend: T tokens of a document, H x W pixels.
 """
+
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class BadSample(ValueError):
 @dataclass(frozen=True)
 class Video:
     """Frames: a tuple of images, a folder of them (by name), or an animated GIF or WebP. At most `most`, evenly spaced (our choice)."""
+
     source: object
     most: int = 8
 
@@ -34,6 +36,7 @@ class Video:
 class Message:
     """role: system, user or assistant. parts: text (str), images (PIL image, path, or a file's bytes) and Videos. think: the chain before the
     answer, None for none. learn: whether an assistant turn's answer is supervised."""
+
     role: str
     parts: tuple
     think: str | None = None
@@ -45,6 +48,7 @@ class Sample:
     """What every reader yields. task: a label to count and mix by; origin: file and record, for messages; facts: truth for
     grading (never shown to the model). root: where its image paths start (None: the encoder's); max_tiles: for all of its images
     together (0: as many as the model takes for each)."""
+
     messages: tuple[Message, ...]
     task: str = ""
     origin: str = ""
@@ -58,6 +62,7 @@ class Document:
     """A Sample as the model takes it. ids (T,), labels (T,) already shifted and -100 where unsupervised, weights (T,),
     images: uint8 arrays (H, W, 3) in order; every tile is an image of its own. number: its place in the stream; vision: the
     ViT's work for its images, which packing shares out evenly (`ViTConfig.work`)."""
+
     ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
@@ -75,6 +80,7 @@ class Document:
 @dataclass
 class Faults:
     """Counts what was left out, with one example of each reason. `strict` makes the first fault an error."""
+
     strict: bool = False
     counts: Counter = field(default_factory=Counter)
     examples: dict = field(default_factory=dict)
@@ -86,4 +92,7 @@ class Faults:
         self.examples.setdefault(e.reason, str(e))
 
     def report(self) -> str:
-        return "\n".join(f"  skipped {n} x {reason}; first: {self.examples[reason]}" for reason, n in self.counts.most_common())
+        return "\n".join(
+            f"  skipped {n} x {reason}; first: {self.examples[reason]}"
+            for reason, n in self.counts.most_common()
+        )

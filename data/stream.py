@@ -13,6 +13,7 @@ of the state, and each has its own share of the stream, its own buffer, its own 
 
 Sources: "elastic determinism" as MosaicML Streaming calls it; SAIL-VL2 section 5.1 says "a buffer per node" and no more.
 """
+
 import functools
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +32,7 @@ RUN, WINDOW = 1024, 8192  # records read in order, and records that are shuffled
 
 class Drawn:
     """An endless stream of samples from a function of the number."""
+
     endless = True
 
     def __init__(self, draw: Callable[[int], Sample]):
@@ -49,13 +51,16 @@ class Drawn:
 
 class Walk:
     """Any iterator as a function of rising n. To resume it is walked again from its start, without encoding."""
+
     endless = False
 
     def __init__(self, iterator: Iterable):
         self.iterator, self.at = iter(iterator), 0
 
     def __getitem__(self, n: int):
-        assert n >= self.at, f"an iterator cannot go back from {self.at} to {n}; load the state into a new one"
+        assert n >= self.at, (
+            f"an iterator cannot go back from {self.at} to {n}; load the state into a new one"
+        )
         for item in self.iterator:
             self.at += 1
             if self.at > n:
@@ -72,12 +77,18 @@ class Order:
     not. Raises IndexError when every group is used up.
     """
 
-    def __init__(self, groups: list[torch.Tensor], weights: list[float], epochs: list[float], seed: int):
+    def __init__(
+        self, groups: list[torch.Tensor], weights: list[float], epochs: list[float], seed: int
+    ):
         if not groups or min(map(len, groups)) == 0 or min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"groups of {[len(g) for g in groups]} records with weights {weights}: nothing to draw")
+            raise ValueError(
+                f"groups of {[len(g) for g in groups]} records with weights {weights}: nothing to draw"
+            )
         self.groups, self.seed = groups, seed
         self.edges = np.cumsum(weights) / np.sum(weights)
-        self.limits = np.array([int(e * len(g)) if e else np.iinfo(np.int64).max for g, e in zip(groups, epochs)])
+        self.limits = np.array(
+            [int(e * len(g)) if e else np.iinfo(np.int64).max for g, e in zip(groups, epochs)]
+        )
         self.endless = not all(epochs)
         self.before = [np.zeros(len(groups), np.int64)]  # draws of each group before block b
         self.block = functools.lru_cache(4)(self._block)
@@ -87,7 +98,10 @@ class Order:
         return {k: v for k, v in self.__dict__.items() if k not in ("block", "shuffled")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state | {"block": functools.lru_cache(4)(self._block), "shuffled": functools.lru_cache(16)(self._shuffled)}
+        self.__dict__ = state | {
+            "block": functools.lru_cache(4)(self._block),
+            "shuffled": functools.lru_cache(16)(self._shuffled),
+        }
 
     def _picks(self, b: int) -> np.ndarray:
         draws = np.random.default_rng([self.seed, 0, b]).random(BLOCK)
@@ -97,7 +111,9 @@ class Order:
         """For each draw of block b: its group, and how often that group was drawn before."""
         while len(self.before) <= b:
             last = len(self.before) - 1
-            self.before.append(self.before[-1] + np.bincount(self._picks(last), minlength=len(self.groups)))
+            self.before.append(
+                self.before[-1] + np.bincount(self._picks(last), minlength=len(self.groups))
+            )
         picks = self._picks(b)
         earlier = np.empty(BLOCK, np.int64)
         for k, count in enumerate(self.before[b]):
@@ -109,9 +125,12 @@ class Order:
         """Record numbers of one window of one epoch, in the order in which they are used."""
         records = self.groups[group]
         runs, rest = divmod(len(records), RUN)
-        order = [*np.random.default_rng([self.seed, 1, group, epoch]).permutation(runs), *[runs] * bool(rest)]  # the short run last
-        chosen = order[window * WINDOW // RUN:(window + 1) * WINDOW // RUN]
-        found = np.concatenate([records[r * RUN:(r + 1) * RUN].numpy() for r in chosen])
+        order = [
+            *np.random.default_rng([self.seed, 1, group, epoch]).permutation(runs),
+            *[runs] * bool(rest),
+        ]  # the short run last
+        chosen = order[window * WINDOW // RUN : (window + 1) * WINDOW // RUN]
+        found = np.concatenate([records[r * RUN : (r + 1) * RUN].numpy() for r in chosen])
         return np.random.default_rng([self.seed, 2, group, epoch, window]).permutation(found)
 
     def __getitem__(self, n: int) -> tuple[int, int] | None:
@@ -127,6 +146,7 @@ class Order:
 
 # ------------------------------------------------------------------------------------------------------------- documents
 
+
 class Documents:
     """Samples encoded: `documents[n]` is a Document, a BadSample, or None when there is nothing under n.
 
@@ -136,7 +156,9 @@ class Documents:
     `records`: how many each group of an `Order` holds; another number would be another order.
     """
 
-    def __init__(self, samples, encoder: Encoder, faults: Faults, patience: int = 1000, workers: int = 0):
+    def __init__(
+        self, samples, encoder: Encoder, faults: Faults, patience: int = 1000, workers: int = 0
+    ):
         self.numbered = hasattr(samples, "__getitem__")
         self.samples = samples if self.numbered else Walk(samples)
         self.endless = getattr(self.samples, "endless", False)
@@ -144,7 +166,9 @@ class Documents:
         self.encoder, self.faults, self.patience, self.bad = encoder, faults, patience, 0
         self.pool = None
         if workers and self.numbered:  # spawned: forking a process that has threads is not safe
-            self.pool = ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"), _begin, (self.samples, encoder))
+            self.pool = ProcessPoolExecutor(
+                workers, torch.multiprocessing.get_context("spawn"), _begin, (self.samples, encoder)
+            )
 
     def __getitem__(self, n: int) -> Document | BadSample | None:
         return encoded(self.samples, self.encoder, n)
@@ -161,7 +185,9 @@ class Documents:
         if fault:
             self.faults.add(fault)
         if self.bad >= self.patience:
-            raise ValueError(f"{self.bad} samples in a row cannot be used\n{self.faults.report()}") from fault
+            raise ValueError(
+                f"{self.bad} samples in a row cannot be used\n{self.faults.report()}"
+            ) from fault
 
 
 class Share:
@@ -180,7 +206,9 @@ class Share:
         while True:
             if d.pool:
                 while len(self.coming) < self.ahead:
-                    self.coming.append(d.pool.submit(_work, self.next + len(self.coming) * self.step))
+                    self.coming.append(
+                        d.pool.submit(_work, self.next + len(self.coming) * self.step)
+                    )
             try:
                 found = self.coming.popleft().result() if d.pool else d[self.next]
             except IndexError:

@@ -11,21 +11,34 @@ the image whole and lets the encoder stretch its positions (vit.py).
 Source: the released image processor, which this follows bit for bit (grid and pixels), and the team's evaluation code for
 many images and video. Images are PIL's, sizes (width, height), grids (columns, rows).
 """
+
 import math
 
 from PIL import Image
 
-MAX_PATCHES = 16384  # of one image at any resolution: 1792 x 1792 pixels in patches of 14 (paper, section 5)
+MAX_PATCHES = (
+    16384  # of one image at any resolution: 1792 x 1792 pixels in patches of 14 (paper, section 5)
+)
 MAX_TILES = 64  # of all images of a sample
 
 
 def grids(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]:
     """All (columns, rows) of at least `min_tiles` and at most `max_tiles` tiles, few tiles first."""
-    return sorted({(i, j) for n in range(min_tiles, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1)
-                   if min_tiles <= i * j <= max_tiles}, key=lambda g: g[0] * g[1])
+    return sorted(
+        {
+            (i, j)
+            for n in range(min_tiles, max_tiles + 1)
+            for i in range(1, n + 1)
+            for j in range(1, n + 1)
+            if min_tiles <= i * j <= max_tiles
+        },
+        key=lambda g: g[0] * g[1],
+    )
 
 
-def nearest(width: int, height: int, candidates: list[tuple[int, int]], tile: int) -> tuple[int, int]:
+def nearest(
+    width: int, height: int, candidates: list[tuple[int, int]], tile: int
+) -> tuple[int, int]:
     """The grid of the nearest aspect ratio; on a tie the larger one, if the image has over half its pixels. (1, 1) of none."""
     best, gap = (1, 1), math.inf
     for i, j in candidates:
@@ -37,12 +50,16 @@ def nearest(width: int, height: int, candidates: list[tuple[int, int]], tile: in
     return best
 
 
-def grid_for(width: int, height: int, max_tiles: int, tile: int, min_tiles: int = 1) -> tuple[int, int]:
+def grid_for(
+    width: int, height: int, max_tiles: int, tile: int, min_tiles: int = 1
+) -> tuple[int, int]:
     """(columns, rows) of tiles, as the released tiler chooses among all grids of at most `max_tiles`."""
     return nearest(width, height, grids(max_tiles, min_tiles), tile)
 
 
-def second_grid(width: int, height: int, first: tuple[int, int], max_tiles: int, tile: int, min_tiles: int = 1) -> tuple[int, int]:
+def second_grid(
+    width: int, height: int, first: tuple[int, int], max_tiles: int, tile: int, min_tiles: int = 1
+) -> tuple[int, int]:
     """The grid of the second pass: the nearest of those that do not divide the first one, so that new edges are cut."""
     others = [(i, j) for i, j in grids(max_tiles, min_tiles) if first[0] % i or first[1] % j]
     return nearest(width, height, others, tile)
@@ -52,10 +69,21 @@ def cut(image: Image.Image, grid: tuple[int, int], tile: int) -> list[Image.Imag
     """The image resized (bicubic) to a grid of square tiles, row by row."""
     columns, rows = grid
     big = image.resize((columns * tile, rows * tile))
-    return [big.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile)) for y in range(rows) for x in range(columns)]
+    return [
+        big.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile))
+        for y in range(rows)
+        for x in range(columns)
+    ]
 
 
-def tiles(image: Image.Image, max_tiles: int, tile: int, thumbnail: bool = True, min_tiles: int = 1, msac: bool = False) -> list[Image.Image]:
+def tiles(
+    image: Image.Image,
+    max_tiles: int,
+    tile: int,
+    thumbnail: bool = True,
+    min_tiles: int = 1,
+    msac: bool = False,
+) -> list[Image.Image]:
     """Fixed resolution: the tiles of the image, and the whole image as a last thumbnail when there is more than one.
 
     msac: the tiles of a second grid go between the first ones and the last image (twice the tokens; off by default in the
@@ -67,7 +95,11 @@ def tiles(image: Image.Image, max_tiles: int, tile: int, thumbnail: bool = True,
         first.append(image.resize((tile, tile)))
     if not msac:
         return first
-    return first[:-1] + cut(image, second_grid(*image.size, grid, max_tiles, tile, min_tiles), tile) + first[-1:]
+    return (
+        first[:-1]
+        + cut(image, second_grid(*image.size, grid, max_tiles, tile, min_tiles), tile)
+        + first[-1:]
+    )
 
 
 def fit_to_patches(image: Image.Image, unit: int, max_patches: int, patch: int) -> Image.Image:
@@ -91,4 +123,11 @@ def tiles_of(image: Image.Image, config, images: int = 1, video: bool = False) -
     if config.any_resolution:
         return [fit_to_patches(image, 2 * patch, MAX_PATCHES, patch)]
     most = 1 if video else max(1, min(config.max_tiles, MAX_TILES // images))
-    return tiles(image, most, config.vision.image_size, config.thumbnail, min(config.min_tiles, most), config.msac and images == 1)
+    return tiles(
+        image,
+        most,
+        config.vision.image_size,
+        config.thumbnail,
+        min(config.min_tiles, most),
+        config.msac and images == 1,
+    )

@@ -19,6 +19,7 @@ Deterministic: sample i of a seed is always the same. Train and held-out scenes 
 scene's content is hashed, one in eight hashes is held out, and neither side ever draws the other's. `python -m data.world`
 prints the number of scenes and answers of each kind and writes a sheet of examples.
 """
+
 import functools
 import hashlib
 import math
@@ -34,8 +35,13 @@ from data.sample import Message, Sample
 from data.stream import Drawn
 
 SIZE, CELL, SIDE = 32, 16, 2
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (235, 200, 30),
-          "black": (20, 20, 20)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 200, 30),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 CHARACTERS = "0123456789ACEHKLNPTX"
@@ -47,6 +53,7 @@ LEVELS, BAR_UNIT = 5, 6
 @dataclass(frozen=True)
 class Turn:
     """One question: its family, the answer as text, and the chain of thought that leads there."""
+
     family: str
     question: str
     answer: str
@@ -59,7 +66,9 @@ def canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def draw_shape(d: ImageDraw.ImageDraw, shape: str, color: str, box: tuple[int, int, int, int]) -> None:
+def draw_shape(
+    d: ImageDraw.ImageDraw, shape: str, color: str, box: tuple[int, int, int, int]
+) -> None:
     x0, y0, x1, y1 = box
     ink, third = COLORS[color], (x1 - x0) // 3
     if shape == "circle":
@@ -82,7 +91,13 @@ def write(d: ImageDraw.ImageDraw, rng: random.Random, text: str, ink: str) -> No
     """Up to four characters, one to a cell in reading order, each moved by at most a pixel."""
     for i, c in enumerate(text):
         x, y = corner(i)
-        d.text((x + 8 + rng.randint(-1, 1), y + 8 + rng.randint(-1, 1)), c, fill=COLORS[ink], font=font(), anchor="mm")
+        d.text(
+            (x + 8 + rng.randint(-1, 1), y + 8 + rng.randint(-1, 1)),
+            c,
+            fill=COLORS[ink],
+            font=font(),
+            anchor="mm",
+        )
 
 
 def corner(cell: int) -> tuple[int, int]:
@@ -97,13 +112,16 @@ def say(objects) -> str:
 
 class Objects:
     """Content: ((shape, color, cell), ...) in reading order, no two alike, plus each one's box by its cell's jitter."""
+
     families = ("caption", "listing", "attributes", "spatial", "counting", "grounding")
     turns = 5
 
     def __init__(self, rng: random.Random):
         cells = sorted(rng.sample(range(4), rng.choice((1, 2, 2, 3, 3))))
         pool = [(s, c) for s in rng.sample(SHAPES, rng.choice((2, 3, 4))) for c in COLORS]
-        self.objects = tuple((s, c, cell) for (s, c), cell in zip(rng.sample(pool, len(cells)), cells))
+        self.objects = tuple(
+            (s, c, cell) for (s, c), cell in zip(rng.sample(pool, len(cells)), cells)
+        )
         self.content = self.objects
         self.boxes = []
         for _, _, cell in self.objects:
@@ -133,40 +151,67 @@ class Objects:
             at = self.objects.index((shape, color, cell))
             box = " ".join(str(round(1000 * v / SIZE / 25) * 25) for v in self.boxes[at])
             name, key = self._name(rng, shape, color)
-            return Turn(family, f"box of {name}?", f"{key} {PLACES[cell]} {box}", f"{say([self.objects[at]])}.")
+            return Turn(
+                family,
+                f"box of {name}?",
+                f"{key} {PLACES[cell]} {box}",
+                f"{say([self.objects[at]])}.",
+            )
         if family == "spatial":
             return self._place(rng, shape, color, cell)
         if rng.random() < 0.3:
             cell = rng.randrange(4)
             seen = [f"{c} {s}" for s, c, at in self.objects if at == cell]
-            return Turn(family, f"what is in the {PLACES[cell]}?", f"{PLACES[cell]} {(seen or ['nothing'])[0]}", f"{self.words()}.")
+            return Turn(
+                family,
+                f"what is in the {PLACES[cell]}?",
+                f"{PLACES[cell]} {(seen or ['nothing'])[0]}",
+                f"{self.words()}.",
+            )
         alone_in_shape = [o for o in self.objects if [p[0] for p in self.objects].count(o[0]) == 1]
         alone_in_color = [o for o in self.objects if [p[1] for p in self.objects].count(o[1]) == 1]
         options = [("color", *o) for o in alone_in_shape] + [("shape", *o) for o in alone_in_color]
-        what, shape, color, cell = rng.choice(options + [("color", "thing", color, cell), ("shape", shape, "thing", cell)])
+        what, shape, color, cell = rng.choice(
+            options + [("color", "thing", color, cell), ("shape", shape, "thing", cell)]
+        )
         if what == "color":
-            name, key = (f"the {shape}", shape) if shape != "thing" else (f"the thing in the {PLACES[cell]}", PLACES[cell])
+            name, key = (
+                (f"the {shape}", shape)
+                if shape != "thing"
+                else (f"the thing in the {PLACES[cell]}", PLACES[cell])
+            )
             return Turn(family, f"what color is {name}?", f"{key} {color}", f"{self.words()}.")
-        name, key = (f"the {color} thing", color) if color != "thing" else (f"the thing in the {PLACES[cell]}", PLACES[cell])
+        name, key = (
+            (f"the {color} thing", color)
+            if color != "thing"
+            else (f"the thing in the {PLACES[cell]}", PLACES[cell])
+        )
         return Turn(family, f"what shape is {name}?", f"{key} {shape}", f"{self.words()}.")
 
     def _list(self, rng: random.Random) -> Turn:
         """A drill: eight look-ups in a row, `key value` with keys drawn again and again. Looking a value up at the token that
         names its key is the part of every question that is learned last; here it is asked for every third token."""
-        key, value = rng.choice(((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (0, 2), (1, 2), (1, 2)))  # of shape, color, place
+        key, value = rng.choice(
+            ((0, 1), (1, 0), (2, 0), (2, 1), (0, 2), (0, 2), (1, 2), (1, 2))
+        )  # of shape, color, place
         named = [(s, c, PLACES[cell]) for s, c, cell in self.objects]
         clear = [o for o in named if [p[key] for p in named].count(o[key]) == 1]
         if not clear:
             return Turn("listing", "describe the picture.", self.words(), "")
-        asks = ("what shape is", "what color is", "where is")[value] + " each " + ("shape", "color", "place")[key]
+        asks = (
+            ("what shape is", "what color is", "where is")[value]
+            + " each "
+            + ("shape", "color", "place")[key]
+        )
         pairs = ", ".join(f"{o[key]} {o[value]}" for o in rng.choices(clear, k=8))
         return Turn("listing", f"{asks}?", pairs, "")
 
     def _name(self, rng: random.Random, shape: str, color: str) -> tuple[str, str]:
         """A thing by what sets it apart, its shape or its color if that is enough, else both: (in a question, in an answer)."""
         shapes, colors, _ = zip(*self.objects)
-        clear = ([(f"the {shape}", shape)] * (shapes.count(shape) == 1)
-                 + [(f"the {color} thing", color)] * (colors.count(color) == 1))
+        clear = [(f"the {shape}", shape)] * (shapes.count(shape) == 1) + [
+            (f"the {color} thing", color)
+        ] * (colors.count(color) == 1)
         return rng.choice(clear or [(f"the {color} {shape}", f"{color} {shape}")])
 
     def _place(self, rng: random.Random, shape: str, color: str, cell: int) -> Turn:
@@ -174,17 +219,28 @@ class Objects:
         if rng.random() < 0.7:
             return Turn("spatial", f"where is {name}?", f"{key} {PLACES[cell]}", chain)
         if rng.random() < 0.5:
-            return Turn("spatial", f"is {name} on the left or right?", f"{key} {('left', 'right')[cell % 2]}", chain)
-        return Turn("spatial", f"is {name} above or below?", f"{key} {('above', 'below')[cell // 2]}", chain)
+            return Turn(
+                "spatial",
+                f"is {name} on the left or right?",
+                f"{key} {('left', 'right')[cell % 2]}",
+                chain,
+            )
+        return Turn(
+            "spatial", f"is {name} above or below?", f"{key} {('above', 'below')[cell // 2]}", chain
+        )
 
 
 class Dots:
     """One to six equal dots on a 4 x 4 grid of patches: counting that no single cell can answer."""
+
     families = ("caption", "counting")
     turns = 1
 
     def __init__(self, rng: random.Random):
-        self.color, self.cells = rng.choice(list(COLORS)), sorted(rng.sample(range(16), rng.randint(1, 6)))
+        self.color, self.cells = (
+            rng.choice(list(COLORS)),
+            sorted(rng.sample(range(16), rng.randint(1, 6))),
+        )
         self.content = (self.color, tuple(self.cells))
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
@@ -201,7 +257,12 @@ class Dots:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
         rows = [str(sum(cell // 4 == row for cell in self.cells)) for row in range(4)]
-        return Turn(family, "how many things are there?", str(len(self.cells)), f"{' + '.join(rows)} = {len(self.cells)}.")
+        return Turn(
+            family,
+            "how many things are there?",
+            str(len(self.cells)),
+            f"{' + '.join(rows)} = {len(self.cells)}.",
+        )
 
 
 class Reading:
@@ -250,15 +311,38 @@ class Chart:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
         if family == "listing":
-            return Turn(family, "how high is each bar?", ", ".join(f"{c} {h}" for c, h in rng.choices(self.bars, k=8)), "")
+            return Turn(
+                family,
+                "how high is each bar?",
+                ", ".join(f"{c} {h}" for c, h in rng.choices(self.bars, k=8)),
+                "",
+            )
         if family == "arithmetic":
             (a, x), (b, y) = sorted(rng.sample(self.bars, 2), key=lambda bar: -bar[1])
-            return Turn(family, f"how much higher is {a} than {b}?", str(x - y), f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.")
-        kind, (color, height) = rng.choice(("highest", "lowest", "value", "value")), rng.choice(self.bars)
+            return Turn(
+                family,
+                f"how much higher is {a} than {b}?",
+                str(x - y),
+                f"{a} {x}, {b} {y}. {x} - {y} = {x - y}.",
+            )
+        kind, (color, height) = (
+            rng.choice(("highest", "lowest", "value", "value")),
+            rng.choice(self.bars),
+        )
         if kind == "value":
-            return Turn(family, f"how high is the {color} bar?", f"{color} {height}", f"{self.words()}. {color} {height}.")
+            return Turn(
+                family,
+                f"how high is the {color} bar?",
+                f"{color} {height}",
+                f"{self.words()}. {color} {height}.",
+            )
         color, height = (max if kind == "highest" else min)(self.bars, key=lambda bar: bar[1])
-        return Turn(family, f"which bar is the {kind}?", f"{color} {height}", f"{self.words()}. {kind} {color} {height}.")
+        return Turn(
+            family,
+            f"which bar is the {kind}?",
+            f"{color} {height}",
+            f"{self.words()}. {kind} {color} {height}.",
+        )
 
 
 class Sum:
@@ -283,7 +367,9 @@ class Sum:
         if family == "caption":
             return Turn(family, "describe the picture.", self.words(), "")
         result = self.a + self.b if self.op == "+" else self.a - self.b
-        return Turn(family, "what is the result?", str(result), f"{self.a} {self.op} {self.b} = {result}.")
+        return Turn(
+            family, "what is the result?", str(result), f"{self.a} {self.op} {self.b} = {result}."
+        )
 
 
 class Odd:
@@ -293,10 +379,15 @@ class Odd:
     def __init__(self, rng: random.Random):
         cells = sorted(rng.sample(range(4), rng.choice((3, 4, 4))))
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
-        other = ((rng.choice([s for s in SHAPES if s != shape]), color) if rng.random() < 0.5
-                 else (shape, rng.choice([c for c in COLORS if c != color])))
+        other = (
+            (rng.choice([s for s in SHAPES if s != shape]), color)
+            if rng.random() < 0.5
+            else (shape, rng.choice([c for c in COLORS if c != color]))
+        )
         self.cell = rng.choice(cells)
-        self.objects = tuple((*(other if cell == self.cell else (shape, color)), cell) for cell in cells)
+        self.objects = tuple(
+            (*(other if cell == self.cell else (shape, color)), cell) for cell in cells
+        )
         self.content = self.objects
         self.boxes = [(x + rng.randint(0, 3), y + rng.randint(0, 3)) for x, y in map(corner, cells)]
 
@@ -314,19 +405,35 @@ class Odd:
             return Turn(family, "describe the picture.", self.words(), "")
         (shape, color, _), *_ = [o for o in self.objects if o[2] != self.cell]
         odd = [o for o in self.objects if o[2] == self.cell]
-        return Turn(family, "where is the odd one out?", PLACES[self.cell], f"{self.words()}. most are {color} {shape}. {say(odd)}.")
+        return Turn(
+            family,
+            "where is the odd one out?",
+            PLACES[self.cell],
+            f"{self.words()}. most are {color} {shape}. {say(odd)}.",
+        )
 
 
 class Video:
     """Three frames of one shape that moves by a cell a frame (a wall stops it for the third)."""
+
     families = ("caption", "video")
     turns = 1
 
     def __init__(self, rng: random.Random):
-        self.shape, self.color, self.move = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(MOVES))
+        self.shape, self.color, self.move = (
+            rng.choice(SHAPES),
+            rng.choice(list(COLORS)),
+            rng.choice(list(MOVES)),
+        )
         dx, dy = MOVES[self.move]
-        x, y = rng.choice([(x, y) for x in range(SIDE) for y in range(SIDE)
-                           if 0 <= x + dx < SIDE and 0 <= y + dy < SIDE])
+        x, y = rng.choice(
+            [
+                (x, y)
+                for x in range(SIDE)
+                for y in range(SIDE)
+                if 0 <= x + dx < SIDE and 0 <= y + dy < SIDE
+            ]
+        )
         self.cells = [(min(max(x + dx * t, 0), 1), min(max(y + dy * t, 0), 1)) for t in range(3)]
         self.content = (self.shape, self.color, self.move, x, y)
 
@@ -376,7 +483,9 @@ def user(s, question: str, rng: random.Random, text_only: bool) -> Message:
     return Message("user", (*parts, question))
 
 
-def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False, turns: int = 0) -> Sample:
+def sample(
+    index: int, seed: int, mixture: dict[str, float], test: bool = False, turns: int = 0
+) -> Sample:
     """Sample `index`: one scene and up to `turns` questions about it (0: as many as the kind usually gets).
 
     mixture: family -> share of the turns; "text" is the share of samples that describe the picture instead of showing it.
@@ -384,16 +493,22 @@ def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False,
     """
     unknown = set(mixture) - set(FAMILIES)
     if unknown:
-        raise ValueError(f"no family {sorted(unknown)[0]!r} in the world; choose from {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"no family {sorted(unknown)[0]!r} in the world; choose from {', '.join(FAMILIES)}"
+        )
     rng = random.Random(f"{seed}/{index}/{test}")
     visual = {f: w for f, w in mixture.items() if f != "text" and w > 0}
     text_only = rng.random() < mixture.get("text", 0.0) or not visual
     visual = visual or dict.fromkeys((f for f in FAMILIES if f not in ("text", "grounding")), 1.0)
     if text_only:  # a description has no pixels to box
         visual = {f: w for f, w in visual.items() if f != "grounding"} or {"caption": 1.0}
-    homes = {f: sum(f in kind.families for kind in KINDS.values()) for f in visual}  # kinds that share a family's weight
-    shares = {name: sum(visual.get(f, 0) / homes[f] for f in kind.families if f in homes) / kind.turns
-              for name, kind in KINDS.items()}
+    homes = {
+        f: sum(f in kind.families for kind in KINDS.values()) for f in visual
+    }  # kinds that share a family's weight
+    shares = {
+        name: sum(visual.get(f, 0) / homes[f] for f in kind.families if f in homes) / kind.turns
+        for name, kind in KINDS.items()
+    }
     kind = rng.choices(list(shares), list(shares.values()))[0]
     s = scene(kind, rng, test)
     families = [f for f in s.families if visual.get(f, 0) > 0]
@@ -403,15 +518,29 @@ def sample(index: int, seed: int, mixture: dict[str, float], test: bool = False,
         asked.setdefault(turn.question, turn)
     messages: list[Message] = []
     for turn in asked.values():
-        messages.append(user(s, turn.question, rng, text_only) if not messages else Message("user", (turn.question,)))
+        messages.append(
+            user(s, turn.question, rng, text_only)
+            if not messages
+            else Message("user", (turn.question,))
+        )
         messages.append(Message("assistant", (turn.answer,)))
     task = "text" if text_only else "+".join(sorted({t.family for t in asked.values()}))
-    return Sample(tuple(messages), task=task, origin=f"world/{kind}/{seed}/{index}",
-                  facts={"answer": turn.answer, "family": turn.family, "words": s.words(), "chain": turn.chain})
+    return Sample(
+        tuple(messages),
+        task=task,
+        origin=f"world/{kind}/{seed}/{index}",
+        facts={
+            "answer": turn.answer,
+            "family": turn.family,
+            "words": s.words(),
+            "chain": turn.chain,
+        },
+    )
 
 
 class World:
     """The world as a data source: `stream` for training, `held_out` for grading. Twin of `readers.Folder`."""
+
     root = None
 
     def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> Drawn:
@@ -429,8 +558,18 @@ def corpus(n: int, seed: int = 0) -> list[str]:
         rng = random.Random(f"{seed}/corpus/{i}")
         s = scene(rng.choice([k for k in KINDS if k != "reading"]), rng, False)
         turn = s.ask(rng.choice(s.families), rng)
-        texts += [f"picture: {s.words()}.\n", turn.question, turn.answer, turn.chain, "Frame-1: ", "user\n", "assistant\n",
-                  "\n" + turn.question, f"\\boxed{{{turn.answer}}}", " think first."]
+        texts += [
+            f"picture: {s.words()}.\n",
+            turn.question,
+            turn.answer,
+            turn.chain,
+            "Frame-1: ",
+            "user\n",
+            "assistant\n",
+            "\n" + turn.question,
+            f"\\boxed{{{turn.answer}}}",
+            " think first.",
+        ]
     return texts
 
 
@@ -442,8 +581,15 @@ def scene_counts() -> dict[str, str]:
     odd = sum(math.comb(4, n) * n * looks * others for n in (3, 4))
     bars = math.perm(len(COLORS), 3) * math.perm(LEVELS, 3) * math.comb(4, 3)
     dots = len(COLORS) * sum(math.comb(16, n) for n in range(1, 7))
-    return {"objects": objects, "dots": dots, "reading": len(CHARACTERS) ** 3 * len(INKS), "chart": bars,
-            "sum": (100 + 55) * len(INKS), "odd": odd, "video": looks * 4 * 2}
+    return {
+        "objects": objects,
+        "dots": dots,
+        "reading": len(CHARACTERS) ** 3 * len(INKS),
+        "chart": bars,
+        "sum": (100 + 55) * len(INKS),
+        "odd": odd,
+        "video": looks * 4 * 2,
+    }
 
 
 def main() -> None:
@@ -458,10 +604,14 @@ def main() -> None:
                 if i < 400:
                     answers[family][sample(i, seed, {family: 1}, turns=1).facts["answer"]] += 1
         for kind, count in scene_counts().items():
-            print(f"{kind:10s} {count:>14,} scenes   asked about: {', '.join(KINDS[kind].families)}")
+            print(
+                f"{kind:10s} {count:>14,} scenes   asked about: {', '.join(KINDS[kind].families)}"
+            )
         for family, seen in answers.items():
             top, n = seen.most_common(1)[0]
-            print(f"{family:12s} {len(seen):4d} answers in 400 questions; the commonest, {top!r}, {n / 400:.0%}")
+            print(
+                f"{family:12s} {len(seen):4d} answers in 400 questions; the commonest, {top!r}, {n / 400:.0%}"
+            )
         board = Image.new("RGB", (12 * 36, len(KINDS) * 36), "white")
         for row, kind in enumerate(KINDS):
             for column in range(12):

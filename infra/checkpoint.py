@@ -15,6 +15,7 @@ load; a checkpoint that fails is named, put aside, and the one before it is used
 Everything is restored bit for bit: a run that was killed and resumed writes the same log as one that was not (on a CPU with the
 same number of threads). Simplified: weights are replicated over ranks, so rank 0 writes; each rank's generators are kept.
 """
+
 import fcntl
 import functools
 import hashlib
@@ -80,6 +81,7 @@ def resumable(data: Iterator) -> Resumable:
 
 # ------------------------------------------------------------------------------------------------------ random generators
 
+
 def get_rng() -> tuple[Tensor, list]:
     """torch's generators (CPU, then accelerator) as bytes, and Python's and numpy's as JSON values."""
     parts = [torch.get_rng_state()]
@@ -87,7 +89,11 @@ def get_rng() -> tuple[Tensor, list]:
         parts.append(torch.get_device_module().get_rng_state())
     kind, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
-    return torch.cat(parts), [len(parts[0]), [version, list(internal), gauss], [kind, keys.tolist(), *rest]]
+    return torch.cat(parts), [
+        len(parts[0]),
+        [version, list(internal), gauss],
+        [kind, keys.tolist(), *rest],
+    ]
 
 
 def set_rng(state: Tensor, values: list) -> None:
@@ -100,6 +106,7 @@ def set_rng(state: Tensor, values: list) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- a directory, atomically
+
 
 def sync(path: Path) -> None:
     """Flush a file or directory to the disk."""
@@ -151,8 +158,11 @@ def latest(folder: Path) -> Path | None:
         problem = fault(path)
         if problem is None:
             return path
-        print(f"CHECKPOINT REFUSED: {path}: {problem}. It is kept as broken-{path.name}; the one before it is used.",
-              file=sys.stderr, flush=True)
+        print(
+            f"CHECKPOINT REFUSED: {path}: {problem}. It is kept as broken-{path.name}; the one before it is used.",
+            file=sys.stderr,
+            flush=True,
+        )
         os.rename(path, folder / f"broken-{path.name}")
     return None
 
@@ -162,14 +172,19 @@ def revision() -> str:
     """Commit of this code, marked when files differ from it; "unknown" outside a git checkout."""
     here = Path(__file__).parent
     try:
-        commit_id = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+        commit_id = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit_id + (" with changes" if changed.strip() else "")
 
 
 # --------------------------------------------------------------------------------------------------------- a run's directory
+
 
 @dataclass
 class RunDirectory:
@@ -178,14 +193,19 @@ class RunDirectory:
     every: steps between checkpoints (0: only at SIGTERM and at the end); keep: how many of the newest stay, beside the best by
     score. Raises ValueError when another process writes here, or when the configuration changed (with the diff).
     """
+
     path: Path
     config: dict = field(default_factory=dict)
     every: int = 0
     keep: int = 2
     resume: bool = True
-    check: Callable[[int], dict] | None = None  # step -> what to log; its "score" (lower is better) picks the best checkpoint
+    check: Callable[[int], dict] | None = (
+        None  # step -> what to log; its "score" (lower is better) picks the best checkpoint
+    )
     check_every: int = 0  # steps between checks; 0: never
-    tracker: str = ""  # a module with init(project=, config=) and log(row, step=): wandb, trackio, ...
+    tracker: str = (
+        ""  # a module with init(project=, config=) and log(row, step=): wandb, trackio, ...
+    )
     failures: int = 0  # checkpoints that could not be written
     best: list | None = None  # [score, step]
     lock: TextIO | None = None
@@ -201,7 +221,9 @@ class RunDirectory:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
-                raise ValueError(f"{self.path}: another process is writing here; wait for it, or choose another --out") from e
+                raise ValueError(
+                    f"{self.path}: another process is writing here; wait for it, or choose another --out"
+                ) from e
             self.folder.mkdir(exist_ok=True)
             for left in self.folder.glob("tmp-*"):  # of a run that was killed
                 shutil.rmtree(left)
@@ -225,11 +247,19 @@ class RunDirectory:
 
     def _compare(self, saved: dict) -> None:
         old, new = flat(saved), flat(self.config)
-        odd = [f"  {k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        odd = [
+            f"  {k}: {old.get(k)!r} -> {new.get(k)!r}"
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k)
+        ]
         if odd:
             self.close()
-            raise ValueError(f"{self.path} holds a run with another configuration:\n" + "\n".join(odd) + "\nGive the same options, "
-                             "another --out, or --resume False to begin again.")
+            raise ValueError(
+                f"{self.path} holds a run with another configuration:\n"
+                + "\n".join(odd)
+                + "\nGive the same options, "
+                "another --out, or --resume False to begin again."
+            )
 
     def write(self, step: int, model, tensors: dict[str, Tensor], values: dict) -> bool:
         """One checkpoint. A full disk (or any OSError) leaves the previous one, is reported, and costs only this one."""
@@ -240,14 +270,22 @@ class RunDirectory:
             if temporary.is_dir():  # of an attempt that failed
                 shutil.rmtree(temporary)
             model.save_pretrained(temporary)
-            save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, temporary / "state.safetensors")
-            (temporary / "state.json").write_text(json.dumps(values | {"config": self.config, "revision": revision()}))
+            save_file(
+                {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()},
+                temporary / "state.safetensors",
+            )
+            (temporary / "state.json").write_text(
+                json.dumps(values | {"config": self.config, "revision": revision()})
+            )
             commit(temporary, final)
         except (OSError, SafetensorError) as e:
             self.failures += 1
             shutil.rmtree(temporary, ignore_errors=True)
-            print(f"CHECKPOINT NOT WRITTEN at step {step} ({e}); training goes on, the previous one stands ({self.failures} so far)",
-                  file=sys.stderr, flush=True)
+            print(
+                f"CHECKPOINT NOT WRITTEN at step {step} ({e}); training goes on, the previous one stands ({self.failures} so far)",
+                file=sys.stderr,
+                flush=True,
+            )
             return False
         self._prune()
         return True
@@ -255,7 +293,7 @@ class RunDirectory:
     def _prune(self) -> None:
         """Newest `keep` and the best stay. A directory is renamed before it is removed: half of one is never a checkpoint."""
         stay = {f"step-{self.best[1]:08d}"} if self.best else set()
-        for path in sorted(self.folder.glob("step-*"))[:-self.keep]:
+        for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
             if path.name not in stay:
                 os.rename(path, gone := self.folder / f"tmp-old-{path.name}")
                 shutil.rmtree(gone)
@@ -265,15 +303,34 @@ def flat(values: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}, for a diff that names what changed."""
     out = {}
     for key, value in values.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        out |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {prefix + key: value}
+        )
     return out
 
 
 class Keeper:
     """What the loop calls: resume at its start, save when it is due, save and leave when the scheduler says so (SIGTERM)."""
 
-    def __init__(self, home: RunDirectory, model, optimizers: list, search: AdaLRS | None, data: Resumable, world: parallel.Ranks):
-        self.home, self.model, self.optimizers, self.search, self.data, self.world = home, model, optimizers, search, data, world
+    def __init__(
+        self,
+        home: RunDirectory,
+        model,
+        optimizers: list,
+        search: AdaLRS | None,
+        data: Resumable,
+        world: parallel.Ranks,
+    ):
+        self.home, self.model, self.optimizers, self.search, self.data, self.world = (
+            home,
+            model,
+            optimizers,
+            search,
+            data,
+            world,
+        )
         self.told, self.last = False, 0
         self.before = signal.signal(signal.SIGTERM, self._tell)
 
@@ -289,13 +346,20 @@ class Keeper:
         found = self.home.open(self.world)
         if found is None:
             return {}
-        values, tensors = json.loads((found / "state.json").read_text()), load_file(found / "state.safetensors")
+        values, tensors = (
+            json.loads((found / "state.json").read_text()),
+            load_file(found / "state.safetensors"),
+        )
         device = next(self.model.parameters()).device
         weights.load_weights(self.model, found, next(self.model.parameters()).dtype, device)
-        part = lambda prefix: {k[len(prefix):]: t for k, t in tensors.items() if k.startswith(prefix)}
+        part = lambda prefix: {
+            k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)
+        }
         load_optimizer_state(self.optimizers, part("optimizer."), values["optimizer"])
         if self.search:
-            self.search.load_state_dict({k: t.to(device) for k, t in part("adalrs.").items()}, values["adalrs"])
+            self.search.load_state_dict(
+                {k: t.to(device) for k, t in part("adalrs.").items()}, values["adalrs"]
+            )
         self.data.load_state_dict(values["data"])
         if self.world.rank < len(values["rng"]):
             set_rng(tensors[f"rng.{self.world.rank}"], values["rng"][self.world.rank])
@@ -306,7 +370,10 @@ class Keeper:
 
     def stop(self, step: int) -> None:
         """Leave after SIGTERM: 143 is what a scheduler that sent it expects to see."""
-        print(f"SIGTERM: checkpoint of step {step} written in {self.home.folder}; run the same command to go on", file=sys.stderr)
+        print(
+            f"SIGTERM: checkpoint of step {step} written in {self.home.folder}; run the same command to go on",
+            file=sys.stderr,
+        )
         self.close()
         sys.exit(143)
 
@@ -323,8 +390,13 @@ class Keeper:
             self.home.best = [score, step]
         state, rest = optimizer_state(self.optimizers)
         tensors = {f"optimizer.{k}": t for k, t in state.items()}
-        values = {"step": step, "made": made, "optimizer": rest, "best": self.home.best,
-                  "data": self.data.state_dict()}
+        values = {
+            "step": step,
+            "made": made,
+            "optimizer": rest,
+            "best": self.home.best,
+            "data": self.data.state_dict(),
+        }
         if self.search:
             found, values["adalrs"] = self.search.state_dict()
             tensors |= {f"adalrs.{k}": t for k, t in found.items()}

@@ -4,6 +4,7 @@ What it teaches: the log is part of the result. `log.jsonl` holds every executed
 rate, loss, loss per task, gradient norm whole and per module, tokens and images a second, seconds left. A resumed run cuts it
 back to the lines that its checkpoint knew, so that it ends up as if nothing had happened.
 """
+
 import importlib
 import json
 import time
@@ -18,11 +19,19 @@ from infra.checkpoint import RunDirectory, sync
 class Journal:
     """Writes on the main rank only. `rows` is the log so far, kept by every rank."""
 
-    def __init__(self, stage, directory: Path | RunDirectory | None, main: bool, step: int = 0, made: int = 0):
+    def __init__(
+        self, stage, directory: Path | RunDirectory | None, main: bool, step: int = 0, made: int = 0
+    ):
         home = directory if isinstance(directory, RunDirectory) else None
         path = home.path if home else directory
         self.rows: list[dict] = []
-        self.file, self.tracker, self.steps, self.began, self.first = None, None, stage.steps, time.time(), made
+        self.file, self.tracker, self.steps, self.began, self.first = (
+            None,
+            None,
+            stage.steps,
+            time.time(),
+            made,
+        )
         if path is not None:
             log = path / "log.jsonl"
             self.rows = kept(log, made)
@@ -34,7 +43,14 @@ class Journal:
         if home and home.tracker and main:
             self.tracker = importlib.import_module(home.tracker)
             self.tracker.init(project="nanosail", config=home.config)
-        self.bar = tqdm(total=stage.steps, initial=step, desc=f"{stage.name:>18s}", disable=not main, mininterval=1.0, ncols=110)
+        self.bar = tqdm(
+            total=stage.steps,
+            initial=step,
+            desc=f"{stage.name:>18s}",
+            disable=not main,
+            mininterval=1.0,
+            ncols=110,
+        )
 
     def write(self, row: dict, step: int) -> None:
         """`step` is where the run goes on: further back than the row's own when AdaLRS undid steps."""
@@ -66,6 +82,8 @@ def kept(log: Path, made: int) -> list[dict]:
         return []
     rows = [json.loads(line) for line in log.read_text().splitlines()[:made]]
     if len(rows) < made:
-        raise ValueError(f"{log}: {len(rows)} lines, but the checkpoint was written after {made} steps; restore the log or begin "
-                         f"again with --resume False")
+        raise ValueError(
+            f"{log}: {len(rows)} lines, but the checkpoint was written after {made} steps; restore the log or begin "
+            f"again with --resume False"
+        )
     return rows

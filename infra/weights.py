@@ -11,6 +11,7 @@ the views, writing copies out of them, so one function serves both. `published` 
 memory a MoE layer holds its experts stacked (`experts.gate_up_proj` (E, 2I, C)), in files one by one
 (`experts.3.gate_proj.weight`). `vit.transformers_names` is another.
 """
+
 import json
 import os
 from pathlib import Path
@@ -25,7 +26,10 @@ from torch import Tensor
 from infra.config import parse_json, read_config
 
 INDEX = "model.safetensors.index.json"
-LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}  # of a config that we believe; any other count: 2**20
+LIMITS = {
+    "num_hidden_layers": 1024,
+    "num_experts": 4096,
+}  # of a config that we believe; any other count: 2**20
 Layout = Callable[[str, Tensor], dict[str, Tensor]]
 
 
@@ -34,7 +38,11 @@ def published(name: str, value: Tensor) -> dict[str, Tensor]:
     head, _, leaf = name.rpartition(".")
     if head.endswith(".experts") and leaf == "gate_up_proj":
         pairs = [(e, *w.chunk(2)) for e, w in enumerate(value)]
-        return {f"{head}.{e}.{part}.weight": w for e, gate, up in pairs for part, w in (("gate_proj", gate), ("up_proj", up))}
+        return {
+            f"{head}.{e}.{part}.weight": w
+            for e, gate, up in pairs
+            for part, w in (("gate_proj", gate), ("up_proj", up))
+        }
     if head.endswith(".experts") and leaf == "down_proj":
         return {f"{head}.{e}.down_proj.weight": w for e, w in enumerate(value)}
     return {name: value}
@@ -43,17 +51,30 @@ def published(name: str, value: Tensor) -> dict[str, Tensor]:
 def tensors(model: nn.Module, layout: Layout = published) -> dict[str, Tensor]:
     """Every tensor of a model under its name on disk (views, nothing copied). A tied head appears under both names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {disk: view for name, p in parameters.items() for disk, view in layout(name, p.data).items()}
+    return {
+        disk: view for name, p in parameters.items() for disk, view in layout(name, p.data).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ save
 
-def save_weights(model: nn.Module, directory, config: dict, shard_bytes: int = 5 << 30, layout: Layout = published) -> None:
+
+def save_weights(
+    model: nn.Module,
+    directory,
+    config: dict,
+    shard_bytes: int = 5 << 30,
+    layout: Layout = published,
+) -> None:
     """config.json and one or more safetensors files (with an index when more than one), in place of an earlier checkpoint's.
     A tied head is not stored: a file that holds one is read as having a head of its own. One shard is in memory at a time."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    stored = {name: t for name, t in tensors(model, layout).items() if not (_is_tied(model) and name.endswith("lm_head.weight"))}
+    stored = {
+        name: t
+        for name, t in tensors(model, layout).items()
+        if not (_is_tied(model) and name.endswith("lm_head.weight"))
+    }
     shards, size = [[]], 0
     for name, t in sorted(stored.items()):
         if size and size + t.nbytes > shard_bytes:
@@ -61,19 +82,33 @@ def save_weights(model: nn.Module, directory, config: dict, shard_bytes: int = 5
             size = 0
         shards[-1].append(name)
         size += t.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, names in zip(files, shards):
-        views = {n: stored[n].cpu().contiguous().clone() for n in names}  # views of stacked experts must not share storage
+        views = {
+            n: stored[n].cpu().contiguous().clone() for n in names
+        }  # views of stacked experts must not share storage
         save_file(views, directory / (file + ".tmp"), metadata={"format": "pt"})
         os.replace(directory / (file + ".tmp"), directory / file)
     write_json(directory / "config.json", config)
     if len(shards) > 1:
         where = {n: file for file, names in zip(files, shards) for n in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in stored.values())}, "weight_map": where})
+        write_json(
+            directory / INDEX,
+            {
+                "metadata": {"total_size": sum(t.nbytes for t in stored.values())},
+                "weight_map": where,
+            },
+        )
     else:
         (directory / INDEX).unlink(missing_ok=True)  # an earlier checkpoint's would be believed
-    for old in {*directory.glob("model.safetensors"), *directory.glob("model-*-of-*.safetensors")} - {directory / f for f in files}:
+    for old in {
+        *directory.glob("model.safetensors"),
+        *directory.glob("model-*-of-*.safetensors"),
+    } - {directory / f for f in files}:
         old.unlink()
 
 
@@ -90,15 +125,24 @@ def write_json(path, value) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ load
 
+
 def locate(directory) -> dict[str, Path]:
     """Tensor name -> the file that holds it. Raises ValueError for missing, foreign or inconsistent files."""
     directory = Path(directory)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no config.json here; give the directory of a saved or released model")
+        raise ValueError(
+            f"{directory}: no config.json here; give the directory of a saved or released model"
+        )
     if (directory / INDEX).is_file():
         listed = read_config(directory, INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
-            raise ValueError(f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)")
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or not all(isinstance(f, str) for f in listed.values())
+        ):
+            raise ValueError(
+                f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)"
+            )
         files = sorted(set(listed.values()))
         if any(Path(f).name != f for f in files):
             raise ValueError(f"{directory / INDEX}: names a file outside its directory")
@@ -108,9 +152,18 @@ def locate(directory) -> dict[str, Path]:
     for file in files:
         path = directory / file
         if not path.is_file():
-            pickles = sorted(p.name for end in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{end}"))
-            raise ValueError(f"{path}: missing" + (f"; {pickles[0]} is a pickle, which is never opened, as that would run "
-                                                   "the code in it: convert it to safetensors" if pickles else ""))
+            pickles = sorted(
+                p.name for end in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{end}")
+            )
+            raise ValueError(
+                f"{path}: missing"
+                + (
+                    f"; {pickles[0]} is a pickle, which is never opened, as that would run "
+                    "the code in it: convert it to safetensors"
+                    if pickles
+                    else ""
+                )
+            )
         try:
             with safe_open(path, "pt") as f:
                 names = list(f.keys())
@@ -134,7 +187,13 @@ def same_tensor(where: dict[str, Path], a: str, b: str) -> bool:
         return torch.equal(f.get_tensor(a), g.get_tensor(b))
 
 
-def load_weights(model: nn.Module, directory, dtype: torch.dtype = torch.float32, device="cpu", layout: Layout = published) -> nn.Module:
+def load_weights(
+    model: nn.Module,
+    directory,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    layout: Layout = published,
+) -> nn.Module:
     """Fill a model, best built on the meta device, which owns no memory yet.
 
     Raises ValueError naming the first tensor that is missing, unused, or has a wrong shape or type. Nothing is half loaded:
@@ -142,8 +201,15 @@ def load_weights(model: nn.Module, directory, dtype: torch.dtype = torch.float32
     """
     where, wanted = locate(directory), tensors(model, layout)
     if _is_tied(model):  # such a checkpoint may leave the head out
-        wanted = {name: view for name, view in wanted.items() if name in where or not name.endswith("lm_head.weight")}
-    for kind, odd in (("missing", wanted.keys() - where.keys()), ("not used by this model", where.keys() - wanted.keys())):
+        wanted = {
+            name: view
+            for name, view in wanted.items()
+            if name in where or not name.endswith("lm_head.weight")
+        }
+    for kind, odd in (
+        ("missing", wanted.keys() - where.keys()),
+        ("not used by this model", where.keys() - wanted.keys()),
+    ):
         if odd:
             raise ValueError(f"{directory}: {len(odd)} tensor(s) {kind}, first {sorted(odd)[0]}")
     for path in sorted(set(where.values())):
@@ -151,9 +217,13 @@ def load_weights(model: nn.Module, directory, dtype: torch.dtype = torch.float32
             for name in f.keys():
                 s, shape = f.get_slice(name), list(wanted[name].shape)
                 if list(s.get_shape()) != shape:
-                    raise ValueError(f"{path}: {name} has shape {list(s.get_shape())}, the model wants {shape}")
+                    raise ValueError(
+                        f"{path}: {name} has shape {list(s.get_shape())}, the model wants {shape}"
+                    )
                 if s.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{path}: {name} has type {s.get_dtype()}, a floating type is wanted")
+                    raise ValueError(
+                        f"{path}: {name} has type {s.get_dtype()}, a floating type is wanted"
+                    )
     llm = getattr(model, "language_model", model)
     if _is_tied(model):
         llm.lm_head.weight = None  # to_empty would give each of the two names storage of its own
@@ -162,7 +232,9 @@ def load_weights(model: nn.Module, directory, dtype: torch.dtype = torch.float32
         llm.lm_head.weight = llm.model.embed_tokens.weight
     target = tensors(model, layout)
     with torch.no_grad():
-        for path, names in _bites({name: where[name] for name in wanted}, {name: target[name].numel() for name in wanted}):
+        for path, names in _bites(
+            {name: where[name] for name in wanted}, {name: target[name].numel() for name in wanted}
+        ):
             with safe_open(path, "pt", device=str(device)) as f:
                 for name in names:
                     target[name].copy_(f.get_tensor(name))
@@ -174,7 +246,9 @@ def _bites(where: dict[str, Path], sizes: dict[str, int]):
     until the file is closed."""
     bite, most = [], max(sizes.values())
     for name in sorted(where, key=lambda n: (where[n], n)):
-        if bite and (where[name] != where[bite[0]] or sum(sizes[n] for n in bite) + sizes[name] > most):
+        if bite and (
+            where[name] != where[bite[0]] or sum(sizes[n] for n in bite) + sizes[name] > most
+        ):
             yield where[bite[0]], bite
             bite = []
         bite.append(name)

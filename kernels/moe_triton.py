@@ -27,6 +27,7 @@ Hopper has no TMA gather. No autotuning: `BLOCKS` is a table, so that the first 
 Sources: the set of saved tensors and the ds identity are those of SonicMoE (arXiv 2512.14080); the code is ours.
 Written for Triton 3.6 to 3.9. Traps: the interpreter multiplies bf16 as integers, hence `dot`.
 """
+
 import os
 from dataclasses import dataclass
 
@@ -43,12 +44,17 @@ SORT = 128  # slots per program while sorting
 # Chosen for sm_90: stages within 227 KB, nothing spilled (`bench.py --compile` shows both). Not yet tuned on a GPU.
 WIDE, SHORT = (128, 256, 64, 8, 4), (64, 256, 64, 4, 4)
 DEEP = (128, 256, 64, 8, 7)  # rows come through `order`: half of the stages go to the indices
-BLOCKS = {"half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
-          # fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones
-          "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
-          "few": dict.fromkeys(("up", "grouped", "grad"), (16, 128, 64, 4, 4)) | {"weight": DEEP},  # decoding: weights once
-          "full": dict.fromkeys(("up", "grouped", "grad", "weight"), (64, 64, 32, 8, 2)),  # fp32: correct, not fast
-          "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1))}
+BLOCKS = {
+    "half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
+    # fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones
+    "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
+    "few": dict.fromkeys(("up", "grouped", "grad"), (16, 128, 64, 4, 4))
+    | {"weight": DEEP},  # decoding: weights once
+    "full": dict.fromkeys(
+        ("up", "grouped", "grad", "weight"), (64, 64, 32, 8, 2)
+    ),  # fp32: correct, not fast
+    "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1)),
+}
 
 
 def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
@@ -69,6 +75,7 @@ def dot(a, b, acc):
 # A stable counting sort in two passes. `counts` is (experts, blocks), so that one running sum over all of it says where the
 # slots of each expert from each block begin.
 
+
 @triton.jit
 def count_slots(indices, counts, slots, n_blocks, E, BE: tl.constexpr, BLOCK: tl.constexpr):
     b = tl.program_id(0)
@@ -76,7 +83,9 @@ def count_slots(indices, counts, slots, n_blocks, E, BE: tl.constexpr, BLOCK: tl
     expert = tl.load(indices + at, mask=at < slots, other=0).to(tl.int32)
     n = tl.histogram(expert, BE, mask=at < slots)  # (BE,)
     experts = tl.arange(0, BE)
-    tl.store(counts + experts * n_blocks + b, n, mask=experts <= E)  # row E stays 0: its running sum is the end
+    tl.store(
+        counts + experts * n_blocks + b, n, mask=experts <= E
+    )  # row E stays 0: its running sum is the end
 
 
 @triton.jit
@@ -96,7 +105,9 @@ def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.co
     """Program e writes the tiles of expert e; program E marks the unused rest with -1."""
     e, experts = tl.program_id(0), tl.arange(0, BE)
     start = tl.load(offs + experts, mask=experts < E, other=0)
-    n = tl.cdiv(tl.load(offs + experts + 1, mask=experts < E, other=0) - start, BM)  # tiles of every expert
+    n = tl.cdiv(
+        tl.load(offs + experts + 1, mask=experts < E, other=0) - start, BM
+    )  # tiles of every expert
     first = tl.sum(tl.where(experts < e, n, 0))
     mine = tl.where(e == E, most - first, tl.sum(tl.where(experts == e, n, 0)))
     row = tl.sum(tl.where(experts == e, start, 0))
@@ -110,6 +121,7 @@ def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.co
 class Plan:
     """Where every slot goes. order (S*K,): row -> slot; inverse: slot -> row; expert e owns rows offs[e]:offs[e+1]; tile i
     of the products is `tile_expert[i]` (-1: none) from row `tile_row[i]`. All int32, all made on the device."""
+
     order: Tensor
     inverse: Tensor
     offs: Tensor
@@ -119,8 +131,15 @@ class Plan:
     @staticmethod
     def of(indices: Tensor, E: int, rows: int) -> "Plan":
         """From the router's choice (S, K); `rows` of a tile."""
-        slots, empty = indices.numel(), lambda *n: torch.empty(n, dtype=torch.int32, device=indices.device)
-        indices, n_blocks, wide = indices.contiguous(), triton.cdiv(slots, SORT), triton.next_power_of_2(E + 1)
+        slots, empty = (
+            indices.numel(),
+            lambda *n: torch.empty(n, dtype=torch.int32, device=indices.device),
+        )
+        indices, n_blocks, wide = (
+            indices.contiguous(),
+            triton.cdiv(slots, SORT),
+            triton.next_power_of_2(E + 1),
+        )
         counts, order, inverse = empty(E + 1, n_blocks), empty(slots), empty(slots)
         count_slots[(n_blocks,)](indices, counts, slots, n_blocks, E, wide, SORT)
         base = counts.view(-1).cumsum(0, dtype=torch.int32).sub_(counts.view(-1))
@@ -136,15 +155,36 @@ class Plan:
 # A tile's last rows may belong to the next expert: they are computed and not stored. Programs run columns first, so that
 # those at work at one time share an expert's weights and a few blocks of rows, which the L2 cache holds.
 
+
 @triton.jit
-def up_swiglu(x, w13, z, a, order, offs, tile_expert, tile_row, K: tl.constexpr, C: tl.constexpr, I: tl.constexpr,
-              KEEP_Z: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def up_swiglu(
+    x,
+    w13,
+    z,
+    a,
+    order,
+    offs,
+    tile_expert,
+    tile_row,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    I: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
     e = tl.load(tile_expert + tile)
     if e < 0:
         return
     end = tl.load(offs + e + 1)
-    first, i, cols, ks = tl.load(tile_row + tile), tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    first, i, cols, ks = (
+        tl.load(tile_row + tile),
+        tl.arange(0, BM),
+        n + tl.arange(0, BN),
+        tl.arange(0, BK),
+    )
     token = tl.load(order + tl.minimum(first + i, end - 1)) // K
     x += token.to(tl.int64)[:, None] * C + ks[None, :]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
@@ -161,12 +201,28 @@ def up_swiglu(x, w13, z, a, order, offs, tile_expert, tile_row, K: tl.constexpr,
         z += first.to(tl.int64) * (2 * I)
         tl.store(z + at + i[:, None] * I, gate.to(z.dtype.element_ty), mask=keep)
         tl.store(z + at + i[:, None] * I + I, up.to(z.dtype.element_ty), mask=keep)
-    tl.store(a + first.to(tl.int64) * I + at, (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty), mask=keep)
+    tl.store(
+        a + first.to(tl.int64) * I + at,
+        (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty),
+        mask=keep,
+    )
 
 
 @triton.jit
-def grouped_matmul(a, w, out, offs, tile_expert, tile_row, D: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def grouped_matmul(
+    a,
+    w,
+    out,
+    offs,
+    tile_expert,
+    tile_row,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out (rows, N) = a (rows, D) times w[e], stored (N, D) if TRANSPOSED, else (D, N)."""
     tile, n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN) * BN
     e = tl.load(tile_expert + tile)
@@ -181,7 +237,11 @@ def grouped_matmul(a, w, out, offs, tile_expert, tile_row, D: tl.constexpr, N: t
             acc = dot(a.load([first, k]), w.load([e, k, n]).reshape(BK, BN), acc)
     i, cols = tl.arange(0, BM), n + tl.arange(0, BN)
     keep = (first + i < tl.load(offs + e + 1))[:, None] & (cols < N)[None, :]
-    tl.store(out + first.to(tl.int64) * N + (i[:, None] * N + cols[None, :]), acc.to(out.dtype.element_ty), mask=keep)
+    tl.store(
+        out + first.to(tl.int64) * N + (i[:, None] * N + cols[None, :]),
+        acc.to(out.dtype.element_ty),
+        mask=keep,
+    )
 
 
 @triton.jit
@@ -202,13 +262,34 @@ def swiglu_grad(da, z, dz, scaled, s, first, n, i, keep, I: tl.constexpr):
     partial = tl.sum(da * silu * up, 1)
     da *= s[:, None]
     tl.store(dz + at + i[:, None] * I + I, (da * silu).to(dz.dtype.element_ty), mask=keep)
-    tl.store(dz + at + i[:, None] * I, (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty), mask=keep)
+    tl.store(
+        dz + at + i[:, None] * I,
+        (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty),
+        mask=keep,
+    )
     return partial
 
 
 @triton.jit
-def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, tile_row, K: tl.constexpr, C: tl.constexpr,
-              I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def down_grad(
+    grad,
+    w2,
+    z,
+    weights,
+    dz,
+    scaled,
+    ds,
+    order,
+    offs,
+    tile_expert,
+    tile_row,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """da = gather(grad) w2, and all that follows from it and z: dz, a * s (`scaled`), ds as one partial sum per column tile."""
     tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
     e = tl.load(tile_expert + tile)
@@ -229,7 +310,9 @@ def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, ti
     s, keep = tl.load(weights + slot).to(tl.float32), first + i < end
     dz += first.to(tl.int64) * (2 * I)  # 64 bits once a tile, 32 within it
     scaled += first.to(tl.int64) * I
-    left, right = halves(da)  # four parts one after the other: registers are what this epilogue is short of
+    left, right = halves(
+        da
+    )  # four parts one after the other: registers are what this epilogue is short of
     a, b = halves(left)
     c, d = halves(right)
     partial = swiglu_grad(a, z, dz, scaled, s, first, n, i, keep, I)
@@ -240,26 +323,55 @@ def down_grad(grad, w2, z, weights, dz, scaled, ds, order, offs, tile_expert, ti
 
 
 @triton.jit
-def weight_grad(d, x, dw, order, offs, stride_m, stride_n, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def weight_grad(
+    d,
+    x,
+    dw,
+    order,
+    offs,
+    stride_m,
+    stride_n,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """dw[e] (M, N) = sum over the rows of expert e of d[row] (M,) outer x[token of row] (N,). No rows: zeros.
 
     Rows of `d` past the expert's end meet zeros of x, so that only x needs a mask."""
-    e, tile = tl.program_id(0) // (tl.cdiv(M, BM) * tl.cdiv(N, BN)), tl.program_id(0) % (tl.cdiv(M, BM) * tl.cdiv(N, BN))
+    e, tile = (
+        tl.program_id(0) // (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
+        tl.program_id(0) % (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
+    )
     m, n = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
     first, end = tl.load(offs + e), tl.load(offs + e + 1)
     i, j, ks = m + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
     for r in range(first, end, BK):
         token = tl.load(order + r + ks, mask=r + ks < end, other=0) // K
-        some = tl.load(x + token.to(tl.int64)[:, None] * N + j[None, :], mask=(r + ks < end)[:, None] & (j < N)[None, :], other=0.0)
+        some = tl.load(
+            x + token.to(tl.int64)[:, None] * N + j[None, :],
+            mask=(r + ks < end)[:, None] & (j < N)[None, :],
+            other=0.0,
+        )
         acc = dot(d.load([r, m]).T, some, acc)
     dw += e.to(tl.int64) * M * N + i[:, None] * stride_m + j[None, :] * stride_n
     tl.store(dw, acc.to(dw.dtype.element_ty), mask=(i < M)[:, None] & (j < N)[None, :])
 
 
 @triton.jit
-def gather_sum(y, inverse, weights, out, K: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def gather_sum(
+    y,
+    inverse,
+    weights,
+    out,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out[t] = sum over k, in order and in fp32, of (s[t,k]) y[inverse[t,k]]: every token pulls, nobody scatters."""
     t, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -274,6 +386,7 @@ def gather_sum(y, inverse, weights, out, K: tl.constexpr, C: tl.constexpr, WEIGH
 
 # ------------------------------------------------------------------------------------------------------- host side
 
+
 def tiled(t: Tensor, *block: int) -> TensorDescriptor:
     """A contiguous tensor to be read in blocks; what lies outside reads as zero."""
     return TensorDescriptor.from_tensor(t, list(block))
@@ -283,8 +396,17 @@ def run_products(kernel, block: tuple, plan: Plan, columns: int, *arguments, **s
     """Launch a kernel over (tiles of the plan) x (column tiles)."""
     BM, BN, BK, warps, stages = block
     kernel[(plan.tile_row.numel() * triton.cdiv(columns, BN),)](
-        *arguments, plan.offs, plan.tile_expert, plan.tile_row, **shape, BM=BM, BN=BN, BK=BK, num_warps=warps,
-        num_stages=stages)
+        *arguments,
+        plan.offs,
+        plan.tile_expert,
+        plan.tile_row,
+        **shape,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        num_warps=warps,
+        num_stages=stages,
+    )
 
 
 def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> Tensor:
@@ -292,17 +414,42 @@ def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> 
     BM, BN, BK, *_ = block
     N = w.shape[1 if transposed else 2]
     out = a.new_empty(a.shape[0], N)
-    run_products(grouped_matmul, block, plan, N, tiled(a, BM, BK), tiled(w, 1, *((BN, BK) if transposed else (BK, BN))), out,
-                 D=a.shape[1], N=N, TRANSPOSED=transposed)
+    run_products(
+        grouped_matmul,
+        block,
+        plan,
+        N,
+        tiled(a, BM, BK),
+        tiled(w, 1, *((BN, BK) if transposed else (BK, BN))),
+        out,
+        D=a.shape[1],
+        N=N,
+        TRANSPOSED=transposed,
+    )
     return out
 
 
-def outer(block: tuple, plan: Plan, d: Tensor, x: Tensor, K: int, dw: Tensor, transposed: bool) -> Tensor:
+def outer(
+    block: tuple, plan: Plan, d: Tensor, x: Tensor, K: int, dw: Tensor, transposed: bool
+) -> Tensor:
     """Fill dw (E, M, N), or (E, N, M) if transposed, from d (rows, M) and gathered x (S, N)."""
     (BM, BN, BK, warps, stages), M, N = block, d.shape[1], x.shape[1]
     weight_grad[(dw.shape[0] * triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
-        tiled(d, BK, BM), x, dw, plan.order, plan.offs, *((1, M) if transposed else (N, 1)), K=K, M=M, N=N,
-        BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages)
+        tiled(d, BK, BM),
+        x,
+        dw,
+        plan.order,
+        plan.offs,
+        *((1, M) if transposed else (N, 1)),
+        K=K,
+        M=M,
+        N=N,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        num_warps=warps,
+        num_stages=stages,
+    )
     return dw
 
 
@@ -310,20 +457,43 @@ def pull(plan: Plan, y: Tensor, weights: Tensor, weighted: bool) -> Tensor:
     """(rows, C) -> (S, C)."""
     (S, K), C = weights.shape, y.shape[1]
     out, block = y.new_empty(S, C), min(triton.next_power_of_2(C), 2048)
-    gather_sum[(S, triton.cdiv(C, block))](y, plan.inverse, weights, out, K=K, C=C, WEIGHTED=weighted, BLOCK=block)
+    gather_sum[(S, triton.cdiv(C, block))](
+        y, plan.inverse, weights, out, K=K, C=C, WEIGHTED=weighted, BLOCK=block
+    )
     return out
 
 
 class TritonExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, differentiable: bool) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        differentiable: bool,
+    ) -> Tensor:
         (S, C), (E, _, I), K = x.shape, down.shape, indices.shape[1]
         size = blocks(x.dtype, S * K / E)
         x, weights = x.contiguous(), weights.contiguous()
         plan = Plan.of(indices, E, size["up"][0])
         z, a = x.new_empty(S * K if differentiable else 0, 2 * I), x.new_empty(S * K, I)
-        run_products(up_swiglu, size["up"], plan, I, x, tiled(gate_up, 1, *size["up"][1:3]), z, a, plan.order,
-                     K=K, C=C, I=I, KEEP_Z=differentiable)
+        run_products(
+            up_swiglu,
+            size["up"],
+            plan,
+            I,
+            x,
+            tiled(gate_up, 1, *size["up"][1:3]),
+            z,
+            a,
+            plan.order,
+            K=K,
+            C=C,
+            I=I,
+            KEEP_Z=differentiable,
+        )
         y = matmul(size["grouped"], plan, a, down, transposed=True)
         ctx.save_for_backward(x, z, weights, gate_up, down, *vars(plan).values())
         return pull(plan, y, weights, weighted=True)
@@ -337,26 +507,65 @@ class TritonExperts(torch.autograd.Function):
         dz, scaled = torch.empty_like(z), x.new_empty(z.shape[0], I)
         ds = weights.new_empty(z.shape[0], triton.cdiv(I, size["grad"][1]), dtype=torch.float32)
         rows, cols, deep = size["grad"][:3]
-        run_products(down_grad, size["grad"], plan, I, grad, tiled(down, 1, deep, cols), tiled(z, rows, cols // 4), weights, dz,
-                     scaled, ds, plan.order, K=K, C=C, I=I)
+        run_products(
+            down_grad,
+            size["grad"],
+            plan,
+            I,
+            grad,
+            tiled(down, 1, deep, cols),
+            tiled(z, rows, cols // 4),
+            weights,
+            dz,
+            scaled,
+            ds,
+            plan.order,
+            K=K,
+            C=C,
+            I=I,
+        )
         wants = ctx.needs_input_grad
-        dx = pull(plan, matmul(size["grouped"], plan, dz, gate_up, transposed=False), weights, False) if wants[0] else None
-        dw2 = outer(size["weight"], plan, scaled, grad, K, torch.empty_like(down), True) if wants[4] else None
-        dw13 = outer(size["weight"], plan, dz, x, K, torch.empty_like(gate_up), False) if wants[3] else None
+        dx = (
+            pull(plan, matmul(size["grouped"], plan, dz, gate_up, transposed=False), weights, False)
+            if wants[0]
+            else None
+        )
+        dw2 = (
+            outer(size["weight"], plan, scaled, grad, K, torch.empty_like(down), True)
+            if wants[4]
+            else None
+        )
+        dw13 = (
+            outer(size["weight"], plan, dz, x, K, torch.empty_like(gate_up), False)
+            if wants[3]
+            else None
+        )
         return dx, None, ds.sum(1).view_as(weights).to(weights.dtype), dw13, dw2, None
 
 
-def expert_mixture_triton(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mixture_triton(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """Same signature as `moe.expert_mixture`. One dtype for x and both weights: bf16, fp16 or fp32.
 
     Raises ValueError for rows that are not a multiple of 16 bytes or for mixed dtypes.
     """
-    if {x.dtype, gate_up.dtype, down.dtype} - {x.dtype} or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x, gate_up and down must share bf16, fp16 or fp32; got {x.dtype}, {gate_up.dtype}, {down.dtype}")
+    if {x.dtype, gate_up.dtype, down.dtype} - {x.dtype} or x.dtype not in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ):
+        raise ValueError(
+            f"x, gate_up and down must share bf16, fp16 or fp32; got {x.dtype}, {gate_up.dtype}, {down.dtype}"
+        )
     if any(n * x.element_size() % 16 for n in (x.shape[1], down.shape[2])):
-        raise ValueError(f"widths {x.shape[1]} and {down.shape[2]} in {x.dtype}: rows must be multiples of 16 bytes")
+        raise ValueError(
+            f"widths {x.shape[1]} and {down.shape[2]} in {x.dtype}: rows must be multiples of 16 bytes"
+        )
     if x.shape[0] == 0:
         return x * 0 + (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype) * 0
     inputs = x, weights, gate_up, down
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return TritonExperts.apply(x, indices, weights, gate_up.contiguous(), down.contiguous(), differentiable)
+    return TritonExperts.apply(
+        x, indices, weights, gate_up.contiguous(), down.contiguous(), differentiable
+    )

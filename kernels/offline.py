@@ -7,6 +7,7 @@ also shows that there is none. It plugs into Triton's own `driver.set_active`; s
 
     python -m kernels.bench --compile 90
 """
+
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,8 +15,16 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that a block may ask for, by compute capability
-INSTRUCTIONS = {"tensor core": ("HGMMA", "HMMA", "UTCHMMA"), "TMA load": ("UTMALDG",), "async copy": ("LDGSTS",)}
+SHARED_MEMORY = {
+    80: 166912,
+    90: 232448,
+    100: 232448,
+}  # bytes that a block may ask for, by compute capability
+INSTRUCTIONS = {
+    "tensor core": ("HGMMA", "HMMA", "UTCHMMA"),
+    "TMA load": ("UTMALDG",),
+    "async copy": ("LDGSTS",),
+}
 
 
 class Offline:
@@ -23,7 +32,9 @@ class Offline:
 
     def __init__(self, capability: int):
         if capability not in SHARED_MEMORY:
-            raise ValueError(f"--compile {capability}: choose one of {', '.join(map(str, SHARED_MEMORY))}")
+            raise ValueError(
+                f"--compile {capability}: choose one of {', '.join(map(str, SHARED_MEMORY))}"
+            )
         self.capability, self.compiled, self.utils = capability, [], self
 
     def get_current_device(self) -> int:
@@ -36,7 +47,9 @@ class Offline:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_device_properties(self, device: int) -> dict:
-        return {"max_shared_mem": SHARED_MEMORY[self.capability]}  # Triton raises OutOfResources above it
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.capability]
+        }  # Triton raises OutOfResources above it
 
     def launcher_cls(self, source, metadata):
         return lambda *arguments: None
@@ -46,9 +59,34 @@ class Offline:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
-            read = lambda what: subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-            usage = dict(field.split(":") for field in read("--dump-resource-usage").split() if field.count(":") == 1)
+            read = lambda what: (
+                subprocess.run(
+                    [tool, what, file.name], capture_output=True, text=True, check=True
+                ).stdout
+            )
+            usage = dict(
+                field.split(":")
+                for field in read("--dump-resource-usage").split()
+                if field.count(":") == 1
+            )
             code = read("-sass")
-        row = {"kernel": name, "registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "shared": shared}
-        self.compiled.append(row | {what: sum(code.count(f" {i}") for i in names) for what, names in INSTRUCTIONS.items()})
-        return object(), object(), row["registers"], row["spilled"], 1024  # module, function, ..., threads at most
+        row = {
+            "kernel": name,
+            "registers": int(usage["REG"]),
+            "spilled": int(usage["STACK"]),
+            "shared": shared,
+        }
+        self.compiled.append(
+            row
+            | {
+                what: sum(code.count(f" {i}") for i in names)
+                for what, names in INSTRUCTIONS.items()
+            }
+        )
+        return (
+            object(),
+            object(),
+            row["registers"],
+            row["spilled"],
+            1024,
+        )  # module, function, ..., threads at most

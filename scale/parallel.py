@@ -9,6 +9,7 @@ tokens fall. With one process nothing is initialised and every function returns 
 Simplified here: weights are replicated, and gradients travel in one bucket after the backward pass. `divide` is the other
 thing that ranks do for each other: work on replicated tensors that need be done only once.
 """
+
 import os
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,8 +33,12 @@ class Ranks:
 
 def start() -> Ranks:
     """Join torchrun's process group if there is one. Chooses the device: CUDA, another accelerator, else the CPU."""
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    kind = "cpu" if kind == "mps" else kind  # a model of the toy's size is faster there, and Muon is untested on MPS
+    kind = (
+        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    )
+    kind = (
+        "cpu" if kind == "mps" else kind
+    )  # a model of the toy's size is faster there, and Muon is untested on MPS
     if "WORLD_SIZE" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
         return Ranks(device=kind)
@@ -75,7 +80,9 @@ def gather(values: list) -> list:
     return [v for part in everyone for v in part]
 
 
-def divide(values: list[Tensor], costs: list[float], work: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+def divide(
+    values: list[Tensor], costs: list[float], work: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
     """work(values), each rank doing a run of neighbours of about equal cost and sending what it made to the others.
 
     Results have the shapes and the type of their values, which every rank has alike."""
@@ -83,14 +90,20 @@ def divide(values: list[Tensor], costs: list[float], work: Callable[[list[Tensor
     if size == 1 or not values:
         return work(values)
     ends = list(accumulate(costs))
-    owners = [min(size - 1, int(size * (end - cost / 2) / ends[-1])) for end, cost in zip(ends, costs)]
+    owners = [
+        min(size - 1, int(size * (end - cost / 2) / ends[-1])) for end, cost in zip(ends, costs)
+    ]
     shares = [[v for v, owner in zip(values, owners) if owner == r] for r in range(size)]
     made = work(shares[rank])
     for r, share in enumerate(shares):
         if share:
-            bucket = torch.cat([v.flatten() for v in (made if r == rank else share)])  # of another rank: overwritten
+            bucket = torch.cat(
+                [v.flatten() for v in (made if r == rank else share)]
+            )  # of another rank: overwritten
             dist.broadcast(bucket.view(torch.uint8), r)
-            shares[r] = [part.view_as(v) for part, v in zip(bucket.split([v.numel() for v in share]), share)]
+            shares[r] = [
+                part.view_as(v) for part, v in zip(bucket.split([v.numel() for v in share]), share)
+            ]
     return [v for share in shares for v in share]
 
 

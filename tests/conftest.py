@@ -1,4 +1,5 @@
 """Shared by all tests: one thread (the suite runs in two processes), the project root on the path, one small model, encoder and set of documents."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,12 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def config(tokenizer):
     c = PRESETS["toy"]
-    return replace(c, text=replace(c.text, vocab_size=448, num_hidden_layers=2), vision=replace(c.vision, num_hidden_layers=2),
-                   image_token_id=tokenizer.image)
+    return replace(
+        c,
+        text=replace(c.text, vocab_size=448, num_hidden_layers=2),
+        vision=replace(c.vision, num_hidden_layers=2),
+        image_token_id=tokenizer.image,
+    )
 
 
 @pytest.fixture
@@ -62,7 +67,16 @@ def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):
             seen = rng.random() < 0.7
             ids = np.array([tokenizer.image] * 4 * seen + text)
             labels = np.append(ids[1:], tokenizer.end)
-            labels[:4 * seen] = -100
-            yield Document(ids, labels, (labels >= 0).astype(np.float32), (picture,) * seen, "seen" if seen else "text", "made up", {}, vision=int(seen))
+            labels[: 4 * seen] = -100
+            yield Document(
+                ids,
+                labels,
+                (labels >= 0).astype(np.float32),
+                (picture,) * seen,
+                "seen" if seen else "text",
+                "made up",
+                {},
+                vision=int(seen),
+            )
 
     return Batches(documents(), length, rows, 1, tokenizer.pad)

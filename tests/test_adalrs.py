@@ -1,4 +1,5 @@
 """AdaLRS: slopes and their errors, every verdict by a forced trace, exact roll-backs and resumes, rates found from far off."""
+
 import copy
 import json
 import math
@@ -24,8 +25,13 @@ class Training:
 
     def __init__(self, rate: float = 1e-2):
         g = torch.Generator().manual_seed(0)
-        self.parameters = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3), (5,))]
-        self.optimizers = [torch.optim.Adam([self.parameters[0]]), torch.optim.SGD([self.parameters[1]], momentum=0.9)]
+        self.parameters = [
+            torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3), (5,))
+        ]
+        self.optimizers = [
+            torch.optim.Adam([self.parameters[0]]),
+            torch.optim.SGD([self.parameters[1]], momentum=0.9),
+        ]
         self.rate, self.states = rate, {}
 
     def step(self, step: int, scale: float) -> None:
@@ -37,23 +43,38 @@ class Training:
             o.step()
 
     def state(self):
-        return copy.deepcopy(([p.data for p in self.parameters], [o.state_dict()["state"] for o in self.optimizers]))
+        return copy.deepcopy(
+            ([p.data for p in self.parameters], [o.state_dict()["state"] for o in self.optimizers])
+        )
 
 
 def tensors_of(state) -> list[torch.Tensor]:
     parameters, optimizers = state
-    return parameters + [torch.as_tensor(v) for o in optimizers for one in o.values() for _, v in sorted(one.items())]
+    return parameters + [
+        torch.as_tensor(v) for o in optimizers for one in o.values() for _, v in sorted(one.items())
+    ]
 
 
 def identical(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
-def forced(trace, total: int = 100, window=(0.0, 1.0), up: float = 1.5, down: float = 1.5, decay: float = 1.0, k=K, **how):
+def forced(
+    trace,
+    total: int = 100,
+    window=(0.0, 1.0),
+    up: float = 1.5,
+    down: float = 1.5,
+    decay: float = 1.0,
+    k=K,
+    **how,
+):
     """Train under the search while it is shown these losses. Returns search, training, the steps that `observe` returned, and
     the state after each observed loss."""
     training = Training()
-    search = AdaLRS(training.parameters, training.optimizers, total, k, window, up, down, decay, **how)
+    search = AdaLRS(
+        training.parameters, training.optimizers, total, k, window, up, down, decay, **how
+    )
     step, returned, states = 0, [], []
     for loss in trace:
         training.step(step, search.scale)
@@ -76,6 +97,7 @@ def actions(search) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------ fit
+
 
 @pytest.mark.parametrize("k", [3, 10, 50])
 def test_the_fit_of_a_line_is_its_slope_without_error(k):
@@ -100,7 +122,7 @@ def test_the_standard_error_is_the_spread_of_the_slope_over_many_runs(k, sigma):
     fits = [fit_line([5 - 0.1 * i + rng.gauss(0, sigma) for i in range(k)]) for _ in range(3000)]
     slopes = torch.tensor([v for v, _ in fits])
     said = torch.tensor([e for _, e in fits]).square().mean().sqrt().item()
-    assert slopes.mean().item() == pytest.approx(0.1, abs=4 * said / 3000 ** 0.5)
+    assert slopes.mean().item() == pytest.approx(0.1, abs=4 * said / 3000**0.5)
     assert said == pytest.approx(slopes.std().item(), rel=0.05)
     assert said == pytest.approx(sigma * math.sqrt(12 / (k * (k * k - 1))), rel=0.05)
 
@@ -108,17 +130,27 @@ def test_the_standard_error_is_the_spread_of_the_slope_over_many_runs(k, sigma):
 def test_the_gain_of_a_trial_is_the_slope_from_the_common_start_and_its_error_the_true_spread():
     assert gain(line(10, -0.1), line(10, -0.5)) == pytest.approx((0.4, 0), abs=1e-9)
     rng, k = random.Random(1), 12
-    runs = [gain([10 - 0.1 * i + rng.gauss(0, 1) for i in range(k)], [10 - 0.3 * i + rng.gauss(0, 1) for i in range(k)])
-            for _ in range(3000)]
+    runs = [
+        gain(
+            [10 - 0.1 * i + rng.gauss(0, 1) for i in range(k)],
+            [10 - 0.3 * i + rng.gauss(0, 1) for i in range(k)],
+        )
+        for _ in range(3000)
+    ]
     slopes = torch.tensor([g for g, _ in runs])
     assert slopes.mean().item() == pytest.approx(0.2, abs=0.01)
-    assert slopes.std().item() == pytest.approx(math.sqrt(2 * 6 / (k * (k - 1) * (2 * k - 1))), rel=0.05)
-    assert torch.tensor([e for _, e in runs]).square().mean().sqrt().item() == pytest.approx(slopes.std().item(), rel=0.05)
+    assert slopes.std().item() == pytest.approx(
+        math.sqrt(2 * 6 / (k * (k - 1) * (2 * k - 1))), rel=0.05
+    )
+    assert torch.tensor([e for _, e in runs]).square().mean().sqrt().item() == pytest.approx(
+        slopes.std().item(), rel=0.05
+    )
 
 
 def test_at_the_k_that_the_formula_gives_a_good_raise_is_seen_nearly_always_and_at_a_quarter_of_it_rarely():
     rng, v, sigma = random.Random(2), 0.01, 0.5
     k = round(steps_needed(sigma, v, 3.0))
+
     def seen(k):
         hits = 0
         for _ in range(300):
@@ -126,6 +158,7 @@ def test_at_the_k_that_the_formula_gives_a_good_raise_is_seen_nearly_always_and_
             faster, error = gain(*arms)
             hits += faster > 2 * error
         return hits / 300
+
     assert seen(k) > 0.93 and seen(k // 4) < 0.3
 
 
@@ -133,20 +166,27 @@ def test_at_the_k_that_the_formula_gives_a_good_raise_is_seen_nearly_always_and_
 
 CONTROL = line(10, -0.1)
 TRIALS = {  # from where the control began: trial, action, scale after, steps that no longer count
-    "up": (line(10, -0.5), 1.5, K), "down": (line(9.99, -0.02), 1 / 1.5, K), "stay": (CONTROL, 1.0, K),
-    "abort": ([9.9, 10.01], 1 / 1.5, 2)}
+    "up": (line(10, -0.5), 1.5, K),
+    "down": (line(9.99, -0.02), 1 / 1.5, K),
+    "stay": (CONTROL, 1.0, K),
+    "abort": ([9.9, 10.01], 1 / 1.5, 2),
+}
 
 
 @pytest.mark.parametrize("action", TRIALS)
 def test_each_kind_of_trial_has_its_verdict(action):
     trial, scale, extra = TRIALS[action]
     search, training, returned, states = forced(CONTROL + trial)
-    assert actions(search) == [action] and search.scale == pytest.approx(scale) and not search.trying
+    assert (
+        actions(search) == [action] and search.scale == pytest.approx(scale) and not search.trying
+    )
     assert returned[K - 1] == 0 and returned[-1] == K == search.step and search.extra_steps == extra
     assert search.made == K + len(trial) == search.step + search.extra_steps
     assert identical(states[K - 1], never(0))  # the trial begins where the control began
     assert identical(states[-1], never(K)) == (action != "up")  # the control's end, or the trial's
-    assert identical(training.state(), states[-1]) and (action != "up" or identical(states[-1], never(K, lambda s: 1.5)))
+    assert identical(training.state(), states[-1]) and (
+        action != "up" or identical(states[-1], never(K, lambda s: 1.5))
+    )
 
 
 def test_a_cautious_search_takes_a_slower_trial_back_and_lowers_only_for_harm():
@@ -161,7 +201,11 @@ def test_a_cautious_search_takes_a_slower_trial_back_and_lowers_only_for_harm():
 @pytest.mark.parametrize("when", range(K))
 def test_a_trial_that_blows_up_is_undone_at_once(bad, when):
     search, _, returned, states = forced(CONTROL + line(9.5, -0.5)[:when] + [bad])
-    assert actions(search) == ["abort"] and returned[-1] == K and search.scale == pytest.approx(1 / 1.5)
+    assert (
+        actions(search) == ["abort"]
+        and returned[-1] == K
+        and search.scale == pytest.approx(1 / 1.5)
+    )
     assert search.extra_steps == when + 1 and identical(states[-1], never(K))
 
 
@@ -187,7 +231,12 @@ def test_a_blind_search_leaps_once_and_a_leap_that_fails_says_nothing():
     assert actions(kept) == ["up"] and kept.scale == pytest.approx(9.0)
     for trial in ([30.0], line(9.4, 0.1)):
         failed, _, returned, states = go(trial)
-        assert actions(failed) == ["stay"] and failed.scale == 1.0 and returned[-1] == 3 * K and identical(states[-1], never(3 * K))
+        assert (
+            actions(failed) == ["stay"]
+            and failed.scale == 1.0
+            and returned[-1] == 3 * K
+            and identical(states[-1], never(3 * K))
+        )
         again, *_ = go(trial + blind)
         assert again.trying and again.scale == pytest.approx(3.0)
 
@@ -203,19 +252,29 @@ def test_natural_deceleration_is_not_held_against_a_raise():
     """A falling exponential: every window is slower than the one before, at any rate; the faster arm still wins."""
     decay = lambda rate, n, start=10.0: [start * math.exp(-rate * i) for i in range(1, n + 1)]
     search, *_ = forced(decay(0.1, K) + decay(0.15, K))
-    assert fit_line(decay(0.15, 2 * K)[K:])[0] < fit_line(decay(0.1, K))[0]  # consecutive windows would have said "slower"
+    assert (
+        fit_line(decay(0.15, 2 * K)[K:])[0] < fit_line(decay(0.1, K))[0]
+    )  # consecutive windows would have said "slower"
     assert actions(search) == ["up"]
 
 
 def test_two_rising_windows_lower_the_rate_and_undo_nothing():
-    windows = line(20, -0.1) + line(5, -0.2) + line(9, -0.5) + line(14, -1.2)  # each falls faster and lies higher: no trials
+    windows = (
+        line(20, -0.1) + line(5, -0.2) + line(9, -0.5) + line(14, -1.2)
+    )  # each falls faster and lies higher: no trials
     search, training, returned, states = forced(windows, window=(0.06, 1.0))
-    assert actions(search) == ["rising"] and search.scale == pytest.approx(1 / 1.5) and search.extra_steps == 0
+    assert (
+        actions(search) == ["rising"]
+        and search.scale == pytest.approx(1 / 1.5)
+        and search.extra_steps == 0
+    )
     assert identical(states[-1], never(4 * K)) and not search.trying
 
 
 def test_no_raise_is_tried_while_the_descent_still_accelerates():
-    search, *_ = forced(CONTROL + line(10, -0.5) + line(7, -0.9))  # faster than when it was kept: leave it
+    search, *_ = forced(
+        CONTROL + line(10, -0.5) + line(7, -0.9)
+    )  # faster than when it was kept: leave it
     assert actions(search) == ["up"] and not search.trying
     search, *_ = forced(CONTROL + line(10, -0.5) + line(7, -0.5))
     assert search.trying and search.scale == pytest.approx(2.25)
@@ -232,7 +291,11 @@ def test_noise_decides_nothing():
 
 def test_a_window_clearly_above_the_first_is_taken_back_at_a_lower_rate():
     search, _, returned, states = forced(CONTROL + line(30, 5.0), window=(0.5, 1.0))
-    assert actions(search) == ["rescue"] and returned[-1] == K and search.scale == pytest.approx(1 / 1.5)
+    assert (
+        actions(search) == ["rescue"]
+        and returned[-1] == K
+        and search.scale == pytest.approx(1 / 1.5)
+    )
     assert identical(states[-1], never(K)) and search.extra_steps == K
 
 
@@ -244,23 +307,42 @@ def test_a_loss_that_is_not_finite_is_rescued_at_once_and_a_hopeless_run_ends_wi
         forced(CONTROL + [bad] * 21, window=(0.5, 1.0))
 
 
-@pytest.mark.parametrize("decay, want", [(1.0, [1.5, 2.25, 3.375]), (0.99, [1.5, 1.5 * 1.485, 1.5 * 1.485 * 1.47015]),
-                                         (0.5, [1.5, 1.5, 1.5])])
+@pytest.mark.parametrize(
+    "decay, want",
+    [
+        (1.0, [1.5, 2.25, 3.375]),
+        (0.99, [1.5, 1.5 * 1.485, 1.5 * 1.485 * 1.47015]),
+        (0.5, [1.5, 1.5, 1.5]),
+    ],
+)
 def test_the_factor_shrinks_with_every_adjustment_down_to_one(decay, want):
     """Three raises that are each kept: undecayed, they take the paper's 2e-4 to its 6.75e-4."""
-    rounds = [line(100, -0.1), line(100, -0.5), line(97, -0.5), line(97, -2), line(87, -2), line(87, -8)]
+    rounds = [
+        line(100, -0.1),
+        line(100, -0.5),
+        line(97, -0.5),
+        line(97, -2),
+        line(87, -2),
+        line(87, -8),
+    ]
     search, *_ = forced([loss for r in rounds for loss in r], decay=decay)
-    assert actions(search) == ["up"] * 3 and [d.scale for d in search.decisions] == pytest.approx(want)
+    assert actions(search) == ["up"] * 3 and [d.scale for d in search.decisions] == pytest.approx(
+        want
+    )
     if decay == 1.0:
         assert 2e-4 * search.scale == pytest.approx(6.75e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ roll-back
 
+
 @pytest.mark.parametrize("action", ["down", "stay", "abort"])
 def test_after_a_roll_back_parameters_moments_and_step_counts_are_the_snapshots_bits(action):
     search, training, returned, states = forced(CONTROL + TRIALS[action][0])
-    assert identical(training.state(), never(K)) and int(training.optimizers[0].state_dict()["state"][0]["step"]) == K
+    assert (
+        identical(training.state(), never(K))
+        and int(training.optimizers[0].state_dict()["state"][0]["step"]) == K
+    )
     assert len(tensors_of(training.state())) == 2 + 3 + 1  # weights, Adam's three, momentum
 
 
@@ -279,11 +361,18 @@ def test_a_snapshot_is_not_touched_by_the_trial_that_follows_it():
     saved = {name: t.clone() for name, t in search.end.tensors.items()}
     for step in range(3):
         training.step(step, search.scale)
-    assert all(torch.equal(t, search.end.tensors[name]) for name, t in saved.items()) and len(saved) == 2 + 3 + 1
+    assert (
+        all(torch.equal(t, search.end.tensors[name]) for name, t in saved.items())
+        and len(saved) == 2 + 3 + 1
+    )
 
 
 def test_frozen_parameters_are_left_alone_and_buffers_are_restored():
-    frozen, buffer, training = torch.nn.Parameter(torch.ones(2), requires_grad=False), torch.zeros(2), Training()
+    frozen, buffer, training = (
+        torch.nn.Parameter(torch.ones(2), requires_grad=False),
+        torch.zeros(2),
+        Training(),
+    )
     search = AdaLRS([*training.parameters, frozen, buffer], training.optimizers, 100, K, (0.0, 1.0))
     for step, loss in enumerate(CONTROL + [9.0]):
         training.step(step, search.scale)
@@ -305,8 +394,23 @@ def test_half_precision_parameters_keep_their_wide_moments_through_a_roll_back()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], saved["0.0.momentum_buffer"])
 
 
-TRACE = [loss for r in ([20.0, 9.9, 9.8, 9.7, 9.6], line(19, -3), line(9.5, -0.1), line(9.5, -0.1), line(9, -0.3), line(9, -0.28),
-                        line(8, -0.3), [8.0, 30.0], line(8, -0.2), line(7, -0.1), line(7, -0.1)) for loss in r]
+TRACE = [
+    loss
+    for r in (
+        [20.0, 9.9, 9.8, 9.7, 9.6],
+        line(19, -3),
+        line(9.5, -0.1),
+        line(9.5, -0.1),
+        line(9, -0.3),
+        line(9, -0.28),
+        line(8, -0.3),
+        [8.0, 30.0],
+        line(8, -0.2),
+        line(7, -0.1),
+        line(7, -0.1),
+    )
+    for loss in r
+]
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -317,12 +421,27 @@ def test_a_search_resumed_anywhere_decides_the_same_to_the_last_bit(cut, offload
     first, training, returned, _ = forced(TRACE[:cut], k=None if offload else K, offload=offload)
     tensors, values = first.state_dict()
     tensors, values = {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(values))
-    weights, (state, rest) = [p.data.clone() for p in training.parameters], optimizer_state(training.optimizers)
+    weights, (state, rest) = (
+        [p.data.clone() for p in training.parameters],
+        optimizer_state(training.optimizers),
+    )
     other = Training()
     for p, w in zip(other.parameters, weights):
         p.data.copy_(w)
-    load_optimizer_state(other.optimizers, {k: v.clone() for k, v in state.items()}, json.loads(json.dumps(rest)))
-    search = AdaLRS(other.parameters, other.optimizers, 100, None if offload else K, (0.0, 1.0), 1.5, 1.5, 1.0, offload=offload)
+    load_optimizer_state(
+        other.optimizers, {k: v.clone() for k, v in state.items()}, json.loads(json.dumps(rest))
+    )
+    search = AdaLRS(
+        other.parameters,
+        other.optimizers,
+        100,
+        None if offload else K,
+        (0.0, 1.0),
+        1.5,
+        1.5,
+        1.0,
+        offload=offload,
+    )
     search.load_state_dict(tensors, values)
     step = returned[-1]
     for loss in TRACE[cut:]:
@@ -334,6 +453,7 @@ def test_a_search_resumed_anywhere_decides_the_same_to_the_last_bit(cut, offload
 
 # --------------------------------------------------------------------------------------------------------------- search
 
+
 def test_the_search_tries_only_inside_its_window_and_then_holds_no_snapshot():
     falling = [100 - 0.1 * i for i in range(200)]
     search, _, returned, _ = forced(falling, total=100, window=(0.1, 0.4))
@@ -341,7 +461,11 @@ def test_the_search_tries_only_inside_its_window_and_then_holds_no_snapshot():
     assert not forced(falling[:10], window=(0.1, 0.4))[0].trying
     assert search.end is None and search.state_dict()[0] == {}
     late = search.scale
-    assert search.observe(1e9) == search.step and search.observe(math.nan) == search.step and search.scale == late
+    assert (
+        search.observe(1e9) == search.step
+        and search.observe(math.nan) == search.step
+        and search.scale == late
+    )
 
 
 def test_trials_stop_at_the_budget():
@@ -358,17 +482,37 @@ def test_a_k_that_is_too_small_warns_with_the_one_that_is_needed():
 
 def test_k_follows_the_noise():
     rng = random.Random(0)
-    lengths = [forced([100 - 0.05 * i + rng.gauss(0, s) for i in range(250)], total=1000, window=(0.9, 1.0), k=None, up=3.0)[0]
-               for s in (0.01, 1.0)]
-    assert lengths[0].k == lengths[0].shortest == 10 and 15 <= lengths[1].k <= lengths[1].longest  # 1 and 21 steps wanted
-    assert steps_needed(1.0, 0.05, 3.0) == pytest.approx((6 * 16 / 0.1 ** 2) ** (1 / 3))
+    lengths = [
+        forced(
+            [100 - 0.05 * i + rng.gauss(0, s) for i in range(250)],
+            total=1000,
+            window=(0.9, 1.0),
+            k=None,
+            up=3.0,
+        )[0]
+        for s in (0.01, 1.0)
+    ]
+    assert (
+        lengths[0].k == lengths[0].shortest == 10 and 15 <= lengths[1].k <= lengths[1].longest
+    )  # 1 and 21 steps wanted
+    assert steps_needed(1.0, 0.05, 3.0) == pytest.approx((6 * 16 / 0.1**2) ** (1 / 3))
 
 
 def test_a_log_line_has_what_decided():
     search, *_ = forced(CONTROL + line(10, -0.5))
-    assert search.log() == [{"step": K, "made": 2 * K, "action": "up", "scale": 1.5, "k": K, "before": pytest.approx(0.1),
-                             "trial": pytest.approx(0.5),
-                             "error": pytest.approx(0, abs=1e-9), "lost": (0, K)}]
+    assert search.log() == [
+        {
+            "step": K,
+            "made": 2 * K,
+            "action": "up",
+            "scale": 1.5,
+            "k": K,
+            "before": pytest.approx(0.1),
+            "trial": pytest.approx(0.5),
+            "error": pytest.approx(0, abs=1e-9),
+            "lost": (0, K),
+        }
+    ]
     search, *_ = forced(CONTROL + CONTROL)
     assert search.decisions[0].lost == (K, 2 * K)
 
@@ -397,11 +541,26 @@ def test_rates_far_too_low_and_far_too_high_both_end_near_the_best():
     for start in (0.03, 0.1, 3.0, 60.0):
         found, search = quadratic(start, adaptive=True)
         assert found < best + 0.02 and search.extra_steps <= 0.4 * 600, (start, found, best)
-    assert quadratic(0.03, adaptive=False)[0] > best + 1 and not quadratic(60.0, adaptive=False)[0] < 1e9
+    assert (
+        quadratic(0.03, adaptive=False)[0] > best + 1
+        and not quadratic(60.0, adaptive=False)[0] < 1e9
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"k": 2}, {"k": 0}, {"up": 1.0}, {"up": 0.5}, {"down": 1.0}, {"down": -2.0}, {"decay": 0.0},
-                                   {"decay": 1.01}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": 2},
+        {"k": 0},
+        {"up": 1.0},
+        {"up": 0.5},
+        {"down": 1.0},
+        {"down": -2.0},
+        {"decay": 0.0},
+        {"decay": 1.01},
+    ],
+    ids=str,
+)
 def test_options_that_cannot_search_are_errors(wrong):
     training = Training()
     with pytest.raises(ValueError, match="AdaLRS wants"):

@@ -1,4 +1,5 @@
 """Distances of known clouds, a probe that can and cannot know, log laws, and the command line's two models."""
+
 import pytest
 import torch
 from conftest import EVERY
@@ -15,20 +16,34 @@ def cloud(n: int, shift=(0.0, 0.0), seed: int = 0):
 def test_the_distances_of_a_cloud_to_itself_and_to_its_shifted_copy():
     a = cloud(500)
     same = distances(a, a)
-    assert same.nearest == pytest.approx(0, abs=1e-3) and same.wasserstein == 0 and same.mean == pytest.approx(1.77, abs=0.1)
+    assert (
+        same.nearest == pytest.approx(0, abs=1e-3)
+        and same.wasserstein == 0
+        and same.mean == pytest.approx(1.77, abs=0.1)
+    )
     far = distances(a, a + torch.tensor([10.0, 0.0]))
-    assert far.wasserstein == pytest.approx(10 * 2 / torch.pi, rel=0.1)  # mean of |cos| over directions
+    assert far.wasserstein == pytest.approx(
+        10 * 2 / torch.pi, rel=0.1
+    )  # mean of |cos| over directions
     assert far.mean == pytest.approx(10.2, abs=0.2) and 6 < far.nearest < 9.5
-    assert distances(a, torch.tensor([[3.0, 4.0]])).mean == pytest.approx(float((a - torch.tensor([3.0, 4.0])).norm(dim=1).mean()), rel=1e-5)
+    assert distances(a, torch.tensor([[3.0, 4.0]])).mean == pytest.approx(
+        float((a - torch.tensor([3.0, 4.0])).norm(dim=1).mean()), rel=1e-5
+    )
 
 
 def test_closer_clouds_are_closer_by_every_measure():
     near, far = (distances(cloud(300), cloud(200, (s, s), 1)) for s in (0.5, 3.0))
-    assert near.nearest < far.nearest and near.wasserstein < far.wasserstein and near.mean < far.mean
+    assert (
+        near.nearest < far.nearest and near.wasserstein < far.wasserstein and near.mean < far.mean
+    )
 
 
 def test_pca_finds_the_long_axes_in_any_orientation():
-    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 0.1, 0.1, 0.1, 0.1]) + 7
+    x = (
+        torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([5.0, 3, 0.1, 0.1, 0.1, 0.1])
+        + 7
+    )
     turned = x @ torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
     y = pca(turned, 2)
     assert y.shape == (400, 2) and y.mean(0).abs().max() < 1e-4
@@ -57,7 +72,9 @@ def test_both_versions_of_table_7_see_an_adapter_that_moves_to_the_embeddings(mo
     images = [found[0] for found in images if found]
     before = table7(model, images)
     with torch.no_grad():
-        for p in list(model.mlp1.parameters())[-2:]:  # the last layer then says one row of the table, always
+        for p in list(model.mlp1.parameters())[
+            -2:
+        ]:  # the last layer then says one row of the table, always
             p.zero_()
         list(model.mlp1.parameters())[-1].copy_(model.language_model.model.embed_tokens.weight[3])
     after = table7(model, images)

@@ -2,6 +2,7 @@
 
 Runs are forked: the kills are real (SIGKILL), and nothing that a dying process might still do is done.
 """
+
 import errno
 import json
 import os
@@ -26,15 +27,32 @@ from train import Stage, answers, train
 from vlm import SailVL
 
 STEPS = 14
-STAGE = Stage("x", ("adapter", "llm"), steps=STEPS, rows=2, length=128, lr=2e-3, adalrs=True, adalrs_k=3, adalrs_window=(0.0, 0.9))
+STAGE = Stage(
+    "x",
+    ("adapter", "llm"),
+    steps=STEPS,
+    rows=2,
+    length=128,
+    lr=2e-3,
+    adalrs=True,
+    adalrs_k=3,
+    adalrs_window=(0.0, 0.9),
+)
 
 
 def noisy(counter=lambda: None):
     """The supervised objective under sampling: torch, Python and numpy each take part, so that each generator must resume."""
+
     def objective(model, batch):
         counter()
-        batch.weights = batch.weights * (torch.rand_like(batch.weights) < 0.7) * (0.5 + random.random()) * (0.5 + np.random.rand())
+        batch.weights = (
+            batch.weights
+            * (torch.rand_like(batch.weights) < 0.7)
+            * (0.5 + random.random())
+            * (0.5 + np.random.rand())
+        )
         return answers(model, batch)
+
     return objective
 
 
@@ -43,7 +61,13 @@ def run(path, config, tokenizer, counter=lambda: None, every: int = 2, stage: St
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(0)
     model = SailVL(config).init_weights(0)
-    result = train(model, stage, made_up(tokenizer), noisy(counter), directory=RunDirectory(path, {"stage": vars(stage)}, every))
+    result = train(
+        model,
+        stage,
+        made_up(tokenizer),
+        noisy(counter),
+        directory=RunDirectory(path, {"stage": vars(stage)}, every),
+    )
     return result, model
 
 
@@ -78,43 +102,64 @@ def bomb(n: int, act=die):
         seen[0] += 1
         if seen[0] == n:
             act()
+
     return tick
 
 
 def hook(patch, tick) -> None:
     """Call `tick` before and after every file operation of a checkpoint."""
+
     def around(real):
         def wrapped(*a, **k):
             tick()
             value = real(*a, **k)
             tick()
             return value
+
         return wrapped
-    for place, name in ((os, "fsync"), (os, "rename"), (Path, "write_text"), (Path, "mkdir"), (checkpoint, "save_file"),
-                        (weights, "save_file"), (checkpoint, "digest"), (shutil, "rmtree")):
+
+    for place, name in (
+        (os, "fsync"),
+        (os, "rename"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (checkpoint, "save_file"),
+        (weights, "save_file"),
+        (checkpoint, "digest"),
+        (shutil, "rmtree"),
+    ):
         patch.setattr(place, name, around(getattr(place, name)))
 
 
 def results(path: Path) -> tuple[list[str], dict]:
     """What must be the same to the last bit: losses, gradient norms, rates and decisions' steps; and the weights."""
     rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    return [repr([r[k] for k in ("step", "lr", "loss", "grad_norm", "tasks")]) for r in rows], \
-        load_file(latest(path / "checkpoints") / "model.safetensors")
+    return [
+        repr([r[k] for k in ("step", "lr", "loss", "grad_norm", "tasks")]) for r in rows
+    ], load_file(latest(path / "checkpoints") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def config(config):
-    return replace(config, text=replace(config.text, num_hidden_layers=1), vision=replace(config.vision, num_hidden_layers=1))
+    return replace(
+        config,
+        text=replace(config.text, num_hidden_layers=1),
+        vision=replace(config.vision, num_hidden_layers=1),
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, config, tokenizer):
     """The run that nothing happened to."""
-    run(tmp_path_factory.mktemp("warm"), config, tokenizer, stage=replace(STAGE, steps=2))  # imports once, not in every child
+    run(
+        tmp_path_factory.mktemp("warm"), config, tokenizer, stage=replace(STAGE, steps=2)
+    )  # imports once, not in every child
     path = tmp_path_factory.mktemp("whole")
     assert forked(lambda: run(path, config, tokenizer)) == 0
     log, weights_ = results(path)
-    assert len(log) > STEPS  # the search took steps back: trials are in progress at some checkpoints
+    assert (
+        len(log) > STEPS
+    )  # the search took steps back: trials are in progress at some checkpoints
     return log, weights_, path
 
 
@@ -124,22 +169,31 @@ def kill_until_done(path, config, tokenizer, rng, kills: int) -> int:
         at = rng.randrange(1, 30)
         with pytest.MonkeyPatch.context() as patch:
             if rng.random() < 0.5:
-                assert forked(lambda: run(path, config, tokenizer, bomb(1 + at % 6))) in (signal.SIGKILL, 0)
+                assert forked(lambda: run(path, config, tokenizer, bomb(1 + at % 6))) in (
+                    signal.SIGKILL,
+                    0,
+                )
             else:
+
                 def work():
                     hook(patch, bomb(at))
                     run(path, config, tokenizer)
+
                 assert forked(work) in (signal.SIGKILL, 0)
     return forked(lambda: run(path, config, tokenizer))
 
 
-def test_a_run_killed_twenty_times_is_the_run_that_was_not_to_the_last_bit(tmp_path, config, tokenizer, whole):
+def test_a_run_killed_twenty_times_is_the_run_that_was_not_to_the_last_bit(
+    tmp_path, config, tokenizer, whole
+):
     for round_ in range(2):
         path = tmp_path / str(round_)
         assert kill_until_done(path, config, tokenizer, random.Random(round_), 10) == 0
         log, found = results(path)
         assert log == whole[0]
-        assert found.keys() == whole[1].keys() and all(torch.equal(t, whole[1][k]) for k, t in found.items())
+        assert found.keys() == whole[1].keys() and all(
+            torch.equal(t, whole[1][k]) for k, t in found.items()
+        )
         assert not list((path / "checkpoints").glob("broken-*"))
 
 
@@ -180,15 +234,23 @@ def test_killed_at_every_file_operation_of_a_checkpoint_there_is_always_a_whole_
     while status == signal.SIGKILL:
         n += 1
         with pytest.MonkeyPatch.context() as patch:
+
             def work():
                 hook(patch, bomb(n))
                 write_again(folder.parent, config)
+
             status = forked(work)
         found = latest(folder)
-        assert found is not None and fault(found) is None and found.name in (newer.name, "step-00000999")
+        assert (
+            found is not None
+            and fault(found) is None
+            and found.name in (newer.name, "step-00000999")
+        )
         if found.name == "step-00000999":
             shutil.rmtree(found)
-    assert status == 0 and n > 20 and not list(folder.glob("broken-*"))  # every operation had its turn
+    assert (
+        status == 0 and n > 20 and not list(folder.glob("broken-*"))
+    )  # every operation had its turn
 
 
 def test_an_error_at_every_file_operation_costs_only_that_checkpoint(two, config, capsys):
@@ -196,6 +258,7 @@ def test_an_error_at_every_file_operation_costs_only_that_checkpoint(two, config
 
     def fail():
         raise OSError(errno.ENOSPC, "No space left on device")
+
     n, written = 0, False
     while not written:
         n += 1
@@ -203,10 +266,15 @@ def test_an_error_at_every_file_operation_costs_only_that_checkpoint(two, config
             hook(patch, bomb(n, fail))
             try:
                 written = write_again(folder.parent, config)
-            except OSError:  # after the rename: the new one is whole, only the removal of an old one failed
+            except (
+                OSError
+            ):  # after the rename: the new one is whole, only the removal of an old one failed
                 assert latest(folder).name == "step-00000999"
             else:
-                assert written or ("NOT WRITTEN" in capsys.readouterr().err and not list(folder.glob("tmp-00000999")))
+                assert written or (
+                    "NOT WRITTEN" in capsys.readouterr().err
+                    and not list(folder.glob("tmp-00000999"))
+                )
         found = latest(folder)
         assert fault(found) is None and found.name in (newer.name, "step-00000999")
         if found.name == "step-00000999":
@@ -214,36 +282,54 @@ def test_an_error_at_every_file_operation_costs_only_that_checkpoint(two, config
     assert n > 20
 
 
-def test_a_full_disk_costs_only_that_checkpoint_and_training_goes_on(tmp_path, config, tokenizer, whole):
+def test_a_full_disk_costs_only_that_checkpoint_and_training_goes_on(
+    tmp_path, config, tokenizer, whole
+):
     def work():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
         def full():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # less than the weights take
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+            )  # less than the weights take
+
         def empty():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
+
         full_at, empty_at = bomb(4, full), bomb(9, empty)
         run(tmp_path, config, tokenizer, lambda: (full_at(), empty_at()))
+
     assert forked(work) == 0
     assert results(tmp_path)[0] == whole[0]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.safetensors", "state.json", "config.json", "manifest.json"]
+)
 @pytest.mark.parametrize("how", ["bit", "cut", "gone"])
-def test_an_altered_file_is_refused_by_name_and_the_checkpoint_before_is_used(two, name, how, capsys):
+def test_an_altered_file_is_refused_by_name_and_the_checkpoint_before_is_used(
+    two, name, how, capsys
+):
     folder, older, newer = two
     data = bytearray((newer / name).read_bytes())
     data[len(data) // 2] ^= 4
     if how == "gone":
         (newer / name).unlink()
     else:
-        (newer / name).write_bytes(data if how == "bit" else data[:-1] if name != "manifest.json" else data[:-3])
+        (newer / name).write_bytes(
+            data if how == "bit" else data[:-1] if name != "manifest.json" else data[:-3]
+        )
     assert latest(folder) == older
     said = capsys.readouterr().err
     assert "REFUSED" in said and newer.name in said and (name in said or name == "manifest.json")
     assert (folder / f"broken-{newer.name}").is_dir()
 
 
-def test_a_flipped_bit_costs_only_the_steps_since_the_checkpoint_before(tmp_path, config, tokenizer, whole):
+def test_a_flipped_bit_costs_only_the_steps_since_the_checkpoint_before(
+    tmp_path, config, tokenizer, whole
+):
     assert forked(lambda: run(tmp_path, config, tokenizer, bomb(12))) == signal.SIGKILL
     newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1] / "model.safetensors"
     data = bytearray(newest.read_bytes())
@@ -266,8 +352,12 @@ def test_a_second_writer_and_a_changed_configuration_are_refused(tmp_path, confi
     run(tmp_path, config, tokenizer, stage=(short := replace(STAGE, steps=2)))
     with pytest.raises(ValueError, match=r"another configuration:\n  stage.lr: 0.002 -> 0.1\n"):
         run(tmp_path, config, tokenizer, stage=replace(short, lr=0.1))
-    home, other = RunDirectory(tmp_path, {"stage": vars(short)}), RunDirectory(tmp_path, {"stage": vars(short)})
+    home, other = (
+        RunDirectory(tmp_path, {"stage": vars(short)}),
+        RunDirectory(tmp_path, {"stage": vars(short)}),
+    )
     from scale.parallel import Ranks
+
     assert home.open(Ranks()).name == "step-00000002"
     with pytest.raises(ValueError, match="another process"):
         other.open(Ranks())
@@ -291,4 +381,8 @@ def test_a_checkpoint_is_a_model_in_the_released_layout_and_holds_no_pickle(two)
     state = json.loads((newer / "state.json").read_text())
     assert state["config"]["stage"]["lr"] == STAGE.lr and state["revision"]
     source = "".join(p.read_text() for p in Path(checkpoint.__file__).parent.glob("*.py"))
-    assert "import pickle" not in source and "torch.load(" not in source and "torch.save(" not in source
+    assert (
+        "import pickle" not in source
+        and "torch.load(" not in source
+        and "torch.save(" not in source
+    )

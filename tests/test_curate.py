@@ -1,4 +1,5 @@
 """Filters that choose what to train on: difficulty, free response, rejection sampling, blending."""
+
 from itertools import islice
 
 import pytest
@@ -10,20 +11,38 @@ from generate import Answer
 
 
 def ask(answer, text="what?", family="f"):
-    return Sample((Message("user", (text,)), Message("assistant", (answer,))), family, "", {"answer": answer, "family": family, "chain": "a."})
+    return Sample(
+        (Message("user", (text,)), Message("assistant", (answer,))),
+        family,
+        "",
+        {"answer": answer, "family": family, "chain": "a."},
+    )
 
 
 def test_difficulty_filters_follow_the_paper():
-    samples = [ask(str(i), family=f) for i, f in enumerate(("think", "think", "think", "look", "look", "look"))]
+    samples = [
+        ask(str(i), family=f)
+        for i, f in enumerate(("think", "think", "think", "look", "look", "look"))
+    ]
     kept = difficulty.by_difficulty(samples, [0.0, 0.5, 1.0, 0.0, 0.5, 1.0], {"think"})
-    assert [s.facts["answer"] for s in kept] == ["1", "3", "4"]  # reasoning: strictly between; others: all but the solved
-    assert [s.facts["answer"] for s in difficulty.hard(samples, [0.5, 0.25, 0.0, 0.75, 1.0, 0.5])] == ["1", "0", "5"]
+    assert [s.facts["answer"] for s in kept] == [
+        "1",
+        "3",
+        "4",
+    ]  # reasoning: strictly between; others: all but the solved
+    assert [
+        s.facts["answer"] for s in difficulty.hard(samples, [0.5, 0.25, 0.0, 0.75, 1.0, 0.5])
+    ] == ["1", "0", "5"]
 
 
 def test_multiple_choice_becomes_free_response_where_that_makes_sense():
     choices = "\n(A) 12\n(B) 15\nC. 18\n"
     good, lone = ask("B", "how long is the side?" + choices), ask("7", "how many dots are there?")
-    bad = [ask("B", "which of the following is right?" + choices), ask("E", "how long?" + choices), ask("15", "how long?" + choices)]
+    bad = [
+        ask("B", "which of the following is right?" + choices),
+        ask("E", "how long?" + choices),
+        ask("15", "how long?" + choices),
+    ]
     done, left = difficulty.free_response([good, lone, *bad])
     assert left == bad and done[1] is lone
     assert done[0].facts["answer"] == "15" == done[0].messages[-1].parts[0]
@@ -33,21 +52,34 @@ def test_multiple_choice_becomes_free_response_where_that_makes_sense():
 @pytest.fixture
 def scripted(monkeypatch, encoder):
     """generate() that says, for prompt i, these texts."""
+
     def say(*texts_of_prompt):
         def generate(model, prompts, end, max_new, tries, temperature, seed):
-            return [Answer(i, encoder.tokenizer.encode(t) + [end], [], True) for i, texts in enumerate(texts_of_prompt) for t in texts]
+            return [
+                Answer(i, encoder.tokenizer.encode(t) + [end], [], True)
+                for i, texts in enumerate(texts_of_prompt)
+                for t in texts
+            ]
+
         monkeypatch.setattr(difficulty, "generate", generate)
+
     return say
 
 
-def test_pass_rates_and_rejection_sampling_count_only_right_whole_answers(scripted, encoder, monkeypatch):
+def test_pass_rates_and_rejection_sampling_count_only_right_whole_answers(
+    scripted, encoder, monkeypatch
+):
     monkeypatch.setattr(difficulty, "text_of", lambda a, tokenizer: tokenizer.decode(a.ids[:-1]))
     samples = [ask("3"), ask("4")]
     right, wrong, bare = "<think>b</think>\\boxed{3}", "<think>b</think>\\boxed{5}", "\\boxed{3}"
     scripted([wrong, bare, right, "<think>c</think>\\boxed{3}"], [wrong] * 4)
     assert difficulty.solved(None, encoder, samples) == [0.75, 0.0]
     harvest = chains.rejection_sample(None, encoder, samples)
-    assert len(harvest) == 1 and harvest[0].messages[-1].think == "b" and harvest[0].messages[-1].parts == ("\\boxed{3}",)
+    assert (
+        len(harvest) == 1
+        and harvest[0].messages[-1].think == "b"
+        and harvest[0].messages[-1].parts == ("\\boxed{3}",)
+    )
     assert harvest[0].messages[0].parts[-1].endswith(encoder.tokenizer.think_prompt)
 
 

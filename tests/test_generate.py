@@ -1,4 +1,5 @@
 """Generation: cached decoding is the training forward, groups share their prompt, sampling follows the distribution."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,9 @@ def model(model, tokenizer):
 def prompts(encoder):
     """Sixteen prompts of every kind: pictures, videos, text only."""
     found = [encoder.prompt(world.sample(i, 0, EVERY)) for i in range(60)]
-    chosen = [p for p in found if not p[1]][:4] + [p for p in found if len(p[1]) > 1][:4] + found[:8]
+    chosen = (
+        [p for p in found if not p[1]][:4] + [p for p in found if len(p[1]) > 1][:4] + found[:8]
+    )
     assert len({len(ids) for ids, _ in chosen}) > 6
     return chosen[::3] + chosen[1::3] + chosen[2::3]
 
@@ -37,16 +40,20 @@ def prompts(encoder):
 def recompute(model, prompt, ids, temperature=1.0):
     """Log-probabilities (n, V) before each of the answer's tokens, from one forward without cache."""
     row = torch.tensor([prompt[0] + ids[:-1]])  # the last token is not fed
-    logits = model(row, normalise(prompt[1]) if prompt[1] else None)[0, len(prompt[0]) - 1:]
+    logits = model(row, normalise(prompt[1]) if prompt[1] else None)[0, len(prompt[0]) - 1 :]
     return (logits / temperature).log_softmax(-1)
 
 
 def stop_in(answers):
     """The token that, taken for the end token, cuts about half of these answers soon, and at different lengths."""
+
     def cuts(token):
         return [n for a in answers if token in a.ids and (n := a.ids.index(token)) < 8]
+
     found = {token for a in answers for token in a.ids}
-    return max(found, key=lambda t: (len(set(cuts(t))) > 1, -abs(len(cuts(t)) - len(answers) / 2), t))
+    return max(
+        found, key=lambda t: (len(set(cuts(t))) > 1, -abs(len(cuts(t)) - len(answers) / 2), t)
+    )
 
 
 def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(model, prompts):
@@ -54,10 +61,14 @@ def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(mo
     assert len({tuple(a.ids) for a in answers}) > 8  # different prompts, different answers
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.ids) == 12
-        assert recompute(model, prompt, answer.ids).argmax(-1).tolist() == answer.ids  # by induction over the tokens
+        assert (
+            recompute(model, prompt, answer.ids).argmax(-1).tolist() == answer.ids
+        )  # by induction over the tokens
 
 
-def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_random_prompts(model, encoder):
+def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_random_prompts(
+    model, encoder
+):
     rng = np.random.default_rng(0)
     drawn = [encoder.prompt(world.sample(i, 7, EVERY)) for i in range(32)]
     words = [(rng.integers(0, 256, rng.integers(1, 90)).tolist(), []) for _ in range(32)]
@@ -69,7 +80,9 @@ def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_rando
             streamed.append(int(ids))
             row = torch.tensor([prompt[0] + streamed[:-1]])
             with torch.no_grad():  # nothing cached: the whole sequence again for each token
-                full = model(row, normalise(prompt[1]) if prompt[1] else None)[0, -1].log_softmax(-1)
+                full = model(row, normalise(prompt[1]) if prompt[1] else None)[0, -1].log_softmax(
+                    -1
+                )
             assert int(full.argmax()) == streamed[-1] and abs(float(full.max() - scores)) < 1e-5
         assert streamed == answer.ids and len(streamed) == 8
 
@@ -96,15 +109,29 @@ def test_any_of_several_stop_tokens_ends_an_answer(model, prompts):
 
 
 @pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (0.7, 0), (0.7, 5)])
-def test_returned_log_probabilities_are_those_of_the_training_forward(model, prompts, tokenizer, temperature, top_k):
-    answers = generate(model, prompts, NEVER, max_new=6, samples=2, temperature=temperature, top_k=top_k, seed=1)
+def test_returned_log_probabilities_are_those_of_the_training_forward(
+    model, prompts, tokenizer, temperature, top_k
+):
+    answers = generate(
+        model, prompts, NEVER, max_new=6, samples=2, temperature=temperature, top_k=top_k, seed=1
+    )
     assert len(answers) == 2 * len(prompts)
     for answer in answers:
         ids, images = prompts[answer.prompt]
-        row, at = torch.tensor([ids + answer.ids[:-1]]), torch.arange(len(answer.ids)) + len(ids) - 1
+        row, at = (
+            torch.tensor([ids + answer.ids[:-1]]),
+            torch.arange(len(answer.ids)) + len(ids) - 1,
+        )
         with torch.no_grad():
-            wanted = model.logprobs(row, normalise(images) if images else None, None, None, at,
-                                    torch.tensor(answer.ids), temperature or 1.0)
+            wanted = model.logprobs(
+                row,
+                normalise(images) if images else None,
+                None,
+                None,
+                at,
+                torch.tensor(answer.ids),
+                temperature or 1.0,
+            )
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
 
 
@@ -116,25 +143,36 @@ def test_every_answer_of_a_group_draws_its_own_first_token(model, prompts):
 
 
 def test_answers_come_in_the_order_of_their_prompts(model, prompts):
-    forth, back = generate(model, prompts, NEVER, max_new=6), generate(model, prompts[::-1], NEVER, max_new=6)
+    forth, back = (
+        generate(model, prompts, NEVER, max_new=6),
+        generate(model, prompts[::-1], NEVER, max_new=6),
+    )
     assert [a.prompt for a in forth] == [a.prompt for a in back] == list(range(16))
     assert [a.ids for a in forth] == [a.ids for a in back[::-1]]
 
 
 def test_a_group_runs_its_image_and_its_prompt_once(model, prompts):
     pictures, tokens = [], []
-    model.vision_model.register_forward_hook(lambda module, inputs, output: pictures.append(len(inputs[0])))
-    model.language_model.register_forward_hook(lambda module, inputs, output: tokens.append(len(inputs[0])))
+    model.vision_model.register_forward_hook(
+        lambda module, inputs, output: pictures.append(len(inputs[0]))
+    )
+    model.language_model.register_forward_hook(
+        lambda module, inputs, output: tokens.append(len(inputs[0]))
+    )
     generate(model, prompts, NEVER, max_new=4, samples=5, temperature=1.0)
     assert pictures == [sum(len(images) for _, images in prompts)]
-    assert tokens == [sum(len(ids) for ids, _ in prompts)] + [5 * len(prompts)] * 3  # the last token is not fed
+    assert (
+        tokens == [sum(len(ids) for ids, _ in prompts)] + [5 * len(prompts)] * 3
+    )  # the last token is not fed
 
 
 def test_rows_that_have_ended_are_soon_no_longer_computed(model, prompts):
     how = {"max_new": 12, "samples": 4, "temperature": 1.0, "top_k": 3}
     end = stop_in(generate(model, prompts, NEVER, **how))
     rows = []
-    model.language_model.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    model.language_model.register_forward_hook(
+        lambda module, inputs, output: rows.append(len(inputs[0]))
+    )
     answers = generate(model, prompts, end, **how)
     unended = [n for t in range(1, 12) if (n := sum(len(a.ids) > t for a in answers))]
     assert len(rows) == 1 + len(unended)  # the first forward reads the prompts
@@ -148,14 +186,18 @@ def test_first_tokens_are_drawn_as_often_as_the_softmax_says(model, prompts, tem
     n, bins = 3000, 10
     prompt = min(prompts, key=lambda p: len(p[0]))
     p = recompute(model, prompt, [0], temperature)[0].exp().double()
-    drawn = [a.ids[0] for a in generate(model, [prompt], NEVER, 1, samples=n, temperature=temperature)]
+    drawn = [
+        a.ids[0] for a in generate(model, [prompt], NEVER, 1, samples=n, temperature=temperature)
+    ]
     order = p.argsort(descending=True)  # bins of about equal probability, likely tokens first
     before = p[order].cumsum(0) - p[order]
     which = torch.empty_like(order).scatter_(0, order, (before * bins).long().clamp(max=bins - 1))
     expected = torch.zeros(bins).double().index_add(0, which, p) * n
     counts = torch.bincount(which[torch.tensor(drawn)], minlength=bins)
     assert expected.min() > 50
-    assert ((counts - expected).square() / expected).sum() < 34  # chi-square of 9 degrees: one in ten thousand
+    assert (
+        (counts - expected).square() / expected
+    ).sum() < 34  # chi-square of 9 degrees: one in ten thousand
 
 
 def test_keeping_one_token_is_greedy(model, prompts):
@@ -165,13 +207,23 @@ def test_keeping_one_token_is_greedy(model, prompts):
         assert [a.ids for a in sampled] == [a.ids for a in greedy]
 
 
-@pytest.mark.parametrize("how, allowed", [({"top_k": 2}, {1, 3}), ({"top_p": 0.7}, {1, 3}), ({"top_p": 0.45}, {3}),
-                                          ({"top_p": 0.85}, {0, 1, 3}), ({"top_k": 3, "top_p": 0.6}, {1, 3}),
-                                          ({}, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    "how, allowed",
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.7}, {1, 3}),
+        ({"top_p": 0.45}, {3}),
+        ({"top_p": 0.85}, {0, 1, 3}),
+        ({"top_k": 3, "top_p": 0.6}, {1, 3}),
+        ({}, {0, 1, 2, 3}),
+    ],
+)
 def test_top_k_and_top_p_leave_the_likeliest_tokens_scored_by_the_full_distribution(how, allowed):
     p = torch.tensor([0.15, 0.3, 0.05, 0.5])
     options = {"top_k": 0, "top_p": 1.0} | how
-    picked, scores = next_token(p.log().expand(2000, 4), 1.0, generator=torch.Generator().manual_seed(0), **options)
+    picked, scores = next_token(
+        p.log().expand(2000, 4), 1.0, generator=torch.Generator().manual_seed(0), **options
+    )
     assert set(picked.tolist()) == allowed
     torch.testing.assert_close(scores, p.log()[picked])
 
@@ -190,7 +242,9 @@ def test_the_end_token_closes_a_finished_answer_and_is_nowhere_else(model, promp
 def test_an_end_token_cuts_the_answer_and_changes_nothing_before(model, prompts):
     free = generate(model, prompts, NEVER, max_new=12)
     end = stop_in(free)
-    first = sorted(range(len(prompts)), key=lambda i: end not in free[i].ids)  # those that will be cut go first
+    first = sorted(
+        range(len(prompts)), key=lambda i: end not in free[i].ids
+    )  # those that will be cut go first
     free = [free[i] for i in first]
     cut = generate(model, [prompts[i] for i in first], end, max_new=12)
     for a, b in zip(cut, free, strict=True):
@@ -204,8 +258,12 @@ def test_an_image_placeholder_ends_an_answer_unfinished(model, prompts, tokenize
     """There are no pixels for it, so the training forward could not be run on what follows."""
     free = generate(model, prompts, NEVER, max_new=12)
     head, stop = model.language_model.lm_head.weight.data, stop_in(free)
-    head[[tokenizer.image, stop]] = head[[stop, tokenizer.image]]  # where it said `stop` it now says the placeholder
-    for prompt, a, b in zip(prompts, generate(model, prompts, NEVER, max_new=12), free, strict=True):
+    head[[tokenizer.image, stop]] = head[
+        [stop, tokenizer.image]
+    ]  # where it said `stop` it now says the placeholder
+    for prompt, a, b in zip(
+        prompts, generate(model, prompts, NEVER, max_new=12), free, strict=True
+    ):
         n = b.ids.index(stop) if stop in b.ids else 12
         assert a.ids == b.ids[:n] + [tokenizer.image] * (n < 12) and not a.finished
         assert recompute(model, prompt, a.ids).argmax(-1).tolist() == a.ids
@@ -214,7 +272,7 @@ def test_an_image_placeholder_ends_an_answer_unfinished(model, prompts, tokenize
 def test_the_other_prompts_of_a_batch_do_not_change_an_answer(model, prompts):
     together = generate(model, prompts, NEVER, max_new=8)
     for prompt, answer in zip(prompts, together, strict=True):
-        alone, = generate(model, [prompt], NEVER, max_new=8)
+        (alone,) = generate(model, [prompt], NEVER, max_new=8)
         assert alone.ids == answer.ids
         np.testing.assert_allclose(alone.logprobs, answer.logprobs, atol=1e-5)
 
@@ -224,23 +282,34 @@ def test_images_of_different_sizes_may_share_a_batch(model, config, tokenizer):
     rng = np.random.default_rng(0)
     sizes = (32, 32), (48, 90), (20, 64)
     pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
-    prompts = [encoder.prompt(Sample((Message("user", (picture, "what?")),))) for picture in pictures]
+    prompts = [
+        encoder.prompt(Sample((Message("user", (picture, "what?")),))) for picture in pictures
+    ]
     for prompt, answer in zip(prompts, generate(model, prompts, NEVER, max_new=6), strict=True):
-        alone, = generate(model, [prompt], NEVER, max_new=6)
+        (alone,) = generate(model, [prompt], NEVER, max_new=6)
         assert alone.ids == answer.ids
 
 
 def test_a_start_belongs_to_the_prompt_and_not_to_the_answer(model, prompts, tokenizer):
     begun = [(ids + [tokenizer.think, 40], images) for ids, images in prompts]
     given = generate(model, prompts, NEVER, max_new=4, start=[tokenizer.think, 40])
-    wanted, without = generate(model, begun, NEVER, max_new=4), generate(model, prompts, NEVER, max_new=4)
+    wanted, without = (
+        generate(model, begun, NEVER, max_new=4),
+        generate(model, prompts, NEVER, max_new=4),
+    )
     assert [a.ids for a in given] == [a.ids for a in wanted] != [a.ids for a in without]
 
 
 def test_the_seed_alone_decides_what_is_drawn(model, prompts):
     def draw(seed):
         torch.manual_seed(torch.seed() % 1000)  # the global generator must not matter
-        return [a.ids for a in generate(model, prompts[:4], NEVER, max_new=4, samples=2, temperature=1.0, seed=seed)]
+        return [
+            a.ids
+            for a in generate(
+                model, prompts[:4], NEVER, max_new=4, samples=2, temperature=1.0, seed=seed
+            )
+        ]
+
     assert draw(3) == draw(3) != draw(4)
 
 

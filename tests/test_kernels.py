@@ -2,6 +2,7 @@
 
 Triton must know that it interprets before it is imported, so that every test here runs this file as a program of its own.
 """
+
 import os
 import subprocess
 import sys
@@ -16,9 +17,21 @@ pytest.importorskip("triton", reason="pip install --no-deps triton (Linux)")
 
 
 def alone(*names: str, interpret: bool) -> None:
-    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.split() == list(names), done.stdout[-2000:] + done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, __file__, *names],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "TRITON_INTERPRET": str(int(interpret)),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        },
+    )
+    assert done.returncode == 0 and done.stdout.split() == list(names), (
+        done.stdout[-2000:] + done.stderr[-3000:]
+    )
 
 
 def test_interpreted_kernels_are_the_reference():
@@ -41,26 +54,48 @@ def inputs(S, E, K, C, I, which="random", dtype=torch.float32) -> list:
     if which == "same":
         logits[:, :K] += 50
     weights, indices = logits.softmax(-1).topk(K)
-    floats = draw(S, C), draw(E, 2 * I, C) / C ** 0.5, draw(E, C, I) / I ** 0.5
+    floats = draw(S, C), draw(E, 2 * I, C) / C**0.5, draw(E, C, I) / I**0.5
     x, gate_up, down = (t.to(dtype).requires_grad_() for t in floats)
     return [x, indices, weights.float().requires_grad_(), gate_up, down]
 
 
 def gradients(mixture, given) -> list:
     y = mixture(*given)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    direction = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(y.dtype)
     return [y, *torch.autograd.grad(y, [t for t in given if t.requires_grad], direction)]
 
 
 def exact(given) -> list:
-    return gradients(expert_mixture, [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given])
+    return gradients(
+        expert_mixture,
+        [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in given],
+    )
 
 
 def equal() -> None:
     """Outputs and every gradient: fp32 within 1e-5, half precision within its rounding; twice the same bits."""
-    one, odd, wide, crowd = (1, 4, 2, 16, 16), (7, 3, 1, 16, 40), (11, 5, 3, 72, 16), (40, 2, 2, 16, 24)
-    cases = [(s, w, torch.float32, 1e-5) for s, w in ((one, "same"), (odd, "random"), (wide, "random"), (wide, "same"), (crowd, "same"))]
-    cases += [(odd, "random", torch.float16, 2e-3), (odd, "random", torch.bfloat16, 3e-2)]  # no rounding there
+    one, odd, wide, crowd = (
+        (1, 4, 2, 16, 16),
+        (7, 3, 1, 16, 40),
+        (11, 5, 3, 72, 16),
+        (40, 2, 2, 16, 24),
+    )
+    cases = [
+        (s, w, torch.float32, 1e-5)
+        for s, w in (
+            (one, "same"),
+            (odd, "random"),
+            (wide, "random"),
+            (wide, "same"),
+            (crowd, "same"),
+        )
+    ]
+    cases += [
+        (odd, "random", torch.float16, 2e-3),
+        (odd, "random", torch.bfloat16, 3e-2),
+    ]  # no rounding there
     for shape, which, dtype, tolerance in cases:
         given = inputs(*shape, which, dtype)
         first = gradients(expert_mixture_triton, given)
@@ -97,29 +132,62 @@ def saved() -> None:
 def far() -> None:
     """Rows beyond 2^31 elements, in buffers of which only a few pages are ever touched."""
     C, I = 2048, 32
-    last = 2 ** 31 // C + 5  # row last * C does not fit 32 bits
+    last = 2**31 // C + 5  # row last * C does not fit 32 bits
     int32 = lambda *v: torch.tensor(v, dtype=torch.int32)
     y = torch.empty(last + 2, C, dtype=torch.float16)
     y[last], y[last + 1] = 1.0, 2.0
-    plan = kernel.Plan(order=None, inverse=int32(last, last + 1), offs=None, tile_expert=None, tile_row=None)
+    plan = kernel.Plan(
+        order=None, inverse=int32(last, last + 1), offs=None, tile_expert=None, tile_row=None
+    )
     assert (kernel.pull(plan, y, torch.tensor([[1.0, 10.0]]), weighted=True) == 21).all()
 
     x = torch.empty(last + 1, C, dtype=torch.float16)
     x[last] = torch.linspace(-1, 1, C).half()
     w13 = torch.randn(1, 2 * I, C, generator=torch.Generator().manual_seed(0)).half()
-    plan = kernel.Plan(order=int32(last), inverse=int32(0), offs=int32(0, 1), tile_expert=int32(0), tile_row=int32(0))
+    plan = kernel.Plan(
+        order=int32(last),
+        inverse=int32(0),
+        offs=int32(0, 1),
+        tile_expert=int32(0),
+        tile_row=int32(0),
+    )
     z, a = torch.empty(1, 2 * I, dtype=torch.float16), torch.empty(1, I, dtype=torch.float16)
     block = kernel.blocks(x.dtype, 1)["up"]
-    kernel.run_products(kernel.up_swiglu, block, plan, I, x, kernel.tiled(w13, 1, *block[1:3]), z, a, plan.order, K=1, C=C, I=I,
-                        KEEP_Z=True)
+    kernel.run_products(
+        kernel.up_swiglu,
+        block,
+        plan,
+        I,
+        x,
+        kernel.tiled(w13, 1, *block[1:3]),
+        z,
+        a,
+        plan.order,
+        K=1,
+        C=C,
+        I=I,
+        KEEP_Z=True,
+    )
     torch.testing.assert_close(z[0].float(), w13[0].float() @ x[last].float(), rtol=2e-3, atol=2e-2)
 
-    dw = kernel.outer(kernel.blocks(x.dtype, 1)["weight"], plan, torch.ones(1, 16).half(), x, 1, torch.empty(1, 16, C).half(), False)
+    dw = kernel.outer(
+        kernel.blocks(x.dtype, 1)["weight"],
+        plan,
+        torch.ones(1, 16).half(),
+        x,
+        1,
+        torch.empty(1, 16, C).half(),
+        False,
+    )
     assert torch.equal(dw[0], x[last].expand(16, C))
 
 
 def refused() -> None:
-    for given in (inputs(3, 4, 2, 18, 16), inputs(3, 4, 2, 16, 6), inputs(3, 4, 2, 16, 16, dtype=torch.float64)):
+    for given in (
+        inputs(3, 4, 2, 18, 16),
+        inputs(3, 4, 2, 16, 6),
+        inputs(3, 4, 2, 16, 16, dtype=torch.float64),
+    ):
         with pytest.raises(ValueError, match="16 bytes|must share"):
             expert_mixture_triton(*given)
     none = inputs(0, 4, 2, 16, 16)
@@ -128,9 +196,15 @@ def refused() -> None:
 
 def compiled() -> None:
     rows = compile_all(90, tokens=(16384,), E=128, K=8, C=2048, I=768)
-    products = [r for r in rows if r["kernel"] in ("up_swiglu", "grouped_matmul", "down_grad", "weight_grad")]
+    products = [
+        r
+        for r in rows
+        if r["kernel"] in ("up_swiglu", "grouped_matmul", "down_grad", "weight_grad")
+    ]
     assert len({r["kernel"] for r in rows}) == 8 and len(products) == 6
-    assert all(r["tensor core"] and r["TMA load"] and r["spilled"] <= 128 for r in products), products
+    assert all(r["tensor core"] and r["TMA load"] and r["spilled"] <= 128 for r in products), (
+        products
+    )
 
 
 if __name__ == "__main__":
@@ -138,6 +212,7 @@ if __name__ == "__main__":
     from kernels.bench import compile_all, expected_bytes, saved_bytes
     from kernels.moe_triton import expert_mixture_triton
     from moe import expert_mixture
+
     for check in sys.argv[1:]:
         globals()[check]()
         print(check)

@@ -1,4 +1,5 @@
 """The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
+
 import itertools
 import json
 import re
@@ -31,6 +32,7 @@ released = pytest.mark.skipif(not RELEASED.is_dir(), reason="the released files 
 
 
 # ---------------------------------------------------------------------------------------------- the released checkpoint
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -84,7 +86,9 @@ def test_a_released_checkpoint_saved_again_keeps_every_name_and_bit(tiny, tmp_pa
     assert after.keys() == before.keys()
     assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
     again = weights.tensors(SailVL.from_pretrained(tmp_path))
-    assert again.keys() == before.keys() and all(torch.equal(again[n], t) for n, t in before.items())
+    assert again.keys() == before.keys() and all(
+        torch.equal(again[n], t) for n, t in before.items()
+    )
 
 
 @released
@@ -97,12 +101,20 @@ def test_the_2b_preset_has_exactly_the_490_released_names_and_the_released_confi
     assert sum(t.numel() for t in ours.values()) * 2 == index["metadata"]["total_size"]  # bf16
     read = VLMConfig.from_dict(json.loads((RELEASED / "config.json").read_text()))
     assert read.vision == model.config.vision
-    assert replace(read.text, tie_word_embeddings=False) == model.config.text  # the config says tied, the file is not
+    assert (
+        replace(read.text, tie_word_embeddings=False) == model.config.text
+    )  # the config says tied, the file is not
 
 
-@pytest.mark.parametrize("preset, parameters", [("SAIL-VL2-2B", 2_730_565_120), ("SAIL-VL2-8B", 8_914_730_496),
-                                                ("SAIL-VL2-30B-A3B", 682_031_616 + 30_532_122_624 + 16_793_600),
-                                                ("SAIL-VL2-1B", 682_031_616 + 596_049_920 + 7_354_368)])
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        ("SAIL-VL2-2B", 2_730_565_120),
+        ("SAIL-VL2-8B", 8_914_730_496),
+        ("SAIL-VL2-30B-A3B", 682_031_616 + 30_532_122_624 + 16_793_600),
+        ("SAIL-VL2-1B", 682_031_616 + 596_049_920 + 7_354_368),
+    ],
+)
 def test_a_preset_has_exactly_the_published_number_of_parameters(preset, parameters):
     with torch.device("meta"):
         model = SailVL(PRESETS[preset])
@@ -113,16 +125,21 @@ def test_a_preset_has_exactly_the_published_number_of_parameters(preset, paramet
 def test_sail_vit_at_448_pixels_has_exactly_the_published_number_of_parameters(size, parameters):
     with torch.device("meta"):
         model = ViT(SAIL_VIT[size])
-    assert model.config.image_size == 448 and sum(p.numel() for p in model.parameters()) == parameters
+    assert (
+        model.config.image_size == 448 and sum(p.numel() for p in model.parameters()) == parameters
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_survives_being_written_and_read(preset):
-    config = replace(PRESETS[preset], any_resolution=True, image_token_id=7, min_tiles=2, thumbnail=False)
+    config = replace(
+        PRESETS[preset], any_resolution=True, image_token_id=7, min_tiles=2, thumbnail=False
+    )
     assert VLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
+
 
 @pytest.fixture(scope="session")
 def mixed(documents, encoder):
@@ -141,7 +158,11 @@ def packed(group, tokenizer):
 
 def logits_of(model, batch):
     """The logits of each document of a batch, padding left out."""
-    out = model(batch.ids, batch.images, batch.positions, batch.segments).flatten(0, 1).split(batch.segments.lengths)
+    out = (
+        model(batch.ids, batch.images, batch.positions, batch.segments)
+        .flatten(0, 1)
+        .split(batch.segments.lengths)
+    )
     return [o for o, owner in zip(out, batch.owners) if owner != "padding"]
 
 
@@ -171,7 +192,9 @@ def test_documents_of_equal_length_keep_the_logits_they_have_alone(model, mixed,
 @pytest.mark.parametrize("lengths", ["different", "equal"])
 @pytest.mark.parametrize("change", ["ids", "pixels"])
 @torch.no_grad()
-def test_changing_one_document_leaves_the_others_bit_identical(model, mixed, tokenizer, change, lengths):
+def test_changing_one_document_leaves_the_others_bit_identical(
+    model, mixed, tokenizer, change, lengths
+):
     group = mixed if lengths == "different" else [mixed[2]] * 6
     before = logits_of(model, packed(group, tokenizer))
     for i, d in enumerate(group[:3]):
@@ -179,9 +202,11 @@ def test_changing_one_document_leaves_the_others_bit_identical(model, mixed, tok
             other = replace(d, ids=np.where(d.ids == tokenizer.image, d.ids, (d.ids + 7) % 200))
         else:
             other = replace(d, images=tuple(255 - image for image in d.images))
-        after = logits_of(model, packed(group[:i] + [other] + group[i + 1:], tokenizer))
+        after = logits_of(model, packed(group[:i] + [other] + group[i + 1 :], tokenizer))
         touched = change == "ids" or len(d.images) > 0
-        assert [torch.equal(a, b) for a, b in zip(before, after)] == [j != i or not touched for j in range(len(group))]
+        assert [torch.equal(a, b) for a, b in zip(before, after)] == [
+            j != i or not touched for j in range(len(group))
+        ]
 
 
 @torch.no_grad()
@@ -200,11 +225,16 @@ def test_gradients_of_a_packed_batch_are_the_sum_of_those_of_its_documents(model
     def gradients(group):
         batch = collate(group, None, tokenizer.pad)
         logits = model(batch.ids, batch.images, batch.positions, batch.segments)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none") * batch.weights.flatten()
+        loss = (
+            F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+            * batch.weights.flatten()
+        )
         return torch.autograd.grad(loss.sum(), list(model.parameters()))
 
     apart = [gradients([[d]]) for d in mixed]
-    for (name, _), g, *parts in zip(model.named_parameters(), gradients([mixed[:3], mixed[3:]]), *apart, strict=True):
+    for (name, _), g, *parts in zip(
+        model.named_parameters(), gradients([mixed[:3], mixed[3:]]), *apart, strict=True
+    ):
         assert g.norm() > 0, name
         assert (g - sum(parts)).norm() <= 1e-11 * g.norm(), name
 
@@ -217,10 +247,15 @@ def test_positions_restart_and_borders_fall_where_documents_begin(mixed, tokeniz
     row = [len(d) for d in mixed[:3]], [len(d) for d in mixed[3:]]
     lengths = [n for r in row for n in r + ([T - room] if sum(r) == room else [])]
     assert batch.segments.lengths == tuple(lengths) and sum(lengths) == B * T
-    assert batch.segments.cu.tolist() == [0, *np.cumsum(lengths)] and batch.segments.cu.dtype == torch.int32
+    assert (
+        batch.segments.cu.tolist() == [0, *np.cumsum(lengths)]
+        and batch.segments.cu.dtype == torch.int32
+    )
     assert batch.positions.flatten().tolist() == [t for n in lengths for t in range(n)]
     assert torch.equal(batch.segments.positions(), batch.positions.flatten())
-    assert batch.real().tolist() == [o != "padding" for o, n in zip(batch.owners, lengths) for _ in range(n)]
+    assert batch.real().tolist() == [
+        o != "padding" for o, n in zip(batch.owners, lengths) for _ in range(n)
+    ]
 
 
 @torch.no_grad()
@@ -243,17 +278,51 @@ def test_documents_that_continue_one_are_that_document_with_each_of_them():
     g = torch.Generator().manual_seed(0)
     lengths, after = [5, 3, 1, 4, 2, 6], (0, 0, 0, 3, 0, 3)  # 1, 2 and 4 continue 0; 5 continues 3
     segments = Segments.of(lengths, after=after)
-    assert segments.positions().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 0, 1, 2, 3, 5, 6, 4, 5, 6, 7, 8, 9]
-    q, k, v = (torch.randn(sum(lengths), heads, 8, generator=g, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    assert segments.positions().tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        5,
+        0,
+        1,
+        2,
+        3,
+        5,
+        6,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 8, generator=g, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
     got = packed_attention(q, k, v, segments, causal=True)
     spans = [range(a, b) for a, b in itertools.pairwise(segments.cu.tolist())]
     whole = []
     for i, p in enumerate(after):
         rows = [*(spans[p] if p != i else ()), *spans[i]]
-        whole.append(packed_attention(*(t[rows] for t in (q, k, v)), Segments.of([len(rows)]), causal=True)[-lengths[i]:])
+        whole.append(
+            packed_attention(*(t[rows] for t in (q, k, v)), Segments.of([len(rows)]), causal=True)[
+                -lengths[i] :
+            ]
+        )
     close(got, torch.cat(whole), 1e-12)
     weight = torch.randn(got.shape, generator=g, dtype=torch.float64)
-    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True) for out in (got, torch.cat(whole)))):
+    for a, b in zip(
+        *(
+            torch.autograd.grad((out * weight).sum(), (q, k, v), retain_graph=True)
+            for out in (got, torch.cat(whole))
+        )
+    ):
         close(a, b, 1e-12)
     with pytest.raises(AssertionError, match="begins afresh"):
         Segments.of([2, 2, 2], after=(0, 0, 1))
@@ -265,14 +334,20 @@ def test_documents_that_continue_one_are_that_document_with_each_of_them():
 def test_attention_runs_in_the_precision_of_autocast(monkeypatch, lengths, after):
     """QK-norm leaves q and k in fp32 beside v in bf16; on a GPU only half precision reaches flash attention."""
     given, plain = [], attention.sdpa
-    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **how: given.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, **how))
+    monkeypatch.setattr(
+        attention,
+        "sdpa",
+        lambda q, k, v, **how: given.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, **how),
+    )
     q, k, v = torch.randn(8, 4, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         packed_attention(q, k, v, Segments.of(lengths, after=after), causal=True)
     assert given and all(dtypes == {torch.bfloat16} for dtypes in given)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention over borders needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="flash attention over borders needs a CUDA device"
+)
 @pytest.mark.parametrize("causal, after", [(False, ()), (True, ()), (True, (0, 0, 0, 3, 0, 3))])
 def test_packed_attention_on_a_gpu_is_that_of_the_cpu(causal, after):
     g, lengths = torch.Generator().manual_seed(0), [50, 30, 1, 40, 70, 9]
@@ -281,12 +356,18 @@ def test_packed_attention_on_a_gpu_is_that_of_the_cpu(causal, after):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         q, k, v = (t.to(device, dtype).requires_grad_() for t in given)
         y = packed_attention(q, k, v, Segments.of(lengths, device, after), causal)
-        out.append([t.float().cpu() for t in (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v)))])
+        out.append(
+            [
+                t.float().cpu()
+                for t in (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v)))
+            ]
+        )
     for a, b in zip(*out):
         close(a, b, 0.05)
 
 
 # ---------------------------------------------------------------------------------------- images and their placeholders
+
 
 @pytest.mark.parametrize("kept", [0, 3, 5])
 def test_a_wrong_number_of_images_is_an_error_with_both_numbers(model, mixed, tokenizer, kept):
@@ -321,10 +402,13 @@ def test_touching_the_vision_modules_does_not_change_a_text_only_batch(model, mi
     for part in (model.vision_model, model.mlp1):
         part.requires_grad_(False)
     alone(model, mixed[1]).mean().backward()
-    assert all(p.grad is None for part in (model.vision_model, model.mlp1) for p in part.parameters())
+    assert all(
+        p.grad is None for part in (model.vision_model, model.mlp1) for p in part.parameters()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- any resolution
+
 
 def noise(*sizes):
     generator = torch.Generator().manual_seed(0)
@@ -335,7 +419,9 @@ def noise(*sizes):
 def test_base_size_images_in_a_list_give_the_bits_of_the_fixed_resolution_path(model, config):
     side = config.vision.image_size
     images = noise(*[(side, side)] * 3)
-    table = model.vision_model.position_table(side // config.vision.patch_size, side // config.vision.patch_size)
+    table = model.vision_model.position_table(
+        side // config.vision.patch_size, side // config.vision.patch_size
+    )
     assert torch.equal(table, model.vision_model.preprocessor.pos_embed[0])
     for image in images:
         assert torch.equal(model.vision_model([image])[0], model.vision_model(image[None])[0])
@@ -345,7 +431,11 @@ def test_base_size_images_in_a_list_give_the_bits_of_the_fixed_resolution_path(m
 @pytest.mark.parametrize("position", ["table", "rope2d"])
 @torch.no_grad()
 def test_images_of_different_sizes_have_together_the_features_they_have_alone(config, position):
-    vit = SailVL(replace(config, vision=replace(config.vision, position=position))).init_weights(0).vision_model
+    vit = (
+        SailVL(replace(config, vision=replace(config.vision, position=position)))
+        .init_weights(0)
+        .vision_model
+    )
     images = noise((32, 32), (16, 64), (48, 32), (80, 96))
     features, grids = vit(images)
     assert grids == [(4, 4), (2, 8), (6, 4), (10, 12)]
@@ -360,48 +450,65 @@ def sizes(config, tokenizer):
     rng = np.random.default_rng(0)
 
     def document(*sizes):
-        pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
-        return encoder(Sample((Message("user", (*pictures, "what?")), Message("assistant", ("that",)))))
+        pictures = [
+            Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes
+        ]
+        return encoder(
+            Sample((Message("user", (*pictures, "what?")), Message("assistant", ("that",))))
+        )
 
     return [document((40, 70), (100, 33)), document((32, 32)), document(), document((16, 160))]
 
 
 @torch.no_grad()
-def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(model, sizes, tokenizer):
+def test_packed_documents_of_any_resolution_have_the_logits_they_have_alone(
+    model, sizes, tokenizer
+):
     batch = collate([sizes[:2], sizes[2:]], None, tokenizer.pad)
     assert isinstance(batch.images, list) and len({i.shape for i in batch.images}) == 4
     for d, together in zip(sizes, logits_of(model, batch), strict=True):
         close(together, alone(model, d))
 
 
-def test_gradients_of_packed_documents_of_any_resolution_are_the_sum_of_those_alone(model, sizes, tokenizer):
+def test_gradients_of_packed_documents_of_any_resolution_are_the_sum_of_those_alone(
+    model, sizes, tokenizer
+):
     def gradients(group):
         batch = collate(group, None, tokenizer.pad)
         logits = model(batch.ids, batch.images, batch.positions, batch.segments)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none") * batch.weights.flatten()
+        loss = (
+            F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+            * batch.weights.flatten()
+        )
         return torch.autograd.grad(loss.sum(), list(model.parameters()))
 
     apart = [gradients([[d]]) for d in sizes]
-    for (name, _), g, *parts in zip(model.named_parameters(), gradients([sizes[:2], sizes[2:]]), *apart, strict=True):
+    for (name, _), g, *parts in zip(
+        model.named_parameters(), gradients([sizes[:2], sizes[2:]]), *apart, strict=True
+    ):
         assert g.norm() > 0 and (g - sum(parts)).norm() <= 1e-5 * g.norm(), name
 
 
 @torch.no_grad()
-def test_changing_one_image_of_any_resolution_leaves_the_other_documents_bit_identical(model, sizes, tokenizer):
+def test_changing_one_image_of_any_resolution_leaves_the_other_documents_bit_identical(
+    model, sizes, tokenizer
+):
     def logits(group):
         return logits_of(model, collate([group[:2], group[2:]], None, tokenizer.pad))
 
     before = logits(sizes)
     for i in (0, 1, 3):
         other = replace(sizes[i], images=(255 - sizes[i].images[0], *sizes[i].images[1:]))
-        after = logits(sizes[:i] + [other] + sizes[i + 1:])
+        after = logits(sizes[:i] + [other] + sizes[i + 1 :])
         assert [torch.equal(a, b) for a, b in zip(before, after)] == [j != i for j in range(4)]
 
 
 @torch.no_grad()
 def test_the_position_table_is_resized_along_the_right_axes(model, config):
     side = config.vision.image_size // config.vision.patch_size
-    rows = torch.arange(side).float().repeat_interleave(side)  # a table that says in which row a patch is
+    rows = (
+        torch.arange(side).float().repeat_interleave(side)
+    )  # a table that says in which row a patch is
     table = model.vision_model.preprocessor.pos_embed
     table.copy_(rows[None, :, None].expand_as(table))
     resized = model.vision_model.position_table(2 * side, 3 * side).reshape(2 * side, 3 * side, -1)
@@ -423,17 +530,29 @@ def test_an_odd_grid_is_refused_by_name(grids):
 
 @torch.no_grad()
 def test_two_dimensional_rope_changes_features_and_sees_only_offsets(config, model):
-    vit = SailVL(replace(config, vision=replace(config.vision, position="rope2d"))).init_weights(0).vision_model
+    vit = (
+        SailVL(replace(config, vision=replace(config.vision, position="rope2d")))
+        .init_weights(0)
+        .vision_model
+    )
     image = noise((32, 32))[0][None]
-    assert (vit(image)[0] - model.vision_model(image)[0]).abs().max() > 1e-2  # the same weights otherwise
+    assert (
+        vit(image)[0] - model.vision_model(image)[0]
+    ).abs().max() > 1e-2  # the same weights otherwise
     cos, sin = vit.rope([(4, 4)], vit(image)[0].double())
-    q, k = (torch.randn(1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(i)).double() for i in (0, 1))
-    score = (rotate(q, cos, sin)[:, 0] @ rotate(k, cos, sin)[:, 0].T).view(4, 4, 4, 4)  # by row, column of q and of k
+    q, k = (
+        torch.randn(1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(i)).double()
+        for i in (0, 1)
+    )
+    score = (rotate(q, cos, sin)[:, 0] @ rotate(k, cos, sin)[:, 0].T).view(
+        4, 4, 4, 4
+    )  # by row, column of q and of k
     close(score[0, 0, 1, 2], score[2, 1, 3, 3], 1e-12)
     assert len({round(float(score[0, 0, r, c]), 6) for r in range(4) for c in range(4)}) == 16
 
 
 # ----------------------------------------------------------------------------------------------------------------- norm
+
 
 @pytest.mark.parametrize("shape", [(5, 6), (3, 4, 6), (2, 0, 6)], ids=str)
 def test_rms_norm_is_its_definition_and_its_backward_that_of_finite_differences(shape):
@@ -443,11 +562,15 @@ def test_rms_norm_is_its_definition_and_its_backward_that_of_finite_differences(
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
     close(norm(x), wanted, 1e-12)
     direction = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    pairs = (torch.autograd.grad((y * direction).sum(), (x, norm.weight)) for y in (norm(x), wanted))
+    pairs = (
+        torch.autograd.grad((y * direction).sum(), (x, norm.weight)) for y in (norm(x), wanted)
+    )
     for got, definition in zip(*pairs, strict=True):
         close(got, definition, 1e-12)
     if x.numel():
-        assert torch.autograd.gradcheck(lambda x, w: functional_call(norm, {"weight": w}, (x,)), (x, norm.weight))
+        assert torch.autograd.gradcheck(
+            lambda x, w: functional_call(norm, {"weight": w}, (x,)), (x, norm.weight)
+        )
 
 
 def test_rms_norm_takes_a_transposed_gradient():
@@ -470,14 +593,22 @@ def test_rms_norm_in_half_precision_takes_its_statistic_in_single_precision():
 
 # --------------------------------------------------------------------------------------------------- adapter, log-probs
 
+
 def test_pixel_shuffle_merges_neighbours_in_reading_order():
     cells = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     patches = torch.arange(16)[:, None]
     assert pixel_shuffle(patches, [(4, 4)]).tolist() == cells
     two = torch.cat([patches, 100 + patches])
-    assert pixel_shuffle(two, [(4, 4)] * 2).tolist() == cells + [[100 + i for i in row] for row in cells]
-    wide = torch.cat([patches, torch.arange(16, 24)[:, None]])  # and a second image of 2 x 4 patches
-    assert pixel_shuffle(wide, [(4, 4), (2, 4)]).tolist() == cells + [[16, 17, 20, 21], [18, 19, 22, 23]]
+    assert pixel_shuffle(two, [(4, 4)] * 2).tolist() == cells + [
+        [100 + i for i in row] for row in cells
+    ]
+    wide = torch.cat(
+        [patches, torch.arange(16, 24)[:, None]]
+    )  # and a second image of 2 x 4 patches
+    assert pixel_shuffle(wide, [(4, 4), (2, 4)]).tolist() == cells + [
+        [16, 17, 20, 21],
+        [18, 19, 22, 23],
+    ]
     channels = pixel_shuffle(torch.stack([patches[:, 0], -patches[:, 0]], 1), [(4, 4)])
     assert channels[0].tolist() == [0, 0, 1, -1, 4, -4, 5, -5]
 
@@ -492,7 +623,9 @@ def test_log_probabilities_in_chunks_are_those_of_one_softmax_with_their_gradien
     def with_gradients(logp):
         return logp, *torch.autograd.grad((logp * direction).sum(), (hidden, head))
 
-    wanted = with_gradients(((hidden @ head.T) / temperature).log_softmax(-1)[torch.arange(11), labels])
+    wanted = with_gradients(
+        ((hidden @ head.T) / temperature).log_softmax(-1)[torch.arange(11), labels]
+    )
     for chunk in (4, 11, 4096):
         got = with_gradients(token_logprobs(hidden, head, labels, temperature, chunk))
         for a, b in zip(got, wanted, strict=True):
@@ -503,7 +636,9 @@ def test_chunks_under_bf16_autocast_give_fp32_gradients_that_are_nearly_those_of
     g = torch.Generator().manual_seed(0)
     found = []
     for chunk in (5, 4096):
-        hidden, head = (torch.randn(n, 16, generator=g.manual_seed(n)).requires_grad_() for n in (12, 40))
+        hidden, head = (
+            torch.randn(n, 16, generator=g.manual_seed(n)).requires_grad_() for n in (12, 40)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logprobs = token_logprobs(hidden, head, torch.arange(12), 1.0, chunk)
         logprobs.mul(torch.linspace(-1, 1, 12)).sum().backward()
@@ -523,12 +658,15 @@ def test_log_probabilities_are_of_the_labels_at_the_asked_positions(model, mixed
     at = (batch.labels.flatten() >= 0).nonzero()[:, 0]
     labels = batch.labels.flatten()[at]
     with torch.no_grad():
-        got = model.logprobs(batch.ids, batch.images, batch.positions, batch.segments, at, labels, 0.5)
+        got = model.logprobs(
+            batch.ids, batch.images, batch.positions, batch.segments, at, labels, 0.5
+        )
         logits = model(batch.ids, batch.images, batch.positions, batch.segments).flatten(0, 1)
     close(got, (logits / 0.5).log_softmax(-1)[at, labels])
 
 
 # ------------------------------------------------------------------------------------------------------- strict loading
+
 
 @pytest.fixture
 def saved(model, tmp_path):
@@ -539,12 +677,16 @@ def saved(model, tmp_path):
 NAME = "vision_model.trunk.blocks.0.mlp.fc1.weight"
 
 
-@pytest.mark.parametrize("damage", [
-    lambda t: t.pop(NAME),
-    lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()),
-    lambda t: t.__setitem__(NAME, t[NAME].T.contiguous()),
-    lambda t: t.__setitem__(NAME, t[NAME].to(torch.int64)),
-], ids=["missing", "short", "transposed", "integers"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t.pop(NAME),
+        lambda t: t.__setitem__(NAME, t[NAME][:-1].clone()),
+        lambda t: t.__setitem__(NAME, t[NAME].T.contiguous()),
+        lambda t: t.__setitem__(NAME, t[NAME].to(torch.int64)),
+    ],
+    ids=["missing", "short", "transposed", "integers"],
+)
 def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(saved, damage):
     tensors = load_file(saved / "model.safetensors")
     damage(tensors)
@@ -582,7 +724,9 @@ def test_a_directory_without_config_is_an_error_that_names_it(saved, read):
         read(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"vision_config": {}}', '{"vision_config": {"hidden_size": 8}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"vision_config": {}}', '{"vision_config": {"hidden_size": 8}}']
+)
 def test_a_config_that_is_no_configuration_is_an_error_that_names_it(saved, text):
     (saved / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json"):
@@ -599,7 +743,9 @@ def test_an_index_cannot_lead_out_of_its_directory(saved, relative):
     index = saved / "elsewhere" / weights.INDEX
     shutil.copy(outside / "config.json", saved / "elsewhere")
     target = "../model/model.safetensors" if relative else str(outside / "model.safetensors")
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(outside / "model.safetensors"), target)}))
+    index.write_text(
+        json.dumps({"weight_map": dict.fromkeys(load_file(outside / "model.safetensors"), target)})
+    )
     with pytest.raises(ValueError, match="outside"):
         SailVL.from_pretrained(saved / "elsewhere")
 
@@ -623,16 +769,23 @@ def test_a_tensor_in_two_files_is_an_error_that_names_it(model, tmp_path):
 
 
 def test_a_saved_model_comes_back_bit_equal_and_in_the_asked_type(model, saved):
-    ours, half = dict(model.named_parameters()), dict(SailVL.from_pretrained(saved, torch.bfloat16).named_parameters())
+    ours, half = (
+        dict(model.named_parameters()),
+        dict(SailVL.from_pretrained(saved, torch.bfloat16).named_parameters()),
+    )
     again = dict(SailVL.from_pretrained(saved).named_parameters())
     assert ours.keys() == again.keys() == half.keys()
-    assert all(torch.equal(p, again[n]) and torch.equal(p.bfloat16(), half[n]) for n, p in ours.items())
+    assert all(
+        torch.equal(p, again[n]) and torch.equal(p.bfloat16(), half[n]) for n, p in ours.items()
+    )
     assert SailVL.from_pretrained(saved).config == model.config
 
 
 @pytest.fixture
 def tied(config):
-    return SailVL(replace(config, text=replace(config.text, tie_word_embeddings=True))).init_weights(0)
+    return SailVL(
+        replace(config, text=replace(config.text, tie_word_embeddings=True))
+    ).init_weights(0)
 
 
 def test_a_tied_checkpoint_may_leave_the_head_out(tied, tmp_path):
@@ -664,13 +817,19 @@ def test_a_released_head_of_its_own_is_believed_although_the_config_says_tied(mo
 
 
 def test_saving_over_an_earlier_checkpoint_replaces_it(model, config, tmp_path):
-    weights.save_weights(SailVL(config).init_weights(1), tmp_path, config.to_dict(), shard_bytes=1 << 20)
+    weights.save_weights(
+        SailVL(config).init_weights(1), tmp_path, config.to_dict(), shard_bytes=1 << 20
+    )
     model.save_pretrained(tmp_path)
     ours = dict(model.named_parameters())
-    assert all(torch.equal(p, ours[n]) for n, p in SailVL.from_pretrained(tmp_path).named_parameters())
+    assert all(
+        torch.equal(p, ours[n]) for n, p in SailVL.from_pretrained(tmp_path).named_parameters()
+    )
 
 
-@pytest.mark.parametrize("where", [None, ["model.safetensors"], {"a": ["x"]}, {"a": 1, "b": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "where", [None, ["model.safetensors"], {"a": ["x"]}, {"a": 1, "b": "x"}], ids=str
+)
 def test_an_index_that_maps_no_names_to_files_is_an_error_that_names_it(saved, where):
     (saved / weights.INDEX).write_text(json.dumps({"weight_map": where}))
     with pytest.raises(ValueError, match=weights.INDEX):

@@ -1,4 +1,5 @@
 """Muon: bit for bit torch's, on one rank or several, which do a share each."""
+
 import pytest
 import torch
 
@@ -11,10 +12,17 @@ def trained(make, steps: int = 4) -> list[torch.Tensor]:
     """Matrices after some steps on made-up gradients, one of which is missing now and then."""
     noise = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(s, generator=noise)) for s in SHAPES]
-    optimizer = make([{"params": parameters[:5], "weight_decay": 0.1}, {"params": parameters[5:], "weight_decay": 0.0, "lr": 3e-3}])
+    optimizer = make(
+        [
+            {"params": parameters[:5], "weight_decay": 0.1},
+            {"params": parameters[5:], "weight_decay": 0.0, "lr": 3e-3},
+        ]
+    )
     for step in range(steps):
         for i, p in enumerate(parameters):
-            p.grad = torch.randn(p.shape, generator=noise) * 10.0 ** (i - 4) if (i + step) % 5 else None
+            p.grad = (
+                torch.randn(p.shape, generator=noise) * 10.0 ** (i - 4) if (i + step) % 5 else None
+            )
         optimizer.step()
     return [p.detach() for p in parameters]
 
@@ -29,9 +37,12 @@ def ours() -> list[torch.Tensor]:
 
 def one_rank(rank: int, size: int, place: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet{size}", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/meet{size}", rank=rank, world_size=size
+    )
     calls = []
     import optim
+
     plain = optim.orthogonal
     optim.orthogonal = lambda updates: calls.append(len(updates)) or plain(updates)
     torch.save({"weights": ours(), "did": sum(calls)}, f"{place}/{size}-{rank}.pt")

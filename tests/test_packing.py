@@ -1,4 +1,5 @@
 """Packing: no document is lost, split or late, rows are full, and how the global batch is cut up changes nothing."""
+
 import itertools
 import json
 import os
@@ -26,17 +27,26 @@ from scale import parallel
 from train import Stage, answers, one_step
 
 CAPACITY = 256
-DRAWS = {"short": lambda r: r.randint(1, 12), "long": lambda r: r.randint(200, CAPACITY), "full": lambda r: CAPACITY,
-         "two-valued": lambda r: r.choice((85, 129)), "mixed": lambda r: r.choice((r.randint(4, 40), r.randint(60, 220))),
-         "zipf": lambda r: min(CAPACITY, int(3 * r.paretovariate(0.9)))}
+DRAWS = {
+    "short": lambda r: r.randint(1, 12),
+    "long": lambda r: r.randint(200, CAPACITY),
+    "full": lambda r: CAPACITY,
+    "two-valued": lambda r: r.choice((85, 129)),
+    "mixed": lambda r: r.choice((r.randint(4, 40), r.randint(60, 220))),
+    "zipf": lambda r: min(CAPACITY, int(3 * r.paretovariate(0.9))),
+}
 
 
 def made_of(lengths) -> list[Document]:
     """Documents whose every token tells which document and which place it is from."""
+
     def one(i: int, n: int) -> Document:
         ids = 1000 * (i + 1) + np.arange(n)
         labels = np.where(np.arange(n) % 3 == 1, ids + 1, -100)
-        return Document(ids, labels, (labels >= 0) * np.float32(1 / (i + 1)), (), f"task{i}", str(i), {})
+        return Document(
+            ids, labels, (labels >= 0) * np.float32(1 / (i + 1)), (), f"task{i}", str(i), {}
+        )
+
     return [one(i, n) for i, n in enumerate(lengths)]
 
 
@@ -47,13 +57,16 @@ def stream(draw: str, seed: int, n: int) -> list[Document]:
 
 # ------------------------------------------------------------------------------------------------------------- choosing
 
+
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("buffer", [1, 7, 64])
 def test_every_document_is_packed_once_whole_in_a_row_that_holds_it(draw, buffer):
     for seed in range(3):
         given = stream(draw, seed, 150)
         made = list(Rows(iter(given), CAPACITY, buffer))
-        assert sorted(id(d) for row in made for d in row) == sorted(id(d) for d in given)  # the very objects, once each
+        assert sorted(id(d) for row in made for d in row) == sorted(
+            id(d) for d in given
+        )  # the very objects, once each
         assert all(0 < sum(map(len, row)) <= CAPACITY for row in made)
 
 
@@ -70,7 +83,10 @@ def test_the_oldest_document_goes_first_so_none_waits_longer_than_the_buffer(dra
 
         for row in Rows(source(), CAPACITY, buffer):
             waiting = set(entered) - {int(d.origin) for r in made for d in r}
-            assert int(row[0].origin) == min(waiting) and len(waiting - {int(d.origin) for d in row}) <= buffer
+            assert (
+                int(row[0].origin) == min(waiting)
+                and len(waiting - {int(d.origin) for d in row}) <= buffer
+            )
             made.append(row)
             assert all(len(made) - entered[int(d.origin)] <= buffer for d in row)
 
@@ -100,10 +116,14 @@ def test_fill_is_as_good_as_trying_every_subset(largest):
 
 def test_mixed_lengths_fill_the_rows_to_99_percent():
     for seed in range(3):
-        made = list(Rows(iter(stream("mixed", seed, 1500)), CAPACITY))[:-2]  # the stream's end has nothing to fill with
+        made = list(Rows(iter(stream("mixed", seed, 1500)), CAPACITY))[
+            :-2
+        ]  # the stream's end has nothing to fill with
         assert sum(len(d) for row in made for d in row) / (CAPACITY * len(made)) >= 0.99
     first_fit = list(Rows(iter(stream("mixed", 0, 1500)), CAPACITY, buffer=1))
-    assert sum(len(d) for row in first_fit for d in row) / (CAPACITY * len(first_fit)) < 0.8  # the buffer is what does it
+    assert (
+        sum(len(d) for row in first_fit for d in row) / (CAPACITY * len(first_fit)) < 0.8
+    )  # the buffer is what does it
 
 
 def test_the_worlds_own_documents_fill_the_rows_to_99_percent(documents):
@@ -113,19 +133,33 @@ def test_the_worlds_own_documents_fill_the_rows_to_99_percent(documents):
 
 # -------------------------------------------------------------------------------------------------------------- collate
 
+
 @pytest.mark.parametrize("capacity", [30, None])
 def test_a_batch_holds_each_document_at_its_place_and_padding_elsewhere(capacity):
     given = made_of([7, 11, 5, 30, 1])
     group, T = [given[:3], given[3:4], given[4:]], capacity or 30
     batch = collate(group, capacity, pad=7)
-    assert batch.ids.shape == batch.labels.shape == batch.weights.shape == batch.positions.shape == (3, T)
-    assert (batch.ids.dtype, batch.labels.dtype, batch.weights.dtype) == (torch.int64, torch.int64, torch.float32)
+    assert (
+        batch.ids.shape
+        == batch.labels.shape
+        == batch.weights.shape
+        == batch.positions.shape
+        == (3, T)
+    )
+    assert (batch.ids.dtype, batch.labels.dtype, batch.weights.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    )
     lengths, owners, free = [], [], torch.ones(3, T, dtype=torch.bool)
     for b, row in enumerate(group):
         at = 0
         for d in row:
             part = slice(at, at + len(d))
-            assert batch.ids[b, part].tolist() == d.ids.tolist() and batch.labels[b, part].tolist() == d.labels.tolist()
+            assert (
+                batch.ids[b, part].tolist() == d.ids.tolist()
+                and batch.labels[b, part].tolist() == d.labels.tolist()
+            )
             assert batch.weights[b, part].tolist() == d.weights.tolist()
             assert batch.positions[b, part].tolist() == list(range(len(d)))
             free[b, part] = False
@@ -133,11 +167,20 @@ def test_a_batch_holds_each_document_at_its_place_and_padding_elsewhere(capacity
             owners.append(d.task)
             at += len(d)
         if at < T:
-            assert batch.positions[b, at:].tolist() == list(range(T - at))  # padding is a document of its own
+            assert batch.positions[b, at:].tolist() == list(
+                range(T - at)
+            )  # padding is a document of its own
             lengths.append(T - at)
             owners.append("padding")
-    assert (batch.ids[free] == 7).all() and (batch.labels[free] == -100).all() and (batch.weights[free] == 0).all()
-    assert batch.segments.lengths == tuple(lengths) and batch.segments.cu.tolist() == [0, *itertools.accumulate(lengths)]
+    assert (
+        (batch.ids[free] == 7).all()
+        and (batch.labels[free] == -100).all()
+        and (batch.weights[free] == 0).all()
+    )
+    assert batch.segments.lengths == tuple(lengths) and batch.segments.cu.tolist() == [
+        0,
+        *itertools.accumulate(lengths),
+    ]
     assert batch.segments.positions().tolist() == batch.positions.reshape(-1).tolist()
     assert batch.owners == owners and batch.real().tolist() == (~free).reshape(-1).tolist()
     assert batch.filled == pytest.approx(54 / (3 * T)) and batch.images is None
@@ -156,13 +199,20 @@ def test_pictures_of_a_batch_come_in_the_order_of_their_placeholders(documents, 
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
+
 def dealt(given, size: int, accumulate: int, steps: int = 3) -> list[list[tuple]]:
     """For each step, the rows of all ranks' micro-batches, as tuples of ids."""
-    ranks = [Batches(iter(given), CAPACITY, 4, accumulate, 0, rank, size, 8) for rank in range(size)]
+    ranks = [
+        Batches(iter(given), CAPACITY, 4, accumulate, 0, rank, size, 8) for rank in range(size)
+    ]
     out = []
     for _ in range(steps):
         step = [next(r) for r in ranks]
-        assert all(len(mine) == accumulate and len(b.ids) == 4 // (size * accumulate) for mine in step for b in mine)
+        assert all(
+            len(mine) == accumulate and len(b.ids) == 4 // (size * accumulate)
+            for mine in step
+            for b in mine
+        )
         out.append([tuple(row.tolist()) for mine in step for b in mine for row in b.ids])
     return out
 
@@ -172,7 +222,10 @@ def test_ranks_and_accumulation_deal_out_the_same_rows_each_step(size, accumulat
     given = stream("mixed", 0, 300)
     whole, cut = dealt(given, 1, 1), dealt(given, size, accumulate)
     assert [sorted(step) for step in cut] == [sorted(step) for step in whole]
-    assert all(len(set(step)) == 4 for step in cut) and len({row for step in cut for row in step}) == 12
+    assert (
+        all(len(set(step)) == 4 for step in cut)
+        and len({row for step in cut for row in step}) == 12
+    )
 
 
 @pytest.mark.parametrize("count, size, accumulate", [(4, 1, 3), (4, 3, 1), (6, 2, 2), (3, 4, 1)])
@@ -183,11 +236,18 @@ def test_rows_that_do_not_divide_are_an_error(count, size, accumulate):
 
 def test_a_last_step_without_all_its_rows_is_filled_up_with_padding_of_no_weight():
     steps = list(Batches(iter(made_of([CAPACITY] * 5)), CAPACITY, 4, 2, 7))
-    assert [len(step) for step in steps] == [2, 2] and steps[1][1].weight == 0 and (steps[1][1].ids == 7).all()
-    assert sum(b.weight for step in steps for b in step) == pytest.approx(sum(float(d.weights.sum()) for d in made_of([CAPACITY] * 5)))
+    assert (
+        [len(step) for step in steps] == [2, 2]
+        and steps[1][1].weight == 0
+        and (steps[1][1].ids == 7).all()
+    )
+    assert sum(b.weight for step in steps for b in step) == pytest.approx(
+        sum(float(d.weights.sum()) for d in made_of([CAPACITY] * 5))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- stop, resume
+
 
 def told(step) -> list[list]:
     """A step's rows as lists, to compare."""
@@ -196,15 +256,20 @@ def told(step) -> list[list]:
 
 def numbered(seed: int = 0):
     """Encoded documents under their numbers, without end: a pure function of the number."""
+
     def draw(n: int) -> Document:
         length = DRAWS["mixed"](random.Random(f"{seed}/{n}"))
-        return Document(np.full(length, n), np.full(length, n), np.ones(length, np.float32), (), "", str(n), {})
+        return Document(
+            np.full(length, n), np.full(length, n), np.ones(length, np.float32), (), "", str(n), {}
+        )
+
     return Documents(Drawn(draw), None, None)
 
 
 def test_after_a_stop_anywhere_the_steps_are_those_of_a_run_without_it():
     def run():
         return Batches(numbered(), CAPACITY, 4, 2, 0)
+
     whole = [told(step) for _, step in zip(range(30), run())]
     rng, made, data = random.Random(0), [], run()
     for _ in range(20):  # each life ends after a few steps; what it leaves is a line of JSON
@@ -214,7 +279,7 @@ def test_after_a_stop_anywhere_the_steps_are_those_of_a_run_without_it():
         assert len(left) < 3000
         data = run()
         data.load_state_dict(json.loads(left))
-    assert len(made) > 10 and made == whole[:len(made)]
+    assert len(made) > 10 and made == whole[: len(made)]
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4), (4, 2)])
@@ -240,11 +305,21 @@ def test_over_a_change_of_ranks_an_epoch_has_every_document_once(before, after):
     lengths = [DRAWS["mixed"](random.Random(i)) for i in range(200)]
 
     def run(size: int, steps: int, state: dict | None) -> tuple[list, dict]:
-        ranks = [Batches(Documents(made_of(lengths), None, None), CAPACITY, 4, 1, 0, rank, size, lanes=4) for rank in range(size)]
+        ranks = [
+            Batches(Documents(made_of(lengths), None, None), CAPACITY, 4, 1, 0, rank, size, lanes=4)
+            for rank in range(size)
+        ]
         for r in ranks:
             if state:
                 r.load_state_dict(state)
-        seen = [int(i) // 1000 for r in ranks for _ in range(steps) for b in next(r, []) for i in b.ids[b.positions == 0] if i]
+        seen = [
+            int(i) // 1000
+            for r in ranks
+            for _ in range(steps)
+            for b in next(r, [])
+            for i in b.ids[b.positions == 0]
+            if i
+        ]
         parts = [r.state_dict() for r in ranks]
         return seen, parts[0] | {"buffers": {k: v for p in parts for k, v in p["buffers"].items()}}
 
@@ -256,6 +331,7 @@ def test_over_a_change_of_ranks_an_epoch_has_every_document_once(before, after):
 def test_a_plain_iterator_is_walked_again_to_where_it_was():
     def run():
         return Batches((d for d in stream("mixed", 0, 300)), CAPACITY, 4, 1, 0)
+
     whole = [told(step) for step in run()]
     data = run()
     first = [told(next(data)) for _ in range(5)]
@@ -267,14 +343,23 @@ def test_a_plain_iterator_is_walked_again_to_where_it_was():
 @pytest.mark.parametrize("kind", ["numbers", "files"])
 def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, config, kind):
     """SIGKILL between any two file operations, twenty times: each life logs rows and commits a state after each step."""
+
     def run() -> Batches:
-        return Batches(numbered() if kind == "numbers" else on_disk(tmp_path, tokenizer, config), CAPACITY, 4, 1, 0)
+        return Batches(
+            numbered() if kind == "numbers" else on_disk(tmp_path, tokenizer, config),
+            CAPACITY,
+            4,
+            1,
+            0,
+        )
 
     whole = [told(step) for _, step in zip(range(60), run())]
     rng, kills = random.Random(0), 0
     log, state = tmp_path / "log", tmp_path / "state"
     while not log.is_file() or len(log.read_text().splitlines()) < 60:
-        last = rng.randint(1, 6) if kills < 20 else None  # the file operation after which this life ends
+        last = (
+            rng.randint(1, 6) if kills < 20 else None
+        )  # the file operation after which this life ends
         child = os.fork()
         if child == 0:
             operations = itertools.count(1)
@@ -304,10 +389,25 @@ def on_disk(place, tokenizer, config, epochs: float = 0) -> Documents:
     if not (place / "mix.json").is_file():
         Image.new("RGB", (32, 32), "red").save(place / "red.png")
         for name in ("a", "b"):
-            rows = [record("<image>?" + "x" * (i * 7 % 50), f"{name}{i}", "gone.png" if i % 10 == 3 else "red.png") for i in range(100)]
+            rows = [
+                record(
+                    "<image>?" + "x" * (i * 7 % 50),
+                    f"{name}{i}",
+                    "gone.png" if i % 10 == 3 else "red.png",
+                )
+                for i in range(100)
+            ]
             (place / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (place / "mix.json").write_text(json.dumps({"datasets": {
-            name: {"data": f"{name}.jsonl", "weight": weight, "epochs": epochs} for name, weight in (("a", 3.0), ("b", 1.0))}}))
+        (place / "mix.json").write_text(
+            json.dumps(
+                {
+                    "datasets": {
+                        name: {"data": f"{name}.jsonl", "weight": weight, "epochs": epochs}
+                        for name, weight in (("a", 3.0), ("b", 1.0))
+                    }
+                }
+            )
+        )
     return Documents(Folder(place / "mix.json").stream({}, 0), Encoder(tokenizer, config), Faults())
 
 
@@ -325,18 +425,31 @@ def said(steps, tokenizer) -> list[str]:
 def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
     """First a run of its own, killed after three steps; or, when there is a state, on from there to the end."""
     place = Path(place)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
-    data, begun = Batches(on_disk(place, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0, rank, 2, lanes=4), place / "state"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2
+    )
+    data, begun = (
+        Batches(on_disk(place, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0, rank, 2, lanes=4),
+        place / "state",
+    )
     if begun.is_file():
         data.load_state_dict(json.loads(begun.read_text()))
-        (place / f"second-{rank}").write_text(json.dumps([said([step], tokenizer) for step in data]))
+        (place / f"second-{rank}").write_text(
+            json.dumps([said([step], tokenizer) for step in data])
+        )
     else:
-        (place / f"first-{rank}").write_text(json.dumps([said([next(data)], tokenizer) for _ in range(3)]))
+        (place / f"first-{rank}").write_text(
+            json.dumps([said([next(data)], tokenizer) for _ in range(3)])
+        )
         state = data.state_dict()
         if rank == 0:
             begun.write_text(json.dumps(state))
-    uneven = Batches(Documents(made_of([CAPACITY, 4] * 40), None, None), CAPACITY, 4, 1, 0, rank, 2, lanes=4)
-    (place / f"uneven-{rank}").write_text(json.dumps([sum(b.weight for b in step) for step in uneven]))
+    uneven = Batches(
+        Documents(made_of([CAPACITY, 4] * 40), None, None), CAPACITY, 4, 1, 0, rank, 2, lanes=4
+    )
+    (place / f"uneven-{rank}").write_text(
+        json.dumps([sum(b.weight for b in step) for step in uneven])
+    )
     torch.distributed.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -344,7 +457,10 @@ def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
 def two_ranks(place: Path, tokenizer, config) -> None:
     (place / "meet").unlink(missing_ok=True)
     context = torch.multiprocessing.get_context("spawn")
-    both = [context.Process(target=rank_of_two, args=(rank, str(place), tokenizer, config)) for rank in range(2)]
+    both = [
+        context.Process(target=rank_of_two, args=(rank, str(place), tokenizer, config))
+        for rank in range(2)
+    ]
     for p in both:
         p.start()
     for p in both:
@@ -352,7 +468,9 @@ def two_ranks(place: Path, tokenizer, config) -> None:
     assert [p.exitcode for p in both] == [-signal.SIGKILL] * 2
 
 
-def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp_path, tokenizer, config):
+def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(
+    tmp_path, tokenizer, config
+):
     """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: it gets padding till the end."""
     everything = sorted(f"{name}{i}" for name in "ab" for i in range(100) if i % 10 != 3)
 
@@ -361,7 +479,12 @@ def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp
 
     data = alone()  # writes the files, before two processes look for them
     two_ranks(tmp_path, tokenizer, config)
-    first = [a for rank in range(2) for step in json.loads((tmp_path / f"first-{rank}").read_text()) for a in step]
+    first = [
+        a
+        for rank in range(2)
+        for step in json.loads((tmp_path / f"first-{rank}").read_text())
+        for a in step
+    ]
     data.load_state_dict(json.loads((tmp_path / "state").read_text()))
     assert len(first) > 30 and sorted(first + said(data, tokenizer)) == everything
     long, short = [json.loads((tmp_path / f"uneven-{rank}").read_text()) for rank in range(2)]
@@ -372,10 +495,15 @@ def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(tmp
     (tmp_path / "state").write_text(json.dumps(data.state_dict()))
     two_ranks(tmp_path, tokenizer, config)
     second = [json.loads((tmp_path / f"second-{rank}").read_text()) for rank in range(2)]
-    assert len(second[0]) == len(second[1]) and sorted(first + [a for rank in second for step in rank for a in step]) == everything
+    assert (
+        len(second[0]) == len(second[1])
+        and sorted(first + [a for rank in second for step in rank for a in step]) == everything
+    )
 
 
-def test_data_that_changed_or_that_ranks_see_differently_is_refused(tmp_path, tokenizer, config, monkeypatch):
+def test_data_that_changed_or_that_ranks_see_differently_is_refused(
+    tmp_path, tokenizer, config, monkeypatch
+):
     """A record more or less, and every number means another record."""
     data = Batches(on_disk(tmp_path, tokenizer, config, epochs=1), CAPACITY, 4, 1, 0)
     state = data.state_dict()
@@ -392,13 +520,20 @@ def test_data_that_changed_or_that_ranks_see_differently_is_refused(tmp_path, to
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
+
 @pytest.mark.parametrize("mix", ["tiles", "any-resolution", "short", "long", "two-valued", "zipf"])
 def test_rows_are_full_and_the_vision_balanced_whatever_the_lengths(mix):
-    sizes = [packing.Size(t, v) for t, v in packing.example(mix, 12000 if mix in ("short", "zipf") else 3000, seed=1)]
+    sizes = [
+        packing.Size(t, v)
+        for t, v in packing.example(mix, 12000 if mix in ("short", "zipf") else 3000, seed=1)
+    ]
     for ranks, most in ((8, 1.03), (32, 1.05)):
         figures, made = packing.measure(Rows, sizes, 8192, ranks)
         assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
-        assert figures["fill"] >= (0.999 if mix in ("tiles", "any-resolution") else 0.99) and figures["max_wait_rows"] <= 64
+        assert (
+            figures["fill"] >= (0.999 if mix in ("tiles", "any-resolution") else 0.99)
+            and figures["max_wait_rows"] <= 64
+        )
         assert figures["vision_max_over_mean"] <= most or mix in ("long", "zipf")
 
 
@@ -407,12 +542,26 @@ def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys)
     with open(tmp_path / "lengths.txt", "a") as f:
         f.write("9000 3\n")
     capsys.readouterr()
-    assert packing.main(packing.Options(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png")) == 0
+    assert (
+        packing.main(
+            packing.Options(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png")
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
-    assert found["naive"]["fill"] < 0.95 < found["ours"]["fill"] and found["first_fit"]["fill"] < found["ours"]["fill"]
+    assert (
+        found["naive"]["fill"] < 0.95 < found["ours"]["fill"]
+        and found["first_fit"]["fill"] < found["ours"]["fill"]
+    )
     assert found["ours"]["padding"] == pytest.approx(1 - found["ours"]["fill"])
-    assert set(found["ours"]) == {"fill", "padding", "vision_max_over_mean", "attention_max_over_mean",
-                                               "max_wait_rows", "us_per_sample"}
+    assert set(found["ours"]) == {
+        "fill",
+        "padding",
+        "vision_max_over_mean",
+        "attention_max_over_mean",
+        "max_wait_rows",
+        "us_per_sample",
+    }
     assert Image.open(tmp_path / "rows.png").size[0] > 100
     assert packing.main(packing.Options(tmp_path / "lengths.txt", out=tmp_path / "rows.png")) == 0
     assert "1 left out" in capsys.readouterr().out
@@ -420,26 +569,36 @@ def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys)
 
 # --------------------------------------------------------------------------------------------------------- loss weights
 
-@pytest.mark.parametrize("weighting, total", [("token", lambda n: n), ("sample", lambda n: 1), ("sqrt", lambda n: n ** 0.5)])
+
+@pytest.mark.parametrize(
+    "weighting, total",
+    [("token", lambda n: n), ("sample", lambda n: 1), ("sqrt", lambda n: n**0.5)],
+)
 def test_a_sample_weighs_as_much_as_its_weighting_says(encoder, weighting, total):
     seen = set()
     for i in range(20):
         d = replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY))
         n = int((d.labels >= 0).sum())
         seen.add(n)
-        assert ((d.weights > 0) == (d.labels >= 0)).all() and len(set(d.weights[d.labels >= 0].tolist())) == 1
+        assert ((d.weights > 0) == (d.labels >= 0)).all() and len(
+            set(d.weights[d.labels >= 0].tolist())
+        ) == 1
         assert float(d.weights.sum()) == pytest.approx(total(n), rel=1e-5)
     assert len(seen) > 5
 
 
-def test_the_objective_is_the_weighted_sum_of_the_labels_log_probabilities(model, encoder, tokenizer):
+def test_the_objective_is_the_weighted_sum_of_the_labels_log_probabilities(
+    model, encoder, tokenizer
+):
     found = [replace(encoder, weighting="sqrt")(world.sample(i, 1, EVERY)) for i in range(5)]
     batch = collate([found[:3], found[3:]], 512, tokenizer.pad)
     loss, stats = answers(model, batch)
     with torch.no_grad():
         logits = model(batch.ids, batch.images, batch.positions, batch.segments)
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
-    assert float(loss.detach()) == pytest.approx(float((each * batch.weights).sum()), rel=1e-5) and stats["loss"] == float(loss)
+    assert float(loss.detach()) == pytest.approx(
+        float((each * batch.weights).sum()), rel=1e-5
+    ) and stats["loss"] == float(loss)
 
 
 class Caught:
@@ -457,7 +616,9 @@ class Caught:
 
 
 @pytest.mark.parametrize("weighting", ["token", "sample"])
-def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_gradient(model, encoder, tokenizer, weighting):
+def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_gradient(
+    model, encoder, tokenizer, weighting
+):
     model.double()
     found = [replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)) for i in range(8)]
     group = [found[:4], found[4:5], found[5:7], found[7:]]  # rows of very different weight
@@ -480,11 +641,22 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
 
 
 @pytest.mark.parametrize("weighting", ["token", "sample", "sqrt"])
-def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(model, encoder, weighting):
+def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(
+    model, encoder, weighting
+):
     """In fp32. Ranks are played one after another: their gradients are summed, as parallel.sum_gradients does."""
-    given = [replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i)) for i in range(60)]
-    steps = {(size, accumulate): [b for rank in range(size) for b in next(Batches(given, 512, 4, accumulate, 0, rank, size, 16, lanes=4))]
-             for size, accumulate in ((1, 1), (1, 4), (2, 2), (4, 1))}
+    given = [
+        replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i))
+        for i in range(60)
+    ]
+    steps = {
+        (size, accumulate): [
+            b
+            for rank in range(size)
+            for b in next(Batches(given, 512, 4, accumulate, 0, rank, size, 16, lanes=4))
+        ]
+        for size, accumulate in ((1, 1), (1, 4), (2, 2), (4, 1))
+    }
     inside = [given[int(name)] for b in steps[1, 1] for name in b.owners if name != "padding"]
 
     def gradient(parts: list) -> torch.Tensor:
@@ -496,6 +668,8 @@ def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumu
         return found
 
     alone = gradient([collate([[d]], None, 0) for d in inside])
-    assert sum(b.weight for b in steps[1, 1]) == pytest.approx(sum(float(d.weights.sum()) for d in inside), rel=1e-5)
+    assert sum(b.weight for b in steps[1, 1]) == pytest.approx(
+        sum(float(d.weights.sum()) for d in inside), rel=1e-5
+    )
     for how, parts in steps.items():
         assert (gradient(parts) - alone).norm() <= 1e-5 * alone.norm(), how

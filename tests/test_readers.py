@@ -2,6 +2,7 @@
 
 `python tests/test_readers.py 10000` reads a dataset of that size with 5 % faults of every kind, and prints what was counted.
 """
+
 import base64
 import io
 import json
@@ -42,11 +43,25 @@ RED, BLUE = (encoded(Image.new("RGB", (32, 32), c)) for c in ("red", "blue"))
 
 def say(sample: Sample) -> list:
     """A sample as (role, text with <i> for each image); what a test can compare."""
-    return [(m.role, "".join(p if isinstance(p, str) else "<v>" if isinstance(p, Video) else "<i>" for p in m.parts)) for m in sample.messages]
+    return [
+        (
+            m.role,
+            "".join(
+                p if isinstance(p, str) else "<v>" if isinstance(p, Video) else "<i>"
+                for p in m.parts
+            ),
+        )
+        for m in sample.messages
+    ]
 
 
 def colors(sample: Sample, root: Path) -> list[tuple]:
-    return [open_image(p, sample.root or root).getpixel((3, 3)) for m in sample.messages for p in m.parts if not isinstance(p, str)]
+    return [
+        open_image(p, sample.root or root).getpixel((3, 3))
+        for m in sample.messages
+        for p in m.parts
+        if not isinstance(p, str)
+    ]
 
 
 @pytest.fixture
@@ -70,29 +85,130 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
 QA = [("user", "<i>\nwhat?"), ("assistant", "red")]
 URL = "data:image/png;base64," + base64.b64encode(RED).decode()
 ROWS = {
-    "llava": ({"image": "red.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]}, QA),
-    "minimind": ({"image_bytes": "red.png", "conversations": json.dumps([{"role": "user", "content": "<image>\nwhat?"},
-                                                                        {"role": "assistant", "content": "red"}])}, QA),
-    "sharegpt": ({"images": ["red.png", "blue.png"], "system": "be brief", "conversations": [
-        {"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "red"}]},
-        [("system", "be brief"), ("user", "<i> or <i>?"), ("assistant", "red")]),
-    "llama-factory": ({"images": ["red.png"], "messages": [{"role": "user", "content": "<image>\nwhat?"},
-                                                           {"role": "assistant", "content": "red"}]}, QA),
-    "openai": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "\nwhat?"}]},
-                             {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]}, QA),
-    "hf": ({"images": ["red.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]},
-                                                {"role": "assistant", "content": "red"}]}, QA),
-    "qwen path": ({"messages": [{"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "\nwhat?"}]},
-                                {"role": "assistant", "content": "red"}]}, QA),
-    "mark as words": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "what is <image>?"}]},
-                                    {"role": "assistant", "content": "a tag"}]}, [("user", "what is < image>?"), ("assistant", "a tag")]),
-    "the_cauldron": ({"images": ["red.png"], "texts": [{"user": "what?", "assistant": "red", "source": "x"},
-                                                       {"user": "sure?", "assistant": "yes", "source": "x"}]},
-                     QA + [("user", "sure?"), ("assistant", "yes")]),
-    "obelics": ({"images": [None, "red.png", None], "texts": ["see ", None, " there"], "metadata": "{}"}, [("assistant", "see <i> there")]),
-    "verl": ({"data_source": "geo", "prompt": [{"role": "user", "content": "<image>\nwhat?"}], "images": ["red.png"], "ability": "math",
-              "reward_model": {"style": "rule", "ground_truth": "red"}, "extra_info": {"index": 0}}, QA),
-    "text": ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]}, [("user", "hi"), ("assistant", "red")]),
+    "llava": (
+        {
+            "image": "red.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat?"},
+                {"from": "gpt", "value": "red"},
+            ],
+        },
+        QA,
+    ),
+    "minimind": (
+        {
+            "image_bytes": "red.png",
+            "conversations": json.dumps(
+                [
+                    {"role": "user", "content": "<image>\nwhat?"},
+                    {"role": "assistant", "content": "red"},
+                ]
+            ),
+        },
+        QA,
+    ),
+    "sharegpt": (
+        {
+            "images": ["red.png", "blue.png"],
+            "system": "be brief",
+            "conversations": [
+                {"from": "human", "value": "<image> or <image>?"},
+                {"from": "gpt", "value": "red"},
+            ],
+        },
+        [("system", "be brief"), ("user", "<i> or <i>?"), ("assistant", "red")],
+    ),
+    "llama-factory": (
+        {
+            "images": ["red.png"],
+            "messages": [
+                {"role": "user", "content": "<image>\nwhat?"},
+                {"role": "assistant", "content": "red"},
+            ],
+        },
+        QA,
+    ),
+    "openai": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": URL}},
+                        {"type": "text", "text": "\nwhat?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+            ]
+        },
+        QA,
+    ),
+    "hf": (
+        {
+            "images": ["red.png"],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": "\nwhat?"}],
+                },
+                {"role": "assistant", "content": "red"},
+            ],
+        },
+        QA,
+    ),
+    "qwen path": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "red.png"},
+                        {"type": "text", "text": "\nwhat?"},
+                    ],
+                },
+                {"role": "assistant", "content": "red"},
+            ]
+        },
+        QA,
+    ),
+    "mark as words": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "what is <image>?"}]},
+                {"role": "assistant", "content": "a tag"},
+            ]
+        },
+        [("user", "what is < image>?"), ("assistant", "a tag")],
+    ),
+    "the_cauldron": (
+        {
+            "images": ["red.png"],
+            "texts": [
+                {"user": "what?", "assistant": "red", "source": "x"},
+                {"user": "sure?", "assistant": "yes", "source": "x"},
+            ],
+        },
+        QA + [("user", "sure?"), ("assistant", "yes")],
+    ),
+    "obelics": (
+        {"images": [None, "red.png", None], "texts": ["see ", None, " there"], "metadata": "{}"},
+        [("assistant", "see <i> there")],
+    ),
+    "verl": (
+        {
+            "data_source": "geo",
+            "prompt": [{"role": "user", "content": "<image>\nwhat?"}],
+            "images": ["red.png"],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "red"},
+            "extra_info": {"index": 0},
+        },
+        QA,
+    ),
+    "text": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "red"}]},
+        [("user", "hi"), ("assistant", "red")],
+    ),
 }
 
 
@@ -103,11 +219,22 @@ def test_a_row_of_every_format_is_read_as_it_was_written(root, name, container, 
     if container == "parquet":
         pa = pytest.importorskip("pyarrow")
         from pyarrow import parquet
+
         row = json.loads(json.dumps(row))
         if row.get("images"):  # as Hugging Face stores an image column
-            row["images"] = [v and {"bytes": (root / v).read_bytes(), "path": v} for v in row["images"]]
-        for m in row.get("messages", []) if any(isinstance(m["content"], list) for m in row.get("messages", [])) else []:
-            m["content"] = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]  # a column has one type
+            row["images"] = [
+                v and {"bytes": (root / v).read_bytes(), "path": v} for v in row["images"]
+            ]
+        for m in (
+            row.get("messages", [])
+            if any(isinstance(m["content"], list) for m in row.get("messages", []))
+            else []
+        ):
+            m["content"] = (
+                [{"type": "text", "text": m["content"]}]
+                if isinstance(m["content"], str)
+                else m["content"]
+            )  # a column has one type
         parquet.write_table(pa.Table.from_pylist([row, row]), root / "my.parquet", row_group_size=1)
     elif container == "json":
         (root / "my.json").write_text(json.dumps([row, row], indent=2))
@@ -117,7 +244,10 @@ def test_a_row_of_every_format_is_read_as_it_was_written(root, name, container, 
     assert len(folder) == 2 and not folder.faults.counts
     for i in range(2):
         s = folder[i]
-        assert say(s) == want and colors(s, root) == [(255, 0, 0), (0, 0, 255)][:str(want).count("<i>")]
+        assert (
+            say(s) == want
+            and colors(s, root) == [(255, 0, 0), (0, 0, 255)][: str(want).count("<i>")]
+        )
         assert s.origin == f"my.{container}:{2 * i + 1 if container == 'jsonl' else i + 1}"
         Encoder(tokenizer, config, folder.root)(s)
     if name == "verl":
@@ -125,32 +255,69 @@ def test_a_row_of_every_format_is_read_as_it_was_written(root, name, container, 
 
 
 def test_ratings_below_the_wish_leave_out_their_turns(root):
-    row = {"images": ["red.png"], "texts": [{"user": f"q{i}", "assistant": f"a{i}"} for i in range(3)],
-           "relevance_ratings": [5, 2, 4], "formatting_ratings": [5, 5, None]}
+    row = {
+        "images": ["red.png"],
+        "texts": [{"user": f"q{i}", "assistant": f"a{i}"} for i in range(3)],
+        "relevance_ratings": [5, 2, 4],
+        "formatting_ratings": [5, 5, None],
+    }
     (root / "my.jsonl").write_text(json.dumps(row))
-    (root / "mix.json").write_text(json.dumps({"datasets": {"x": {"data": "my.jsonl", "min_rating": 4}}}))
+    (root / "mix.json").write_text(
+        json.dumps({"datasets": {"x": {"data": "my.jsonl", "min_rating": 4}}})
+    )
     assert [t for _, t in say(Folder(root / "mix.json")[0])] == ["<i>\nq0", "a0", "q2", "a2"]
 
 
 def test_a_webdataset_shard_gives_captions_conversations_and_pages(root):
     page = {"pages": [{"lines": {"text": ["first", "second"], "bbox": []}}]}
-    files = {"a/000.png": RED, "a/000.txt": b"a red one", "a/001.png": BLUE, "a/001.json": json.dumps({"caption": "a blue one"}).encode(),
-             "a/002.json": json.dumps(ROWS["llava"][0]).encode(), "a/002.png": RED, "b.png": BLUE, "b.json": json.dumps(page).encode(),
-             "x" * 150 + ".png": RED, "x" * 150 + ".txt": b"a long name"}
+    files = {
+        "a/000.png": RED,
+        "a/000.txt": b"a red one",
+        "a/001.png": BLUE,
+        "a/001.json": json.dumps({"caption": "a blue one"}).encode(),
+        "a/002.json": json.dumps(ROWS["llava"][0]).encode(),
+        "a/002.png": RED,
+        "b.png": BLUE,
+        "b.json": json.dumps(page).encode(),
+        "x" * 150 + ".png": RED,
+        "x" * 150 + ".txt": b"a long name",
+    }
     folder = Folder(tar(root / "shard-000.tar", files))
-    assert [say(folder[i])[-1][1] for i in range(len(folder))] == ["a red one", "a blue one", "red", "first\nsecond", "a long name"]
-    assert [colors(folder[i], root)[0][0] for i in range(5)] == [255, 0, 255, 0, 255] and not folder.faults.counts
+    assert [say(folder[i])[-1][1] for i in range(len(folder))] == [
+        "a red one",
+        "a blue one",
+        "red",
+        "first\nsecond",
+        "a long name",
+    ]
+    assert [colors(folder[i], root)[0][0] for i in range(5)] == [
+        255,
+        0,
+        255,
+        0,
+        255,
+    ] and not folder.faults.counts
     tar(root / "shard-001.tar", {"c.png": RED, "c.txt": b"another"})
     assert len(Folder(root / "shard-*.tar")) == 6
 
 
 def test_a_vlmevalkit_table_becomes_questions_with_options(root):
-    rows = ["index\timage\tquestion\thint\tA\tB\tanswer", f'0\t{base64.b64encode(RED).decode()}\t"two\nlines ""quoted"""\tlook\tred\tblue\tA',
-            f"1\t{base64.b64encode(BLUE).decode()}\twhat?\t\t\t\tblue", "2\t!!!\twhat?\t\t\t\tblue"]
+    rows = [
+        "index\timage\tquestion\thint\tA\tB\tanswer",
+        f'0\t{base64.b64encode(RED).decode()}\t"two\nlines ""quoted"""\tlook\tred\tblue\tA',
+        f"1\t{base64.b64encode(BLUE).decode()}\twhat?\t\t\t\tblue",
+        "2\t!!!\twhat?\t\t\t\tblue",
+    ]
     (root / "my.tsv").write_text("\n".join(rows) + "\n")
     folder = Folder(root / "my.tsv")
-    assert say(folder[0]) == [("user", '<i>\nHint: look\ntwo\nlines "quoted"\nA. red\nB. blue\nAnswer with the letter.'), ("assistant", "A")]
-    assert say(folder[1]) == [("user", "<i>\nwhat?"), ("assistant", "blue")] and folder.faults.counts == {"malformed record": 1}
+    assert say(folder[0]) == [
+        ("user", '<i>\nHint: look\ntwo\nlines "quoted"\nA. red\nB. blue\nAnswer with the letter.'),
+        ("assistant", "A"),
+    ]
+    assert say(folder[1]) == [
+        ("user", "<i>\nwhat?"),
+        ("assistant", "blue"),
+    ] and folder.faults.counts == {"malformed record": 1}
 
 
 @pytest.mark.parametrize("how", ["list", "folder", "gif", "webp"])
@@ -162,8 +329,19 @@ def test_a_video_becomes_numbered_frames(root, how, tokenizer, config):
         f.save(root / "clip" / f"{i:03d}.png")
     frames[0].save(root / "clip.gif", save_all=True, append_images=frames[1:], loop=0)
     frames[0].save(root / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
-    value = {"list": [f"clip/{i:03d}.png" for i in range(12)], "folder": "clip", "gif": "clip.gif", "webp": "clip.webp"}[how]
-    row = {"video": value, "conversations": [{"from": "human", "value": "<video>\nwhat?"}, {"from": "gpt", "value": "a fade"}]}
+    value = {
+        "list": [f"clip/{i:03d}.png" for i in range(12)],
+        "folder": "clip",
+        "gif": "clip.gif",
+        "webp": "clip.webp",
+    }[how]
+    row = {
+        "video": value,
+        "conversations": [
+            {"from": "human", "value": "<video>\nwhat?"},
+            {"from": "gpt", "value": "a fade"},
+        ],
+    }
     (root / "my.jsonl").write_text(json.dumps(row))
     encoder = Encoder(tokenizer, config, root)
     seen = encoder.unrolled(Folder(root / "my.jsonl")[0])
@@ -178,13 +356,31 @@ def test_a_video_becomes_numbered_frames(root, how, tokenizer, config):
 
 def test_the_tile_budget_of_a_dataset_is_shared_by_its_images(root, tokenizer):
     from dataclasses import replace
+
     config = replace(PRESETS["toy"], max_tiles=12, min_tiles=1)
     Image.new("RGB", (400, 100)).save(root / "wide.png")
-    row = {"image": ["wide.png"] * 2, "conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "x"}]}
+    row = {
+        "image": ["wide.png"] * 2,
+        "conversations": [
+            {"from": "human", "value": "<image><image>"},
+            {"from": "gpt", "value": "x"},
+        ],
+    }
     (root / "my.jsonl").write_text(json.dumps(row))
     count = {}
     for most in (0, 8, 1):
-        (root / "meta.json").write_text(json.dumps({"x": {"root": ".", "annotation": "my.jsonl", "max_dynamic_patch": most, "repeat_time": 1}}))
+        (root / "meta.json").write_text(
+            json.dumps(
+                {
+                    "x": {
+                        "root": ".",
+                        "annotation": "my.jsonl",
+                        "max_dynamic_patch": most,
+                        "repeat_time": 1,
+                    }
+                }
+            )
+        )
         count[most] = len(Encoder(tokenizer, config)(Folder(root / "meta.json")[0]).images)
     assert count == {0: 10, 8: 10, 1: 2}  # four tiles and a thumbnail each, or one tile
 
@@ -194,7 +390,11 @@ def test_text_after_the_last_image_may_be_cut_and_nothing_else(tokenizer, config
     sample = Sample((Message("user", ("q", picture)), Message("assistant", ("word " * 100,))))
     whole = Encoder(tokenizer, config)(sample)
     short = Encoder(tokenizer, config, max_length=60, long="truncate")(sample)
-    assert len(short) == 60 and (short.ids == whole.ids[:60]).all() and (short.labels[:59] == whole.labels[:59]).all()
+    assert (
+        len(short) == 60
+        and (short.ids == whole.ids[:60]).all()
+        and (short.labels[:59] == whole.labels[:59]).all()
+    )
     end = int(np.flatnonzero(whole.ids == tokenizer.special["</img>"])[0])
     for n in (end, end - 2):
         with pytest.raises(BadSample, match="too long"):
@@ -205,8 +405,11 @@ def test_text_after_the_last_image_may_be_cut_and_nothing_else(tokenizer, config
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures
 
+
 def written(root: Path, name: str, n: int, **more) -> None:
-    (root / f"{name}.jsonl").write_text("".join(json.dumps(record(f"{name} {i}?", f"{name}{i}", **more)) + "\n" for i in range(n)))
+    (root / f"{name}.jsonl").write_text(
+        "".join(json.dumps(record(f"{name} {i}?", f"{name}{i}", **more)) + "\n" for i in range(n))
+    )
 
 
 def take(stream, n: int) -> list[str]:
@@ -216,16 +419,27 @@ def take(stream, n: int) -> list[str]:
 def test_a_mixture_is_drawn_by_weight_within_its_epochs_and_caps(root):
     for name, n in (("a", 50), ("b", 200), ("c", 40)):
         written(root, name, n)
-    (root / "mix.json").write_text(json.dumps({"datasets": {
-        "a": {"data": "a.jsonl", "weight": 3.0}, "b": {"data": "b.jsonl", "weight": 1.0, "cap": 20, "task": "bee"},
-        "c": {"data": "c.jsonl", "weight": 1.0, "epochs": 2}}}))
+    (root / "mix.json").write_text(
+        json.dumps(
+            {
+                "datasets": {
+                    "a": {"data": "a.jsonl", "weight": 3.0},
+                    "b": {"data": "b.jsonl", "weight": 1.0, "cap": 20, "task": "bee"},
+                    "c": {"data": "c.jsonl", "weight": 1.0, "epochs": 2},
+                }
+            }
+        )
+    )
     folder = Folder(root / "mix.json")
     seen = Counter(take(folder.stream({}, 0), 4000))
     by = Counter({k: sum(n for a, n in seen.items() if a[0] == k) for k in "abc"})
     assert by["c"] == 80 and set(n for a, n in seen.items() if a[0] == "c") == {2}
     assert len([a for a in seen if a[0] == "b"]) == 20 and 2.6 < by["a"] / by["b"] < 3.4
     a = [x for x in take(folder.stream({}, 0), 500) if x[0] == "a"]
-    assert sorted(a[:50]) == sorted(a[50:100]) == sorted(f"a{i}" for i in range(50)) and a[:50] != a[50:100]
+    assert (
+        sorted(a[:50]) == sorted(a[50:100]) == sorted(f"a{i}" for i in range(50))
+        and a[:50] != a[50:100]
+    )
     assert set(x[0] for x in take(folder.stream({"bee": 1.0, "other": 9.0}, 0), 30)) == {"b"}
 
 
@@ -233,24 +447,51 @@ def test_a_cap_counts_all_tasks_of_a_dataset_and_internvls_repeat_is_a_share_or_
     rows = [record(f"{i}?", f"a{i}", task="even" if i % 2 == 0 else "odd") for i in range(100)]
     (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     written(root, "b", 50)
-    (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl", "cap": 66, "epochs": 1}}}))
+    (root / "mix.json").write_text(
+        json.dumps({"datasets": {"a": {"data": "a.jsonl", "cap": 66, "epochs": 1}}})
+    )
     kept = sorted(int(a[1:]) for a in take(Folder(root / "mix.json").stream({}, 0), 1000))
     assert len(kept) == 66 and kept == [i * 100 // 66 for i in range(66)]
-    (root / "meta.json").write_text(json.dumps({"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.3},
-                                                "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 3}}))
+    (root / "meta.json").write_text(
+        json.dumps(
+            {
+                "a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.3},
+                "b": {"root": ".", "annotation": "b.jsonl", "repeat_time": 3},
+            }
+        )
+    )
     seen = Counter(take(Folder(root / "meta.json").stream({}, 0), 3600))
     assert len([a for a in seen if a[0] == "a"]) == 30 and len(seen) == 80
-    assert 4 < sum(n for a, n in seen.items() if a[0] == "b") / sum(n for a, n in seen.items() if a[0] == "a") < 6  # 150 to 30
+    assert (
+        4
+        < sum(n for a, n in seen.items() if a[0] == "b")
+        / sum(n for a, n in seen.items() if a[0] == "a")
+        < 6
+    )  # 150 to 30
 
 
-def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_and_faults(root, capsys):
-    rows = [record("<image>\nwhät?", "réd", "red.png", task="t"), record("<image>?", "x", "gone.png"), record("hi", "yo")]
+def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_and_faults(
+    root, capsys
+):
+    rows = [
+        record("<image>\nwhät?", "réd", "red.png", task="t"),
+        record("<image>?", "x", "gone.png"),
+        record("hi", "yo"),
+    ]
     (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl"}}}))
     assert show_samples(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
     said = capsys.readouterr().out
-    assert "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said and "\033[32mréd<|im_end|>\033[0m" in said and "yo" not in said
-    assert "2 samples usable" in said and "tasks: t 1, (none) 1" in said and "skipped 1 x missing image; first: missing image: a.jsonl:2" in said
+    assert (
+        "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said
+        and "\033[32mréd<|im_end|>\033[0m" in said
+        and "yo" not in said
+    )
+    assert (
+        "2 samples usable" in said
+        and "tasks: t 1, (none) 1" in said
+        and "skipped 1 x missing image; first: missing image: a.jsonl:2" in said
+    )
     assert open_image(root / "show" / "0-0.png").getpixel((3, 3)) == (255, 0, 0)
 
 
@@ -263,7 +504,9 @@ def test_image_paths_start_beside_their_own_file(root):
     assert [colors(folder[i], Path("/nowhere"))[0] for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
 
 
-@pytest.mark.parametrize("wrong", [{"data": "a.jsonl", "wieght": 1}, {"weight": 1.0}, {"data": "no.jsonl"}])
+@pytest.mark.parametrize(
+    "wrong", [{"data": "a.jsonl", "wieght": 1}, {"weight": 1.0}, {"data": "no.jsonl"}]
+)
 def test_a_mixture_with_an_unknown_key_or_file_is_an_error_that_names_it(root, wrong):
     written(root, "a", 3)
     (root / "mix.json").write_text(json.dumps({"datasets": {"x": wrong}}))
@@ -273,11 +516,16 @@ def test_a_mixture_with_an_unknown_key_or_file_is_an_error_that_names_it(root, w
 
 def test_an_epoch_with_an_end_ends(root):
     written(root, "a", 30)
-    (root / "mix.json").write_text(json.dumps({"datasets": {"x": {"data": "a.jsonl", "epochs": 1}}}))
-    assert sorted(take(Folder(root / "mix.json").stream({}, 0), 1000)) == sorted(f"a{i}" for i in range(30))
+    (root / "mix.json").write_text(
+        json.dumps({"datasets": {"x": {"data": "a.jsonl", "epochs": 1}}})
+    )
+    assert sorted(take(Folder(root / "mix.json").stream({}, 0), 1000)) == sorted(
+        f"a{i}" for i in range(30)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- order
+
 
 @pytest.mark.parametrize("n", [1, 1000, RUN, 5 * RUN + 7, 3 * WINDOW + 11])
 def test_an_order_is_a_permutation_each_epoch_and_a_function_of_the_number(n):
@@ -308,11 +556,18 @@ def test_worker_processes_change_nothing_but_the_time(root, tokenizer, config):
 
     def steps(workers: int) -> tuple[list, Counter]:
         folder, faults = Folder(root / "my.jsonl"), Faults()
-        documents = Documents(folder.stream({}, 0), Encoder(tokenizer, config, folder.root), faults, workers=workers)
-        made = [b.ids.tolist() for _, step in zip(range(6), Batches(documents, 256, 2, 1, 0, buffer=8)) for b in step]
+        documents = Documents(
+            folder.stream({}, 0), Encoder(tokenizer, config, folder.root), faults, workers=workers
+        )
+        made = [
+            b.ids.tolist()
+            for _, step in zip(range(6), Batches(documents, 256, 2, 1, 0, buffer=8))
+            for b in step
+        ]
         if documents.pool:
             documents.pool.shutdown(cancel_futures=True)
         return made, faults.counts
+
     alone, helped = steps(0), steps(1)
     assert alone[0] == helped[0] and alone[1] == helped[1] and alone[1]["missing image"] > 5
 
@@ -335,28 +590,58 @@ def test_the_world_is_a_function_of_the_number():
 # ------------------------------------------------------------------------------------------------------------------ faults
 
 ODD = {  # strange, and fine
-    "cmyk.jpg": encoded(Image.new("CMYK", (40, 40)), "JPEG"), "alpha.png": encoded(Image.new("RGBA", (40, 40), (9, 9, 9, 40))),
-    "deep.png": png(3, 1, 16, 0, b"\0" + bytes(6)), "palette.png": encoded(Image.new("P", (40, 40))),
-    "turned.jpg": encoded(Image.new("RGB", (40, 30)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
-    "moving.gif": encoded(Image.new("RGB", (20, 20)), "GIF", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")])}
+    "cmyk.jpg": encoded(Image.new("CMYK", (40, 40)), "JPEG"),
+    "alpha.png": encoded(Image.new("RGBA", (40, 40), (9, 9, 9, 40))),
+    "deep.png": png(3, 1, 16, 0, b"\0" + bytes(6)),
+    "palette.png": encoded(Image.new("P", (40, 40))),
+    "turned.jpg": encoded(
+        Image.new("RGB", (40, 30)),
+        "JPEG",
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+    ),
+    "moving.gif": encoded(
+        Image.new("RGB", (20, 20)),
+        "GIF",
+        save_all=True,
+        append_images=[Image.new("RGB", (20, 20), "red")],
+    ),
+}
 WHOLE = encoded(noise(64, 48), "JPEG")
 FLIPPED = bytearray(RED)
 FLIPPED[45] ^= 255
-PICTURES = {"half.jpg": WHOLE[:len(WHOLE) // 2], "less.jpg": WHOLE[:-2], "empty.png": b"", "page.png": b"<!doctype html>", "svg.png": b"<svg/>",
-            "crc.png": bytes(FLIPPED)}
+PICTURES = {
+    "half.jpg": WHOLE[: len(WHOLE) // 2],
+    "less.jpg": WHOLE[:-2],
+    "empty.png": b"",
+    "page.png": b"<!doctype html>",
+    "svg.png": b"<svg/>",
+    "crc.png": bytes(FLIPPED),
+}
 LARGE = {"bomb.png": png(9000, 8000, 8, 2, b""), "thin.png": encoded(Image.new("RGB", (1, 5000)))}
 line = lambda *a, **k: json.dumps(record(*a, **k)).encode()
-FAULTS = ([("unreadable image", lambda k, name=name: line("<image>?", k, name)) for name in PICTURES] +
-          [("oversized image", lambda k, name=name: line("<image>?", k, name)) for name in LARGE] +
-          [("path outside the image folder", lambda k, name=name: line("<image>?", k, name)) for name in (
-              "../secret.png", "/etc/hostname", "link.png", "a/../../secret.png")] +
-          [("missing image", lambda k: line("<image>?", k, "gone.png")), ("missing image", lambda k: line("<image>?", k, "file:///etc/hostname")),
-           ("remote image", lambda k: line("<image>?", k, "http://127.0.0.1/x.png")),
-           ("wrong placeholder count", lambda k: line("<image><image>?", k, "good.jpg")), ("wrong placeholder count", lambda k: line("<image>?", k)),
-           ("empty answer", lambda k: line("q", " ")), ("empty question", lambda k: line(" ", k)),
-           ("malformed record", lambda k: b'{"conversations": [' + b"\xff\xfe" + b"]}"), ("malformed record", lambda k: line("\ud800", k)),
-           ("malformed record", lambda k: b"[" * 100_000), ("malformed record", lambda k: line("q", k)[:-9]),
-           ("malformed record", lambda k: b'{"x": NaN, ' + line("q", k)[1:]), ("too long", lambda k: line("q" * 3000, k))])
+FAULTS = (
+    [("unreadable image", lambda k, name=name: line("<image>?", k, name)) for name in PICTURES]
+    + [("oversized image", lambda k, name=name: line("<image>?", k, name)) for name in LARGE]
+    + [
+        ("path outside the image folder", lambda k, name=name: line("<image>?", k, name))
+        for name in ("../secret.png", "/etc/hostname", "link.png", "a/../../secret.png")
+    ]
+    + [
+        ("missing image", lambda k: line("<image>?", k, "gone.png")),
+        ("missing image", lambda k: line("<image>?", k, "file:///etc/hostname")),
+        ("remote image", lambda k: line("<image>?", k, "http://127.0.0.1/x.png")),
+        ("wrong placeholder count", lambda k: line("<image><image>?", k, "good.jpg")),
+        ("wrong placeholder count", lambda k: line("<image>?", k)),
+        ("empty answer", lambda k: line("q", " ")),
+        ("empty question", lambda k: line(" ", k)),
+        ("malformed record", lambda k: b'{"conversations": [' + b"\xff\xfe" + b"]}"),
+        ("malformed record", lambda k: line("\ud800", k)),
+        ("malformed record", lambda k: b"[" * 100_000),
+        ("malformed record", lambda k: line("q", k)[:-9]),
+        ("malformed record", lambda k: b'{"x": NaN, ' + line("q", k)[1:]),
+        ("too long", lambda k: line("q" * 3000, k)),
+    ]
+)
 
 
 def plant(root: Path, n: int) -> tuple[Counter, Counter]:
@@ -378,20 +663,38 @@ def plant(root: Path, n: int) -> tuple[Counter, Counter]:
             else:
                 name = names[i % len(names)]
                 answers[f"line{i}"] += 1
-                f.write(line("<|im_end|><IMG_CONTEXT> ?" if name is None else "<image>\n<|im_start|>?", f"line{i}", name) + b"\n")
+                f.write(
+                    line(
+                        "<|im_end|><IMG_CONTEXT> ?" if name is None else "<image>\n<|im_start|>?",
+                        f"line{i}",
+                        name,
+                    )
+                    + b"\n"
+                )
     for k in range(n // 2 // 250):
-        shard = tar(home / f"shard-{k:04d}.tar", {f"{i:05d}.{kind}": body for i in range(250) for kind, body in (
-            ("jpg", WHOLE if i % 20 != 7 else PICTURES["half.jpg"]), ("txt", f"tar{k}-{i}".encode()))})
+        shard = tar(
+            home / f"shard-{k:04d}.tar",
+            {
+                f"{i:05d}.{kind}": body
+                for i in range(250)
+                for kind, body in (
+                    ("jpg", WHOLE if i % 20 != 7 else PICTURES["half.jpg"]),
+                    ("txt", f"tar{k}-{i}".encode()),
+                )
+            },
+        )
         reasons["unreadable image"] += 13
         answers.update(f"tar{k}-{i}" for i in range(250) if i % 20 != 7)
         raw = bytearray(shard.read_bytes())
         with tarfile.open(shard) as f:
             where = {m.name: m.offset for m in f}
-        raw[where["00100.jpg"] + 150] ^= 255  # a header whose checksum is wrong: one sample is lost, not the rest of the shard
+        raw[where["00100.jpg"] + 150] ^= (
+            255  # a header whose checksum is wrong: one sample is lost, not the rest of the shard
+        )
         reasons["damaged tar"] += 1
         del answers[f"tar{k}-100"]
         if k % 2:
-            raw = raw[:where["00249.txt"] + 300]  # a cut
+            raw = raw[: where["00249.txt"] + 300]  # a cut
             reasons["damaged tar"] += 1
             del answers[f"tar{k}-249"]
         shard.write_bytes(raw)
@@ -420,7 +723,11 @@ def read_to_the_end(home: Path) -> tuple[Counter, Counter, list[float], list[str
     OPENED, arrived, memory = [], Counter(), []
     folder = Folder(home)
     for i in range(len(folder)):
-        found = Documents([folder[i]], Encoder(tokenizer, PRESETS["toy"], folder.root, max_length=2048), folder.faults)
+        found = Documents(
+            [folder[i]],
+            Encoder(tokenizer, PRESETS["toy"], folder.root, max_length=2048),
+            folder.faults,
+        )
         for d in found:
             arrived[tokenizer.decode([y for y in d.labels if y >= 0][:-1])] += 1
         if i % (len(folder) // 10) == 0:
@@ -434,19 +741,37 @@ def test_of_a_dataset_with_every_fault_all_that_is_good_arrives_and_each_fault_i
     reasons, answers = plant(tmp_path, 1000)
     counts, arrived, memory, opened = read_to_the_end(tmp_path / "data")
     assert counts == reasons and arrived == answers and len(reasons) >= 10
-    assert opened and all(Path(p).resolve().is_relative_to(tmp_path / "data") for p in opened if not p.endswith((".py", ".pyc", "statm")))
+    assert opened and all(
+        Path(p).resolve().is_relative_to(tmp_path / "data")
+        for p in opened
+        if not p.endswith((".py", ".pyc", "statm"))
+    )
     assert memory[-1] - memory[3] < 20, memory
 
 
 if __name__ == "__main__":
     import tempfile
     import time
+
     with tempfile.TemporaryDirectory() as place:
         reasons, answers = plant(Path(place), int(sys.argv[1]))
         began = time.time()
         counts, arrived, memory, opened = read_to_the_end(Path(place, "data"))
-        outside = {p for p in opened if not Path(p).resolve().is_relative_to(Path(place, "data").resolve()) and not p.endswith((".py", ".pyc", "statm"))}
-        print(f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, {counts.total()} of {reasons.total()} faults counted, in "
-              f"{time.time() - began:.0f} s; memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; opened outside: {len(outside)}")
-        print("\n".join(f"{n:5d} {reason}" + ("" if reasons[reason] == n else f" (expected {reasons[reason]})") for reason, n in counts.most_common()))
+        outside = {
+            p
+            for p in opened
+            if not Path(p).resolve().is_relative_to(Path(place, "data").resolve())
+            and not p.endswith((".py", ".pyc", "statm"))
+        }
+        print(
+            f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, {counts.total()} of {reasons.total()} faults counted, in "
+            f"{time.time() - began:.0f} s; memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; opened outside: {len(outside)}"
+        )
+        print(
+            "\n".join(
+                f"{n:5d} {reason}"
+                + ("" if reasons[reason] == n else f" (expected {reasons[reason]})")
+                for reason, n in counts.most_common()
+            )
+        )
         sys.exit(counts != reasons or arrived != answers or bool(outside))

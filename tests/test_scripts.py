@@ -1,4 +1,5 @@
 """The scripts as their users run them: subprocesses on tiny settings, one process against two, bad folders, wrong options."""
+
 import json
 import os
 import subprocess
@@ -16,8 +17,14 @@ TINY = ["--steps", "3", "--rows", "4", "--length", "256"]
 
 def run(*words, ok=True, **environment):
     """Run a script from the project's root; returns its output."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=170,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == ok, text[-3000:]
     return text
@@ -30,20 +37,45 @@ def folder(tmp_path_factory):
     (root / "images").mkdir()
     rng, records = np.random.default_rng(0), []
     for i in range(30):
-        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(root / "images" / f"{i}.jpg")
-        records.append({"image": f"{i}.jpg", "conversations": [{"from": "human", "value": f"<image>\nwhat is number {i}?"},
-                                                               {"from": "gpt", "value": f"it is {i}"}]})
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(
+            root / "images" / f"{i}.jpg"
+        )
+        records.append(
+            {
+                "image": f"{i}.jpg",
+                "conversations": [
+                    {"from": "human", "value": f"<image>\nwhat is number {i}?"},
+                    {"from": "gpt", "value": f"it is {i}"},
+                ],
+            }
+        )
     whole = (root / "images" / "0.jpg").read_bytes()
     (root / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    ask = lambda image, question="<image>\nwhat?", answer="that": {"image": image, "conversations": [
-        {"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-    records += [ask("cut.jpg"), ask("gone.jpg"), ask("0.jpg", "<image><image>\nwhat?"), ask("0.jpg", answer=" ")]
+    ask = lambda image, question="<image>\nwhat?", answer="that": {
+        "image": image,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
+    records += [
+        ask("cut.jpg"),
+        ask("gone.jpg"),
+        ask("0.jpg", "<image><image>\nwhat?"),
+        ask("0.jpg", answer=" "),
+    ]
     (root / "my.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return root
 
 
 def test_a_folder_with_every_fault_trains_and_each_fault_is_named(folder, tmp_path):
-    text = run("pretrain.py", "--data", folder / "my.jsonl", "--images", folder / "images", "--out", tmp_path / "out", *TINY)
+    text = run(
+        "pretrain.py",
+        "--data",
+        folder / "my.jsonl",
+        "--images",
+        folder / "images",
+        "--out",
+        tmp_path / "out",
+        *TINY,
+    )
     for reason in ("unreadable image", "missing image", "wrong placeholder count", "empty answer"):
         assert reason in text
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -51,20 +83,44 @@ def test_a_folder_with_every_fault_trains_and_each_fault_is_named(folder, tmp_pa
 
 
 def test_strict_makes_the_first_fault_fatal(folder, tmp_path):
-    text = run("pretrain.py", "--data", folder / "my.jsonl", "--images", folder / "images", "--out", tmp_path, "--strict", "True",
-               *TINY, ok=False)
+    text = run(
+        "pretrain.py",
+        "--data",
+        folder / "my.jsonl",
+        "--images",
+        folder / "images",
+        "--out",
+        tmp_path,
+        "--strict",
+        "True",
+        *TINY,
+        ok=False,
+    )
     assert "wrong placeholder count" in text or "empty answer" in text
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     common = ["--stage", "multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3"]
     run("pretrain.py", "--out", tmp_path / "one", *common)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain.py", "--out", tmp_path / "two", *common)
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "pretrain.py",
+        "--out",
+        tmp_path / "two",
+        *common,
+    )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     gap = max(float((one[k] - two[k]).abs().max()) for k in one)
     assert gap < 5e-5, gap
-    losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
+    losses = [
+        [json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")]
+        for name in ("one", "two")
+    ]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
@@ -73,14 +129,40 @@ def test_an_unknown_option_or_stage_is_an_error():
     assert "choose from" in run("sft.py", "--stage", "sft9", ok=False)
 
 
-SCRIPTS = ["pretrain.py", "sft.py", "rl.py", "soup.py", "generate.py", "evaluate.py", "calibrate.py", "toy.py", "vlm.py",
-           "tokenizer.py", "packing.py"]
-MODULES = ["data.show", "data.world", "tools.real", "tools.readme", "curation.balance", "bench.step", "bench.rows",
-           "bench.decoding", "bench.rollouts", "claims.rates", "claims.algorithms", "claims.posttraining",
-           "claims.alignment", "kernels.bench"]
+SCRIPTS = [
+    "pretrain.py",
+    "sft.py",
+    "rl.py",
+    "soup.py",
+    "generate.py",
+    "evaluate.py",
+    "calibrate.py",
+    "toy.py",
+    "vlm.py",
+    "tokenizer.py",
+    "packing.py",
+]
+MODULES = [
+    "data.show",
+    "data.world",
+    "tools.real",
+    "tools.readme",
+    "curation.balance",
+    "bench.step",
+    "bench.rows",
+    "bench.decoding",
+    "bench.rollouts",
+    "claims.rates",
+    "claims.algorithms",
+    "claims.posttraining",
+    "claims.alignment",
+    "kernels.bench",
+]
 
 
-@pytest.mark.parametrize("words", [[s] for s in SCRIPTS] + [["-m", m] for m in MODULES], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[s] for s in SCRIPTS] + [["-m", m] for m in MODULES], ids=" ".join
+)
 def test_help_works_on_every_script(words):
     assert "usage" in run(*words, "--help").lower()
 
@@ -89,12 +171,31 @@ def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
     run("toy.py", "--out", tmp_path, "--effort", "0.01", "--samples", "4", OMP_NUM_THREADS="2")
     results = json.loads((tmp_path / "results.json").read_text())
     for row in results["stages"]:
-        assert {"name", "seconds", "metric", "before", "after", "chance", "lower_is_better", "samples"} <= row.keys()
+        assert {
+            "name",
+            "seconds",
+            "metric",
+            "before",
+            "after",
+            "chance",
+            "lower_is_better",
+            "samples",
+        } <= row.keys()
     assert results["total_seconds"] > 0 and results["cores"] and results["versions"]["torch"]
     assert results["packing"]["filled"] > 0.97
     assert "<svg" in (tmp_path / "report.html").read_text()
     Image.new("RGB", (32, 32), "white").save(tmp_path / "some.png")
-    run("generate.py", "--model", tmp_path / "final", "--image", tmp_path / "some.png", "--prompt", "what is it?", "--max-new", "4")
+    run(
+        "generate.py",
+        "--model",
+        tmp_path / "final",
+        "--image",
+        tmp_path / "some.png",
+        "--prompt",
+        "what is it?",
+        "--max-new",
+        "4",
+    )
 
 
 def test_the_readme_table_of_files_is_up_to_date():

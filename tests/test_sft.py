@@ -1,4 +1,5 @@
 """Eq. 2 and 3: what the loss of a chain and of a direct answer is divided by, under each weighting."""
+
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,10 @@ from train import Stage, answers
 def samples(encoder, n=6):
     """Direct answers and chains in turn: conditional targets of Eq. 3."""
     drawn = [world.sample(i, 0, {"counting": 1.0}, turns=1) for i in range(n)]
-    return [with_thinking(s, encoder.tokenizer.think_prompt) if i % 2 else s for i, s in enumerate(drawn)]
+    return [
+        with_thinking(s, encoder.tokenizer.think_prompt) if i % 2 else s
+        for i, s in enumerate(drawn)
+    ]
 
 
 def log_p(model, document):
@@ -27,9 +31,14 @@ def log_p(model, document):
 @pytest.mark.parametrize("weighting", ["sequence", "token", "sample"])
 def test_the_loss_is_the_equation_that_its_weighting_names(model, encoder, weighting):
     each = [log_p(model, encoder(s)) for s in samples(encoder)]
-    assert each[1][1] > 3 * each[0][1]  # chain and box are supervised, of a direct answer only the answer
-    want = {"sequence": -sum(p for p, _ in each) / len(each), "token": -sum(p for p, _ in each) / sum(n for _, n in each),
-            "sample": -sum(p / n for p, n in each) / len(each)}[weighting]
+    assert (
+        each[1][1] > 3 * each[0][1]
+    )  # chain and box are supervised, of a direct answer only the answer
+    want = {
+        "sequence": -sum(p for p, _ in each) / len(each),
+        "token": -sum(p for p, _ in each) / sum(n for _, n in each),
+        "sample": -sum(p / n for p, n in each) / len(each),
+    }[weighting]
     stage = Stage("x", steps=1, rows=1, length=2048, lr=0.0, weighting=weighting)
     run = sft.run_samples(model, stage, iter(samples(encoder)), replace(encoder, max_length=512))
     assert run.log[0]["loss"] == pytest.approx(want, rel=1e-4)
@@ -39,10 +48,15 @@ def test_the_literal_division_survives_micro_batches_and_a_move(model, encoder):
     documents = [encoder(s) for s in samples(encoder)]
     whole = sft.PerSample(**vars(collate([documents], 2048, 0)))
     parts = [sft.PerSample(**vars(collate([d], 1024, 0))) for d in (documents[:1], documents[1:])]
-    assert whole.weight == 6 == sum(p.weight for p in parts)  # padding is a document without a label
+    assert (
+        whole.weight == 6 == sum(p.weight for p in parts)
+    )  # padding is a document without a label
     moved = whole.to("meta")
     assert type(moved) is sft.PerSample and moved.ids.device.type == "meta"
 
 
 def test_the_paper_recipes_name_the_papers_equation():
-    assert sft.PAPER["long-cot"].weighting == sft.PAPER["fusion"].weighting == "sequence" and sft.PAPER["fusion"].think == 0.1
+    assert (
+        sft.PAPER["long-cot"].weighting == sft.PAPER["fusion"].weighting == "sequence"
+        and sft.PAPER["fusion"].think == 0.1
+    )

@@ -1,4 +1,5 @@
 """Soup: exact means, tensor by tensor; greedy keeps what helps; strangers and other architectures are refused."""
+
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from vlm import SailVL
 def near(state, seed, scale=0.01):
     """A run that began at `state`: every tensor moved a little."""
     g = torch.Generator().manual_seed(seed)
-    return {k: v + scale * v.std() * torch.randn(v.shape, generator=g) if v.numel() > 1 else v.clone() for k, v in state.items()}
+    return {
+        k: v + scale * v.std() * torch.randn(v.shape, generator=g) if v.numel() > 1 else v.clone()
+        for k, v in state.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +28,17 @@ def start(config):
 
 
 def test_a_soup_of_a_model_with_itself_is_itself(start):
-    assert all(torch.allclose(v, start[k]) for k, v in average([start, start]).items()) and distance(start, start) == 0
+    assert (
+        all(torch.allclose(v, start[k]) for k, v in average([start, start]).items())
+        and distance(start, start) == 0
+    )
 
 
 def test_the_mean_is_taken_in_fp32_and_keeps_the_type():
-    small = [{"w": torch.full((3,), v, dtype=torch.bfloat16)} for v in (1.0, 1.0, 1.0078125, 1.0078125, 1.0078125)]
+    small = [
+        {"w": torch.full((3,), v, dtype=torch.bfloat16)}
+        for v in (1.0, 1.0, 1.0078125, 1.0078125, 1.0078125)
+    ]
     assert average(small)["w"].dtype == torch.bfloat16
     assert average(small)["w"][0] == torch.tensor(1.0046875).bfloat16()
 
@@ -60,12 +70,17 @@ def test_strangers_are_far_and_relatives_near(start, config):
     assert distance(start, other) > 0.5 and distance(near(start, 1), near(start, 2)) < 0.05
     with pytest.warns(UserWarning, match="do not share a history"):
         farthest([start, near(start, 1), other])
-    assert distance({"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([4.0, 3.0])}) == pytest.approx(2 ** 0.5 / 5)
+    assert distance(
+        {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([4.0, 3.0])}
+    ) == pytest.approx(2**0.5 / 5)
 
 
 def test_other_architectures_are_refused_by_name(start):
     first = next(iter(start))
-    for odd in ({k: v for k, v in start.items() if k != first}, start | {first: torch.zeros(1, 2, 3)}):
+    for odd in (
+        {k: v for k, v in start.items() if k != first},
+        start | {first: torch.zeros(1, 2, 3)},
+    ):
         for what in (average, lambda pair: distance(*pair)):
             with pytest.raises(ValueError, match=f"different architectures.*{first}"):
                 what([start, odd])
@@ -76,7 +91,9 @@ def test_greedy_takes_the_best_first_and_leaves_out_what_hurts():
     states = [{"w": torch.tensor([x])} for x in (9.0, 2.4, 1.8)]
     mean, chosen = greedy(states, lambda s: -abs(float(s["w"]) - 2))
     assert chosen == [2, 1] and mean["w"].item() == pytest.approx(2.1)
-    mean, chosen = greedy([{"w": torch.tensor([x])} for x in (2.0, 5.0)], lambda s: -abs(float(s["w"]) - 2))
+    mean, chosen = greedy(
+        [{"w": torch.tensor([x])} for x in (2.0, 5.0)], lambda s: -abs(float(s["w"]) - 2)
+    )
     assert chosen == [0] and mean["w"].item() == 2.0
 
 
@@ -98,4 +115,6 @@ def test_the_command_writes_the_mean_and_refuses_strangers(config, tokenizer, tm
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="--force True"):
         soup.main(soup.Options(paths("a", "c"), tmp_path / "none"))
     assert not (tmp_path / "none").exists()
-    assert soup.main(soup.Options(paths("a", "b"), tmp_path / "greedy", greedy=True, samples=1)) == 0
+    assert (
+        soup.main(soup.Options(paths("a", "b"), tmp_path / "greedy", greedy=True, samples=1)) == 0
+    )

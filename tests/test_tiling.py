@@ -1,4 +1,5 @@
 """The tiler: the released one's grids and pixels, the second pass, many images, video, any resolution."""
+
 import hashlib
 import json
 import random
@@ -37,7 +38,9 @@ def test_the_tiler_cuts_what_the_released_tiler_cuts():
             assert columns * rows + (columns * rows > 1) == e["tiles"], e
             continue
         cut = tiles(pictures[w, h], e["max_num"], side)
-        assert [hashlib.sha256(t.tobytes()).hexdigest()[:16] for t in cut] == e["sha256"] and len(cut) == e["tiles"], e
+        assert [hashlib.sha256(t.tobytes()).hexdigest()[:16] for t in cut] == e["sha256"] and len(
+            cut
+        ) == e["tiles"], e
         seen += 1
     assert seen == 56 and len(entries) == 112
 
@@ -59,14 +62,24 @@ def bits(images):
     return [i.tobytes() for i in images]
 
 
-@pytest.mark.parametrize("size, first, second", [((200, 100), (4, 2), (5, 2)), ((100, 100), (3, 3), (2, 2)), ((300, 200), (3, 2), (3, 3)),
-                                                 ((30, 30), (1, 1), (2, 2)), ((90, 30), (3, 1), (5, 2))])
+@pytest.mark.parametrize(
+    "size, first, second",
+    [
+        ((200, 100), (4, 2), (5, 2)),
+        ((100, 100), (3, 3), (2, 2)),
+        ((300, 200), (3, 2), (3, 3)),
+        ((30, 30), (1, 1), (2, 2)),
+        ((90, 30), (3, 1), (5, 2)),
+    ],
+)
 def test_the_second_pass_takes_the_nearest_grid_that_does_not_divide_the_first(size, first, second):
     side, most = 28, 10
     assert grid_for(*size, most, side) == first and second_grid(*size, first, most, side) == second
     image = chart(*size)
     once, twice = tiles(image, most, side), tiles(image, most, side, msac=True)
-    assert bits(twice) == bits(once[:-1] + cut(image, second, side) + once[-1:])  # the whole image stays last
+    assert bits(twice) == bits(
+        once[:-1] + cut(image, second, side) + once[-1:]
+    )  # the whole image stays last
     assert twice[-1].tobytes() == image.resize((side, side)).tobytes()
 
 
@@ -78,8 +91,13 @@ def test_a_second_grid_never_divides_the_first_and_no_other_is_nearer():
         i, j = second_grid(w, h, first, most, 28)
         assert first[0] % i or first[1] % j
         gap = abs(w / h - i / j)
-        assert all(gap <= abs(w / h - a / b) for a, b in grids(most) if first[0] % a or first[1] % b)
-    assert second_grid(100, 100, (1, 1), 1, 28) == (1, 1)  # no other grid: the whole image again, as in the released code
+        assert all(
+            gap <= abs(w / h - a / b) for a, b in grids(most) if first[0] % a or first[1] % b
+        )
+    assert second_grid(100, 100, (1, 1), 1, 28) == (
+        1,
+        1,
+    )  # no other grid: the whole image again, as in the released code
 
 
 def sample(*sizes, words=""):
@@ -102,11 +120,18 @@ def tokens_of(tokenizer, config, *sizes, words=""):
 
 def test_several_images_share_64_tiles_and_get_no_second_pass(tokenizer, config):
     wide = (320, 160)  # 4 x 2 tiles and a thumbnail of at most 10
-    assert tokens_of(tokenizer, config, wide) == [9] and tokens_of(tokenizer, config, *[wide] * 6) == [9] * 6
-    assert tokens_of(tokenizer, config, *[wide] * 16) == [3] * 16  # at most 64 // 16 = 4 tiles: 2 x 1
+    assert (
+        tokens_of(tokenizer, config, wide) == [9]
+        and tokens_of(tokenizer, config, *[wide] * 6) == [9] * 6
+    )
+    assert (
+        tokens_of(tokenizer, config, *[wide] * 16) == [3] * 16
+    )  # at most 64 // 16 = 4 tiles: 2 x 1
     assert tokens_of(tokenizer, config, *[wide] * 70) == [1] * 70
     msac = replace(config, msac=True)
-    assert tokens_of(tokenizer, msac, wide) == [8 + 10 + 1] and tokens_of(tokenizer, msac, wide, wide) == [9, 9]
+    assert tokens_of(tokenizer, msac, wide) == [8 + 10 + 1] and tokens_of(
+        tokenizer, msac, wide, wide
+    ) == [9, 9]
 
 
 def test_a_frame_of_a_video_is_one_tile(tokenizer, config):
@@ -125,6 +150,8 @@ def test_any_resolution_keeps_shape_in_whole_units_within_the_limit():
         assert a % 28 == b % 28 == 0 and 0 < a * b <= MAX_PATCHES * 14 * 14
         scale = min(1, (MAX_PATCHES * 196 / (w * h)) ** 0.5)
         for new, old in ((a, w * scale), (b, h * scale)):
-            assert abs(new - max(28, old)) <= (14 if w * h < 2e6 else 3 * 28)  # rounding; what the limit takes from the longer side
+            assert abs(new - max(28, old)) <= (
+                14 if w * h < 2e6 else 3 * 28
+            )  # rounding; what the limit takes from the longer side
     small = Image.new("RGB", (56, 84))
     assert fit_to_patches(small, 28, MAX_PATCHES, 14) is small

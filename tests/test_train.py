@@ -1,7 +1,8 @@
 """The loop: golden losses, frozen parts in every stage, what the log holds, memory against speed, rates per part.
 
-`python tests/test_train.py` writes the golden losses again: do it when numbers are meant to change, and say why in the commit.
+`PYTHONPATH=. python tests/test_train.py` writes the golden losses again: do it when numbers are meant to change, and say why in the commit.
 """
+
 import json
 import shutil
 import sys
@@ -26,7 +27,12 @@ from train import Stage, answers, train
 from vlm import PRESETS, SailVL
 
 GOLDEN = Path(__file__).with_name("golden.json")
-STAGES = {s.name + " " + "+".join(s.trains): s for recipe in (pretrain, sft, rl) for table in recipe.RECIPES.values() for s in table.values()}
+STAGES = {
+    s.name + " " + "+".join(s.trains): s
+    for recipe in (pretrain, sft, rl)
+    for table in recipe.RECIPES.values()
+    for s in table.values()
+}
 TINY = Stage("x", steps=3, rows=2, length=128, lr=3e-3)
 
 
@@ -34,9 +40,17 @@ def golden(config, tokenizer) -> dict[str, list[float]]:
     """Fifty steps under each optimizer: dense under Muon, experts under AdamW. Independent of the toy world."""
     text = replace(PRESETS["toy-moe"].text, vocab_size=config.text.vocab_size, num_hidden_layers=2)
     losses = {}
-    for name, c, stage in (("dense, muon", config, Stage(steps=50, rows=2, length=128, lr=3e-3, schedule="wsd")),
-                           ("moe, adamw", replace(config, text=text), Stage(steps=50, rows=2, length=128, lr=1e-3, optimizer="adamw"))):
-        run = train(SailVL(c).init_weights(0), stage, made_up(tokenizer), pretrain.answers_of(stage))
+    for name, c, stage in (
+        ("dense, muon", config, Stage(steps=50, rows=2, length=128, lr=3e-3, schedule="wsd")),
+        (
+            "moe, adamw",
+            replace(config, text=text),
+            Stage(steps=50, rows=2, length=128, lr=1e-3, optimizer="adamw"),
+        ),
+    ):
+        run = train(
+            SailVL(c).init_weights(0), stage, made_up(tokenizer), pretrain.answers_of(stage)
+        )
         losses[name] = [round(row["loss"], 6) for row in run.log]
     return losses
 
@@ -51,7 +65,9 @@ def test_the_losses_are_the_golden_ones(config, tokenizer):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(config, tokenizer, name, monkeypatch):
+def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(
+    config, tokenizer, name, monkeypatch
+):
     made, make = [], loop.make_optimizers
     monkeypatch.setattr(loop, "make_optimizers", lambda *a: made.append(make(*a)) or made[-1])
     recipe, model = STAGES[name], SailVL(config).init_weights(0)
@@ -61,7 +77,13 @@ def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(config
     parts = {loop.PARTS[p] for p in recipe.trains}
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert {k.split(".")[0] for k in changed} == parts
-    held = sum(t.nbytes for o in made[0] for s in o.state.values() for t in s.values() if torch.is_tensor(t))
+    held = sum(
+        t.nbytes
+        for o in made[0]
+        for s in o.state.values()
+        for t in s.values()
+        if torch.is_tensor(t)
+    )
     trained = [p for n, p in model.named_parameters() if n.split(".")[0] in parts]
     assert {id(p) for o in made[0] for p in o.state} == {id(p) for p in trained}
     assert held <= 2 * sum(p.nbytes for p in trained) + 8 * len(trained)
@@ -70,17 +92,31 @@ def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(config
 
 def test_paper_scale_stages_see_the_published_tokens():
     tokens = {name: s.steps * s.rows * s.length for name, s in pretrain.PAPER.items()}
-    assert tokens["basic"] == pytest.approx(128e9, rel=1e-3) and tokens["multitask"] == pytest.approx(360e9, rel=1e-3)
-    assert sum(n for name, n in tokens.items() if name.startswith("vit")) == pytest.approx(121e9, rel=0.03)
+    assert tokens["basic"] == pytest.approx(128e9, rel=1e-3) and tokens[
+        "multitask"
+    ] == pytest.approx(360e9, rel=1e-3)
+    assert sum(n for name, n in tokens.items() if name.startswith("vit")) == pytest.approx(
+        121e9, rel=0.03
+    )
     assert [s.name for s in pretrain.PAPER.values() if s.adalrs] == ["basic"]
 
 
 @pytest.mark.skipif(not (SHARED / "released").is_dir(), reason="the released files are not here")
-def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout(tmp_path, monkeypatch, capsys):
+def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout(
+    tmp_path, monkeypatch, capsys
+):
     shutil.copytree(SHARED / "released" / "tiny", start := tmp_path / "start")
     Tokenizer(train_bpe(corpus(200), 280), "", THINK).save(start)
-    data = [{"task": task, "conversations": [{"from": "human", "value": "what is one?"}, {"from": "gpt", "value": "red"}]}
-            for task in ("caption", "caption", "math")]
+    data = [
+        {
+            "task": task,
+            "conversations": [
+                {"from": "human", "value": "what is one?"},
+                {"from": "gpt", "value": "red"},
+            ],
+        }
+        for task in ("caption", "caption", "math")
+    ]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     for name, stage in pretrain.PAPER.items():
         words = f"--scale paper --stage {name} --model {start} --data {tmp_path}/my.jsonl --out {tmp_path}/{name} --steps 2 --rows 2 --length 64"
@@ -89,17 +125,32 @@ def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout
         assert "saved by what is frozen" in capsys.readouterr().out
         used = json.loads((tmp_path / name / "stage.json").read_text())
         assert used == json.loads(json.dumps(asdict(replace(stage, steps=2, rows=2, length=64))))
-        old, new = SailVL.from_pretrained(start).state_dict(), SailVL.from_pretrained(tmp_path / name).state_dict()
+        old, new = (
+            SailVL.from_pretrained(start).state_dict(),
+            SailVL.from_pretrained(tmp_path / name).state_dict(),
+        )
         for k, v in new.items():
-            assert k.split(".")[0] in {loop.PARTS[p] for p in stage.trains} or torch.equal(v, old[k])
+            assert k.split(".")[0] in {loop.PARTS[p] for p in stage.trains} or torch.equal(
+                v, old[k]
+            )
         start = tmp_path / name
 
 
 def test_recomputing_activations_changes_no_loss(config, tokenizer):
     text = replace(PRESETS["toy-moe"].text, vocab_size=config.text.vocab_size, num_hidden_layers=2)
     for c in (config, replace(config, text=text)):
-        losses = [[r["loss"] for r in train(SailVL(c).init_weights(0), replace(TINY, recompute=again), made_up(tokenizer),
-                                             pretrain.answers_of(TINY)).log] for again in (False, True)]
+        losses = [
+            [
+                r["loss"]
+                for r in train(
+                    SailVL(c).init_weights(0),
+                    replace(TINY, recompute=again),
+                    made_up(tokenizer),
+                    pretrain.answers_of(TINY),
+                ).log
+            ]
+            for again in (False, True)
+        ]
         assert losses[0] == losses[1]
 
 
@@ -112,9 +163,11 @@ def test_recomputing_activations_keeps_fewer_of_them(config, tokenizer):
             nonlocal total
             total += t.nbytes
             return t
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             answers(model, next(made_up(tokenizer))[0])
         return total
+
     assert kept(True) < 0.6 * kept(False)
 
 
@@ -122,7 +175,9 @@ def test_bf16_trains_fp32_weights_to_about_the_same_loss(config, tokenizer):
     runs = {}
     for precision in ("fp32", "bf16"):
         model = SailVL(config).init_weights(0)
-        runs[precision] = train(model, replace(TINY, steps=6, precision=precision), made_up(tokenizer), answers).tail(share=0.3)
+        runs[precision] = train(
+            model, replace(TINY, steps=6, precision=precision), made_up(tokenizer), answers
+        ).tail(share=0.3)
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02) and runs["bf16"] != runs["fp32"]
 
@@ -131,7 +186,15 @@ def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
     """Traced, not translated to C++: whatever breaks the graphs' arguments (names, attention, recomputation) shows."""
     torch.compiler.set_default_backend("aot_eager")
     try:
-        runs = [train(SailVL(config).init_weights(0), replace(TINY, steps=2, compile=c), made_up(tokenizer), answers).log for c in (False, True)]
+        runs = [
+            train(
+                SailVL(config).init_weights(0),
+                replace(TINY, steps=2, compile=c),
+                made_up(tokenizer),
+                answers,
+            ).log
+            for c in (False, True)
+        ]
     finally:
         torch.compiler.set_default_backend("inductor")
         torch.compiler.reset()
@@ -145,7 +208,14 @@ def test_a_single_bad_step_is_skipped_and_the_run_goes_on(config, tokenizer):
         loss, stats = answers(model, batch)
         seen.append(1)
         return (loss * float("nan") if len(seen) == 2 else loss), stats
-    run = train(SailVL(config).init_weights(0), replace(TINY, steps=4), made_up(tokenizer), objective, patience=2)
+
+    run = train(
+        SailVL(config).init_weights(0),
+        replace(TINY, steps=4),
+        made_up(tokenizer),
+        objective,
+        patience=2,
+    )
     assert [r["skipped"] for r in run.log] == [False, True, False, False] and run.skipped == 1
 
 
@@ -154,10 +224,23 @@ def test_a_part_trains_at_its_own_rate(config, tokenizer):
     for scale in (1.0, 0.1, 0.0):
         model = SailVL(config).init_weights(0)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        train(model, replace(TINY, steps=1, warmup=0.0, optimizer="adamw", lr_scale={"vision": scale}), made_up(tokenizer), answers)
-        moved[scale] = {part: max(float((v - before[k]).abs().max()) for k, v in model.state_dict().items() if k.startswith(module))
-                        for part, module in loop.PARTS.items()}
-    assert moved[0.0]["vision"] == 0 and moved[0.1]["vision"] == pytest.approx(0.1 * moved[1.0]["vision"], rel=1e-2)
+        train(
+            model,
+            replace(TINY, steps=1, warmup=0.0, optimizer="adamw", lr_scale={"vision": scale}),
+            made_up(tokenizer),
+            answers,
+        )
+        moved[scale] = {
+            part: max(
+                float((v - before[k]).abs().max())
+                for k, v in model.state_dict().items()
+                if k.startswith(module)
+            )
+            for part, module in loop.PARTS.items()
+        }
+    assert moved[0.0]["vision"] == 0 and moved[0.1]["vision"] == pytest.approx(
+        0.1 * moved[1.0]["vision"], rel=1e-2
+    )
     assert moved[0.0]["llm"] == moved[1.0]["llm"] > 0
     with pytest.raises(ValueError, match="unknown part 'tail'"):
         loop.make_optimizers(model, replace(TINY, lr_scale={"tail": 2.0}))
@@ -176,39 +259,73 @@ def test_a_log_line_says_what_each_part_and_task_did(model, tokenizer, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == run.log and len(rows) == 3
     for row in rows:
-        assert row["grad_norm"] == pytest.approx(sum(n * n for n in row["grad_norms"].values()) ** 0.5, rel=1e-5)
-        assert set(row["grad_norms"]) == {"vision", "adapter", "llm"} and set(row["tasks"]) == {"seen", "text"}
+        assert row["grad_norm"] == pytest.approx(
+            sum(n * n for n in row["grad_norms"].values()) ** 0.5, rel=1e-5
+        )
+        assert set(row["grad_norms"]) == {"vision", "adapter", "llm"} and set(row["tasks"]) == {
+            "seen",
+            "text",
+        }
         assert min(row["tasks"].values()) < row["loss"] < max(row["tasks"].values())
         assert row["tokens_per_second"] > row["images_per_second"] > 0 <= row["eta"]
 
 
 def test_the_loss_of_a_task_is_that_of_its_documents_alone(model, tokenizer):
-    batch, = next(made_up(tokenizer))
+    (batch,) = next(made_up(tokenizer))
     with torch.no_grad():
         whole = loop.mean_by_task([answers(model, batch)[1]["tasks"]])
-        task = torch.tensor([o == "seen" for o in batch.owners]).repeat_interleave(torch.tensor(batch.segments.lengths))
+        task = torch.tensor([o == "seen" for o in batch.owners]).repeat_interleave(
+            torch.tensor(batch.segments.lengths)
+        )
         batch.weights = batch.weights * task.view_as(batch.weights)
         alone = answers(model, batch)[1]
-    assert alone["loss"] / batch.weight == pytest.approx(whole["seen"], rel=1e-5) and set(alone["tasks"]) == {"seen"}
+    assert alone["loss"] / batch.weight == pytest.approx(whole["seen"], rel=1e-5) and set(
+        alone["tasks"]
+    ) == {"seen"}
 
 
-def test_checks_and_a_tracker_follow_the_run_and_the_best_checkpoint_stays(config, tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "mytracker.py").write_text("rows = []\ndef init(project, config):\n    rows.append((project, config))\n"
-                                           "def log(row, step):\n    rows.append((step, row['loss']))\n")
+def test_checks_and_a_tracker_follow_the_run_and_the_best_checkpoint_stays(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    (tmp_path / "mytracker.py").write_text(
+        "rows = []\ndef init(project, config):\n    rows.append((project, config))\n"
+        "def log(row, step):\n    rows.append((step, row['loss']))\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     scores = {2: 0.9, 4: 0.1, 6: 0.5, 8: 0.6}
-    home = RunDirectory(tmp_path / "run", {"a": 1}, every=2, keep=1, check=lambda step: {"score": scores[step]}, check_every=2,
-                        tracker="mytracker")
-    run = train(SailVL(config).init_weights(0), replace(TINY, steps=8), made_up(tokenizer), answers, directory=home)
+    home = RunDirectory(
+        tmp_path / "run",
+        {"a": 1},
+        every=2,
+        keep=1,
+        check=lambda step: {"score": scores[step]},
+        check_every=2,
+        tracker="mytracker",
+    )
+    run = train(
+        SailVL(config).init_weights(0),
+        replace(TINY, steps=8),
+        made_up(tokenizer),
+        answers,
+        directory=home,
+    )
     assert [r["check"]["score"] for r in run.log if "check" in r] == list(scores.values())
-    assert [p.name for p in sorted(home.folder.glob("step-*"))] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in sorted(home.folder.glob("step-*"))] == [
+        "step-00000004",
+        "step-00000008",
+    ]
     told = sys.modules["mytracker"].rows
     assert told[0] == ("nanosail", {"a": 1}) and [step for step, _ in told[1:]] == list(range(1, 9))
 
 
 def test_a_cut_log_is_noticed_at_resume(config, tokenizer, tmp_path):
-    go = lambda steps: train(SailVL(config).init_weights(0), replace(TINY, steps=steps), made_up(tokenizer), answers,
-                             directory=RunDirectory(tmp_path))
+    go = lambda steps: train(
+        SailVL(config).init_weights(0),
+        replace(TINY, steps=steps),
+        made_up(tokenizer),
+        answers,
+        directory=RunDirectory(tmp_path),
+    )
     go(3)
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
@@ -220,6 +337,7 @@ def test_the_generators_state_survives_json():
     import random
 
     import numpy as np
+
     draw = lambda: (torch.rand(2).tolist(), random.random(), random.gauss(0, 1), np.random.rand())
     draw()
     state, values = checkpoint.get_rng()
@@ -231,6 +349,10 @@ def test_the_generators_state_survives_json():
 if __name__ == "__main__":
     tokenizer = Tokenizer(train_bpe(corpus(500), 400), "", THINK)
     c = PRESETS["toy"]
-    config = replace(c, text=replace(c.text, vocab_size=448, num_hidden_layers=2), vision=replace(c.vision, num_hidden_layers=2),
-                     image_token_id=tokenizer.image)
+    config = replace(
+        c,
+        text=replace(c.text, vocab_size=448, num_hidden_layers=2),
+        vision=replace(c.vision, num_hidden_layers=2),
+        image_token_id=tokenizer.image,
+    )
     GOLDEN.write_text(json.dumps(golden(config, tokenizer), indent=1) + "\n")

@@ -1,4 +1,5 @@
 """Parts read and joined, memory while loading, and directories that are broken or mean harm."""
+
 import json
 import pickle
 import re
@@ -58,7 +59,10 @@ def equal(a, b):
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 
-@pytest.mark.parametrize("config", [TEXT, MOE, replace(TEXT, tie_word_embeddings=True)], ids=["dense", "moe", "tied"])
+
+@pytest.mark.parametrize(
+    "config", [TEXT, MOE, replace(TEXT, tie_word_embeddings=True)], ids=["dense", "moe", "tied"]
+)
 def test_a_language_model_comes_back_from_disk(config, tmp_path):
     model = random_weights(LLM(config))
     model.save_pretrained(tmp_path)
@@ -76,28 +80,45 @@ def test_a_language_model_comes_back_from_disk(config, tmp_path):
 def test_a_vit_comes_back_from_every_published_spelling(position, layout, prefix, tmp_path):
     config = replace(VISION, position=position)
     model = random_weights(ViT(config))
-    weights.save_weights(model, tmp_path, config.to_dict(), layout=lambda name, p: {
-        prefix + n: v for n, v in (layout(name, p) if layout else {name: p}).items()})
+    weights.save_weights(
+        model,
+        tmp_path,
+        config.to_dict(),
+        layout=lambda name, p: {
+            prefix + n: v for n, v in (layout(name, p) if layout else {name: p}).items()
+        },
+    )
     again = ViT.from_pretrained(tmp_path)
     assert again.config == config and equal(model, again)
 
 
 @pytest.mark.parametrize("equal_head", [True, False])
-def test_a_head_stored_beside_a_tied_embedding_is_tied_only_when_it_is_the_same(equal_head, tmp_path):
+def test_a_head_stored_beside_a_tied_embedding_is_tied_only_when_it_is_the_same(
+    equal_head, tmp_path
+):
     model = random_weights(LLM(TEXT))  # Qwen3-0.6B is published with both
     if equal_head:
         model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda c: c.update(tie_word_embeddings=True))
     again = LLM.from_pretrained(tmp_path)
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == again.config.tie_word_embeddings == equal_head
+    assert (
+        (again.lm_head.weight is again.model.embed_tokens.weight)
+        == again.config.tie_word_embeddings
+        == equal_head
+    )
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
 def test_parts_make_a_model_with_a_fresh_adapter_of_the_embeddings_size(vision, text):
     model = SailVL.from_parts(vision, text, any_resolution=True, image_token_id=7)
-    assert equal(model.vision_model, ViT.from_pretrained(vision)) and equal(model.language_model, LLM.from_pretrained(text))
-    assert model.config == VLMConfig(VISION, TEXT, any_resolution=True, image_token_id=7) and model.image_token_id == 7
+    assert equal(model.vision_model, ViT.from_pretrained(vision)) and equal(
+        model.language_model, LLM.from_pretrained(text)
+    )
+    assert (
+        model.config == VLMConfig(VISION, TEXT, any_resolution=True, image_token_id=7)
+        and model.image_token_id == 7
+    )
     assert equal(model.mlp1, SailVL.from_parts(vision, text).mlp1)
     assert not equal(model.mlp1, SailVL.from_parts(vision, text, seed=1).mlp1)
     ids = torch.tensor([[1, 2, 7, 7, 7, 7]])
@@ -110,7 +131,9 @@ def test_parts_make_a_model_with_a_fresh_adapter_of_the_embeddings_size(vision, 
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(vision, text, tokenizer, tmp_path, capsys):
+def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(
+    vision, text, tokenizer, tmp_path, capsys
+):
     tokenizer.save(text)
     assert vlm.main(vlm.Join(vision, text, tmp_path / "out")) == 0
     model, words = load_model(tmp_path / "out")
@@ -121,10 +144,14 @@ def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(vision,
 
 def test_tiles_are_cut_as_the_released_processor_says(vision, text, tmp_path):
     SailVL.from_parts(vision, text).save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda c: c.pop("nanosail"))  # a released directory: 12 there, 10 here, and the tiler obeys this one
+    rewrite(
+        tmp_path, lambda c: c.pop("nanosail")
+    )  # a released directory: 12 there, 10 here, and the tiler obeys this one
     rewrite(tmp_path, lambda c: c.update(max_dynamic_patch=12))
     assert SailVL.from_pretrained(tmp_path).config.max_tiles == 12
-    (tmp_path / "preprocessor_config.json").write_text('{"max_dynamic_patch": 10, "use_msac": true}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"max_dynamic_patch": 10, "use_msac": true}'
+    )
     config = SailVL.from_pretrained(tmp_path).config
     assert config.max_tiles == 10 and config.msac
 
@@ -145,12 +172,22 @@ print(peak() - before, sum(sizes), max(sizes))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="the kernel's own count of peak memory is Linux's")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").is_file(),
+    reason="the kernel's own count of peak memory is Linux's",
+)
 def test_loading_needs_the_model_and_its_largest_tensor(text, tmp_path):
     """The file holds fp32 and the model bf16: a tensor as it is read counts twice its size. Measured by the kernel."""
-    config = replace(TEXT, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=4)
+    config = replace(
+        TEXT, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=4
+    )
     LLM(config).save_pretrained(tmp_path / "large")
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(text), str(tmp_path / "large")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(text), str(tmp_path / "large")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     peak, total, largest = map(int, done.stdout.split())
     assert 90e6 < total <= peak + 8e6
@@ -159,8 +196,14 @@ def test_loading_needs_the_model_and_its_largest_tensor(text, tmp_path):
 
 def test_saving_holds_one_shard_at_a_time(tmp_path, monkeypatch):
     sizes = []
-    monkeypatch.setattr(weights, "save_file", lambda shard, *how, **more: (sizes.append(sum(t.nbytes for t in shard.values())),
-                                                                          save_file(shard, *how, **more)))
+    monkeypatch.setattr(
+        weights,
+        "save_file",
+        lambda shard, *how, **more: (
+            sizes.append(sum(t.nbytes for t in shard.values())),
+            save_file(shard, *how, **more),
+        ),
+    )
     model = random_weights(LLM(TEXT))
     weights.save_weights(model, tmp_path, TEXT.to_dict(), 1 << 18)
     largest = max(p.nbytes for p in model.parameters())
@@ -181,6 +224,7 @@ def test_a_smaller_checkpoint_leaves_nothing_of_a_larger_one(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ broken or hostile
+
 
 @pytest.mark.parametrize("key", list(LLMConfig.__dataclass_fields__)[:10])
 def test_a_missing_key_of_a_language_model_is_an_error_that_names_it(text, key):
@@ -204,28 +248,71 @@ def test_a_missing_key_of_a_vit_is_an_error_that_names_it(vision, key):
         ViT.from_pretrained(vision)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("hidden_size", "128"), ("hidden_size", -1), ("hidden_size", 0), ("hidden_size", 128.0), ("hidden_size", True), ("hidden_size", [128]),
-    ("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("num_experts", 10**9), ("rms_norm_eps", float("nan")), ("rope_theta", -1e4),
-    ("rope_theta", "1e4"), ("tie_word_embeddings", 1), ("head_dim", 33), ("num_key_value_heads", 3), ("hidden_act", "gelu"),
-    ("attention_bias", True), ("rope_scaling", {"type": "yarn"}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-    ("model_type", "llama"), ("model_type", ["qwen3"]), ("use_sliding_window", True), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_size", "128"),
+        ("hidden_size", -1),
+        ("hidden_size", 0),
+        ("hidden_size", 128.0),
+        ("hidden_size", True),
+        ("hidden_size", [128]),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**12),
+        ("num_experts", 10**9),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", -1e4),
+        ("rope_theta", "1e4"),
+        ("tie_word_embeddings", 1),
+        ("head_dim", 33),
+        ("num_key_value_heads", 3),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("rope_scaling", {"type": "yarn"}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("model_type", "llama"),
+        ("model_type", ["qwen3"]),
+        ("use_sliding_window", True),
+        ("mlp_only_layers", [0]),
+        ("decoder_sparse_step", 2),
+    ],
+)
 def test_a_senseless_or_unsupported_value_is_an_error_before_anything_is_built(text, key, value):
     rewrite(text, lambda c: c.update({key: value}))
     with pytest.raises(ValueError, match="config.json: "):
         LLM.from_pretrained(text)
 
 
-@pytest.mark.parametrize("key, value", [("num_attention_heads", 5), ("patch_size", 7), ("position", "learned"), ("use_head", True),
-                                        ("qkv_bias", True), ("image_size", [32, 32]), ("hidden_act", "gelu"),
-                                        ("model_type", "siglip_vision_model")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_attention_heads", 5),
+        ("patch_size", 7),
+        ("position", "learned"),
+        ("use_head", True),
+        ("qkv_bias", True),
+        ("image_size", [32, 32]),
+        ("hidden_act", "gelu"),
+        ("model_type", "siglip_vision_model"),
+    ],
+)
 def test_a_vit_that_we_do_not_build_is_an_error(vision, key, value):
     rewrite(vision, lambda c: c.update({key: value}))
     with pytest.raises(ValueError, match="config.json: "):
         ViT.from_pretrained(vision)
 
 
-@pytest.mark.parametrize("config", ["[" * 100_000, '{"a": 1, "a": 2}', "\xff", "{" + '"a": {' * 5000, "null", '{"vision_config": 3, "llm_config": 4}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[" * 100_000,
+        '{"a": 1, "a": 2}',
+        "\xff",
+        "{" + '"a": {' * 5000,
+        "null",
+        '{"vision_config": 3, "llm_config": 4}',
+    ],
+)
 @pytest.mark.parametrize("read", [LLM.from_pretrained, ViT.from_pretrained, SailVL.from_pretrained])
 def test_a_file_that_is_no_config_is_an_error_that_names_it(text, config, read):
     (text / "config.json").write_bytes(config.encode("latin-1"))
@@ -233,7 +320,9 @@ def test_a_file_that_is_no_config_is_an_error_that_names_it(text, config, read):
         read(text)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.pth", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "consolidated.pth", "model.safetensors"]
+)
 def test_a_pickle_is_never_opened(text, name):
     class Harm:
         def __reduce__(self):
@@ -242,7 +331,10 @@ def test_a_pickle_is_never_opened(text, name):
     content = pickle.dumps(Harm())
     (text / "model.safetensors").unlink()
     (text / name).write_bytes(content)
-    with pytest.raises(ValueError, match="not a safetensors file" if name == "model.safetensors" else f"{name} is a pickle"):
+    with pytest.raises(
+        ValueError,
+        match="not a safetensors file" if name == "model.safetensors" else f"{name} is a pickle",
+    ):
         LLM.from_pretrained(text)
     assert not (text / "harmed").exists()
     pickle.loads(content)
@@ -253,27 +345,52 @@ def with_header(header: bytes, body: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\0" * 8, struct.pack("<Q", 1 << 62) + b"{}", with_header(b"{", b""), with_header(b"[]", b""),
-    with_header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}', b"\0" * 4),
-    with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4),
-    with_header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
-    with_header(b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}', b"\0" * 4),
-    with_header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}', b""),
-    with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
-    with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 8,
+        struct.pack("<Q", 1 << 62) + b"{}",
+        with_header(b"{", b""),
+        with_header(b"[]", b""),
+        with_header(
+            b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+            b"\0" * 4,
+        ),
+        with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}', b"\0" * 4),
+        with_header(
+            b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}', b""
+        ),
+        with_header(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            b"\0" * 4,
+        ),
+        with_header(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            b"\0" * 4,
+        ),
+    ],
+)
 def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
     (text / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="model.safetensors: "):
         LLM.from_pretrained(text)
 
 
-@pytest.mark.parametrize("change", [lambda i: i["weight_map"].update({"model.norm.weight": "/etc/passwd"}),
-                                    lambda i: i["weight_map"].update({"model.norm.weight": "../text/model.safetensors"}),
-                                    lambda i: i["weight_map"].update({"model.norm.weight": "."}),
-                                    lambda i: i["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
-                                    lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
-                                    lambda i: i["weight_map"].pop("model.norm.weight"), lambda i: i.update(weight_map={})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda i: i["weight_map"].update({"model.norm.weight": "/etc/passwd"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": "../text/model.safetensors"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": "."}),
+        lambda i: i["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
+        lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
+        lambda i: i["weight_map"].pop("model.norm.weight"),
+        lambda i: i.update(weight_map={}),
+    ],
+)
 def test_an_index_that_lies_is_an_error(text, change):
     weights.save_weights(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
     rewrite(text, change, weights.INDEX)
@@ -281,8 +398,16 @@ def test_an_index_that_lies_is_an_error(text, change):
         LLM.from_pretrained(text)
 
 
-@pytest.mark.parametrize("fault, message", [("cut", "truncated"), ("twice", "tensor .* is already in"), ("gone", "missing"),
-                                            ("emptied", "truncated"), ("foreign", "1 tensor.s. not used by this model, first extra")])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("cut", "truncated"),
+        ("twice", "tensor .* is already in"),
+        ("gone", "missing"),
+        ("emptied", "truncated"),
+        ("foreign", "1 tensor.s. not used by this model, first extra"),
+    ],
+)
 def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, message):
     """In the last of several shards: the ones before it must not have been loaded."""
     weights.save_weights(LLM(TEXT), text, TEXT.to_dict(), 1 << 18)
@@ -294,17 +419,24 @@ def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, messa
     elif fault == "gone":
         last.unlink()
     else:
-        save_file(load_file(last) | (load_file(first) if fault == "twice" else {"extra": torch.zeros(2)}), last)
+        save_file(
+            load_file(last) | (load_file(first) if fault == "twice" else {"extra": torch.zeros(2)}),
+            last,
+        )
         if fault == "foreign":
             rewrite(text, lambda i: i["weight_map"].update(extra=last.name), weights.INDEX)
     with torch.device("meta"):
         model = LLM(TEXT)
-    with pytest.raises(ValueError, match=f"{re.escape(str(text if fault == 'foreign' else last))}: {message}"):
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(text if fault == 'foreign' else last))}: {message}"
+    ):
         weights.load_weights(model, text)
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("target", ["blob", "/etc/passwd", "/dev/zero", "model.safetensors", "gone"])
+@pytest.mark.parametrize(
+    "target", ["blob", "/etc/passwd", "/dev/zero", "model.safetensors", "gone"]
+)
 def test_a_link_is_followed_to_a_safetensors_file_and_to_nothing_else(text, target):
     """The hub's own cache is made of links, so a link is no fault; a device, a loop or a file of another kind is."""
     file, model = text / "model.safetensors", LLM.from_pretrained(text)
@@ -317,10 +449,21 @@ def test_a_link_is_followed_to_a_safetensors_file_and_to_nothing_else(text, targ
         LLM.from_pretrained(text)
 
 
-@pytest.mark.parametrize("part, key, value", [((), "model_type", "internvl_chat"), ((), "downsample_ratio", 0.25), ((), "vision_config", None),
-                                              (("llm_config",), "model_type", "llama"), (("vision_config",), "hidden_act", "gelu"),
-                                              (("nanosail",), "max_tiles", "ten"), (("nanosail",), "image_token_id", -1)])
-def test_a_vlm_that_we_do_not_build_is_an_error_that_names_the_file(vision, text, tmp_path, part, key, value):
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ((), "model_type", "internvl_chat"),
+        ((), "downsample_ratio", 0.25),
+        ((), "vision_config", None),
+        (("llm_config",), "model_type", "llama"),
+        (("vision_config",), "hidden_act", "gelu"),
+        (("nanosail",), "max_tiles", "ten"),
+        (("nanosail",), "image_token_id", -1),
+    ],
+)
+def test_a_vlm_that_we_do_not_build_is_an_error_that_names_the_file(
+    vision, text, tmp_path, part, key, value
+):
     SailVL.from_parts(vision, text).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda c: (c[part[0]] if part else c).update({key: value}))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/config.json: ")):
@@ -330,12 +473,17 @@ def test_a_vlm_that_we_do_not_build_is_an_error_that_names_the_file(vision, text
 @pytest.mark.parametrize("kind", ["int8", "int64", "bool", "float8_e4m3fn", "complex64"])
 def test_a_tensor_of_another_kind_is_an_error_that_names_it(text, kind):
     stored = load_file(text / "model.safetensors")
-    save_file(stored | {"model.norm.weight": stored["model.norm.weight"].to(getattr(torch, kind))}, text / "model.safetensors")
+    save_file(
+        stored | {"model.norm.weight": stored["model.norm.weight"].to(getattr(torch, kind))},
+        text / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="model.norm.weight has type"):
         LLM.from_pretrained(text)
 
 
-def test_nothing_is_read_and_no_memory_taken_before_every_name_and_shape_was_checked(text, monkeypatch):
+def test_nothing_is_read_and_no_memory_taken_before_every_name_and_shape_was_checked(
+    text, monkeypatch
+):
     """The last tensor in order is wrong: the model given to `load` must still be empty and the others unread."""
     stored = load_file(text / "model.safetensors")
     last = sorted(stored)[-1]
@@ -362,7 +510,7 @@ def test_any_byte_of_a_header_changed_is_an_error_or_the_same_model(text):
     whole = file.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     for at in range(0, 8 + length, 7):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
             again = LLM.from_pretrained(text)
         except ValueError as e:
