@@ -48,7 +48,7 @@ class Replay(list):
         """A layer's choices: the next ones when it first asks, the same ones when its activations are recomputed."""
         return self.choices[self.places.setdefault(id(layer), len(self.places))]
 
-    def moved(self) -> float:
+    def rerouted_share(self) -> float:
         """Share of the replayed choices that the present router would not make."""
         own = [
             r.logits.topk(c.shape[1], dim=-1).indices

@@ -234,6 +234,20 @@ def collate(group: list[list[Document]], capacity: int | None, pad: int) -> Batc
     )
 
 
+class PerSample(Batch):
+    @property
+    def weight(self):
+        return float(
+            sum(
+                bool((part >= 0).any())
+                for part in self.labels.reshape(-1).split(self.segments.lengths)
+            )
+        )
+
+    def to(self, device):
+        return PerSample(**vars(super().to(device)))
+
+
 class Batches:
     """An endless iterator over steps: a list of `accumulate` micro-batches of this rank's rows. What the loop consumes.
 
@@ -259,7 +273,9 @@ class Batches:
         world: int = 1,
         buffer: int = 64,
         lanes: int = 0,
+        per_sample: bool = False,
     ):
+        self.per_sample = per_sample
         accumulate = accumulate or max(1, rows_per_step // world)  # 0: a row at a time
         if rows_per_step % (world * accumulate):
             raise ValueError(
@@ -317,10 +333,11 @@ class Batches:
             raise StopIteration
         self.row += self.rows_per_step
         share = len(kept) // self.accumulate
-        return [
+        made_rows = [
             collate(kept[i * share : (i + 1) * share], self.capacity, self.pad)
             for i in range(self.accumulate)
         ]
+        return [PerSample(**vars(b)) if self.per_sample else b for b in made_rows]
 
     def state_dict(self) -> dict:
         states = parallel.gather(

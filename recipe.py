@@ -1,167 +1,470 @@
-"""The command line of the recipes: a stage by name, every knob an option.
+"""How a stage is run: from the command line to the loop, one way for all of them.
 
-What it teaches: an option is a dataclass field, its comment is its help, and an unknown one is an error (tyro does all
-three). `--stage NAME --scale toy|paper` picks a row of the recipe; any other option overrides one of its values.
+What it teaches: a recipe is data. `pretrain.py`, `sft.py`, `rl.py` hold rows (`stage.Stage`) and nothing
+that runs; here is the one path that all of them take, also in the toy's ladder, the benches and claims:
+
+    python sft.py sft1 --data my.jsonl
+      -> run_command      options -> Setup: model, encoder, source, ranks, directory, faults
+      -> fit              the stage's source of samples -> its feed of batches
+      -> train.train      the loop
+      -> train.one_step   objective, .backward(), step
+
+A stage names two functions. `SAMPLES[stage.samples]` makes a stream of samples, numbered, so that it can
+be resumed anywhere and read by worker processes; `FEEDS[stage.objective]` turns it into batches:
+
+    answers      the source's samples as they are              packed_rows   rows of documents
+    chains       questions asked to think, with their chains   rollouts      sampled completions
+    fusion       answers, and a share of harvested chains      patches       images alone
+    questions    those whose answer can be verified
+
+Every stage of the toy has a command, and a command does on `--data` what the toy does on the drawn world.
 """
 
-import dataclasses
-import json
-import sys
-from dataclasses import dataclass
+import copy
+import math
+import random
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Callable, Iterable, Iterator
 
 import torch
 import tyro
+from torch import Tensor
 
-from data.encode import Encoder
+from curation.chains import Blend
+from data.encode import Encoder, with_thinking
+from data.images import normalise
 from data.readers import Folder
-from data.sample import Faults
-from data.world import FAMILIES, World, corpus
+from data.sample import BadSample, Faults, Sample
+from data.stream import Documents, Mapped
+from data.world import GRADED, REASONING, World, corpus
+from evaluate import evaluate
+from generate import load_model
 from infra.checkpoint import RunDirectory
+from infra.cli import guarded, parse_subcommand
+from infra.plan import describe, plan_of, refuse_unused, steps_of
+from objective import PatchPredictor
+from packing import Batches
+from rollout import PATIENCE, Reward, Rollouts, oddities
 from scale import parallel
+from scale.parallel import Ranks
+from stage import BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
+from train import Run, train
 from vlm import PRESETS, SailVL
 
-THINK = "think first."  # the toy's request to think: the released sentence would be longer than its answers
+THINK = (
+    "think first."  # the toy's request to think: the released sentence is longer than its answers
+)
+
+
+# ----------------------------------------------------------------------------------------- setup
+
+
+@dataclass
+class Setup:
+    """What stages share: everything that a stage needs and that outlives it."""
+
+    model: SailVL
+    encoder: Encoder
+    source: World | Folder
+    ranks: Ranks = Ranks()
+    directory: Path | RunDirectory | None = None  # log, and checkpoints if it is a RunDirectory
+    faults: Faults = field(default_factory=Faults)
+    workers: int = 0  # processes on each rank that read and decode ahead
+    harvest: list[Sample] | None = None  # chains for think-fusion; none: the source's own
+    reward: Reward | None = None  # in place of the stage's (RL)
+    predictor: PatchPredictor | None = None  # ViT and head of the image stage; none: a new head
+
+
+def fit(setup: Setup, stage: BaseStage) -> Run:
+    """Train one stage in place; faults are printed at its end."""
+    # The two functions that the stage names: where samples come from, and how they become batches
+    stage = resolved(stage, setup.model)
+    samples = SAMPLES[stage.samples](setup, stage)
+    model, batches = FEEDS[stage.objective](setup, stage, samples)
+
+    # The loop
+    run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+
+    # Nothing is left out without a word
+    if setup.faults.counts and setup.ranks.main:
+        print(setup.faults.report())
+    return run
+
+
+def resolved(stage: BaseStage, model: SailVL) -> BaseStage:
+    """What a stage leaves to the model: the paper's algorithm, DAPO for a dense one and GSPO for a MoE."""
+    if not isinstance(stage, RLStage) or stage.algorithm:
+        return stage
+    return replace(stage, algorithm="gspo" if model.config.text.num_experts else "dapo")
+
+
+# -------------------------------------------------------------------------------- where samples come from
+
+
+def answers(setup: Setup, stage: BaseStage):
+    """The source's samples, drawn by the stage's mixture."""
+    return setup.source.stream(stage.mixture, stage.seed, stage.turns)
+
+
+def chains(setup: Setup, stage: BaseStage):
+    """Questions asked to think, answered by their chains; samples without one are passed over."""
+    return Mapped(answers(setup, stage), AskedToThink(setup.encoder.tokenizer.think_prompt))
+
+
+def fusion(setup: Setup, stage: Stage):
+    """Think-fusion (Eq. 3): direct answers, and a share of `stage.think` from the harvested chains."""
+    harvest = setup.harvest
+    if harvest is None:
+        harvest = reference_chains(setup, stage)
+    return Blend(answers(setup, stage), harvest, stage.think, stage.seed)
+
+
+def questions(setup: Setup, stage: BaseStage):
+    """Samples whose answer can be verified: a truth is enough."""
+    return Mapped(answers(setup, stage), verifiable)
+
+
+SAMPLES: dict[str, Callable] = {
+    "answers": answers,
+    "chains": chains,
+    "fusion": fusion,
+    "questions": questions,
+}
+
+
+@dataclass(frozen=True)
+class AskedToThink:
+    """A sample that has a chain, asked with the request to think. (A class: workers must pickle it.)"""
+
+    think_prompt: str
+
+    def __call__(self, sample: Sample) -> Sample | None:
+        has_chain = sample.facts.get("chain") or any(m.think for m in sample.messages)
+        return with_thinking(sample, self.think_prompt) if has_chain else None
+
+
+def verifiable(sample: Sample) -> Sample | None:
+    return sample if sample.facts.get("answer") else None
+
+
+def reference_chains(setup: Setup, stage: BaseStage, most: int = 400) -> list[Sample]:
+    """Chains of the data itself, where no policy's own were harvested."""
+    # Files have the chains that they have; the drawn world makes some
+    samples: Iterable[Sample]
+    if isinstance(setup.source, World):
+        mixture = dict.fromkeys(REASONING, 1.0)
+        samples = islice(setup.source.stream(mixture, stage.seed + 5, 1), most)
+    else:
+        samples = setup.source.first()
+
+    # Those that have one, asked to think
+    ask = AskedToThink(setup.encoder.tokenizer.think_prompt)
+    asked = [ask(sample) for sample in samples]
+    return [sample for sample in asked if sample is not None]
+
+
+# ------------------------------------------------------------------------------------------ feeds
+
+
+def packed_rows(setup: Setup, stage: Stage, samples) -> tuple[SailVL, Batches]:
+    """Samples -> documents -> packed rows -> this rank's micro-batches."""
+    # What a token weighs; "sequence" divides by samples, which is the batch's affair
+    by_sample = stage.weighting == "sequence"
+    encoder = replace(
+        setup.encoder,
+        everything=stage.everything,
+        weighting="token" if by_sample else stage.weighting,
+        max_length=stage.length,
+        root=setup.source.root,
+    )
+
+    # Documents in numbered lanes, rows in the same order for any number of ranks
+    documents = Documents(samples, encoder, setup.faults, workers=setup.workers)
+    batches = Batches(
+        documents,
+        stage.length,
+        stage.rows,
+        stage.accumulate,
+        encoder.tokenizer.pad,
+        setup.ranks.rank,
+        setup.ranks.size,
+        per_sample=by_sample,
+    )
+    return setup.model, batches
+
+
+def rollouts(setup: Setup, stage: RLStage, samples) -> tuple[SailVL, Rollouts]:
+    """Questions -> completions of the model that is being trained."""
+    # Choices that are unlikely to be meant
+    for sentence in oddities(stage, setup.model.config.text.num_experts):
+        warnings.warn(sentence, stacklevel=2)
+
+    # The KL penalty measures against the model as it is now
+    encoder = replace(setup.encoder, root=setup.source.root)
+    reference = copy.deepcopy(setup.model).requires_grad_(False) if stage.kl else None
+    feed = Rollouts(
+        setup.model, encoder, samples, stage, setup.ranks, setup.reward, reference, setup.faults
+    )
+    return setup.model, feed
+
+
+def patches(setup: Setup, stage: Stage, samples) -> tuple[PatchPredictor, Iterator]:
+    """Images alone, for the stand-in of AIMv2's pre-training; what trains is the ViT and a head."""
+    predictor = setup.predictor or PatchPredictor(setup.model.vision_model)
+    predictor.to(setup.ranks.device)
+    encoder = replace(setup.encoder, root=setup.source.root)
+    return predictor, pixel_batches(encoder, stage, samples, setup.ranks, setup.faults)
+
+
+FEEDS: dict[str, Callable] = {
+    "supervised": packed_rows,
+    "policy": rollouts,
+    "next_patch": patches,
+}
+
+
+@dataclass
+class Pixels:
+    """A batch of images as the loop takes it; `ids` is what tokens a second are counted by."""
+
+    images: Tensor  # (N, 3, H, W)
+    prefix: int  # patches that are seen both ways
+    ids: Tensor  # (N, patches)
+    filled: float = 1.0
+    weight: float = 1.0
+
+    def to(self, device) -> "Pixels":
+        return replace(self, images=self.images.to(device))
+
+
+def pixel_batches(
+    encoder: Encoder, stage: Stage, samples, ranks: Ranks, faults: Faults
+) -> Iterator[list[Pixels]]:
+    """Images of the samples, as many a step as would fill the stage's rows with patches.
+
+    Raises ValueError when many samples in a row have no image of the ViT's own size.
+    """
+    # As many images as patches fill the rows of a step
+    vision = encoder.config.vision
+    per_image = (vision.image_size // vision.patch_size) ** 2
+    images_a_step = max(1, stage.rows * stage.length // per_image // ranks.size)
+
+    # Every size-th image is this rank's; each step sees another share of the patches both ways
+    arrays = single_images(encoder, stage, samples, faults)
+    own = islice(arrays, ranks.rank, None, ranks.size)
+    rng = random.Random(stage.seed)
+    while True:
+        images = list(islice(own, images_a_step))
+        if not images:
+            return
+        prefix = rng.randrange(per_image // 2)
+        ids = torch.zeros(len(images), per_image)
+        yield [Pixels(normalise(images), prefix, ids, weight=1.0 / ranks.size)]
+
+
+def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> Iterator:
+    """uint8 images (H, W, 3) of the ViT's own size; others and bad ones are counted."""
+    size = encoder.config.vision.image_size
+    idle = 0
+    for sample in samples:
+        # A bad picture costs its sample
+        try:
+            arrays, _ = encoder.images(sample)
+        except BadSample as fault:
+            faults.add(fault)
+            arrays = []
+        fitting = [array for array in arrays if array.shape[:2] == (size, size)]
+
+        # A source without pictures is an error, not a silence
+        idle = 0 if fitting else idle + 1
+        if idle >= PATIENCE:
+            raise ValueError(
+                f"stage {stage.name}: {idle} samples in a row have no image of {size} x {size} "
+                f"pixels\n{faults.report()}"
+            )
+        yield from fitting
+
+
+# ---------------------------------------------------------------------------------- a new toy model
+
+
+def new_model(preset: str, source: World | Folder, seed: int = 0) -> tuple[SailVL, Tokenizer]:
+    """A model with random weights and a tokenizer trained on the source's own text.
+
+    Raises ValueError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+
+    # A vocabulary for these texts
+    if isinstance(source, World):
+        texts = corpus(3000)
+    else:
+        messages = [m for sample in source.first(20000) for m in sample.messages]
+        texts = [part for m in messages for part in m.parts if isinstance(part, str)]
+    template = [THINK, "user\n", "assistant\n", "\\boxed{"]
+    tokenizer = Tokenizer(train_bpe(texts + template, 440), "", THINK)
+
+    # Sizes: the vocabulary rounded up, as kernels like it; other people's pictures are larger than a tile
+    config = PRESETS[preset]
+    vocabulary = math.ceil(len(tokenizer) / 16) * 16
+    config = replace(
+        config,
+        text=replace(config.text, vocab_size=vocabulary),
+        image_token_id=tokenizer.image,
+        max_tiles=config.max_tiles if isinstance(source, World) else max(config.max_tiles, 4),
+    )
+    return SailVL(config).init_weights(seed), tokenizer
+
+
+# --------------------------------------------------------------------------------- the command line
 
 
 @dataclass
 class RunOptions:
     """Where data and model come from and where the result goes."""
 
-    data: Path | None = (
-        None  # JSON, JSONL, TSV, tar, parquet, a folder of them or a mixture file (data/readers.py); none: the toy world
-    )
+    data: Path | None = None  # a file, a folder of them or a mixture file; none: the drawn world
     images: Path | None = None  # folder of its images; none: beside the file
-    model: Path | None = None  # directory to start from; none: a new toy model and tokenizer
+    model: Path | None = None  # directory to start from; none: a new model and tokenizer
     preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
     out: Path = Path("runs/out")  # directory for the trained model and the log
-    workers: int = (
-        0  # processes on each rank that read and decode ahead; 0: the training process itself
-    )
+    harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
+    workers: int = 0  # processes on each rank that read and decode ahead; 0: none
     strict: bool = False  # make the first bad sample an error
-    resume: bool = (
-        True  # go on from the newest whole checkpoint in --out; False: remove them and begin again
-    )
+
+    # How images and questions are put to the model; none: as the model's own configuration says
+    any_resolution: bool | None = None  # images whole, at their own size, in place of tiles
+    position: str | None = None  # of patches: table, rope2d or sincos
+    max_tiles: int | None = None  # of an image
+    msac: bool | None = None  # a second pass over grids of tiles
+    think_prompt: str | None = None  # the sentence that asks for thinking
+
+    # A run that can be stopped at any time
+    resume: bool = True  # go on from the newest whole checkpoint in --out; false: begin again
     save_every: int = 200  # steps between checkpoints (one more at SIGTERM and at the end)
     keep: int = 2  # newest checkpoints to keep, beside the best
-    check_every: int = 0  # steps between checks: accuracy on held-out samples and some answers in the log; 0: never
-    held_out: Path | None = None  # data to check on; none: held-out scenes of the toy world
-    tracker: str = ""  # module to log to as well: wandb, trackio
+    check_every: int = 0  # steps between checks on held-out samples; 0: never
+    held_out: Path | None = None  # data to check on; none: held-out scenes of the drawn world
+    tracker: str = ""  # module to log to as well: wandb, trackio, tensorboard
+    row: tyro.conf.Fixed[str] = ""  # of the recipe: the word on the command line
 
 
-def parse(options: type, recipes: dict[str, dict]):
-    """`--stage` and `--scale` choose the defaults, tyro reads the rest. Raises SystemExit for anything unknown."""
-    argv = list(sys.argv[1:])
-    chosen = {"--scale": "toy", "--stage": None}
-    for flag in chosen:
-        for i, word in enumerate(argv):
-            if word == flag or word.startswith(flag + "="):
-                value = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-                chosen[flag] = value
-                del argv[i : i + 1 + ("=" not in word)]
-                break
-    default = options()
-    if chosen["--scale"] not in recipes:
-        sys.exit(f"--scale {chosen['--scale']!r}: choose from {', '.join(recipes)}")
-    stages = recipes[chosen["--scale"]]
-    name = chosen["--stage"] or default.stage.name
-    if name not in stages:
-        sys.exit(f"--stage {name!r}: choose from {', '.join(stages)}")
-    default = dataclasses.replace(default, stage=stages[name])
-    note = f"Stages (--stage): {', '.join(stages)}. Scales (--scale): {', '.join(recipes)}. Defaults shown are of stage {name}."
-    return tyro.cli(
-        options,
-        default=default,
-        args=argv,
-        description=f"{options.__doc__}\n\n{note}",
-        config=(tyro.conf.FlagConversionOff,),
+def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, BaseStage]]) -> None:
+    """The whole of a recipe's command line. `recipes`: scale -> name -> stage.
+
+    The first word names a stage: `sft1` of the toy's scale, `paper:sft1` of the paper's.
+    """
+    # Every row of every scale is a subcommand, and its values are the defaults
+    choices = {}
+    for scale, stages in recipes.items():
+        for name, stage in stages.items():
+            word = name if scale == "toy" else f"{scale}:{name}"
+            defaults = options_class(stage=stage, row=word)
+            choices[word] = (f"{options_class.__doc__}\n\n{describe(stage)}", defaults)
+
+    # The rest of the command line overrides the row
+    options = parse_subcommand(choices)
+    _, defaults = choices[options.row]
+    guarded(run_stage, options, defaults)
+
+
+def run_stage(options: RunOptions, defaults: RunOptions) -> int:
+    """One stage from its options: set up, print the plan, fit (from the newest checkpoint), save."""
+    # Everything that a stage needs; an option that this one does not use is an error
+    ranks = parallel.start()
+    torch.manual_seed(options.stage.seed)
+    setup = set_up(options, ranks)
+    refuse_unused(options, defaults, setup.model)
+
+    # What the stage leaves to the model and to the data
+    stage = resolved(options.stage, setup.model)
+    stage = replace(stage, steps=steps_of(setup, stage))
+    options = replace(options, stage=stage)
+
+    # The run's own directory, and what is known before it starts
+    configuration = asdict(options)
+    kept = ("data", "images", "model", "preset", "stage")
+    setup.directory = RunDirectory(
+        options.out,
+        {key: configuration[key] for key in kept},
+        options.save_every,
+        options.keep,
+        options.resume,
+        checker(options, setup) if options.check_every else None,
+        options.check_every,
+        options.tracker,
     )
+    if ranks.main:
+        print("\n".join(plan_of(setup, options)), flush=True)
 
-
-def new_model(preset: str, source, seed: int = 0) -> tuple[SailVL, Tokenizer]:
-    """A toy-sized model with random weights and a tokenizer trained on the source's own text."""
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset!r}: choose from {', '.join(PRESETS)}")
-    texts = (
-        corpus(3000)
-        if isinstance(source, World)
-        else [
-            p
-            for s in source.first(20000)
-            for m in s.messages
-            for p in m.parts
-            if isinstance(p, str)
-        ]
-    )
-    tokenizer = Tokenizer(
-        train_bpe(texts + [THINK, "user\n", "assistant\n", "\\boxed{"], 440), "", THINK
-    )
-    config = PRESETS[preset]
-    vocabulary = -(-len(tokenizer) // 16) * 16  # rounded up: kernels like it
-    config = dataclasses.replace(
-        config,
-        text=dataclasses.replace(config.text, vocab_size=vocabulary),
-        image_token_id=tokenizer.image,
-    )
-    return SailVL(config).init_weights(seed), tokenizer
-
-
-def checker(o: RunOptions, model: SailVL, encoder: Encoder):
-    """A check for the log: accuracy over 64 held-out samples, and what was said to the first four. Score: the share wrong."""
-    from evaluate import evaluate
-
-    if o.data and not o.held_out:
-        raise ValueError(
-            "--check-every needs --held-out FILE: samples that --data does not contain"
-        )
-    samples = (
-        Folder(o.held_out, o.images).first(64)
-        if o.held_out
-        else [s for family in FAMILIES for s in World().held_out(family, 64 // len(FAMILIES) + 1)]
-    )
-
-    def check(step: int) -> dict:
-        scores, graded = evaluate(model, encoder, samples)
-        said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
-        return {
-            "accuracy": scores["overall"].accuracy,
-            "score": 1 - scores["overall"].accuracy,
-            "said": said,
-        }
-
-    return check
-
-
-def run(o: RunOptions, recipes, stage_runner) -> int:
-    """Set up world, source and model, run the chosen stage (from its newest checkpoint, if any), save the result."""
-    from generate import load_model
-
-    world = parallel.start()
-    torch.manual_seed(o.stage.seed)
-    source = Folder(o.data, o.images, o.strict) if o.data else World()
-    model, tokenizer = load_model(o.model) if o.model else new_model(o.preset, source, o.stage.seed)
-    model.to(world.device).train()
-    config = {
-        k: v
-        for k, v in dataclasses.asdict(o).items()
-        if k in ("data", "images", "model", "preset", "stage")
-    }
-    if world.main:
-        print(json.dumps(dataclasses.asdict(o), default=str))
-    encoder = Encoder(tokenizer, model.config, source.root)
-    faults = source.faults if o.data else Faults(o.strict)
-    check = checker(o, model, encoder) if o.check_every else None
-    home = RunDirectory(
-        o.out, config, o.save_every, o.keep, o.resume, check, o.check_every, o.tracker
-    )
-    result = stage_runner(model, o.stage, source, encoder, world, home, faults)
-    if world.main:
-        model.save_pretrained(o.out)
-        tokenizer.save(o.out)
+    # Train, and save what came of it
+    run = fit(setup, stage)
+    if ranks.main:
+        setup.model.save_pretrained(options.out)
+        setup.encoder.tokenizer.save(options.out)
         print(
-            f"stage {o.stage.name}: loss {result.log[0]['loss']:.3f} -> {result.tail():.3f} in {result.seconds:.0f} s; "
-            f"{result.skipped} steps skipped; model and log in {o.out}"
+            f"stage {stage.name}: loss {run.log[0]['loss']:.3f} -> {run.tail():.3f} in {run.seconds:.0f} s; "
+            f"{run.skipped} steps skipped; model and log in {options.out}"
         )
     parallel.stop()
     return 0
+
+
+def set_up(options: RunOptions, ranks: Ranks) -> Setup:
+    """Source, model, tokenizer and encoder, as the options say."""
+    # What it learns from
+    source = World()
+    if options.data:
+        source = Folder(options.data, options.images, options.strict)
+
+    # What learns: a model that exists, or a new one
+    if options.model:
+        model, tokenizer = load_model(options.model)
+    else:
+        model, tokenizer = new_model(options.preset, source, options.stage.seed)
+
+    # Choices about images and questions that are not the model's own
+    chosen = {key: getattr(options, key) for key in ("any_resolution", "max_tiles", "msac")}
+    config = replace(model.config, **{key: v for key, v in chosen.items() if v is not None})
+    if options.position is not None:
+        config = replace(config, vision=replace(config.vision, position=options.position))
+        model.vision_model.config = config.vision
+    model.config = config
+    if options.think_prompt is not None:
+        tokenizer.think_prompt = options.think_prompt
+
+    # What goes along
+    model.to(ranks.device).train()
+    harvest = Folder(options.harvest).first() if options.harvest else None
+    faults = source.faults if options.data else Faults(options.strict)
+    encoder = Encoder(tokenizer, config, source.root)
+    return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest)
+
+
+def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
+    """A check for the log: accuracy over some held-out samples, and what was said to the first four.
+
+    "score" is the share that was wrong: the checkpoint with the lowest one is kept.
+    """
+    if options.data and not options.held_out:
+        raise ValueError(
+            "--check-every needs --held-out FILE: samples that --data does not contain"
+        )
+    if options.held_out:
+        samples = Folder(options.held_out, options.images).first(64)
+    else:
+        each = 64 // len(GRADED) + 1
+        samples = [s for family in GRADED for s in World().held_out(family, each)]
+
+    def check(step: int) -> dict:
+        scores, graded = evaluate(setup.model, setup.encoder, samples)
+        accuracy = scores["overall"].accuracy
+        said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
+        return {"accuracy": accuracy, "score": 1 - accuracy, "said": said}
+
+    return check

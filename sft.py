@@ -1,299 +1,146 @@
-"""Supervised fine-tuning: the curriculum of Table 3, long chains of thought, and think-fusion (Table 4), as data.
+"""Supervised fine-tuning: the curriculum of Table 3, long chains, and think-fusion (Table 4), as data.
 
-What it teaches: four phases of rising difficulty on all parameters; then a short run on long chains, which teaches the *form*
-that RL needs (`<think>...</think>`, then one `\\boxed{}`); and, after RL, a mixture of direct answers and the policy's own
-chains, so that one model answers directly by default and thinks when it is asked to.
+What it teaches: four phases of rising difficulty on all parameters; then a short run on long chains,
+which teaches the *form* that RL needs (`<think>...</think>`, then one `\\boxed{}`); and, after RL, a
+mixture of direct answers and the policy's own chains, so that one model answers directly by default and
+thinks when it is asked to.
 
-    stage      on                                                         paper section
-    sft1       questions about single things                              4.1 phase 1
-    sft2       + charts, places, boxes                                    4.1 phase 2
-    sft3       + reasoning: sums, odd one out                             4.1 phase 3
-    sft4       image : video 1 : 1                                        4.1 phase 4
-    soup-a/b   two runs from sft4 that differ in seed, averaged           4.1 model soup, Table 5
-    long-cot   chains on the reasoning families                           4.2.2, Eq. 2
-    fusion     90 % direct, 10 % chains of the RL policy                  4.2.4, Eq. 3
+    stage       samples   on                                               paper section
+    sft1        answers   questions about single things                    4.1 phase 1
+    sft2        answers   + charts, places, boxes                          4.1 phase 2
+    sft3        answers   + reasoning: sums, odd one out                   4.1 phase 3
+    sft4        answers   image : video 1 : 1                              4.1 phase 4
+    soup-a/b    answers   two runs from sft4 that differ in seed           4.1 model soup, Table 5
+    long-cot    chains    chains on the reasoning families                 4.2.2, Eq. 2
+    fusion      fusion    90 % direct, 10 % chains of the RL policy        4.2.4, Eq. 3
 
-    python sft.py --stage sft1 --data my.jsonl --images dir/ --model runs/pretrain
+    python sft.py sft1 --data my.jsonl --images dir/ --model runs/pretrain
+    python sft.py long-cot --data chains.jsonl --model runs/sft          # rows with <think>...</think>
+    python sft.py fusion --data my.jsonl --harvest harvest.jsonl --model runs/rl
 
-The loss is on answers only (chain and box for thinking samples). What its sum is divided by is `--weighting`:
-    sequence   samples: Eq. 2 and 3 as they stand, -(1/|D|) sum over samples of log P(T, A | I), a sum over each one's tokens
-    token      tokens: the same direction, and a loss in nats a token that does not grow with the length of chains
-    sample     each sample's own tokens first, then samples: a chain counts as much as a one-word answer
+The loss is on answers only (chain and box for thinking samples). `--weighting` says what its sum is
+divided by:
+    sequence   samples: Eq. 2 and 3 as they stand, -(1/|D|) sum over samples of log P(T, A | I), a sum
+               over each one's tokens
+    token      tokens: the same direction, and a loss in nats a token that does not grow with chains
+    sample     each sample's own tokens first, then samples: a chain counts as much as one word
+
+`v1:` are the three SFT stages of the first SAIL-VL. Nothing runs here: `recipe.run_command` does.
 """
 
-import functools
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
 
 import tyro
 
-import recipe
-from curation.chains import blend
-from data.encode import Encoder, with_thinking
-from data.sample import Faults, Sample
-from data.stream import Documents
-from packing import Batch, Batches
-from pretrain import ALL, INSTRUCTION, UNDERSTANDING, answers_of, run_stage
-from scale import parallel
-from train import Run, Stage, train
-from vlm import SailVL
+from data.world import EARLIER
+from recipe import RunOptions, run_command
+from stage import ALL, BaseStage, Stage
 
-PHASES = {
-    "sft1": ("attributes", "spatial", "counting"),
-    "sft2": ("charts", "grounding", "reading"),
-    "sft3": ("arithmetic", "odd"),
-    "sft4": ("video",),
-}
-REHEARSE = {"text": 0.05} | {
-    f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()
-}  # what earlier stages taught
+# ------------------------------------------------------------------------------------------ the toy
 
-TOY = {
-    s.name: s
-    for s in (
-        Stage(
-            "sft1",
-            ALL,
-            REHEARSE | {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0},
-            steps=220,
-            rows=4,
-            lr=5e-3,
-            schedule="wsd",
-            weighting="sqrt",
-        ),
-        Stage(
-            "sft2",
-            ALL,
-            REHEARSE | {"listing": 1.5, "charts": 6.0, "grounding": 4.0},
-            steps=370,
-            rows=4,
-            lr=5e-3,
-            schedule="wsd",
-            weighting="sqrt",
-        ),
-        Stage(
-            "sft3",
-            ALL,
-            REHEARSE | {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5},
-            steps=310,
-            rows=4,
-            lr=5e-3,
-            schedule="wsd",
-            weighting="sqrt",
-        ),
-        Stage(
-            "sft4",
-            ALL,
-            REHEARSE | {"video": 5.0},
-            steps=70,
-            rows=4,
-            lr=5e-3,
-            schedule="wsd",
-            weighting="sqrt",
-        ),
-        Stage(
-            "soup-a",
-            ALL,
-            REHEARSE | {"video": 0.5, "charts": 1.2},
-            steps=30,
-            rows=4,
-            lr=3e-3,
-            schedule="constant",
-            seed=101,
-            weighting="sqrt",
-        ),
-        Stage(
-            "soup-b",
-            ALL,
-            REHEARSE | {"video": 0.5, "charts": 1.2},
-            steps=30,
-            rows=4,
-            lr=3e-3,
-            schedule="constant",
-            seed=102,
-            weighting="sqrt",
-        ),
-        Stage(
-            "moe-branch",
-            ALL,
-            REHEARSE | {"video": 0.5},
-            steps=40,
-            rows=4,
-            lr=1e-3,
-            schedule="wsd",
-            weighting="sqrt",
-            seed=103,
-        ),
-        Stage(
-            "long-cot",
-            ALL,
-            {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8},
-            steps=120,
-            rows=2,
-            length=1024,
-            lr=5e-3,
-            schedule="wsd",
-            think=1.0,
-            turns=1,
-        ),
-        Stage(
-            "fusion",
-            ALL,
-            REHEARSE | {"video": 0.5},
-            steps=100,
-            rows=4,
-            lr=3e-3,
-            schedule="wsd",
-            think=0.1,
-        ),
-    )
+
+def phase(name: str, new: dict[str, float], steps: int, **more) -> Stage:
+    """A phase of the toy: what is new, and a little of all that earlier stages taught."""
+    defaults = {"lr": 5e-3, "schedule": "wsd", "weighting": "sqrt"}
+    return Stage(name, ALL, EARLIER | new, steps=steps, rows=4, **(defaults | more))
+
+
+SINGLE_THINGS = {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}
+CHARTS = {"listing": 1.5, "charts": 6.0, "grounding": 4.0}
+REASONING = {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}
+SOUP = {"video": 0.5, "charts": 1.2}
+CHAINS = {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}
+
+TOY: dict[str, BaseStage] = {
+    "sft1": phase("sft1", SINGLE_THINGS, 220),
+    "sft2": phase("sft2", CHARTS, 370),
+    "sft3": phase("sft3", REASONING, 310),
+    "sft4": phase("sft4", {"video": 5.0}, 70),
+    "soup-a": phase("soup-a", SOUP, 30, lr=3e-3, schedule="constant", seed=101),
+    "soup-b": phase("soup-b", SOUP, 30, lr=3e-3, schedule="constant", seed=102),
+    "moe-branch": phase("moe-branch", {"video": 0.5}, 40, lr=1e-3, seed=103),
+    "long-cot": Stage(
+        "long-cot",
+        ALL,
+        CHAINS,
+        samples="chains",
+        steps=120,
+        rows=2,
+        length=1024,
+        lr=5e-3,
+        schedule="wsd",
+        turns=1,
+    ),
+    "fusion": phase("fusion", {"video": 0.5}, 100, lr=3e-3, samples="fusion", weighting="token"),
 }
 
-# Tokens 42B -> 40B -> 16B -> 70B (Table 3); long-CoT 0.4B, fusion 1B tokens, batch 1024, AdamW, cosine, 1e-6 (4.2.2). The
-# phases' rate and batch are not published: 1e-5 and 512 are the first SAIL-VL's.
-PAPER = {
-    s.name: s
-    for s in (
-        Stage("sft1", ALL, {}, steps=10010, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-        Stage("sft2", ALL, {}, steps=9540, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-        Stage("sft3", ALL, {}, steps=3810, rows=512, length=8192, lr=1e-5, optimizer="adamw"),
-        Stage(
-            "sft4",
-            ALL,
-            {"image": 1.0, "video": 1.0},
-            steps=8340,
-            rows=512,
-            length=16384,
-            lr=1e-5,
-            optimizer="adamw",
-        ),
-        Stage(
-            "long-cot",
-            ALL,
-            {},
-            steps=390,
-            rows=1024,
-            length=20480,
-            lr=1e-6,
-            think=1.0,
-            optimizer="adamw",
-            weighting="sequence",
-        ),
-        Stage(
-            "fusion",
-            ALL,
-            {},
-            steps=977,
-            rows=1024,
-            length=20480,
-            lr=1e-6,
-            think=0.1,
-            optimizer="adamw",
-            weighting="sequence",
-        ),
+# --------------------------------------------------------------------------------------- the paper
+# Certain: tokens 42B -> 40B -> 16B -> 70B and row lengths (Table 3); long CoT .4B, fusion 1B tokens, rows
+# of 20,480, batches of 1024 samples, AdamW, cosine, 1e-6, one epoch (4.2.2, Table 4).
+# Inferred: 1000 tokens a sample in both (.4B / 400K chains, 1B / 1M samples), hence rows a step.
+# Not published: the phases' rate and batch; 1e-5 and 512 samples are the first SAIL-VL's. A video of 16
+# frames has over 4,096 tokens: phase 4 is counted with 3200 a sample.
+
+
+def paper(
+    name: str,
+    tokens: float,
+    batch: int,
+    sample: int,
+    length: int,
+    multiple: int = 32,
+    mixture: dict[str, float] | None = None,
+    **more,
+) -> Stage:
+    """A stage of so many tokens in batches of `batch` samples of about `sample` tokens each.
+
+    Rows are a multiple of `multiple`, so that ranks divide them. One row at a time on each rank.
+    """
+    rows = multiple * max(1, round(batch * sample / length / multiple))
+    steps = round(tokens / (rows * length))
+    return Stage(
+        name,
+        ALL,
+        mixture or {},
+        steps=steps,
+        rows=rows,
+        length=length,
+        accumulate=0,
+        recompute=True,
+        optimizer="adamw",
+        **({"lr": 1e-5} | more),
     )
+
+
+HALF_VIDEO = {"image": 1.0, "video": 1.0}
+AS_PRINTED = {"lr": 1e-6, "weighting": "sequence"}  # Eq. 2 and 3
+
+PAPER: dict[str, BaseStage] = {
+    "sft1": paper("sft1", 42e9, 512, 2000, 8192),
+    "sft2": paper("sft2", 40e9, 512, 2000, 8192),
+    "sft3": paper("sft3", 16e9, 512, 2000, 8192),
+    "sft4": paper("sft4", 70e9, 512, 3200, 16384, mixture=HALF_VIDEO),
+    "long-cot": paper("long-cot", 0.4e9, 1024, 1000, 20480, 8, samples="chains", **AS_PRINTED),
+    "fusion": paper("fusion", 1e9, 1024, 1000, 20480, 8, samples="fusion", **AS_PRINTED),
 }
-RECIPES = {"toy": TOY, "paper": PAPER}
 
-
-class PerSample(Batch):
-    """A batch whose loss is divided by its number of samples instead of its tokens."""
-
-    @property
-    def weight(self) -> float:
-        return float(
-            sum(
-                bool((part >= 0).any())
-                for part in self.labels.reshape(-1).split(self.segments.lengths)
-            )
-        )
-
-    def to(self, device) -> "PerSample":
-        return PerSample(**vars(super().to(device)))
-
-
-def chains(source, stage: Stage, encoder: Encoder) -> Iterator[Sample]:
-    """The source's questions asked with thinking, answered by its reference chains (those samples that have one)."""
-    for s in source.stream(stage.mixture, stage.seed, stage.turns):
-        if s.facts.get("chain"):
-            yield with_thinking(s, encoder.tokenizer.think_prompt)
-        elif any(m.think for m in s.messages):
-            yield s
-
-
-def run_samples(
-    model: SailVL,
-    stage: Stage,
-    samples: Iterator[Sample],
-    encoder: Encoder,
-    world=parallel.Ranks(),
-    directory: Path | None = None,
-    faults: Faults | None = None,
-) -> Run:
-    """A supervised stage on a given stream of samples."""
-    literal = stage.weighting == "sequence"
-    encoder = replace(
-        encoder,
-        weighting="token" if literal else stage.weighting,
-        max_length=min(stage.length, encoder.max_length),
-    )
-    data = Batches(
-        Documents(samples, encoder, faults or Faults()),
-        stage.length,
-        stage.rows,
-        stage.accumulate,
-        encoder.tokenizer.pad,
-        world.rank,
-        world.size,
-    )
-    if literal:
-        data = ([PerSample(**vars(batch)) for batch in micro] for micro in data)
-    return train(model, stage, data, answers_of(stage), world, directory)
-
-
-def long_cot(
-    model: SailVL,
-    stage: Stage,
-    source,
-    encoder: Encoder,
-    world=parallel.Ranks(),
-    directory: Path | None = None,
-) -> Run:
-    return run_samples(model, stage, chains(source, stage, encoder), encoder, world, directory)
-
-
-def fusion(
-    model: SailVL,
-    stage: Stage,
-    source,
-    harvest: list[Sample],
-    encoder: Encoder,
-    world=parallel.Ranks(),
-    directory: Path | None = None,
-) -> Run:
-    """Think-fusion: direct samples of the source, and `stage.think` of the stream from the harvested chains."""
-    direct = source.stream(stage.mixture, stage.seed, stage.turns)
-    return run_samples(
-        model, stage, blend(direct, harvest, stage.think, stage.seed), encoder, world, directory
-    )
+# The first SAIL-VL (its Tables 2 and 3): 21M, 12M and 3.5M samples, batch 512, 1e-5, one epoch.
+V1: dict[str, BaseStage] = {
+    "knowledge": paper("knowledge", 21e6 * 2000, 512, 2000, 8192),
+    "instruction": paper("instruction", 12e6 * 2000, 512, 2000, 8192),
+    "preference": paper("preference", 3.5e6 * 2000, 512, 2000, 8192),
+}
+RECIPES = {"toy": TOY, "paper": PAPER, "v1": V1}
 
 
 @dataclass
-class Options(recipe.RunOptions):
-    """Run a fine-tuning stage. Without --data it trains on the toy world."""
+class SFTOptions(RunOptions):
+    """Run a stage of fine-tuning. Without --data it trains on the drawn world."""
 
     out: Path = Path("runs/sft")
-    stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=lambda: TOY["sft1"])
-
-
-def stage_runner(model, stage, source, encoder, world, directory, faults, workers: int = 0) -> Run:
-    if stage.think:
-        return long_cot(model, stage, source, replace(encoder, root=source.root), world, directory)
-    return run_stage(model, stage, source, encoder, world, directory, faults, workers)
+    stage: tyro.conf.OmitArgPrefixes[Stage] = field(default_factory=Stage)
 
 
 if __name__ == "__main__":
-    options = recipe.parse(Options, RECIPES)
-    sys.exit(recipe.run(options, RECIPES, functools.partial(stage_runner, workers=options.workers)))
+    run_command(SFTOptions, RECIPES)

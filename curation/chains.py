@@ -68,3 +68,13 @@ def blend(
 
 def rng_order(samples: list[Sample], seed: int) -> list[Sample]:
     return random.Random(seed).sample(samples, len(samples))
+
+
+class Blend:
+    endless = True
+
+    def __init__(self, direct, chains, share, seed):
+        self.it = blend(direct, chains, share, seed)
+
+    def __iter__(self):
+        return self.it

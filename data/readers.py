@@ -427,6 +427,12 @@ class Folder:
         path, k = self.files[file]
         return read(path, *span, self.datasets[k])
 
+    def tasks(self) -> dict[str, int]:
+        counts = {}
+        for (_, task), records in self.groups.items():
+            counts[task] = counts.get(task, 0) + len(records)
+        return counts
+
     def __len__(self) -> int:
         return len(self.spans)
 

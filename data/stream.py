@@ -49,6 +49,25 @@ class Drawn:
         return self[self.at - 1]
 
 
+class Mapped(Drawn):
+    def __init__(self, stream, function):
+        super().__init__(None)
+        self.stream, self.function = stream, function
+        self.endless = getattr(stream, "endless", False)
+        if hasattr(stream, "order"):
+            self.order = stream.order
+
+    def __getitem__(self, n):
+        found = self.stream[n]
+        return self.function(found) if isinstance(found, Sample) else found
+
+    def __next__(self):
+        while True:
+            found = super().__next__()
+            if isinstance(found, Sample):
+                return found
+
+
 class Walk:
     """Any iterator as a function of rising n. To resume it is walked again from its start, without encoding."""
 

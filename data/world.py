@@ -459,6 +459,39 @@ KINDS = {kind.__name__.lower(): kind for kind in (Objects, Dots, Reading, Chart,
 FAMILIES = tuple(dict.fromkeys(f for kind in KINDS.values() for f in kind.families)) + ("text",)
 REASONING = ("counting", "charts", "arithmetic", "odd")
 
+# What is graded, in the order of the report; what each phase of fine-tuning teaches first; what
+# earlier stages taught and later ones rehearse.
+GRADED = (
+    "caption",
+    "attributes",
+    "spatial",
+    "counting",
+    "grounding",
+    "reading",
+    "charts",
+    "arithmetic",
+    "odd",
+    "video",
+    "text",
+)
+PHASES = {
+    "sft1": ("attributes", "spatial", "counting"),
+    "sft2": ("charts", "grounding", "reading"),
+    "sft3": ("arithmetic", "odd"),
+    "sft4": ("video",),
+}
+CAPTION = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
+UNDERSTANDING = CAPTION | {"grounding": 0.8}
+INSTRUCTION = {
+    "attributes": 3.0,
+    "spatial": 3.0,
+    "counting": 2.0,
+    "charts": 2.0,
+    "arithmetic": 2.0,
+    "odd": 1.5,
+}
+EARLIER = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}
+
 
 def held_out(content) -> bool:
     return hashlib.blake2b(repr(content).encode(), digest_size=4).digest()[0] % 8 == 0

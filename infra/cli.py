@@ -1,9 +1,10 @@
 """Command lines: an option is a field of a dataclass, its comment its help, an unknown one an error.
 
 What it teaches: `tyro` makes a parser of a dataclass, so what a script can be told stands in one
-place, typed and with its default. Two habits are added here, the same for every script:
+place, typed and with its default. Three habits are added here, the same for every script:
 
     a switch is turned on by `--think` or `--think true`, and off by `--think false`
+    numbers by name are words: `--mixture caption=2 ocr=0.5`
     what a user did wrong (ValueError, OSError) is one line and exit status 1, without a traceback;
     with NANOSAIL_TRACEBACK=1 the traceback comes too
 
@@ -41,13 +42,37 @@ SWITCH = PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, bool),
     str_from_instance=lambda value: [str(value).lower()],
 )
+
+
+def read_shares(words: list[str]) -> dict[str, float]:
+    """`caption=2 ocr=0.5` -> {"caption": 2.0, "ocr": 0.5}. Raises ValueError for anything else."""
+    shares = {}
+    for word in words:
+        name, sign, number = word.rpartition("=")
+        if not sign or not name:
+            raise ValueError(f"{word!r} is not of the form NAME=NUMBER")
+        shares[name] = float(number)
+    return shares
+
+
+SHARES = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME=NUMBER ...]",
+    instance_from_str=read_shares,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [f"{name}={number:g}" for name, number in value.items()],
+)
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @REGISTRY.primitive_rule
-def switch_rule(info: Any) -> PrimitiveConstructorSpec | None:
-    """Tells tyro how to read a bool."""
-    return SWITCH if info.type is bool else None
+def own_rule(info: Any) -> PrimitiveConstructorSpec | None:
+    """Tells tyro how to read a switch, and shares by name."""
+    if info.type is bool:
+        return SWITCH
+    if info.type == dict[str, float]:
+        return SHARES
+    return None
 
 
 def parse_options(options: Any, argv: list[str] | None = None, **how: Any) -> Any:
@@ -57,6 +82,14 @@ def parse_options(options: Any, argv: list[str] | None = None, **how: Any) -> An
     """
     with REGISTRY:
         return tyro.cli(options, args=argv, config=(tyro.conf.FlagConversionOff,), **how)
+
+
+def parse_subcommand(choices: dict[str, tuple[str, Any]], argv: list[str] | None = None) -> Any:
+    """The first word picks one of the `choices` (name -> its help, its defaults), the rest override it."""
+    with REGISTRY:
+        return tyro.extras.overridable_config_cli(
+            choices, args=argv, config=(tyro.conf.FlagConversionOff,)
+        )
 
 
 def guarded(function: Callable, *arguments: Any) -> NoReturn:

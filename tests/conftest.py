@@ -12,8 +12,10 @@ import torch
 from data import world
 from data.encode import Encoder
 from data.sample import Document
+from objective import supervised
 from packing import Batches
-from recipe import THINK
+from recipe import THINK, Setup, fit
+from stage import Stage
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
@@ -52,6 +54,16 @@ def encoder(tokenizer, config) -> Encoder:
 def documents(encoder):
     """Forty documents of every kind: pictures, videos, text only."""
     return [encoder(world.sample(i, 0, EVERY)) for i in range(40)]
+
+
+def answers(model, batch, stage=None, **coefficients):
+    """The supervised objective of a batch: (loss sum, statistics)."""
+    return supervised(model, batch, stage or Stage(**coefficients))
+
+
+def run_stage(model, stage, source, encoder):
+    """One stage on a source, in place."""
+    return fit(Setup(model, encoder, source), stage)
 
 
 def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import made_up
+from conftest import answers, made_up
 from safetensors.torch import load_file
 
 import packing
 from infra import checkpoint, weights
 from infra.checkpoint import RunDirectory, fault, latest
-from train import Stage, answers, train
+from stage import Stage
+from train import train
 from vlm import SailVL
 
 STEPS = 14
@@ -43,7 +44,7 @@ STAGE = Stage(
 def noisy(counter=lambda: None):
     """The supervised objective under sampling: torch, Python and numpy each take part, so that each generator must resume."""
 
-    def objective(model, batch):
+    def objective(model, batch, stage):
         counter()
         batch.weights = (
             batch.weights

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import answers
 from safetensors.torch import load_file, save_file
 
 import calibrate
-import train
 from data import world
 from data.encode import Encoder
 from infra import weights
@@ -436,7 +436,7 @@ def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
         rank * 4 // size : (rank + 1) * 4 // size
     ]  # 2 ranks: text to one, pictures to the other
     batch = collate(mine, None, tok.pad)
-    loss, stats = train.answers(model, batch, balance=100.0)  # far above the task's gradient
+    loss, stats = answers(model, batch, balance=100.0)  # far above the task's gradient
     weight, balance = parallel.total(batch.weight, stats["balance"])
     (loss / weight).backward()
     gates = [block.mlp.gate.weight for block in model.language_model.model.layers]

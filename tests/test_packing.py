@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY
+from conftest import EVERY, answers
 from PIL import Image
 from test_data import record
 
@@ -24,7 +24,8 @@ from data.sample import Document, Faults
 from data.stream import Documents, Drawn
 from packing import Batches, Rows, choose_subset, collate
 from scale import parallel
-from train import Stage, answers, one_step
+from stage import Stage
+from train import one_step
 
 CAPACITY = 256
 DRAWS = {
@@ -623,7 +624,7 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     found = [replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)) for i in range(8)]
     group = [found[:4], found[4:5], found[5:7], found[7:]]  # rows of very different weight
 
-    def objective(m, b):
+    def objective(m, b, stage):
         return answers(m, replace(b, images=None if b.images is None else b.images.double()))
 
     def step(micro):

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 
 import moe
 import rl
+import rollout
 from claims import algorithms
 from data import world
+from data.stream import Drawn
+from objective import policy, score
 from policy_losses import (
     AGGREGATIONS,
     ALGORITHMS,
@@ -32,6 +35,9 @@ from policy_losses import (
     overlong_penalty,
     sequence_log_ratio,
 )
+from recipe import Setup, fit, resolved
+from rollout import oddities
+from stage import RLStage
 from vlm import PRESETS, SailVL
 
 EVERY_ALGORITHM = pytest.mark.parametrize("name", list(ALGORITHMS))
@@ -450,31 +456,33 @@ def test_the_kl_penalty_is_trls():
 def test_choices_that_make_no_sense_are_warned_about(odd, words):
     assert any(
         words in sentence
-        for sentence in rl.check(rl.RLStage("x", **odd), experts=0 if words == "no experts" else 4)
+        for sentence in oddities(
+            RLStage("x", **({"algorithm": "dapo"} | odd)), experts=0 if words == "no experts" else 4
+        )
     )
 
 
 @pytest.mark.parametrize(
     "wrong,words",
     [
-        (dict(algorithm="grpo2"), "unknown algorithm"),
+        (dict(algorithm="grpo2"), "--algorithm"),
         (dict(group=1), "group of one"),
         (dict(temperature=0.0), "greedy"),
         (dict(overlong=64), "unpunished"),
-        (dict(reward="praise"), "unknown reward"),
-        (dict(aggregation="rows"), "unknown aggregation"),
+        (dict(reward="praise"), "--reward"),
+        (dict(aggregation="rows"), "--aggregation"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
-        rl.check(rl.RLStage("x", **wrong))
+        oddities(RLStage("x", **({"algorithm": "dapo"} | wrong)))
 
 
-def test_the_recipes_and_every_algorithms_own_choices_are_not_odd():
+def test_the_recipes_and_every_algorithms_own_choices_are_not_odd(model):
     for stage in [*rl.TOY.values(), *rl.PAPER.values()]:
-        assert rl.check(stage) == []
+        assert oddities(resolved(stage, model)) == []
     for name in ALGORITHMS:
-        assert rl.check(rl.RLStage("x", algorithm=name, updates=1), experts=4) == []
+        assert oddities(RLStage("x", algorithm=name, updates=1), experts=4) == []
     paper = rl.PAPER["verifiable"]
     assert (
         paper.prompts * paper.group == 2048
@@ -484,8 +492,9 @@ def test_the_recipes_and_every_algorithms_own_choices_are_not_odd():
 
 # ----------------------------------------------------------------------------------------------------------------- rollouts
 
-SMALL = rl.RLStage(
+SMALL = RLStage(
     "x",
+    algorithm="dapo",
     mixture={"counting": 1.0},
     prompts=4,
     group=3,
@@ -504,7 +513,7 @@ def noisy(text, sample, finished):
 
 
 def make(model, encoder, stage=SMALL, reward=noisy, **how):
-    return rl.Rollouts(
+    return rollout.Rollouts(
         model,
         encoder,
         world.World().stream(stage.mixture, stage.seed, 1),
@@ -518,13 +527,13 @@ def test_a_real_rollout_scores_as_it_was_sampled(model, encoder):
     for temperature in (1.0, 0.7):
         stage = replace(SMALL, mixture={"counting": 1.0, "video": 1.0}, temperature=temperature)
         (batch,) = next(make(model, encoder, stage))
-        stats = rl.policy(stage)(model, batch)[1]
+        stats = policy(model, batch, stage)[1]
         assert (
             stats["kl"] / batch.weight < 1e-6
-            and stats["clipped"] == 0
+            and stats["clip_fraction"] == 0
             and stats["spread"] / batch.weight < 1e-4
         )
-        logp = rl.score(model, batch, temperature)
+        logp = score(model, batch, temperature)
         torch.testing.assert_close(logp.detach(), batch.old, rtol=1e-4, atol=1e-5)
         assert batch.mask.sum() == len(batch.labels) == len(batch.at)
 
@@ -546,7 +555,7 @@ def test_rollouts_end_when_every_group_agrees(model, encoder):
     stage = replace(SMALL, dynamic=True, tries=2)
     (batch,) = next(make(model, encoder, stage, reward=lambda *a: {"reward": 1.0}))
     assert (batch.advantage == 0).all() and batch.stats["useless"] == 1 and batch.weight > 0
-    total, _ = rl.policy(stage)(model, batch)
+    total, _ = policy(model, batch, stage)
     total.backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
@@ -561,7 +570,9 @@ def test_dynamic_sampling_keeps_only_groups_that_disagree_and_fills_the_gaps(mod
         }
         rollouts = make(model, encoder, replace(SMALL, dynamic=True, tries=4), reward=agree)
         rollouts.collect()
-        assert {c.index for part in rollouts.queue for c in part} == wanted and rollouts.drawn == 6
+        assert {
+            c.index for part in rollouts.queue for c in part
+        } == wanted and rollouts.next_number == 6
         assert rollouts.stats["useless"] == pytest.approx(useless / 6)
 
 
@@ -589,7 +600,7 @@ def test_accumulation_changes_no_gradient(model, encoder):
     def gradient(accumulate):
         micro = next(make(model, encoder, replace(stage, accumulate=accumulate)))
         for b in micro:
-            (rl.policy(stage)(model, b)[0] / sum(b.weight for b in micro)).backward()
+            (policy(model, b, stage)[0] / sum(b.weight for b in micro)).backward()
         out = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
         return len(micro), out
@@ -609,8 +620,8 @@ def test_a_prompt_that_its_completions_share_changes_neither_loss_nor_gradient(
     rollouts = make(model, replace(encoder, config=model.config), stage)
     rollouts.collect()
     part = [replace(c, advantage=(-1.0) ** i) for i, c in enumerate(rollouts.queue[0])]
-    together = rl.pack_rollouts(part, encoder, stage, {})
-    alone = [rl.pack_rollouts([c], encoder, stage, {}) for c in part]
+    together = rollout.pack_rollouts(part, encoder, stage, {})
+    alone = [rollout.pack_rollouts([c], encoder, stage, {}) for c in part]
     groups = len({c.index for c in part})
     assert (
         groups < len(part)
@@ -623,7 +634,7 @@ def test_a_prompt_that_its_completions_share_changes_neither_loss_nor_gradient(
 
     def gradient(batches):
         model.zero_grad()
-        total = sum(rl.policy(stage)(model, b)[0] for b in batches)
+        total = sum(policy(model, b, stage)[0] for b in batches)
         total.backward()
         return total.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -640,13 +651,13 @@ def test_the_ratio_starts_at_one_in_bf16_too(config, model, encoder, experts):
     stage = replace(SMALL, algorithm="gspo", precision="bf16", dynamic=False)
     (batch,) = next(make(model, replace(encoder, config=model.config), stage))
     with torch.autocast("cpu", torch.bfloat16):
-        _, stats = rl.policy(stage)(model, batch)
-    assert stats["spread"] / batch.weight < 1e-6 and stats["clipped"] == 0
+        _, stats = policy(model, batch, stage)
+    assert stats["spread"] / batch.weight < 1e-6 and stats["clip_fraction"] == 0
     rough = make(model, replace(encoder, config=model.config), stage).micro_batches()[
         0
     ]  # sampled in fp32
     with torch.autocast("cpu", torch.bfloat16):
-        assert rl.policy(stage)(model, rough)[1]["spread"] / batch.weight > 1e-4
+        assert policy(model, rough, stage)[1]["spread"] / batch.weight > 1e-4
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -679,7 +690,7 @@ def test_a_resumed_run_gives_the_minibatches_of_the_uninterrupted_one(config, en
 
 
 def test_the_reward_of_the_control_is_a_coin(model, encoder):
-    groups = rl.rollout(
+    groups = rollout.rollout(
         model,
         encoder,
         [world.sample(i, 0, {"odd": 1.0}, turns=1) for i in range(20)],
@@ -724,7 +735,7 @@ def test_replayed_routing_keeps_the_experts_and_still_trains_the_router(config, 
     batch = next(
         b for (b,) in make(model, replace(encoder, config=model.config), stage) if b.advantage.any()
     )  # some learn nothing
-    total, stats = rl.policy(stage)(model, batch)
+    total, stats = policy(model, batch, stage)
     assert (
         stats["spread"] / batch.weight < 1e-4 and stats["rerouted"] == 0
     )  # the policy itself: nothing to replay yet
@@ -738,8 +749,8 @@ def test_replayed_routing_keeps_the_experts_and_still_trains_the_router(config, 
                 g.copy_(
                     was + 0.3 * torch.randn(g.shape, generator=torch.Generator().manual_seed(seed))
                 )
-        moved.append(rl.policy(stage)(model, batch)[1])
-        free.append(rl.policy(stage)(model, replace(batch, choices=None))[1])
+        moved.append(policy(model, batch, stage)[1])
+        free.append(policy(model, replace(batch, choices=None), stage)[1])
     assert all(m["rerouted"] / batch.weight > 0.05 for m in moved)
     assert sum(m["spread"] for m in moved) < sum(f["spread"] for f in free)
 
@@ -752,7 +763,7 @@ def test_replayed_routing_with_recomputed_activations_gives_the_same_gradient(co
     grads = []
     for model.language_model.recompute in (False, True):
         model.zero_grad()
-        rl.policy(stage)(model, batch)[0].backward()
+        policy(model, batch, stage)[0].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*grads)
 
@@ -768,7 +779,7 @@ def test_replaying_the_live_choices_is_the_live_layer(config):
     other = moe.Replay([(live[0].indices + 1) % 4])
     assert (
         not torch.allclose(layer(x, other), want)
-        and other.moved() > 0
+        and other.rerouted_share() > 0
         and torch.equal(other[0].indices, (live[0].indices + 1) % 4)
     )
 
@@ -798,7 +809,7 @@ def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
 
     def go(name, reward=None):
         model = SailVL(config).init_weights(0)
-        stage = rl.RLStage(
+        stage = RLStage(
             "x",
             ("llm",),
             {"counting": 1.0},
@@ -815,7 +826,7 @@ def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
             dynamic=False,
             reward="verifiable" if reward else "random",
         )
-        log = rl.run(model, stage, world.World(), encoder, reward=reward).log
+        log = fit(Setup(model, encoder, world.World(), reward=reward), stage).log
         return log[0]["reward"], log[-1]["reward"]
 
     letter = lambda text, sample, finished: {"reward": text.count("e") / 8}
@@ -833,7 +844,7 @@ def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
             [encoder.tokenizer.encode(str(i))[0] for i in range(1, 7)]
         ] *= 2.5
     questions = [world.sample(i, 0, {"counting": 1.0}, turns=1) for i in range(4)]
-    stage = rl.RLStage(
+    stage = RLStage(
         "x",
         ("llm",),
         {},
@@ -847,13 +858,8 @@ def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
         schedule="constant",
         dynamic=False,
     )
-    log = rl.run(
-        model,
-        stage,
-        SimpleNamespace(stream=lambda *_: itertools.cycle(questions)),
-        encoder,
-        reward=algorithms.weak,
-    ).log
+    source = SimpleNamespace(stream=lambda *_: Drawn(lambda n: questions[n % 4]), root=None)
+    log = fit(Setup(model, encoder, source, reward=algorithms.weak), stage).log
     assert sum(r["reward"] for r in log[-3:]) > 2 * sum(r["reward"] for r in log[:3])
     assert all(r["answer"] == 0 for r in log)  # what our extractor paid
 
@@ -867,8 +873,8 @@ def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_wh
     (batch,) = next(
         make(model, encoder, stage, reward=lambda *a: {"reward": 1.0}, reference=reference)
     )
-    torch.testing.assert_close(batch.reference, rl.score(reference, batch, 1.0).detach())
-    total, stats = rl.policy(stage)(model, batch)
+    torch.testing.assert_close(batch.reference, score(reference, batch, 1.0).detach())
+    total, stats = policy(model, batch, stage)
     assert stats["kl_reference"] > 0.05 * batch.weight and total.item() == pytest.approx(
         0.5 * stats["kl_reference"]
     )
@@ -877,7 +883,7 @@ def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_wh
         for p in model.parameters():
             if p.grad is not None:
                 p -= 1e-3 * p.grad / batch.weight
-    assert rl.policy(stage)(model, batch)[0] < total
+    assert policy(model, batch, stage)[0] < total
 
 
 def test_two_processes_equal_one(config, tokenizer, tmp_path):
@@ -887,6 +893,7 @@ def test_two_processes_equal_one(config, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "start")
     words = [
         "rl.py",
+        "verifiable",
         "--model",
         tmp_path / "start",
         "--steps",

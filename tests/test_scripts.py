@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
 def test_a_folder_with_every_fault_trains_and_each_fault_is_named(folder, tmp_path):
     text = run(
         "pretrain.py",
+        "multitask",
         "--data",
         folder / "my.jsonl",
         "--images",
@@ -85,6 +86,7 @@ def test_a_folder_with_every_fault_trains_and_each_fault_is_named(folder, tmp_pa
 def test_strict_makes_the_first_fault_fatal(folder, tmp_path):
     text = run(
         "pretrain.py",
+        "multitask",
         "--data",
         folder / "my.jsonl",
         "--images",
@@ -100,8 +102,8 @@ def test_strict_makes_the_first_fault_fatal(folder, tmp_path):
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
-    common = ["--stage", "multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3"]
-    run("pretrain.py", "--out", tmp_path / "one", *common)
+    common = ["multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3"]
+    run("pretrain.py", *common, "--out", tmp_path / "one")
     run(
         "-m",
         "torch.distributed.run",
@@ -109,9 +111,9 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
         "--nproc-per-node",
         "2",
         "pretrain.py",
+        *common,
         "--out",
         tmp_path / "two",
-        *common,
     )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -125,8 +127,8 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
 
 
 def test_an_unknown_option_or_stage_is_an_error():
-    assert "--not-an-option" in run("pretrain.py", "--not-an-option", "1", ok=False)
-    assert "choose from" in run("sft.py", "--stage", "sft9", ok=False)
+    assert "--not-an-option" in run("pretrain.py", "basic", "--not-an-option", "1", ok=False)
+    assert "sft9" in run("sft.py", "sft9", ok=False)
 
 
 SCRIPTS = [

@@ -1,15 +1,17 @@
 """Eq. 2 and 3: what the loss of a chain and of a direct answer is divided by, under each weighting."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import answers
 
 import sft
 from data import world
 from data.encode import with_thinking
 from packing import collate
-from train import Stage, answers
+from recipe import Setup, fit
+from stage import Stage
 
 
 def samples(encoder, n=6):
@@ -40,23 +42,11 @@ def test_the_loss_is_the_equation_that_its_weighting_names(model, encoder, weigh
         "sample": -sum(p / n for p, n in each) / len(each),
     }[weighting]
     stage = Stage("x", steps=1, rows=1, length=2048, lr=0.0, weighting=weighting)
-    run = sft.run_samples(model, stage, iter(samples(encoder)), replace(encoder, max_length=512))
+    source = SimpleNamespace(stream=lambda *_: samples(encoder), root=None)
+    run = fit(Setup(model, encoder, source), stage)
     assert run.log[0]["loss"] == pytest.approx(want, rel=1e-4)
 
 
-def test_the_literal_division_survives_micro_batches_and_a_move(model, encoder):
-    documents = [encoder(s) for s in samples(encoder)]
-    whole = sft.PerSample(**vars(collate([documents], 2048, 0)))
-    parts = [sft.PerSample(**vars(collate([d], 1024, 0))) for d in (documents[:1], documents[1:])]
-    assert (
-        whole.weight == 6 == sum(p.weight for p in parts)
-    )  # padding is a document without a label
-    moved = whole.to("meta")
-    assert type(moved) is sft.PerSample and moved.ids.device.type == "meta"
-
-
 def test_the_paper_recipes_name_the_papers_equation():
-    assert (
-        sft.PAPER["long-cot"].weighting == sft.PAPER["fusion"].weighting == "sequence"
-        and sft.PAPER["fusion"].think == 0.1
-    )
+    assert sft.PAPER["long-cot"].weighting == sft.PAPER["fusion"].weighting == "sequence"
+    assert sft.PAPER["fusion"].samples == "fusion" and sft.PAPER["fusion"].think == 0.1

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY
+from conftest import EVERY, answers, run_stage
 from PIL import Image
 
 import rewards
@@ -15,13 +15,14 @@ from data import world
 from data.encode import with_thinking
 from data.images import open_image
 from data.readers import Folder
-from data.sample import BadSample, Document, Faults, Message, Sample
+from data.sample import BadSample, Document, Message, Sample
 from evaluate import ask, blind_chance, swapped
 from packing import Batches, Rows, choose_subset, collate
-from pretrain import run_stage, supervised
+from recipe import Setup, packed_rows
 from scale import parallel
+from stage import Stage
 from tokenizer import ADDED, Tokenizer, train_bpe
-from train import Stage, answers, train
+from train import train
 from vlm import SailVL
 
 # ------------------------------------------------------------------------------------------------------- tokens and masks
@@ -324,12 +325,22 @@ def test_a_non_finite_step_changes_nothing_and_a_few_end_the_run(model, encoder)
     stage = Stage("x", ("llm",), EVERY, steps=9, rows=2, length=256)
     before = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def broken(m, b):
+    def broken(m, b, stage):
         loss, stats = answers(m, b)
         return loss * float("nan"), {"loss": float("nan")}
 
     with pytest.raises(ValueError, match="non-finite"):
-        train(model, stage, supervised(world.World(), stage, encoder, Faults()), broken, patience=3)
+        train(
+            model,
+            stage,
+            packed_rows(
+                Setup(model, encoder, world.World()),
+                stage,
+                world.World().stream(stage.mixture, stage.seed),
+            )[1],
+            broken,
+            patience=3,
+        )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

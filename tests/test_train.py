@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, made_up
+from conftest import SHARED, answers, made_up
 
 import pretrain
 import recipe
@@ -21,16 +21,18 @@ import train as loop
 from data.world import corpus
 from infra import checkpoint
 from infra.checkpoint import RunDirectory
+from objective import mean_by_task
 from recipe import THINK
+from stage import PARTS, Stage
 from tokenizer import Tokenizer, train_bpe
-from train import Stage, answers, train
+from train import train
 from vlm import PRESETS, SailVL
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STAGES = {
     s.name + " " + "+".join(s.trains): s
-    for recipe in (pretrain, sft, rl)
-    for table in recipe.RECIPES.values()
+    for script in (pretrain, sft, rl)
+    for table in script.RECIPES.values()
     for s in table.values()
 }
 TINY = Stage("x", steps=3, rows=2, length=128, lr=3e-3)
@@ -48,9 +50,7 @@ def golden(config, tokenizer) -> dict[str, list[float]]:
             Stage(steps=50, rows=2, length=128, lr=1e-3, optimizer="adamw"),
         ),
     ):
-        run = train(
-            SailVL(c).init_weights(0), stage, made_up(tokenizer), pretrain.answers_of(stage)
-        )
+        run = train(SailVL(c).init_weights(0), stage, made_up(tokenizer), answers)
         losses[name] = [round(row["loss"], 6) for row in run.log]
     return losses
 
@@ -74,7 +74,7 @@ def test_in_every_stage_what_is_frozen_stays_and_holds_no_optimizer_state(
     before = {k: v.clone() for k, v in model.state_dict().items()}
     stage = replace(TINY, trains=recipe.trains, optimizer=recipe.optimizer, steps=1)
     train(model, stage, made_up(tokenizer), answers)
-    parts = {loop.PARTS[p] for p in recipe.trains}
+    parts = {PARTS[p] for p in recipe.trains}
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert {k.split(".")[0] for k in changed} == parts
     held = sum(
@@ -119,9 +119,14 @@ def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout
     ]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     for name, stage in pretrain.PAPER.items():
-        words = f"--scale paper --stage {name} --model {start} --data {tmp_path}/my.jsonl --out {tmp_path}/{name} --steps 2 --rows 2 --length 64"
+        words = (
+            f"paper:{name} --model {start} --data {tmp_path}/my.jsonl --out {tmp_path}/{name} "
+            "--steps 2 --rows 2 --length 64"
+        )
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words.split()])
-        assert pretrain.main(recipe.parse(pretrain.Options, pretrain.RECIPES)) == 0
+        with pytest.raises(SystemExit) as done:
+            recipe.run_command(pretrain.PretrainOptions, pretrain.RECIPES)
+        assert done.value.code == 0
         assert "saved by what is frozen" in capsys.readouterr().out
         used = json.loads((tmp_path / name / "stage.json").read_text())
         assert used == json.loads(json.dumps(asdict(replace(stage, steps=2, rows=2, length=64))))
@@ -130,9 +135,7 @@ def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout
             SailVL.from_pretrained(tmp_path / name).state_dict(),
         )
         for k, v in new.items():
-            assert k.split(".")[0] in {loop.PARTS[p] for p in stage.trains} or torch.equal(
-                v, old[k]
-            )
+            assert k.split(".")[0] in {PARTS[p] for p in stage.trains} or torch.equal(v, old[k])
         start = tmp_path / name
 
 
@@ -146,7 +149,7 @@ def test_recomputing_activations_changes_no_loss(config, tokenizer):
                     SailVL(c).init_weights(0),
                     replace(TINY, recompute=again),
                     made_up(tokenizer),
-                    pretrain.answers_of(TINY),
+                    answers,
                 ).log
             ]
             for again in (False, True)
@@ -157,7 +160,7 @@ def test_recomputing_activations_changes_no_loss(config, tokenizer):
 def test_recomputing_activations_keeps_fewer_of_them(config, tokenizer):
     def kept(again: bool) -> int:
         model, total = SailVL(config).init_weights(0), 0
-        loop.prepare(model, replace(TINY, recompute=again))
+        loop.prepare_blocks(model, replace(TINY, recompute=again))
 
         def pack(t):
             nonlocal total
@@ -204,7 +207,7 @@ def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
 def test_a_single_bad_step_is_skipped_and_the_run_goes_on(config, tokenizer):
     seen = []
 
-    def objective(model, batch):
+    def objective(model, batch, stage):
         loss, stats = answers(model, batch)
         seen.append(1)
         return (loss * float("nan") if len(seen) == 2 else loss), stats
@@ -236,7 +239,7 @@ def test_a_part_trains_at_its_own_rate(config, tokenizer):
                 for k, v in model.state_dict().items()
                 if k.startswith(module)
             )
-            for part, module in loop.PARTS.items()
+            for part, module in PARTS.items()
         }
     assert moved[0.0]["vision"] == 0 and moved[0.1]["vision"] == pytest.approx(
         0.1 * moved[1.0]["vision"], rel=1e-2
@@ -273,7 +276,7 @@ def test_a_log_line_says_what_each_part_and_task_did(model, tokenizer, tmp_path)
 def test_the_loss_of_a_task_is_that_of_its_documents_alone(model, tokenizer):
     (batch,) = next(made_up(tokenizer))
     with torch.no_grad():
-        whole = loop.mean_by_task([answers(model, batch)[1]["tasks"]])
+        whole = mean_by_task([answers(model, batch)[1]["tasks"]])
         task = torch.tensor([o == "seen" for o in batch.owners]).repeat_interleave(
             torch.tensor(batch.segments.lengths)
         )

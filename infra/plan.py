@@ -1,0 +1,223 @@
+"""What a run is told before its first step: data, tokens, epochs, memory, and options that do nothing.
+
+What it teaches: most wasted days of training could have been seen in the first ten lines of output. So
+the plan says what the stage will read and how often, what trains and what that takes, and which tasks
+of the data it leaves out; an option that the stage does not use is an error.
+"""
+
+import math
+import textwrap
+from collections import Counter
+from dataclasses import asdict, fields
+
+from data.sample import BadSample, Sample
+from stage import BaseStage, RLStage
+
+PROBED = 64  # samples that are encoded to estimate the mean length
+
+
+def describe(stage: BaseStage) -> str:
+    """One line: what the stage trains, on what."""
+    tasks = ", ".join(f"{task} {weight:g}" for task, weight in stage.mixture.items()) or "all tasks"
+    return f"{stage.objective} on {stage.samples} ({tasks}); trains {', '.join(stage.trains)}"
+
+
+# ------------------------------------------------------------------------------------ unused options
+
+
+def refuse_unused(options, defaults, model) -> None:
+    """Raises ValueError for an option that was given and that this stage would not read."""
+    stage = options.stage
+    experts = bool(model.config.text.num_experts)
+    supervised = stage.objective == "supervised"
+    used = {
+        # of the run
+        "images": bool(options.data),
+        "strict": bool(options.data),
+        "preset": not options.model,
+        "harvest": stage.samples == "fusion",
+        "workers": supervised,
+        "held_out": options.check_every > 0,
+        # of every stage
+        "epochs": bool(options.data),
+        "turns": not options.data,
+        "balance": experts,
+        "router_z": experts,
+        "expert_bias_rate": experts,
+        "accumulate": stage.objective != "next_patch",
+        # of stages on packed rows
+        "weighting": supervised,
+        "everything": supervised,
+        "think": stage.samples == "fusion",
+        "adalrs_k": stage.searches_rate,
+        "adalrs_window": stage.searches_rate,
+        "adalrs_cautious": stage.searches_rate,
+        # of reinforcement learning
+        "tries": getattr(stage, "dynamic", True),
+        "estimator": bool(getattr(stage, "kl", 0.0)),
+        "replay": experts,
+    }
+    pairs = [(options, defaults), (stage, defaults.stage)]
+    for given, default in pairs:
+        for option in fields(given):
+            changed = getattr(given, option.name) != getattr(default, option.name)
+            if changed and not used.get(option.name, True):
+                name = option.name.replace("_", "-")
+                raise ValueError(
+                    f"--{name}: stage {stage.name} does not use it here ({why_unused(option.name)})"
+                )
+
+
+def why_unused(option: str) -> str:
+    """What the option would need."""
+    if option in ("images", "strict", "epochs"):
+        return "it is about --data"
+    if option == "turns":
+        return "it is about the drawn world; files have the turns that they have"
+    if option == "preset":
+        return "--model says the sizes"
+    if option in ("harvest", "think"):
+        return "it is about think-fusion"
+    if option == "held_out":
+        return "it needs --check-every"
+    if option in ("balance", "router_z", "expert_bias_rate", "replay"):
+        return "the model has no experts"
+    if option.startswith("adalrs"):
+        return "it needs --adalrs"
+    if option == "tries":
+        return "it needs --dynamic"
+    if option == "estimator":
+        return "it needs --kl"
+    return "it is about supervised stages"
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+
+def plan_of(setup, options) -> list[str]:
+    """The lines printed before the first step: options, data, work, memory."""
+    stage = options.stage
+    lines = ["options", *option_table(options), f"stage {stage.name}: {describe(stage)}"]
+    lines += data_lines(setup, options)
+    lines += work_lines(setup, stage)
+    if (
+        not options.model
+        and set(stage.trains) != {"vision", "adapter", "llm"}
+        and stage.name not in ("language", "image")
+    ):
+        lines.append(
+            f"  NOTE: without --model, the parts that stage {stage.name} does not train stay random: "
+            "start from an earlier stage's --out"
+        )
+    return lines
+
+
+def option_table(options) -> list[str]:
+    """Every option and its value, wrapped into columns."""
+    values = {key: value for key, value in asdict(options).items() if key != "stage"}
+    values |= asdict(options.stage)
+    cells = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{name}={share:g}" for name, share in value.items()) or "-"
+        if isinstance(value, (tuple, list)):
+            value = " ".join(map(str, value))
+        cells.append(f"{key.replace('_', '-')}: {'-' if value is None or value == '' else value}")
+    text = "  |  ".join(cells)
+    return textwrap.wrap(text, 108, initial_indent="  ", subsequent_indent="  ")
+
+
+def data_lines(setup, options) -> list[str]:
+    """What there is to read, by task, and what of it the mixture leaves out."""
+    stage = options.stage
+    if not options.data:
+        return ["  data: the drawn world, without end"]
+    tasks = Counter(setup.source.tasks())
+    named = set(stage.mixture) & set(tasks)
+    counts = ", ".join(f"{task or '(no task)'} {n:,}" for task, n in tasks.most_common())
+    lines = [f"  data: {options.data}: {tasks.total():,} records; tasks: {counts}"]
+    if not stage.mixture or not named:
+        return [*lines, "  the mixture names none of these tasks: all are used, by size"]
+
+    left = [f"{task or '(no task)'} {n:,}" for task, n in tasks.most_common() if task not in named]
+    if left:
+        lines.append(
+            f"  LEFT OUT, as the mixture does not name them: {', '.join(left)} (see --mixture)"
+        )
+    absent = sorted(set(stage.mixture) - set(tasks))
+    if absent:
+        lines.append(f"  named by the mixture, and not in the data: {', '.join(absent)}")
+    return lines
+
+
+def usable_records(setup, stage: BaseStage) -> int:
+    """Records of --data that the stage's mixture can draw."""
+    tasks = setup.source.tasks()
+    named = set(stage.mixture) & set(tasks)
+    return sum(n for task, n in tasks.items() if task in named or not named)
+
+
+def mean_length(setup, stage: BaseStage) -> float:
+    """Mean tokens of a sample, from the first ones that can be encoded."""
+    lengths = []
+    stream = setup.source.stream(stage.mixture, stage.seed, stage.turns)
+    for number in range(PROBED):
+        try:
+            sample = stream[number]
+            if isinstance(sample, Sample):
+                lengths.append(len(setup.encoder(sample)))
+        except BadSample:
+            continue  # counted when its turn comes
+        except IndexError:
+            break
+    return sum(lengths) / max(len(lengths), 1)
+
+
+def steps_of(setup, stage: BaseStage) -> int:
+    """Steps that the stage's epochs mean, or its steps."""
+    if not stage.epochs:
+        return stage.steps
+    records = usable_records(setup, stage)
+    if isinstance(stage, RLStage):
+        batches = math.ceil(stage.epochs * records / stage.prompts)
+        return max(1, batches * stage.updates)
+    tokens = stage.epochs * records * mean_length(setup, stage)
+    return max(1, round(tokens / (stage.rows * stage.length)))
+
+
+def work_lines(setup, stage: BaseStage) -> list[str]:
+    """Steps, tokens, epochs, and the memory that training state takes."""
+    on_files = hasattr(setup.source, "tasks")
+    records = usable_records(setup, stage) if on_files else 0
+    if isinstance(stage, RLStage):
+        batches = math.ceil(stage.steps / stage.updates)
+        samples = batches * stage.prompts
+        lines = [
+            f"  work: {stage.steps:,} updates from {batches:,} rollout batches of {stage.prompts} prompts x "
+            f"{stage.group} completions"
+        ]
+    else:
+        tokens = stage.steps * stage.rows * stage.length
+        mean = mean_length(setup, stage)
+        samples = tokens / max(mean, 1)
+        lines = [
+            f"  work: {stage.steps:,} steps x {stage.rows} rows x {stage.length} tokens = {tokens:,} tokens; "
+            f"a sample has about {mean:.0f}: {samples:,.0f} samples"
+        ]
+    if records:
+        epochs = samples / records
+        lines.append(f"  epochs: {epochs:.2f}")
+        if epochs > 10:
+            lines.append(f"  WARNING: every record is read about {epochs:.0f} times")
+
+    trained = 0
+    for part in stage.trains:
+        module = {"vision": "vision_model", "adapter": "mlp1", "llm": "language_model"}[part]
+        trained += sum(p.numel() for p in getattr(setup.model, module).parameters())
+    total = sum(p.numel() for p in setup.model.parameters())
+    memory = 4 * (total + 3 * trained)  # fp32 weights; gradients and two moments of what trains
+    lines.append(
+        f"  memory: {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters train; weights, gradients, moments "
+        f"are up to {memory / 2**20:,.0f} MiB on each rank, activations come on top"
+    )
+    return lines

@@ -1,0 +1,292 @@
+"""Objectives: what makes a loss of a batch. One signature for all; a stage names its own.
+
+What it teaches: fine-tuning and reinforcement learning start from the same number, log p of each
+supervised token under the present model (`SailVL.logprobs`). A supervised stage raises it for what was
+given; a policy stage raises it for what was sampled and did well. Everything else, the experts' balance
+included, is shared.
+
+    batch  -> model.logprobs -> supervised   -weight * log p          \
+                             -> policy       a row of policy_losses.py +-> loss sum, statistics
+    pixels -> PatchPredictor -> next_patch   squared error            /
+
+An objective returns the *sum* of its weighted losses over the batch; the loop divides by the weight of
+the whole step over all ranks, so that no split of a batch changes a gradient. Statistics are sums too,
+divided by the same weight, except "tasks", which the loop averages per task.
+
+Legend: B rows, T tokens a row, n supervised positions, N completions, L longest completion, E experts.
+Sources: SAIL-VL2 section 4.2 (Eq. 2 and 3), section 2.2 (balance over ranks), Qwen3-MoE (its formula).
+"""
+
+from collections import defaultdict
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moe
+from attention import sdpa
+from infra import weights
+from packing import Batch
+from policy_losses import ALGORITHMS, aggregate, kl_penalty, log_ratio, loss, sequence_log_ratio
+from scale import parallel
+from stage import BaseStage, RLStage, Stage
+from vit import ViT, patchify
+from vlm import SailVL
+
+Statistics = dict[str, float]
+Objective = Callable[[nn.Module, Batch, BaseStage], tuple[Tensor, Statistics]]
+
+
+# ------------------------------------------------------------------------------------- supervised
+
+
+def supervised(model: SailVL, batch: Batch, stage: Stage) -> tuple[Tensor, Statistics]:
+    """-sum of weight * log p(label) over the labelled positions of a packed batch (Eq. 2 and 3).
+
+    For a MoE the router's losses are added; "loss" in the statistics is without them.
+    """
+    routing: list | None = [] if model.config.text.num_experts else None
+
+    # log p, at supervised positions only
+    labels = batch.labels.reshape(-1)  # (B*T,)
+    at = (labels >= 0).nonzero()[:, 0]  # (n,)
+    logprobs = model.logprobs(
+        batch.ids, batch.images, batch.positions, batch.segments, at, labels[at], routing=routing
+    )
+
+    # Weighted, and told apart by task for the log
+    token_weights = batch.weights.reshape(-1)[at]
+    losses = -logprobs * token_weights  # (n,)
+    total = losses.sum()
+    statistics = {
+        "loss": float(total.detach()),
+        "tasks": loss_by_task(losses.detach(), token_weights, at, batch),
+    }
+
+    if routing:
+        router_loss, router_statistics = router_losses(model, routing, batch, stage)
+        total = total + router_loss
+        statistics |= router_statistics
+    return total, statistics
+
+
+def loss_by_task(
+    losses: Tensor, token_weights: Tensor, at: Tensor, batch: Batch
+) -> dict[str, tuple[float, float]]:
+    """(sum of losses, sum of weights) of each task, for losses (n,) at the flat positions `at` (n,)."""
+    # Which document a position belongs to
+    ends = batch.segments.cu[1:].to(at.dtype)
+    document = torch.bucketize(at, ends, right=True)  # (n,)
+    sums = losses.new_zeros(len(batch.owners), 2)
+    sums.index_add_(0, document, torch.stack((losses, token_weights), 1))
+
+    by_task: dict[str, tuple[float, float]] = {}
+    for task, (document_loss, document_weight) in zip(batch.owners, sums.tolist()):
+        if document_weight:
+            task_loss, task_weight = by_task.get(task, (0.0, 0.0))
+            by_task[task] = task_loss + document_loss, task_weight + document_weight
+    return by_task
+
+
+# ------------------------------------------------------------------------- mixture of experts
+
+
+def router_losses(
+    model: SailVL, routing: list, batch: Batch, stage: BaseStage
+) -> tuple[Tensor, Statistics]:
+    """What keeps experts alive, for every objective alike: balance loss, z-loss, or a bias on the choice.
+
+    Balance is of all ranks' tokens in this micro-batch ("average activation across ranks"): each rank
+    contributes its part, scaled so that dividing by the step's weight leaves `stage.balance` its
+    coefficient. Over the micro-batches of a step the losses are averaged; the counts are not summed,
+    since the gradient of the first micro-batch would have to wait for the routing of the last.
+    """
+    counts, weight = expert_counts(routing, batch, model.image_token_id)
+    layers = [block.mlp for block in model.language_model.model.layers]
+    decisions = float(counts.sum()) / layers[0].top_k
+    everyone = (counts.sum((0, 1)), decisions)
+
+    # The losses
+    balance = weight * moe.balance_loss(routing, batch.real(), everyone)
+    total = stage.balance * balance
+    if stage.router_z:
+        total = total + stage.router_z * moe.z_loss(routing, batch.real()) * batch.weight
+
+    # Balancing without a loss, for comparison
+    if stage.expert_bias_rate and torch.is_grad_enabled():
+        moe.update_expert_bias(layers, counts.sum(0), stage.expert_bias_rate)
+
+    # How evenly the experts are used, by kind of token and layer
+    statistics = {"balance": float(balance.detach())}
+    for kind, entropies in zip(("text", "vision"), moe.entropy(counts).tolist()):
+        for layer, entropy in enumerate(entropies):
+            statistics[f"{kind}_entropy_{layer}"] = entropy * batch.weight
+    return total, statistics
+
+
+def expert_counts(routing: list, batch: Batch, image_token: int) -> tuple[Tensor, float]:
+    """Over all ranks: how many slots went to each expert (2: text and vision, layers, E), and the weight.
+
+    In an evaluation, which ranks need not do together, over this rank alone.
+    """
+    image = batch.ids.reshape(-1) == image_token
+    text_counts = moe.tokens_per_expert(routing, batch.real() & ~image)
+    counts = torch.stack([text_counts, moe.tokens_per_expert(routing, image)])
+    if not torch.is_grad_enabled():
+        return counts, batch.weight
+    *summed, weight = parallel.total(*counts.flatten().tolist(), batch.weight)
+    return torch.tensor(summed, device=counts.device).view_as(counts), weight
+
+
+# ----------------------------------------------------------------------------------------- policy
+
+
+def score(model: SailVL, batch, temperature: float, routing: list | None = None) -> Tensor:
+    """(N, L) log-probabilities of a `rollout.RolloutBatch`'s sampled tokens, zero on padding."""
+    flat = model.logprobs(
+        batch.ids,
+        batch.images,
+        batch.positions,
+        batch.segments,
+        batch.at,
+        batch.labels,
+        temperature,
+        routing,
+    )
+    return flat.new_zeros(batch.old.shape).index_put((batch.sequence, batch.place), flat)
+
+
+def policy(model: SailVL, batch, stage: RLStage) -> tuple[Tensor, Statistics]:
+    """The loss of the stage's algorithm on a `rollout.RolloutBatch` (section 4.2.3)."""
+    aggregation = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
+
+    # Score the sampled tokens under the present policy, with its own routing or the replayed one
+    routing: list | None = None
+    if batch.choices:
+        routing = moe.Replay(batch.choices)
+    elif model.config.text.num_experts:
+        routing = []
+    logp = score(model, batch, stage.temperature, routing)  # (N, L)
+
+    # The algorithm
+    total, clip_fraction = loss(
+        stage.algorithm,
+        logp,
+        batch.old,
+        batch.mask,
+        batch.advantage,
+        stage.low,
+        stage.high,
+        aggregation,
+    )
+    means = (
+        batch.stats | {"clip_fraction": float(clip_fraction)} | policy_shift(logp.detach(), batch)
+    )
+
+    # A leash to the model that the stage began with
+    if batch.reference is not None:
+        distance = kl_penalty(logp, batch.reference, batch.mask, stage.estimator)
+        penalty = aggregate(distance, batch.mask, aggregation)
+        total = total + stage.kl * penalty
+        means["kl_reference"] = float(penalty.detach()) / max(batch.weight, 1e-8)
+
+    # Statistics are sums that the loop divides by the weight
+    statistics = {}
+    if routing:
+        router_loss, statistics = router_losses(model, routing, batch, stage)
+        total = total + router_loss
+    if batch.choices:
+        means["rerouted"] = routing.rerouted_share()
+    statistics |= {key: value * batch.weight for key, value in means.items()}
+    return total, statistics | {"loss": float(total.detach())}
+
+
+def policy_shift(logp: Tensor, batch) -> Statistics:
+    """How far the policy has moved from the one that sampled.
+
+    entropy: mean of -log p over tokens that were sampled from it, an unbiased estimate of the policy's
+    entropy per token at a fraction of the cost; kl: k3; the spreads are root mean squares of the token
+    and sequence log-ratios (GSPO's is the smaller by far).
+    """
+    mask = batch.mask
+    tokens = mask.sum().clamp(min=1)
+    by_token = log_ratio(logp, batch.old, mask)  # (N, L)
+    by_sequence = sequence_log_ratio(logp, batch.old, mask)  # (N, 1)
+    k3 = by_token.exp() - 1 - by_token
+    return {
+        "entropy": float(-(batch.old * mask).sum() / tokens),
+        "kl": float((k3 * mask).sum() / tokens),
+        "spread": float((by_token.square().sum() / tokens).sqrt()),
+        "spread_sequence": float(by_sequence.square().mean().sqrt()),
+    }
+
+
+# ------------------------------------------------------------------------------------- next patch
+
+
+class PatchPredictor(nn.Module):
+    """A ViT that sees a random prefix of an image's patches both ways and the rest causally, and says
+    the next patch: the toy's stand-in for AIMv2's own pre-training.
+
+    AIMv2's objective (autoregressive pixels under prefix attention) with a linear head in place of its
+    decoder. Targets are normalised inside each patch, so that predicting the mean scores 1.
+    """
+
+    def __init__(self, vit: ViT):
+        super().__init__()
+        self.config = vit.config
+        self.vision_model = vit
+        self.head = nn.Linear(vit.config.hidden_size, 3 * vit.config.patch_size**2)
+        self.requires_grad_(True)
+
+    def loss(self, images: Tensor, prefix: int) -> Tensor:
+        """images (N, 3, H, W) -> mean squared error over the patches after the prefix (a scalar)."""
+        patches = patchify(images, self.config.patch_size)  # (N, L, 3 p p)
+        N, L, _ = patches.shape
+
+        # Row i may look at column j: all of the prefix, and what came before
+        row = torch.arange(L, device=images.device)[:, None]
+        column = torch.arange(L, device=images.device)[None]
+        visible = (column <= row) | (column < prefix)  # (L, L)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q4, k4, v4 = (t.view(N, L, *t.shape[1:]) for t in (q, k, v))
+            return sdpa(q4, k4, v4, attn_mask=visible).reshape(q.shape)
+
+        features, _ = self.vision_model(images, attend)  # (N*L, C)
+        before_each = features.view(N, L, -1)[:, max(prefix - 1, 0) : -1]
+        predicted = self.head(before_each)
+
+        target = patches[:, max(prefix, 1) :]
+        mean = target.mean(-1, keepdim=True)
+        spread = target.std(-1, keepdim=True) + 0.1
+        return F.mse_loss(predicted, (target - mean) / spread)
+
+    def save_pretrained(self, directory) -> None:
+        """ViT and head, for a checkpoint in the middle of the stage."""
+        weights.save_weights(self, directory, self.config.to_dict())
+
+
+def next_patch(model: PatchPredictor, batch, stage: BaseStage) -> tuple[Tensor, Statistics]:
+    """Squared error of the next patch on a `recipe.Pixels` batch."""
+    total = model.loss(batch.images, batch.prefix) * batch.weight
+    return total, {"loss": float(total.detach())}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "supervised": supervised,
+    "policy": policy,
+    "next_patch": next_patch,
+}
+
+
+def mean_by_task(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Loss per unit of weight of each task, over all micro-batches of all ranks."""
+    losses: dict[str, float] = defaultdict(float)
+    weight_of: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for task, (loss_sum, weight_sum) in part.items():
+            losses[task] += loss_sum
+            weight_of[task] += weight_sum
+    return {task: losses[task] / weight_of[task] for task in sorted(losses)}

@@ -1,0 +1,710 @@
+"""Rollouts: sample a group of answers to each question, reward them, and pack them for the update.
+
+What it teaches: around the losses of policy_losses.py, everything that must be exactly right for them to
+mean what they say. The image and prompt of a group run once, in sampling and in a micro-batch; sampled
+ids are trained as sampled, never decoded and encoded again; the end token is inside the mask; sampling
+and scoring share one temperature and one forward, so the ratio starts at 1; log-probabilities are fp32.
+
+    stream -> draw -> generate (a group of answers each) -> rewards -> Group
+                                                  Groups that disagree -> advantages -> Completion
+    Completions -> minibatches -> this rank's micro-batches -> pack_rollouts -> RolloutBatch -> train.train
+
+Calls to `generate` are spread over the ranks; answers and rewards (not pictures) then travel to all, so
+that every rank knows the same groups, drops the same ones and trains on its share of each minibatch.
+
+    one packed row, two groups of two:  [prompt A][A's 1st][A's 2nd][prompt B][B's 1st][B's 2nd]
+    segments.after:                          0        0        0        3        3        3
+
+Legend: N completions, L longest completion, n sampled tokens of all of them, S tokens of the row,
+mask (N, L) 1 on sampled tokens including the end token, K experts a token.
+Sources: SAIL-VL2 section 4.2.3 and 4.2.5. Not published, our choice: group size, temperature, scoring
+the samples again in half precision (`score_again`).
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import rewards
+from attention import Segments
+from data.encode import Encoder, with_thinking
+from data.images import normalise
+from data.sample import BadSample, Faults, Sample
+from data.stream import Walk
+from evaluate import text_of
+from generate import Answer, generate
+from objective import score
+from packing import Batch
+from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
+from scale import parallel
+from scale.parallel import Ranks
+from stage import RLStage
+from train import autocast
+from vlm import SailVL
+
+# (completion, sample, finished) -> parts, "reward" among them
+Reward = Callable[[str, Sample, bool], dict[str, float]]
+
+PATIENCE = 1000  # records in a row that a stage may find no use for
+
+
+def oddities(stage: RLStage, experts: int = 0) -> list[str]:
+    """What is odd about a stage's choices, as sentences. Raises ValueError for what cannot work."""
+    # What cannot work
+    if stage.algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {stage.algorithm}: choose from {', '.join(ALGORITHMS)}")
+    if stage.aggregation and stage.aggregation not in AGGREGATIONS:
+        raise ValueError(
+            f"--aggregation {stage.aggregation}: choose from {', '.join(AGGREGATIONS)}"
+        )
+    if stage.reward not in (*rewards.COMBINE, "random"):
+        choices = ", ".join(rewards.COMBINE)
+        raise ValueError(f"--reward {stage.reward}: choose from {choices}, random")
+    if stage.group < 2:
+        raise ValueError(
+            f"--group {stage.group}: a group of one has nothing to be compared with, every advantage is zero"
+        )
+    if stage.overlong >= stage.max_new:
+        raise ValueError(
+            f"--overlong {stage.overlong} leaves no length of {stage.max_new} unpunished"
+        )
+    if stage.temperature <= 0:
+        raise ValueError("--temperature must be positive: greedy groups agree and teach nothing")
+
+    # What works, and is unlikely to be meant
+    sentences = []
+    algorithm = ALGORITHMS[stage.algorithm]
+    high = algorithm.high if stage.high is None else stage.high
+    aggregation = stage.aggregation or algorithm.aggregation
+    by_sequence = stage.algorithm.startswith("gspo")
+    if by_sequence and high > 0.05:
+        sentences.append(
+            f"{stage.algorithm} with a clip of {high} never clips: a sequence ratio moves by thousandths, "
+            "take 3e-4 and 4e-4"
+        )
+    if not by_sequence and 0 < high < 0.01:
+        sentences.append(
+            f"{stage.algorithm} with a clip of {high} loses nearly every token after the first update: "
+            "token ratios move by tenths"
+        )
+    if by_sequence and aggregation in ("tokens", "budget"):
+        sentences.append(
+            f"a sequence ratio summed per token ({aggregation}) weighs each completion by its length: "
+            "take sequences"
+        )
+    if stage.algorithm == "reinforce" and stage.updates * stage.passes > 1:
+        sentences.append(
+            "reinforce has no ratio: updates after the first of a rollout batch are off-policy and biased"
+        )
+    if stage.kl and stage.estimator == "k1":
+        sentences.append(
+            "k1 as a loss has an expected gradient of zero: it adds noise and no pull; take k2 or k3"
+        )
+    if stage.replay and not experts:
+        sentences.append("--replay does nothing: the model has no experts")
+    if stage.replay and by_sequence:
+        sentences.append(
+            "routing replay with a sequence ratio: it was made so that this is not needed"
+        )
+    return sentences
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+@dataclass
+class RolloutBatch(Batch):
+    """A packed batch of completions with their prompts, plus what the policy loss needs.
+
+    at (n,): flat positions whose label was sampled; sequence, place (n,): which completion and which of
+    its tokens; old, reference (N, L) log-probabilities, mask (N, L), advantage (N,); choices: per MoE
+    layer the experts to use (S, K). `weight` is what the loss is divided by.
+    """
+
+    at: Tensor = None
+    sequence: Tensor = None
+    place: Tensor = None
+    old: Tensor = None
+    mask: Tensor = None
+    advantage: Tensor = None
+    reference: Tensor | None = None
+    choices: list[Tensor] | None = None
+    divisor: float = 0.0
+    stats: dict = field(default_factory=dict)
+
+    @property
+    def weight(self) -> float:
+        return self.divisor
+
+    def to(self, device) -> "RolloutBatch":
+        if str(device) == "cpu":
+            return self
+        moved = {}
+        for name in ("at", "sequence", "place", "old", "mask", "advantage", "reference"):
+            value = getattr(self, name)
+            moved[name] = None if value is None else value.to(device)
+        choices = None if self.choices is None else [c.to(device) for c in self.choices]
+        packed = vars(super().to(device))
+        return RolloutBatch(
+            **packed, **moved, choices=choices, divisor=self.divisor, stats=self.stats
+        )
+
+
+@dataclass
+class Group:
+    """All completions of one prompt. `index`: the sample's number in its stream; prompt: None on ranks
+    that did not sample it; no answers: its prompt could not be made (a bad picture)."""
+
+    index: int
+    sample: Sample
+    answers: list[Answer]
+    parts: list[dict[str, float]]
+    prompt: tuple | None = None
+
+    def rewards(self, key: str = "reward") -> list[float]:
+        return [p[key] for p in self.parts]
+
+    def judged(self) -> bool:
+        """Whether every completion has a finite reward."""
+        return bool(self.answers) and all(math.isfinite(r) for r in self.rewards())
+
+    def disagrees(self) -> bool:
+        """Whether its rewards differ: a group that agrees has advantages of zero and teaches nothing."""
+        return len(set(self.rewards())) > 1
+
+
+@dataclass
+class Completion:
+    """One completion that is to be trained on. choices: per MoE layer (S, K), when routing is replayed."""
+
+    index: int
+    sample: Sample
+    answer: Answer
+    advantage: float
+    prompt: tuple | None = None
+    choices: list[Tensor] | None = None
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def reward_parts(text: str, sample: Sample, finished: bool, kind: str) -> dict[str, float]:
+    """Answer, think and format of one completion, and "reward", the stage's combination of them."""
+    parts = rewards.parts(text, sample.facts, finished)
+    return parts | {"reward": rewards.COMBINE[kind](parts)}
+
+
+def reward_of(text: str, sample: Sample, finished: bool, kind: str) -> float:
+    """The stage's reward of one completion. Raises ValueError for an unknown kind."""
+    if kind not in rewards.COMBINE:
+        raise ValueError(f"unknown reward {kind!r}; choose from {', '.join(rewards.COMBINE)}")
+    return reward_parts(text, sample, finished, kind)["reward"]
+
+
+def stage_reward(stage: RLStage, seed: int) -> Reward:
+    """The reward that a stage names."""
+    if stage.reward != "random":
+        return lambda text, sample, finished: reward_parts(text, sample, finished, stage.reward)
+
+    # The control: a coin, from which nothing can be learned
+    coin = torch.Generator().manual_seed(seed)
+
+    def toss(text: str, sample: Sample, finished: bool) -> dict[str, float]:
+        head = float(torch.rand((), generator=coin) < 0.5)
+        return reward_parts(text, sample, finished, "verifiable") | {"reward": head}
+
+    return toss
+
+
+@torch.no_grad()
+def rollout(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    stage: RLStage,
+    seed: int,
+    reward: Reward | None = None,
+    faults: Faults | None = None,
+) -> list[Group]:
+    """`group` completions of every sample, with their rewards. An own `reward` replaces the stage's.
+
+    A sample whose prompt cannot be made becomes a group without answers, and a counted fault.
+    """
+    faults = faults or Faults()
+    reward = reward or stage_reward(stage, seed)
+
+    # Prompts, of the samples that have one
+    groups = [Group(i, sample, [], []) for i, sample in enumerate(samples)]
+    for group in groups:
+        try:
+            asked = with_thinking(group.sample, encoder.tokenizer.think_prompt)
+            prompt = encoder.prompt(asked)
+            if len(prompt[0]) > stage.max_prompt:
+                raise BadSample(
+                    "too long", f"{group.sample.origin}: a prompt of {len(prompt[0])} tokens"
+                )
+            group.prompt = prompt
+        except BadSample as fault:
+            faults.add(fault)
+    asked_groups = [group for group in groups if group.prompt]
+    if not asked_groups:
+        return groups
+
+    # Answers and what they earn
+    prompts = [group.prompt for group in asked_groups]
+    end = encoder.tokenizer.end
+    answers = generate(
+        model, prompts, end, stage.max_new, stage.group, stage.temperature, seed=seed
+    )
+    for answer in answers:
+        group = asked_groups[answer.prompt]
+        text = text_of(answer, encoder.tokenizer)
+        group.answers.append(answer)
+        group.parts.append(reward(text, group.sample, answer.finished))
+    return groups
+
+
+class Rollouts:
+    """Endless steps for `train.train`: sample with the present policy, keep groups that disagree, cut
+    them into `updates` minibatches.
+
+    If `tries` rounds do not fill the batch with groups that disagree, train on what there is: dynamic
+    sampling must end on data that is too easy or too hard. A reward that is not finite (a judge without
+    a verdict) drops its group; both are counted. All ranks hold the same groups, so `state_dict` is the
+    same on all, is plain JSON, and fits any number of ranks.
+
+    stream: samples by number (data/stream.py), or any iterator of samples. Ends when the stream does.
+    Raises ValueError when PATIENCE records in a row are of no use.
+    """
+
+    def __init__(
+        self,
+        model: SailVL,
+        encoder: Encoder,
+        stream,
+        stage: RLStage,
+        ranks: Ranks = Ranks(),
+        reward: Reward | None = None,
+        reference: SailVL | None = None,
+        faults: Faults | None = None,
+    ):
+        # An update of at least one prompt for each rank
+        prompts = stage.prompts * stage.passes
+        if prompts % stage.updates or prompts // stage.updates < ranks.size:
+            raise ValueError(
+                f"{stage.prompts} prompts x {stage.passes} passes do not divide into {stage.updates} "
+                f"updates of at least one prompt for each of {ranks.size} ranks"
+            )
+        # What samples, from what, and who rewards
+        self.model = model
+        self.encoder = encoder
+        self.stream = stream if hasattr(stream, "__getitem__") else Walk(stream)
+        self.stage = stage
+        self.ranks = ranks
+        self.reward = reward
+        self.reference = reference
+        self.faults = faults or Faults()
+
+        # Where it is: all that a resumed run needs
+        self.next_number = 0  # of the sample to draw next
+        self.round = 0  # calls for rollouts so far: each has a seed of its own
+        self.queue: list[list[Completion]] = []  # minibatches to come
+        self.stats: dict[str, float] = {}  # of the last rollout batch
+
+    def __iter__(self) -> Iterator[list[RolloutBatch]]:
+        return self
+
+    def __next__(self) -> list[RolloutBatch]:
+        with autocast(
+            self.stage, self.ranks.device
+        ):  # the update's: else the ratio does not start at 1
+            return self.micro_batches()
+
+    # ------------------------------------------------------------------------------- minibatches
+
+    def micro_batches(self) -> list[RolloutBatch]:
+        """This rank's share of the next minibatch. Every rank gets as many micro-batches."""
+        # New rollouts when the last ones are used up
+        if not self.queue:
+            self.collect()
+        minibatch = self.queue.pop(0)
+
+        # This rank's part, and as many micro-batches as the busiest rank has
+        batches = [self.pack(part) for part in self.parts_of(minibatch, self.ranks.rank)]
+        most = max(len(self.parts_of(minibatch, rank)) for rank in range(self.ranks.size))
+        while len(batches) < max(most, 1):  # run the same modules as the others, at weight zero
+            batches.append(self.pack(minibatch[:1], empty=True))
+        return batches
+
+    def parts_of(self, minibatch: list[Completion], rank: int) -> list[list[Completion]]:
+        """The completions of each of a rank's micro-batches."""
+        size = self.ranks.size
+        share = minibatch[rank * len(minibatch) // size : (rank + 1) * len(minibatch) // size]
+        each = math.ceil(len(share) / self.stage.accumulate)
+        return [share[i : i + each] for i in range(0, len(share), max(each, 1))]
+
+    def pack(self, part: list[Completion], empty: bool = False) -> RolloutBatch:
+        return pack_rollouts(part, self.encoder, self.stage, self.stats, self.reference, empty)
+
+    # ---------------------------------------------------------------------------------- sampling
+
+    def draw(self, wanted: int) -> list[tuple[int, Sample]]:
+        """The next usable samples and their numbers; fewer when the stream ends."""
+        drawn: list[tuple[int, Sample]] = []
+        idle = 0  # numbers in a row with nothing under them
+        while len(drawn) < wanted:
+            try:
+                item = self.stream[self.next_number]
+            except IndexError:
+                break
+            self.next_number += 1
+            if isinstance(item, Sample):
+                drawn.append((self.next_number - 1, item))
+                idle = 0
+                continue
+
+            # Nothing under this number
+            if isinstance(item, BadSample):
+                self.faults.add(item)
+            idle += 1
+            if idle >= PATIENCE:
+                raise ValueError(
+                    f"stage {self.stage.name}: {idle} records in a row are of no use to it; it needs "
+                    "questions with a verifiable truth: facts.answer, or a last assistant turn\n"
+                    f"{self.faults.report()}"
+                )
+        return drawn
+
+    def sample(self, wanted: int) -> list[Group]:
+        """New groups, rolled out by all ranks and known to all, in the stream's order."""
+        # The same samples on every rank; a call takes a rank's share, or what memory allows
+        drawn = self.draw(wanted)
+        self.round += 1
+        per_call = self.stage.batch or math.ceil(wanted / self.ranks.size)
+
+        # Each rank takes every size-th call of `generate`
+        own: dict[int, Group] = {}
+        for call, start in enumerate(range(0, len(drawn), per_call)):
+            if call % self.ranks.size != self.ranks.rank:
+                continue
+            samples = [sample for _, sample in drawn[start : start + per_call]]
+            seed = self.stage.seed + 7919 * self.round + call
+            groups = rollout(
+                self.model, self.encoder, samples, self.stage, seed, self.reward, self.faults
+            )
+            for group in groups:
+                own[start + group.index] = group
+
+        # Answers and rewards to everyone; a prompt with its pictures stays where it was made
+        sent = [(place, group.answers, group.parts) for place, group in own.items()]
+        everyone = {place: (answers, parts) for place, answers, parts in parallel.gather(sent)}
+        known = []
+        for place, (number, sample) in enumerate(drawn):
+            answers, parts = everyone[place]
+            prompt = own[place].prompt if place in own else None
+            known.append(Group(number, sample, answers, parts, prompt))
+        return known
+
+    def collect(self) -> None:
+        """Fill the queue with one rollout batch. Raises StopIteration when the stream has ended."""
+        stage = self.stage
+
+        # Rounds until enough groups can teach; later ones only fill the gaps
+        kept: list[Group] = []
+        seen: list[Group] = []
+        for attempt in range(stage.tries if stage.dynamic else 1):
+            wanted = stage.prompts if attempt == 0 else max(1, stage.prompts // 2)
+            groups = [group for group in self.sample(wanted) if group.answers]
+            seen += groups
+            for group in groups:
+                if group.judged() and (group.disagrees() or not stage.dynamic):
+                    kept.append(group)
+            if len(kept) >= stage.prompts:
+                break
+        if not seen:
+            raise StopIteration
+        self.stats = rollout_statistics(seen, stage)
+
+        # Groups to completions; without one that can teach, a step of advantage zero
+        lessons = kept[: stage.prompts] or seen[:1]
+        by_group = [completions_of(group, stage, lesson=bool(kept)) for group in lessons]
+        if stage.replay and self.model.config.text.num_experts:
+            for completions in by_group:
+                self.remember_choices(completions)
+
+        # Minibatches, each pass through the rollouts in the same order
+        by_group = by_group * stage.passes
+        size = math.ceil(len(by_group) / stage.updates)
+        for start in range(0, len(by_group), size):
+            self.queue.append([c for group in by_group[start : start + size] for c in group])
+        if torch.is_autocast_enabled(self.device.type):
+            self.score_again()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.language_model.lm_head.weight.device
+
+    def score_again(self) -> None:
+        """Log-probabilities by the very forward that the update will run, in the same micro-batches.
+
+        In bf16 those of a cached step differ by half a percent, more than GSPO's clip range, and so do
+        those of another packing; in fp32 they agree and this is not needed.
+        """
+        scored: dict[
+            tuple[int, int], list[float]
+        ] = {}  # (minibatch, place in it) -> log-probabilities
+        for m, minibatch in enumerate(self.queue):
+            places = {id(c): i for i, c in enumerate(minibatch)}
+            for part in self.parts_of(minibatch, self.ranks.rank):
+                batch = self.pack(part).to(self.device)
+                with torch.no_grad():
+                    logp = score(self.model, batch, self.stage.temperature)
+                for completion, row in zip(part, logp):
+                    length = len(completion.answer.ids)
+                    scored[m, places[id(completion)]] = row[:length].tolist()
+
+        # Known to everyone; of several passes the first one counts, where the ratio is to be 1
+        done: set[int] = set()
+        for (m, i), logprobs in sorted(parallel.gather(list(scored.items()))):
+            completion = self.queue[m][i]
+            if id(completion) not in done:
+                completion.answer = replace(completion.answer, logprobs=logprobs)
+                done.add(id(completion))
+
+    def remember_choices(self, completions: list[Completion]) -> None:
+        """The experts that the sampling policy chose for a group; on every rank, so that all queues agree."""
+        batch = pack_rollouts(completions, self.encoder, self.stage, {})
+        by_layer = [
+            layer.split(batch.segments.lengths) for layer in chosen_experts(self.model, batch)
+        ]
+        for i, completion in enumerate(completions):  # documents: the prompt, then its completions
+            completion.choices = [torch.cat((prompt, answers[i])) for prompt, *answers in by_layer]
+
+    # ---------------------------------------------------------------------------- stop and go on
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to go on exactly, as JSON: minibatches that were sampled by an older
+        policy included."""
+        # Answers and advantages as they are; samples by number, prompts are made again
+        queue = []
+        for minibatch in self.queue:
+            saved = []
+            for c in minibatch:
+                choices = c.choices and [layer.tolist() for layer in c.choices]
+                answer = vars(c.answer)
+                saved.append(
+                    {
+                        "index": c.index,
+                        "answer": answer,
+                        "advantage": c.advantage,
+                        "choices": choices,
+                    }
+                )
+            queue.append(saved)
+        return {"next": self.next_number, "round": self.round, "stats": self.stats, "queue": queue}
+
+    def load_state_dict(self, state: dict) -> None:
+        """On a fresh object with the same stream: the queue's samples are read again, not rolled out."""
+        assert self.next_number == 0, "load the state before the first batch"
+
+        # Samples in rising order, as a plain iterator cannot go back
+        wanted = sorted({c["index"] for minibatch in state["queue"] for c in minibatch})
+        samples = {number: self.stream[number] for number in wanted}
+
+        # The rest as it was
+        self.next_number = state["next"]
+        self.round = state["round"]
+        self.stats = state["stats"]
+        for minibatch in state["queue"]:
+            completions = []
+            for c in minibatch:
+                answer = Answer(**c["answer"])
+                choices = c["choices"] and [torch.tensor(layer) for layer in c["choices"]]
+                sample = samples[c["index"]]
+                completions.append(
+                    Completion(c["index"], sample, answer, c["advantage"], choices=choices)
+                )
+            self.queue.append(completions)
+
+
+def completions_of(group: Group, stage: RLStage, lesson: bool) -> list[Completion]:
+    """A group's completions with their advantages, all zero when there is no lesson in it."""
+    # Long answers pay for their length
+    shaped = []
+    for reward, answer in zip(group.rewards(), group.answers):
+        shaped.append(reward + overlong_penalty(len(answer.ids), stage.max_new, stage.overlong))
+
+    # Against the others of the group
+    advantages = torch.zeros(len(shaped))
+    if lesson:
+        advantages = ALGORITHMS[stage.algorithm].advantage(torch.tensor(shaped), stage.group)
+    return [
+        Completion(group.index, group.sample, answer, float(advantage), group.prompt)
+        for answer, advantage in zip(group.answers, advantages)
+    ]
+
+
+def rollout_statistics(groups: list[Group], stage: RLStage) -> dict[str, float]:
+    """Of one rollout batch, every sampled group included: reward and its kinds, length, answers that
+    were cut off, pass@1 and pass@k, groups without a lesson, and how the useless ones split."""
+
+    def mean(values: list) -> float:
+        return sum(values) / max(1, len(values))
+
+    # The reward and its parts, where there is a verdict
+    statistics: dict[str, float] = {}
+    for key in groups[0].parts[0]:
+        values = [value for group in groups for value in group.rewards(key)]
+        statistics[key] = mean([v for v in values if v is not None and math.isfinite(v)])
+
+    # Length
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = [len(answer.ids) for answer in answers]
+    penalties = [overlong_penalty(n, stage.max_new, stage.overlong) for n in lengths]
+    statistics["length"] = mean(lengths)
+    statistics["truncated"] = mean([not answer.finished for answer in answers])
+    statistics["overlong"] = mean(penalties)
+
+    # What was solved
+    solved = [[p.get("answer", p["reward"]) > 0 for p in group.parts] for group in groups]
+    statistics["pass@1"] = mean([right for group in solved for right in group])
+    statistics[f"pass@{stage.group}"] = mean([any(group) for group in solved])
+
+    # What could not teach
+    agree = [not group.disagrees() for group in groups]
+    statistics["useless"] = mean(agree)
+    statistics["all_right"] = mean([same and all(group) for same, group in zip(agree, solved)])
+    statistics["unjudged"] = mean([not group.judged() for group in groups])
+    return statistics
+
+
+# ----------------------------------------------------------------------------------------- packing
+
+
+class RolloutRow:
+    """Builds one packed row of sampled ids, group by group.
+
+    A prompt with several completions stands there once with its images, without its last token: each
+    completion continues it and begins with that token, which predicts the completion's first. The last
+    id of each completion is a label only, so it is not fed.
+    """
+
+    def __init__(self):
+        self.documents: list[list[int]] = []  # ids that are fed
+        self.after: list[int] = []  # for each document the one that it continues, or itself
+        self.owners: list[str] = []  # its task
+        self.images: list = []
+        self.choices: list[list[Tensor]] = []  # replayed routing of each document, per layer
+        self.completions: list[int] = []  # which completion, in the order of the row
+        self.sampled: list[list[int]] = []  # its ids
+        self.logprobs: list[list[float]] = []
+        self.at: list[int] = []  # flat positions that predict sampled ids
+        self.tokens = 0
+
+    def add_document(self, ids: list[int], continues: int | None, task: str) -> None:
+        self.after.append(len(self.documents) if continues is None else continues)
+        self.documents.append(ids)
+        self.owners.append(task)
+        self.tokens += len(ids)
+
+    def add_group(
+        self, members: list[tuple[int, Completion]], prompt: list[int], images: list
+    ) -> None:
+        """All completions (with their numbers) of one prompt."""
+        task = members[0][1].sample.task
+        self.images += images
+
+        # The part of the prompt that they share stands once
+        shared = len(prompt) - 1 if len(members) > 1 else 0
+        begins = len(self.documents)
+        if shared:
+            self.add_document(list(prompt[:shared]), None, task)
+            self.add_choices(members[0][1], 0, shared)
+
+        # Each completion goes on from there: position t predicts token t + 1
+        for number, completion in members:
+            ids = completion.answer.ids
+            self.add_document([*prompt[shared:], *ids[:-1]], begins if shared else None, task)
+            self.add_choices(completion, shared, None)
+            self.at += range(self.tokens - len(ids), self.tokens)
+            self.completions.append(number)
+            self.sampled.append(ids)
+            self.logprobs.append(completion.answer.logprobs)
+
+    def add_choices(self, completion: Completion, start: int, end: int | None) -> None:
+        if completion.choices:
+            self.choices.append([layer[start:end] for layer in completion.choices])
+
+
+def pack_rollouts(
+    part: list[Completion],
+    encoder: Encoder,
+    stage: RLStage,
+    stats: dict,
+    reference: SailVL | None = None,
+    empty: bool = False,
+) -> RolloutBatch:
+    """Completions as one packed row. `empty`: the same row at weight zero."""
+    # The row, a prompt's completions together
+    groups: dict[int, list[tuple[int, Completion]]] = {}
+    for number, completion in enumerate(part):
+        groups.setdefault(completion.index, []).append((number, completion))
+    row = RolloutRow()
+    for members in groups.values():
+        first = members[0][1]
+        prompt = first.prompt
+        if prompt is None:  # another rank sampled it
+            prompt = encoder.prompt(with_thinking(first.sample, encoder.tokenizer.think_prompt))
+        row.add_group(members, *prompt)
+
+    # Where each sampled token stands in the (N, L) tables
+    counts = torch.tensor([len(ids) for ids in row.sampled])
+    sequence = torch.tensor(row.completions).repeat_interleave(counts)  # (n,)
+    place = torch.cat([torch.arange(n) for n in counts])  # (n,)
+    old = torch.zeros(len(part), int(counts.max()))  # (N, L)
+    old[sequence, place] = torch.tensor([p for logprobs in row.logprobs for p in logprobs])
+    mask = torch.zeros_like(old)
+    mask[sequence, place] = 0.0 if empty else 1.0
+
+    # The row itself
+    ids = torch.tensor([[token for document in row.documents for token in document]])  # (1, S)
+    labels = torch.tensor([token for sampled in row.sampled for token in sampled])  # (n,)
+    segments = Segments.of(map(len, row.documents), after=row.after)
+    aggregation = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
+    batch = RolloutBatch(
+        ids=ids,
+        labels=labels,
+        weights=torch.ones(len(labels)),
+        positions=segments.positions()[None],
+        segments=segments,
+        images=normalise(row.images) if row.images else None,
+        owners=row.owners,
+        at=torch.tensor(row.at),
+        sequence=sequence,
+        place=place,
+        old=old,
+        mask=mask,
+        advantage=torch.tensor([completion.advantage for completion in part]),
+        choices=[torch.cat(layer) for layer in zip(*row.choices)] or None,
+        divisor=divisor(mask, aggregation, stage.max_new),
+        stats=stats,
+    )
+
+    # And what the reference model makes of it
+    if reference is not None:
+        device = reference.language_model.lm_head.weight.device
+        with torch.no_grad():
+            batch.reference = score(reference, batch.to(device), stage.temperature).cpu()
+    return batch
+
+
+@torch.no_grad()
+def chosen_experts(model: SailVL, batch: RolloutBatch) -> list[Tensor]:
+    """Per MoE layer the experts (S, K) that the present policy sends each token to."""
+    routing: list = []
+    batch = batch.to(model.language_model.lm_head.weight.device)
+    model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
+    return [layer.indices.cpu() for layer in routing]
