@@ -43,7 +43,7 @@ from data.world import GRADED, REASONING, World, corpus
 from evaluate import evaluate
 from generate import load_model
 from infra.checkpoint import RunDirectory
-from infra.cli import guarded, parse_subcommand
+from infra.cli import one_line_errors, parse_subcommand
 from infra.plan import describe, plan_of, refuse_unused, steps_of
 from objective import PatchPredictor
 from packing import Batches
@@ -357,8 +357,36 @@ class RunOptions:
 def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, BaseStage]]) -> None:
     """The whole of a recipe's command line. `recipes`: scale -> name -> stage.
 
-    The first word names a stage: `sft1` of the toy's scale, `paper:sft1` of the paper's.
+    The first word names a stage: `sft1` of the toy's scale, `paper:sft1` of the paper's. Sets up, prints
+    the plan, fits (from the newest checkpoint, if there is one), saves.
     """
+    options, defaults = stage_from_words(options_class, recipes)
+    with one_line_errors():
+        # Everything that a stage needs; what it leaves to the model and the data; where it lives
+        ranks = parallel.start()
+        torch.manual_seed(options.stage.seed)
+        setup = set_up(options, ranks)
+        options = settled(options, defaults, setup)
+        setup.directory = run_directory(options, setup)
+        if ranks.main:
+            print("\n".join(plan_of(setup, options)), flush=True)
+
+        # Train, and save what came of it
+        run = fit(setup, options.stage)
+        if ranks.main:
+            setup.model.save_pretrained(options.out)
+            setup.encoder.tokenizer.save(options.out)
+            print(
+                f"stage {options.stage.name}: loss {run.log[0]['loss']:.3f} -> {run.tail():.3f} in "
+                f"{run.seconds:.0f} s; {run.skipped} steps skipped; model and log in {options.out}"
+            )
+        parallel.stop()
+
+
+def stage_from_words(
+    options_class: type[RunOptions], recipes: dict[str, dict[str, BaseStage]]
+) -> tuple[RunOptions, RunOptions]:
+    """The command line's options, and the row of the recipe that they started from."""
     # Every row of every scale is a subcommand, and its values are the defaults
     choices = {}
     for scale, stages in recipes.items():
@@ -370,26 +398,24 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     # The rest of the command line overrides the row
     options = parse_subcommand(choices)
     _, defaults = choices[options.row]
-    guarded(run_stage, options, defaults)
+    return options, defaults
 
 
-def run_stage(options: RunOptions, defaults: RunOptions) -> int:
-    """One stage from its options: set up, print the plan, fit (from the newest checkpoint), save."""
-    # Everything that a stage needs; an option that this one does not use is an error
-    ranks = parallel.start()
-    torch.manual_seed(options.stage.seed)
-    setup = set_up(options, ranks)
+def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptions:
+    """The options with what the stage left to the model (the algorithm) and to the data (epochs).
+
+    Raises ValueError for an option that the stage does not use.
+    """
     refuse_unused(options, defaults, setup.model)
-
-    # What the stage leaves to the model and to the data
     stage = resolved(options.stage, setup.model)
-    stage = replace(stage, steps=steps_of(setup, stage))
-    options = replace(options, stage=stage)
+    return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
-    # The run's own directory, and what is known before it starts
+
+def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
+    """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     configuration = asdict(options)
     kept = ("data", "images", "model", "preset", "stage")
-    setup.directory = RunDirectory(
+    return RunDirectory(
         options.out,
         {key: configuration[key] for key in kept},
         options.save_every,
@@ -399,20 +425,6 @@ def run_stage(options: RunOptions, defaults: RunOptions) -> int:
         options.check_every,
         options.tracker,
     )
-    if ranks.main:
-        print("\n".join(plan_of(setup, options)), flush=True)
-
-    # Train, and save what came of it
-    run = fit(setup, stage)
-    if ranks.main:
-        setup.model.save_pretrained(options.out)
-        setup.encoder.tokenizer.save(options.out)
-        print(
-            f"stage {stage.name}: loss {run.log[0]['loss']:.3f} -> {run.tail():.3f} in {run.seconds:.0f} s; "
-            f"{run.skipped} steps skipped; model and log in {options.out}"
-        )
-    parallel.stop()
-    return 0
 
 
 def set_up(options: RunOptions, ranks: Ranks) -> Setup:

@@ -15,10 +15,14 @@ place, typed and with its default. Three habits are added here, the same for eve
         command(evaluate_files)        # def evaluate_files(options: EvaluateOptions) -> int | None
 """
 
+import json
 import os
 import sys
+import time
 import traceback
-from typing import Any, Callable, NoReturn, get_type_hints
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -92,21 +96,34 @@ def parse_subcommand(choices: dict[str, tuple[str, Any]], argv: list[str] | None
         )
 
 
-def guarded(function: Callable, *arguments: Any) -> NoReturn:
-    """Run it and leave with its status; a user's mistake becomes one line on stderr, status 1."""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user did wrong inside of it becomes one line on stderr and exit status 1."""
     try:
-        status = function(*arguments)
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("NANOSAIL_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        line = f"error: {error}"
+        print(line, file=sys.stderr, flush=True)
+        tell_torchrun(line)
         sys.exit(1)
-    sys.exit(status or 0)
+
+
+def tell_torchrun(line: str) -> None:
+    """Where torchrun looks for the cause of a failure: it then ends its own report with this line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def command(function: Callable, argv: list[str] | None = None) -> NoReturn:
     """The last line of a script: read the options that `function` takes, and run it."""
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
-    (options,) = hints.values()
-    guarded(function, parse_options(options, argv))
+    (options_class,) = hints.values()
+    options = parse_options(options_class, argv)
+    with one_line_errors():
+        status = function(options)
+    sys.exit(status or 0)

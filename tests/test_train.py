@@ -124,9 +124,7 @@ def test_every_paper_scale_stage_trains_from_a_checkpoint_in_the_released_layout
             "--steps 2 --rows 2 --length 64"
         )
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words.split()])
-        with pytest.raises(SystemExit) as done:
-            recipe.run_command(pretrain.PretrainOptions, pretrain.RECIPES)
-        assert done.value.code == 0
+        recipe.run_command(pretrain.PretrainOptions, pretrain.RECIPES)
         assert "saved by what is frozen" in capsys.readouterr().out
         used = json.loads((tmp_path / name / "stage.json").read_text())
         assert used == json.loads(json.dumps(asdict(replace(stage, steps=2, rows=2, length=64))))
