@@ -6,12 +6,11 @@ of the data it leaves out; an option that the stage does not use is an error.
 """
 
 import math
-import textwrap
 from collections import Counter
 from dataclasses import asdict, fields
 
 from data.sample import BadSample, Sample
-from stage import BaseStage, RLStage
+from stage import PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
 
@@ -100,31 +99,42 @@ def plan_of(setup, options) -> list[str]:
     lines = ["options", *option_table(options), f"stage {stage.name}: {describe(stage)}"]
     lines += data_lines(setup, options)
     lines += work_lines(setup, stage)
-    if (
-        not options.model
-        and set(stage.trains) != {"vision", "adapter", "llm"}
-        and stage.name not in ("language", "image")
-    ):
+    random_parts = sorted(set(PARTS) - set(stage.trains))
+    if not options.model and random_parts and stage.name not in ("language", "image"):
         lines.append(
-            f"  NOTE: without --model, the parts that stage {stage.name} does not train stay random: "
-            "start from an earlier stage's --out"
+            f"  NOTE: without --model, {' and '.join(random_parts)} stay random in this stage: start "
+            "from an earlier stage's --out"
         )
     return lines
 
 
 def option_table(options) -> list[str]:
-    """Every option and its value, wrapped into columns."""
-    values = {key: value for key, value in asdict(options).items() if key != "stage"}
+    """Every option and its value, three to a line; long values have a line of their own."""
+    values = {key: value for key, value in asdict(options).items() if key not in ("stage", "row")}
     values |= asdict(options.stage)
-    cells = []
+
+    # Cells of one width, and those that do not fit
+    short = []
+    long = []
     for key, value in values.items():
-        if isinstance(value, dict):
-            value = " ".join(f"{name}={share:g}" for name, share in value.items()) or "-"
-        if isinstance(value, (tuple, list)):
-            value = " ".join(map(str, value))
-        cells.append(f"{key.replace('_', '-')}: {'-' if value is None or value == '' else value}")
-    text = "  |  ".join(cells)
-    return textwrap.wrap(text, 108, initial_indent="  ", subsequent_indent="  ")
+        cell = f"{key.replace('_', '-'):17s} {written(value)}"
+        (short if len(cell) <= 34 else long).append(cell)
+
+    lines = []
+    for start in range(0, len(short), 3):
+        lines.append("  " + "".join(f"{cell:36s}" for cell in short[start : start + 3]).rstrip())
+    return [*lines, *(f"  {cell}" for cell in long)]
+
+
+def written(value) -> str:
+    """A value as one would type it."""
+    if value is None or value == "" or value == {}:
+        return "-"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={share:g}" for name, share in value.items())
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def data_lines(setup, options) -> list[str]:
@@ -213,7 +223,7 @@ def work_lines(setup, stage: BaseStage) -> list[str]:
     trained = 0
     for part in stage.trains:
         module = {"vision": "vision_model", "adapter": "mlp1", "llm": "language_model"}[part]
-        trained += sum(p.numel() for p in getattr(setup.model, module).parameters())
+        trained += sum(p.numel() for p in getattr(setup.model, PARTS[part]).parameters())
     total = sum(p.numel() for p in setup.model.parameters())
     memory = 4 * (total + 3 * trained)  # fp32 weights; gradients and two moments of what trains
     lines.append(
