@@ -222,7 +222,6 @@ def work_lines(setup, stage: BaseStage) -> list[str]:
 
     trained = 0
     for part in stage.trains:
-        module = {"vision": "vision_model", "adapter": "mlp1", "llm": "language_model"}[part]
         trained += sum(p.numel() for p in getattr(setup.model, PARTS[part]).parameters())
     total = sum(p.numel() for p in setup.model.parameters())
     memory = 4 * (total + 3 * trained)  # fp32 weights; gradients and two moments of what trains

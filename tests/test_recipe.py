@@ -1,0 +1,201 @@
+"""One way from the command line to the gradient: what is refused, what is said first, and that nothing waits for ever."""
+
+import inspect
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import pretrain
+import recipe
+import rl
+import sft
+from data.encode import Encoder
+from data.readers import Folder
+from data.world import World
+from infra.plan import data_lines, refuse_unused, steps_of, work_lines
+from recipe import Setup, fit, resolved
+from stage import RLStage, Stage
+from vlm import PRESETS, SailVL
+
+OPTIONS = {"pretrain": pretrain.PretrainOptions, "sft": sft.SFTOptions, "rl": rl.RLOptions}
+RECIPES = {"pretrain": pretrain.RECIPES, "sft": sft.RECIPES, "rl": rl.RECIPES}
+EVERY_STAGE = [
+    (script, scale, name)
+    for script, scales in RECIPES.items()
+    for scale, stages in scales.items()
+    for name in stages
+]
+
+
+def written(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def turn(question, answer, **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns} | more
+
+
+# ------------------------------------------------------------------------------------- the path
+
+
+def test_from_the_command_to_the_gradient_there_are_four_calls_in_three_files(
+    tmp_path, monkeypatch
+):
+    """sft.py -> recipe.run_command -> recipe.fit -> train.train -> train.one_step -> .backward()"""
+    seen = []
+    backward = torch.Tensor.backward
+
+    def recorded(self, *args, **more):
+        if not seen:
+            ours = [f for f in inspect.stack() if f.filename.startswith(str(recipe.__file__)[:-9])]
+            seen.extend((f.filename.rsplit("/", 1)[-1], f.function) for f in ours)
+        return backward(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", recorded)
+    words = ["sft.py", "sft1", "--steps", "1", "--rows", "1", "--length", "128"]
+    monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path)])
+    recipe.run_command(sft.SFTOptions, sft.RECIPES)
+    path = [step for step in reversed(seen) if step[0] in ("recipe.py", "train.py", "sft.py")]
+    assert path == [
+        ("recipe.py", "run_command"),
+        ("recipe.py", "fit"),
+        ("train.py", "train"),
+        ("train.py", "one_step"),
+    ]
+
+
+# -------------------------------------------------------------------------------- unused options
+
+
+@pytest.mark.parametrize(
+    "script,changes,stage_changes,word",
+    [
+        ("sft", {}, {"think": 0.3}, "--think"),
+        ("sft", {"images": "somewhere"}, {}, "--images"),
+        ("sft", {"held_out": "x.jsonl"}, {}, "--held-out"),
+        ("sft", {}, {"router_z": 0.1}, "--router-z"),
+        ("sft", {}, {"adalrs_k": 7}, "--adalrs-k"),
+        ("sft", {}, {"epochs": 2.0}, "--epochs"),
+        ("rl", {"workers": 2}, {}, "--workers"),
+        ("rl", {}, {"estimator": "k2"}, "--estimator"),
+        ("rl", {}, {"replay": True}, "--replay"),
+    ],
+)
+def test_an_option_that_the_stage_does_not_use_is_refused(
+    model, script, changes, stage_changes, word
+):
+    name = "verifiable" if script == "rl" else "sft1"
+    stage = RECIPES[script]["toy"][name]
+    defaults = OPTIONS[script](stage=stage)
+    options = replace(defaults, stage=replace(stage, **stage_changes), **changes)
+    with pytest.raises(ValueError, match=word):
+        refuse_unused(options, defaults, model)
+    refuse_unused(defaults, defaults, model)
+
+
+def test_a_mixture_of_experts_gets_the_papers_algorithm(config):
+    text = replace(PRESETS["toy-moe"].text, vocab_size=config.text.vocab_size, num_hidden_layers=1)
+    dense = SailVL(config)
+    experts = SailVL(replace(config, text=text))
+    assert resolved(RLStage(), dense).algorithm == "dapo"
+    assert resolved(RLStage(), experts).algorithm == "gspo"
+    assert resolved(RLStage(algorithm="grpo"), experts).algorithm == "grpo"
+
+
+# ----------------------------------------------------------------------------------- the plan
+
+
+def test_tasks_that_the_mixture_leaves_out_are_named_with_their_counts(model, encoder, tmp_path):
+    records = [turn("a?", "b", task=task) for task in ("caption", "caption", "chart", "math")]
+    folder = Folder(written(tmp_path / "my.jsonl", records))
+    stage = Stage("x", mixture={"caption": 1.0, "vqa": 1.0})
+    options = pretrain.PretrainOptions(stage=stage, data=tmp_path / "my.jsonl")
+    text = "\n".join(data_lines(Setup(model, encoder, folder), options))
+    assert "caption 2" in text and "LEFT OUT" in text
+    left = next(line for line in text.splitlines() if "LEFT OUT" in line)
+    assert "chart 1" in left and "math 1" in left and "caption" not in left
+    assert "vqa" in text
+
+
+def test_epochs_become_steps_and_many_of_them_are_warned_about(model, encoder, tmp_path):
+    folder = Folder(written(tmp_path / "my.jsonl", [turn(f"{i}?", "yes") for i in range(40)]))
+    setup = Setup(model, encoder, folder)
+    length = sum(len(encoder(s)) for s in folder.first()) / 40
+    stage = Stage("x", epochs=3.0, rows=1, length=128)
+    assert steps_of(setup, stage) == pytest.approx(3 * 40 * length / 128, abs=1)
+    many = replace(stage, epochs=0.0, steps=1000)
+    assert any("WARNING" in line for line in work_lines(setup, many))
+    assert steps_of(setup, RLStage("x", epochs=1.0, prompts=20, updates=2)) == 4
+
+
+# ----------------------------------------------------------------- nothing to learn is an error
+
+
+def nothing_for(stage, folder):
+    """Records that this stage has no use for: no chain, no truth, no picture, or too long."""
+    if stage.objective == "next_patch":
+        return [turn(f"{i}?", "yes") for i in range(30)]
+    if stage.samples in ("chains", "fusion"):
+        return [turn(f"{i}?", "yes") for i in range(30)]
+    if stage.objective == "policy":
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+        (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:40])
+        return [turn("<image>\nwhat?", "yes", image="a.png") for _ in range(30)]
+    return [turn("word " * 400, "yes") for _ in range(30)]
+
+
+@pytest.mark.parametrize("script,scale,name", EVERY_STAGE, ids="-".join)
+def test_every_stage_on_data_that_has_nothing_for_it_is_an_error_within_seconds(
+    model, tokenizer, config, tmp_path, script, scale, name
+):
+    stage = RECIPES[script][scale][name]
+    changes = {"steps": 4, "accumulate": 1}
+    if isinstance(stage, RLStage):
+        changes |= {"prompts": 8, "updates": 2, "max_new": 20, "overlong": 4, "batch": 0}
+    else:
+        changes |= {"rows": 2, "length": 128}
+    stage = replace(stage, **changes)
+    folder = Folder(written(tmp_path / "my.jsonl", nothing_for(stage, tmp_path)))
+    setup = Setup(model, Encoder(tokenizer, config, folder.root, 512), folder)
+    began = time.time()
+    with pytest.raises(ValueError) as error:
+        fit(setup, replace(stage, mixture={}))
+    assert time.time() - began < 60  # a bound against hanging, generous for a busy machine
+    assert str(error.value).strip()
+
+
+def test_a_broken_picture_in_rl_costs_its_sample_alone(model, encoder, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    records = [turn("<image>\nwhat?", "red", image=f"{'ab'[i % 4 == 0]}.png") for i in range(16)]
+    folder = Folder(written(tmp_path / "my.jsonl", records))
+    setup = Setup(model, encoder, folder, reward=lambda text, *_: {"reward": len(text) % 2})
+    stage = RLStage(
+        "x", algorithm="grpo", steps=2, prompts=4, group=2, updates=2, max_new=4, overlong=0
+    )
+    run = fit(setup, stage)
+    assert len(run.log) == 2 and setup.faults.counts["unreadable image"] >= 1
+
+
+def test_data_that_ends_early_ends_the_stage_well(model, encoder, tmp_path):
+    records = [turn(f"{i}?", "yes") for i in range(30)]
+    written(tmp_path / "my.jsonl", records)
+    mixture = {"datasets": {"mine": {"data": "my.jsonl", "epochs": 1}}}
+    (tmp_path / "mix.json").write_text(json.dumps(mixture))
+    setup = Setup(model, encoder, Folder(tmp_path / "mix.json"))
+    run = fit(setup, Stage("x", steps=500, rows=1, length=128))
+    assert run.ended_early and 0 < len(run.log) < 500
+
+
+def test_the_world_has_something_for_every_stage_of_the_toy(model, encoder):
+    for table in (pretrain.TOY, sft.TOY):
+        for stage in table.values():
+            setup = Setup(model, encoder, World())
+            small = replace(stage, steps=1, rows=1, length=256, adalrs=False)
+            assert len(fit(setup, small).log) == 1, stage.name
