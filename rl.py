@@ -606,7 +606,7 @@ def policy(stage: RLStage):
         if routing:
             total = total + stage.balance * moe.balance_loss(routing, batch.real()) * batch.weight
         if batch.choices:
-            logged["rerouted"] = routing.moved()
+            logged["rerouted"] = routing.rerouted_share()
         return total, {"loss": float(total.detach())} | {
             k: v * batch.weight for k, v in logged.items()
         }

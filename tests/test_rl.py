@@ -768,7 +768,7 @@ def test_replaying_the_live_choices_is_the_live_layer(config):
     other = moe.Replay([(live[0].indices + 1) % 4])
     assert (
         not torch.allclose(layer(x, other), want)
-        and other.moved() > 0
+        and other.rerouted_share() > 0
         and torch.equal(other[0].indices, (live[0].indices + 1) % 4)
     )
 

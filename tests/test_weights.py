@@ -135,7 +135,7 @@ def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(
     vision, text, tokenizer, tmp_path, capsys
 ):
     tokenizer.save(text)
-    assert vlm.main(vlm.Join(vision, text, tmp_path / "out")) == 0
+    assert vlm.join_parts(vlm.JoinOptions(vision, text, tmp_path / "out")) is None
     model, words = load_model(tmp_path / "out")
     assert words.ranks == tokenizer.ranks and model.image_token_id == tokenizer.image
     assert equal(model.language_model, LLM.from_pretrained(text, torch.bfloat16).float())
