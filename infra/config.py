@@ -195,6 +195,10 @@ def read_llm(kind: type, values, source: str):
         raise ValueError(
             f"{source}: {config.num_experts_per_tok} experts a token of {config.num_experts}"
         )
+    if config.num_experts and config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise ValueError(
+            f"{source}: num_experts_per_tok 1 with norm_topk_prob: the router would get no gradient"
+        )
 
     # Sizes that are each possible and together absurd.
     if config.num_hidden_layers * config.num_experts > MOST_EXPERTS:
