@@ -133,7 +133,12 @@ def test_sail_vit_at_448_pixels_has_exactly_the_published_number_of_parameters(s
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_survives_being_written_and_read(preset):
     config = replace(
-        PRESETS[preset], any_resolution=True, image_token_id=7, min_tiles=2, thumbnail=False
+        PRESETS[preset],
+        any_resolution=True,
+        image_token_id=7,
+        min_tiles=2,
+        max_tiles=9,
+        thumbnail=False,
     )
     assert VLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

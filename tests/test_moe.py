@@ -83,7 +83,7 @@ def batch_of(documents, tokenizer):
     return collate([documents[:3], documents[3:5]], None, tokenizer.pad)
 
 
-# -------------------------------------------------------------------------------------------------------------- mixture
+# ------------------------------------------------------------------------------------------ mixture
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -192,6 +192,61 @@ def test_the_fast_path_keeps_x_and_z_and_indices_and_nothing_else():
     )  # z; order and inverse; offsets (x is an input, held anyway)
 
 
+def scattered(t: torch.Tensor) -> torch.Tensor:
+    """The same values, no two of them next to each other in memory."""
+    wide = torch.empty(*t.shape, 2, dtype=t.dtype)
+    wide[..., 0] = t.detach()
+    return wide[..., 0].requires_grad_(t.is_floating_point())
+
+
+@pytest.mark.parametrize("mixture", [expert_mixture, expert_mixture_grouped])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)], ids=str)
+def test_inputs_may_lie_anywhere_in_memory(mixture, which):
+    """x, indices, weights, gate_up, down, one by one and all together."""
+    inputs = ingredients(33, 8, 2, 32, 16)
+    elsewhere = [scattered(t) if i in which else t for i, t in enumerate(inputs)]
+    assert not any(elsewhere[i].is_contiguous() for i in which)
+    near, far = with_gradients(mixture, inputs), with_gradients(mixture, elsewhere)
+    for a, b in zip(far, near, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# What needs a gradient, and the products of a backward pass: W2 once for what lies before it and
+# once for itself, W13 likewise.
+FROZEN = {
+    "x": (0, 2),
+    "weights": (2, 1),
+    "gate_up": (3, 2),
+    "down": (4, 1),
+    "x gate_up": ((0, 3), 3),
+    "weights down": ((2, 4), 2),
+    "x weights gate_up down": ((0, 2, 3, 4), 4),
+}
+
+
+@pytest.mark.parametrize("trains", FROZEN)
+def test_the_grouped_mixture_computes_no_gradient_for_what_is_frozen(trains, monkeypatch):
+    wanted, products = FROZEN[trains]
+    wanted = (wanted,) if isinstance(wanted, int) else wanted
+    inputs = ingredients(33, 8, 2, 32, 16)
+    whole = dict(zip((0, 2, 3, 4), with_gradients(expert_mixture_grouped, inputs)[1:]))
+    frozen = [t.detach() for t in inputs]
+    for i in wanted:
+        frozen[i].requires_grad_()
+
+    y = expert_mixture_grouped(*frozen)
+    direction = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    ).to(y.dtype)
+    calls = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    gradients = torch.autograd.grad((y * direction).sum(), [frozen[i] for i in wanted])
+    assert len(calls) == products
+    for i, gradient in zip(wanted, gradients, strict=True):
+        assert torch.equal(gradient, whole[i])
+
+
 @pytest.mark.parametrize("S, C, I", [(0, 16, 16), (5, 18, 6), (5, 16, 16)])
 def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     inputs = ingredients(S, 4, 2, C, I)
@@ -200,7 +255,7 @@ def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- routing
+# ------------------------------------------------------------------------------------------ routing
 
 
 def test_one_expert_per_token_with_renormalised_weights_is_refused():
@@ -239,7 +294,7 @@ def test_a_bias_moves_the_choice_and_never_the_weights():
     torch.testing.assert_close(r.weights, logits.softmax(-1).gather(1, r.indices))
 
 
-# --------------------------------------------------------------------------------------------------------- balance loss
+# ------------------------------------------------------------------------------------- balance loss
 
 
 def perfect(E=8, K=2, rounds=3):
@@ -300,7 +355,7 @@ def test_descending_the_balance_loss_takes_probability_from_the_crowded_expert()
     assert [g > 0 for g in logits.grad.sum(0).tolist()] == [False, False, True, False]
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 @torch.no_grad()
@@ -363,7 +418,7 @@ def test_a_packed_document_is_routed_as_it_is_alone(moe_model, documents, tokeni
     torch.testing.assert_close(together[:n], alone[0], rtol=0, atol=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 
 
 def test_a_moe_checkpoint_has_one_name_per_expert_on_disk_and_comes_back_bit_equal(
@@ -410,7 +465,7 @@ def test_the_30b_a3b_preset_has_the_published_size_and_the_published_expert_shap
     assert stored[last + "gate.weight"].shape == (128, 2048)
 
 
-# --------------------------------------------------------------------------------- balance over ranks, statistics, biases
+# ----------------------------------------------------------- balance over ranks, statistics, biases
 
 
 def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
@@ -495,7 +550,7 @@ def test_the_z_loss_is_the_mean_square_of_the_log_partition():
     )
 
 
-def test_nudging_the_bias_spreads_a_crowd():
+def test_the_expert_bias_spreads_a_crowd():
     config = replace(PRESETS["toy-moe"].text, hidden_size=16, moe_intermediate_size=16)
     layer = MoE(config)
     torch.nn.init.normal_(layer.gate.weight, std=0.25, generator=torch.Generator().manual_seed(0))
@@ -508,7 +563,7 @@ def test_nudging_the_bias_spreads_a_crowd():
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
 
 
-# ---------------------------------------------------------------------------------------------------------- calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 @pytest.fixture
