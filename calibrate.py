@@ -302,7 +302,7 @@ class CalibrateOptions:
     data: Path | None = None  # samples of both kinds (data/readers.py); none: the drawn world
     images: Path | None = None  # folder of its images; none: beside the file
     text: Path | None = None  # text-only samples, where --data has none
-    tokens: int = 16384  # of each kind, at most one sample more
+    tokens: int = 8192  # of each kind, at most one sample more
     records: int = 100_000  # looked at for them, at most
     batch_tokens: int = 8192  # in one forward pass
     bound: float = 0.01  # relative, on text loss and text entropy

@@ -1,4 +1,4 @@
-"""Mixture of experts: the fast path is the definition, routing, the balance loss, upcycling, names on disk."""
+"""Mixture of experts: the fast path is the definition, routing, balance, upcycling, names on disk."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import calibrate
 import train
 from data import world
 from data.encode import Encoder
@@ -47,7 +46,10 @@ SIZES = [
 
 
 def ingredients(S, E, K, C, I, which="random", dtype=torch.float32):
-    """Tokens, a decision, experts. Chosen are: random experts, the same for all tokens, or only the first half."""
+    """Tokens, a decision, experts.
+
+    Chosen are: random experts, the same for all tokens, or only the first half.
+    """
     generator = torch.Generator().manual_seed(S)
     x, gate_up, down = (
         torch.randn(*shape, generator=generator, dtype=dtype)
@@ -160,7 +162,10 @@ def test_decoding_reads_only_the_experts_that_were_hit():
 @pytest.mark.parametrize("seed", range(6))
 def test_random_shapes_and_skews_agree_in_double_precision_and_twice_bit_for_bit(seed):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+
     E, C, I = draw(2, 20), 4 * draw(2, 12), 4 * draw(2, 12)
     inputs = ingredients(draw(1, 200), E, draw(1, E + 1), C, I, ["random", "same"][seed % 2])
     wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
@@ -469,7 +474,10 @@ def test_the_30b_a3b_preset_has_the_published_size_and_the_published_expert_shap
 
 
 def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
-    """One process: its share of four packed rows through `train.answers`; rank 0 saves loss, balance and router gradients."""
+    """One process: its share of four packed rows through `train.answers`.
+
+    Rank 0 saves loss, balance and router gradients.
+    """
     if size > 1:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -561,47 +569,3 @@ def test_the_expert_bias_spreads_a_crowd():
         spread.append(float(entropy(tokens_per_expert(routing))))
         update_expert_bias([layer], tokens_per_expert(routing), 0.01)
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
-
-
-# -------------------------------------------------------------------------------------- calibration
-
-
-@pytest.fixture
-def probes(documents, tokenizer):
-    """Text-only batches, batches with pictures."""
-    found = [[d for d in documents if bool(len(d.images)) == visual] for visual in (False, True)]
-    assert all(found)
-    return [[collate([some], None, tokenizer.pad)] for some in found]
-
-
-@pytest.mark.parametrize("design", [calibrate.by_bias, calibrate.by_router])
-def test_calibration_spreads_the_experts_within_its_bound(moe_model, probes, design):
-    before = calibrate.measure(moe_model, *probes)
-    share = calibrate.calibrate(moe_model, *probes, design, bound=0.01)
-    after = calibrate.measure(moe_model, *probes)
-    assert (
-        after.text_loss <= 1.01 * before.text_loss
-        and abs(after.entropy(0) / before.entropy(0) - 1) <= 0.01
-    )
-    if design is calibrate.by_router:
-        assert share > 0 and before.entropy(1) < 1.1 and after.entropy(1) > 1.1 * before.entropy(1)
-
-
-def test_an_impossible_bound_leaves_the_model_as_it_was(moe_model, probes):
-    gates = [block.mlp.gate.weight.clone() for block in moe_model.language_model.model.layers]
-    assert calibrate.calibrate(moe_model, *probes, bound=-1.0) == 0
-    assert all(
-        torch.equal(g, block.mlp.gate.weight)
-        for g, block in zip(gates, moe_model.language_model.model.layers)
-    )
-
-
-def test_calibration_names_what_it_lacks(model, moe_model, probes):
-    text, pictures = probes
-    for arguments, reason in (
-        ((model, text, pictures), "dense"),
-        ((moe_model, text, text), "no visual"),
-        ((moe_model, pictures, pictures), "no text-only"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            calibrate.calibrate(*arguments)
