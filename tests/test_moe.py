@@ -14,7 +14,7 @@ import train
 from data import world
 from data.encode import Encoder
 from infra import weights
-from kernels.bench import grouped, saved_bytes
+from kernels.bench import autograd_grouped, saved_bytes
 from moe import (
     MoE,
     Routing,
@@ -183,7 +183,10 @@ def test_half_precision_is_as_near_the_truth_as_autograd_through_grouped_product
         expert_mixture,
         [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in half],
     )
-    peer, fast = with_gradients(grouped, half), with_gradients(expert_mixture_grouped, half)
+    peer, fast = (
+        with_gradients(autograd_grouped, half),
+        with_gradients(expert_mixture_grouped, half),
+    )
     for a, b, c in zip(fast, peer, exact, strict=True):
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-4 * c.norm() < 0.02 * c.norm()
 
