@@ -24,6 +24,7 @@ def pixel_shuffle(x: Tensor, grids: list[tuple[int, int]]) -> Tensor:
     Cell (i, j) holds patches (2i, 2j), (2i, 2j + 1), (2i + 1, 2j), (2i + 1, 2j + 1), in that order.
     Raises ValueError when a grid has an odd side.
     """
+    # Half a cell has no place to go.
     for h, w in grids:
         if h % 2 or w % 2:
             raise ValueError(f"the 2x2 merge wants even patch grids, got {(h, w)}")
@@ -42,8 +43,11 @@ def pixel_shuffle(x: Tensor, grids: list[tuple[int, int]]) -> Tensor:
 
 def merge_cells(x: Tensor, images: int, h: int, w: int) -> Tensor:
     """(images * h * w, C) -> (images * h/2 * w/2, 4C)."""
-    cells = x.view(images, h // 2, 2, w // 2, 2, -1)  # row, row in cell, column, column in cell
-    cells = cells.transpose(2, 3)  # row, column, row in cell, column in cell
+    # Axes: image, row of cells, row in the cell, column of cells, column in the cell, C.
+    cells = x.view(images, h // 2, 2, w // 2, 2, -1)
+
+    # The cell's own two axes side by side.
+    cells = cells.transpose(2, 3)
     return cells.reshape(images * h * w // 4, -1)
 
 

@@ -62,6 +62,8 @@ class Segments:
     def of(lengths, device="cpu", after=()) -> "Segments":
         lengths = tuple(int(n) for n in lengths)
         after = tuple(after)
+
+        # What would be nonsense further down.
         assert all(n > 0 for n in lengths), f"empty document in a packed row: {lengths}"
         assert not after or len(after) == len(lengths), (
             f"{len(after)} documents continue one of {len(lengths)}"
@@ -83,6 +85,7 @@ class Segments:
         """(S,) int64: from 0 in every document, or from where the continued one ends."""
         parts = []
         for document, length in enumerate(self.lengths):
+            # The continued document has 0 to its length - 1 already.
             parent = self.after[document] if self.after else document
             start = self.lengths[parent] if parent != document else 0
             parts.append(torch.arange(start, start + length))
@@ -94,8 +97,11 @@ class Segments:
 
         Returns their places in the packed sequence, (K,) int64, and how many each document sees.
         """
+        # Where each document's own keys lie.
         ends = accumulate(self.lengths)
         spans = [range(end - length, end) for end, length in zip(ends, self.lengths)]
+
+        # One after the other, with those of a continued document once for each that continues it.
         places = []
         counts = []
         for document, parent in enumerate(self.after):
@@ -197,6 +203,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
     mask: `is_causal` or `attn_mask` of `scaled_dot_product_attention`.
     """
     k, v = share_heads(k, v, q.shape[2], dim=2)
+
+    # It wants heads before positions.
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **mask
     )

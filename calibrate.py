@@ -81,6 +81,7 @@ def assess(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Assessmen
     layers = len(model.language_model.model.layers)
     use = torch.zeros(2, layers, model.config.text.num_experts)
 
+    # Text: its loss and its loads.
     losses = []
     for batch in text:
         labels = batch.labels.reshape(-1)
@@ -98,6 +99,7 @@ def assess(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Assessmen
         losses.append(-logprobs)
         use[0] += moe.tokens_per_expert(routing, text_tokens(model, batch)).cpu()
 
+    # Pictures: the loads of their visual tokens.
     for batch in pictures:
         routing = []
         model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
@@ -131,6 +133,7 @@ def calibrate(
     design: `by_router` if none is given. Raises ValueError for a dense model, or when a list has no
     batch of its kind.
     """
+    # What it cannot work with.
     if not model.config.text.num_experts:
         raise ValueError(
             "calibration is for mixture-of-experts models; this one is dense (num_experts 0)"
@@ -158,8 +161,11 @@ def by_router(
     A layer is fitted to what it saw before the layers below it changed: one pass, no gradient
     through the model.
     """
+    # One forward pass over the probes, by the model as it is.
     text_inputs = router_inputs(model, text, visual=False)
     visual_inputs = router_inputs(model, pictures, visual=True)
+
+    # Each gate by itself.
     old_gates = []
     new_gates = []
     for layer, block in enumerate(model.language_model.model.layers):
@@ -212,6 +218,7 @@ def router_inputs(model: SailVL, batches: list[Batch], visual: bool) -> list[Ten
 
         return hook
 
+    # A hook on every gate, for as long as the batches run.
     hooks = []
     for block, into in zip(layers, seen):
         hooks.append(block.mlp.gate.register_forward_pre_hook(listen(into)))
@@ -231,9 +238,12 @@ def apply_bounded(
     Neither text loss (upwards) nor text entropy may move by more than `bound`, relative, on the given
     batches. Returns the share: 0 when none of eight passes, and the model is as it was.
     """
+    # How far text may move.
     before = assess(model, text, pictures)
     largest_loss = (1 + bound) * before.text_loss
     largest_move = bound * before.text_entropy
+
+    # Ever smaller steps, the last of which is none.
     for share in SHARES:
         change(model, share)
         now = assess(model, text, pictures)
@@ -256,6 +266,7 @@ def collect(
     found: dict[str, list[Document]] = {kind: [] for kind in wanted}
     lacking = dict(wanted)
     for sample in samples:
+        # Enough of everything, or nothing to use.
         if max(lacking.values()) <= 0:
             break
         if isinstance(sample, BadSample):
@@ -316,6 +327,7 @@ class CalibrateOptions:
 
 def calibrate_model(options: CalibrateOptions) -> None:
     """Load, collect samples of both kinds, calibrate, save; says what moved."""
+    # A model with experts, in one process.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("calibration runs as one process: python calibrate.py, without torchrun")
     dtype = getattr(torch, options.dtype)
@@ -346,6 +358,7 @@ def calibrate_model(options: CalibrateOptions) -> None:
         ("text loss", before.text_loss, after.text_loss),
     ):
         print(f"  {name:14} {old:.3f} -> {new:.3f} ({100 * (new / old - 1):+.2f} %)")
+    # A model like any other: only its gates differ.
     if not share:
         print(f"NOTHING CHANGED: no part of the change keeps text within --bound {options.bound}")
     model.save_pretrained(options.out)
@@ -373,6 +386,7 @@ def read_probes(
     records = read_records(options.data, options.images, options, faults)
     found |= collect(records, encoder, faults, wanted)
 
+    # What was found, what could not be used, what is missing.
     for kind, documents in found.items():
         print(f"{kind}: {len(documents)} samples, {sum(map(len, documents)):,} tokens")
     if faults.counts:

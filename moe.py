@@ -232,8 +232,9 @@ def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) 
 def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Callable:
     """The mixture to use for these inputs.
 
-    Fast paths want rows of a multiple of 16 bytes and one dtype, no float64; on a CPU they pay off
-    from as many slots as experts (below: decoding, where only the hit experts should be read).
+    Fast paths know SwiGLU only (another activation would go to the definition). They want rows of a
+    multiple of 16 bytes and one dtype, no float64; on a CPU they pay off from as many slots as
+    experts (below: decoding, where only the hit experts should be read).
     """
     C, I = down.shape[1:]
     aligned = C * x.element_size() % 16 == 0 and I * x.element_size() % 16 == 0

@@ -167,6 +167,7 @@ def patchify(images: Tensor, size: int) -> Tensor:
             f"image of {H}x{W} pixels is not a whole number of {size}-pixel patches; resize it "
             "first (data/tiling.py)"
         )
+    # Cut along both sides, then bring the two cuts together.
     patches = images.view(N, channels, H // size, size, W // size, size)
     patches = patches.permute(0, 2, 4, 1, 3, 5)  # (N, h, w, 3, size, size)
     return patches.reshape(N, -1, channels * size * size)
@@ -177,11 +178,14 @@ def sincos(h: int, w: int, width: int) -> Tensor:
 
     Each at width / 4 frequencies from 1 down to 1/10,000.
     """
+    # A quarter of the width for each of sine and cosine, of row and of column.
     quarter = width // 4
     exponent = torch.arange(quarter, dtype=torch.float64) / quarter
     frequency = 1e4**-exponent
     row = torch.arange(h, dtype=torch.float64)[:, None] * frequency  # (h, width / 4)
     column = torch.arange(w, dtype=torch.float64)[:, None] * frequency  # (w, width / 4)
+
+    # Every patch has those of its row and of its column.
     row = row.repeat_interleave(w, 0)  # (h*w, width / 4)
     column = column.repeat(h, 1)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
@@ -232,6 +236,7 @@ class ViT(nn.Module):
             segments = Segments.of([h * w for h, w in grids], x.device)
             attend = attend_inside(segments, causal=False)
 
+        # The blocks do not know what an image is.
         recompute = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.trunk.blocks):
             if recompute:
@@ -241,7 +246,8 @@ class ViT(nn.Module):
         return self.trunk.post_trunk_norm(x), grids
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, h*w, C): the strided convolution, as one matmul, and its norm."""
+        """(N, 3, H, W) -> (N, h*w, C): the strided convolution and its norm."""
+        # Patches do not overlap, so the convolution is a matrix product.
         patchifier = self.preprocessor.patchifier
         weight = patchifier.proj.weight  # (C, 3, size, size)
         patches = patchify(images, self.config.patch_size).to(weight.dtype)
@@ -250,16 +256,18 @@ class ViT(nn.Module):
 
     def position_table(self, h: int, w: int) -> Tensor:
         """(h*w, C): the position of each patch of an h x w grid."""
+        # Computed.
         if self.config.position == "sincos":
             weight = self.preprocessor.patchifier.norm.weight
             return sincos(h, w, self.config.hidden_size).to(weight)
 
+        # Learned, and at its own size.
         table = self.preprocessor.pos_embed[0]  # (side * side, C)
         side = self.config.side
         if (h, w) == (side, side):
             return table
 
-        # The learned table as a picture of C channels, resized.
+        # Resized like a picture of C channels.
         square = table.view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, side, side)
         resized = F.interpolate(square.float(), (h, w), mode="bicubic", align_corners=False)
         return resized.to(table.dtype)[0].flatten(1).T
@@ -308,6 +316,7 @@ class ViT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
 
+            # Matrices and the convolution: rows are outputs.
             std = p[0].numel() ** -0.5
             if name.endswith("pos_embed"):
                 std = 0.5

@@ -65,6 +65,7 @@ class VLMConfig:
 
 # --------------------------------------------------------------------------------------- presets
 
+# The language models that SAIL-VL2 starts from.
 QWEN3 = {
     "0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
     "1.7B": LLMConfig(
@@ -85,6 +86,7 @@ QWEN3 = {
         tie_word_embeddings=False,
     ),
 }
+# The vision encoders: SAIL-ViT in two sizes.
 SAIL_VIT = {
     "large": ViTConfig(
         hidden_size=1024,
@@ -94,6 +96,7 @@ SAIL_VIT = {
     ),
     "huge": ViTConfig(),
 }
+# What a laptop trains in minutes.
 TOY_VIT = ViTConfig(
     hidden_size=96,
     intermediate_size=256,
@@ -114,6 +117,7 @@ TOY_LLM = LLMConfig(
     tie_word_embeddings=False,
 )
 TOY_MOE = replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256)
+# Whole models.
 PRESETS = {
     "toy": VLMConfig(TOY_VIT, TOY_LLM, max_tiles=1),
     "toy-moe": VLMConfig(TOY_VIT, TOY_MOE, max_tiles=1),
@@ -154,11 +158,13 @@ class SailVL(nn.Module):
                 raise ValueError(self._mismatch(input_ids, 0))
             return x + self.touch_vision()
 
-        # The visual tokens of all images, in order, take the places of all placeholders, in order.
+        # Visual tokens of all images, four patches each.
         features, grids = self.vision_model(images)  # (S, Cv)
         visual = self.mlp1(features, grids).to(x.dtype)  # (S/4, C)
         if visual.shape[0] != count:
             raise ValueError(self._mismatch(input_ids, visual.shape[0]))
+
+        # In order, into the places of the placeholders: the only joint of the two halves.
         return x.masked_scatter(placeholders[:, None], visual)
 
     def touch_vision(self) -> Tensor:
@@ -175,6 +181,7 @@ class SailVL(nn.Module):
         if not any(p.requires_grad for p in vision):
             return no_gradient
 
+        # The smallest image.
         c = self.config.vision
         side = 2 * c.patch_size  # one visual token
         blank = weight.new_zeros(1, c.num_channels, side, side)
@@ -202,6 +209,7 @@ class SailVL(nn.Module):
 
         Without `segments` each row is one document. `attend` and `routing` as in `LLM.forward`.
         """
+        # What is not said: each row is one document, and every token sees those before it.
         if segments is None:
             rows, length = input_ids.shape
             segments = Segments.of([length] * rows, input_ids.device)
@@ -209,6 +217,7 @@ class SailVL(nn.Module):
             positions = segments.positions()
         if attend is None:
             attend = attend_inside(segments, causal=True)
+
         x = self.embed(input_ids, images)
         return self.language_model(x, positions.reshape(-1), attend, routing)
 
@@ -270,6 +279,7 @@ class SailVL(nn.Module):
         vision: a SAIL-ViT or AIMv2 directory. text: a Qwen3 directory. seed: of the adapter.
         preprocessing: fields of VLMConfig, e.g. any_resolution=True.
         """
+        # The two that are trained already.
         vision_model = ViT.from_pretrained(vision, dtype, device)
         language_model = LLM.from_pretrained(text, dtype, device)
         config = VLMConfig(vision_model.config, language_model.config, **preprocessing)
@@ -306,6 +316,7 @@ class SailVL(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """All parameters ("total"), and those a token passes through ("active": K of E experts)."""
+        # Of a layer's E experts a token passes through K; the others are idle.
         total = sum(p.numel() for p in self.parameters())
         experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
         text = self.config.text
@@ -319,6 +330,7 @@ class SailVL(nn.Module):
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
         """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
+        # Sizes, and how pictures were cut when the weights were trained.
         processor = None
         if Path(directory, "preprocessor_config.json").is_file():
             processor = read_config(directory, "preprocessor_config.json")
@@ -363,6 +375,7 @@ def token_logprobs(
     chunk 0: as many as make 8 Mi logits, but no more than 24 chunks, since their gradients of the
     head are added up in its dtype and bf16 rounds every sum.
     """
+    # How many logits may exist at once.
     if not chunk:
         few_logits = 2**23 // head.shape[0]
         few_chunks = -(-hidden.shape[0] // 24)
@@ -395,6 +408,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         label_logits = []
         normalisers = []
         for h, y in zip(hidden.split(chunk), labels.split(chunk)):
+            # Of the labels.
             logits = (h @ head.T).float().div_(temperature)  # (chunk, V)
             label_logits.append(logits.gather(1, y[:, None])[:, 0])
 
@@ -413,6 +427,8 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, head, labels, normaliser = ctx.saved_tensors
+
+        # Sums over the chunks, of what trains.
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head) if needs_head else None
@@ -429,6 +445,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             d.scatter_add_(1, labels[part, None], torch.ones_like(d[:, :1]))
             d = d.mul_(grad[part, None] / ctx.temperature).to(hidden.dtype)
 
+            # To what made the logits.
             if needs_hidden:
                 d_hidden[part] = d @ head
             if needs_head:
@@ -455,6 +472,7 @@ def join_parts(options: JoinOptions) -> None:
     """Read both parts, join them in bf16, save the model with the tokenizer."""
     from tokenizer import Tokenizer  # the model itself knows no text
 
+    # The tokenizer knows the image token.
     tokenizer = Tokenizer.load(options.text)
     model = SailVL.from_parts(
         options.vision,

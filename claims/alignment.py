@@ -60,12 +60,12 @@ LADDER = ("vit1", "vit2", "vit3")
 
 
 def new_toy(seed: int) -> tuple[SailVL, Encoder]:
-    """An untrained toy. With `fit_stage` all that is called of the recipe."""
+    """An untrained toy. With `fit_toy_stage` all that is called of the recipe."""
     model, tokenizer = recipe.new_model("toy", World(), seed)
     return model, Encoder(tokenizer, model.config, max_length=512)
 
 
-def fit_stage(model: SailVL, encoder: Encoder, name: str, effort: float, seed: int) -> None:
+def fit_toy_stage(model: SailVL, encoder: Encoder, name: str, effort: float, seed: int) -> None:
     """One stage of the toy's ladder, in place, with a share of its steps."""
     stage = pretrain.TOY[name]
     steps = max(4, round(stage.steps * effort))
@@ -273,10 +273,10 @@ def compare_from_scratch(seeds: int, effort: float) -> bool:
         torch.manual_seed(seed)
         model, encoder = new_toy(seed)
         for name in ("language", "image"):
-            fit_stage(model, encoder, name, effort, seed)
+            fit_toy_stage(model, encoder, name, effort, seed)
         before = report_alignment(f"seed {seed}: image stand-in", model, encoder, seed)
         for name in LADDER:
-            fit_stage(model, encoder, name, effort, seed)
+            fit_toy_stage(model, encoder, name, effort, seed)
         after = report_alignment(f"seed {seed}: SAIL-ViT", model, encoder, seed)
         for field in fields(Distances):
             then = getattr(before["own units"], field.name)

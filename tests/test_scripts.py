@@ -156,6 +156,7 @@ MODULES = [
     "claims.algorithms",
     "claims.posttraining",
     "claims.alignment",
+    "claims.calibration",
     "kernels.bench",
 ]
 
