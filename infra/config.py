@@ -29,6 +29,7 @@ LARGEST = {"num_hidden_layers": 1024, "num_experts": 4096}  # of a config that w
 LARGEST_OTHER = 2**20
 MOST_PARAMETERS = 10**13  # of one part; more is a mistake, or means harm
 MOST_EXPERTS = 2**16  # in all layers together; the largest published models have some 25,000
+LARGEST_FILE = 2**28  # bytes; the index of a model of 10^12 parameters has some 2^23
 FOLLOW_LINKS = "NANOSAIL_FOLLOW_LINKS"
 OUR_KEYS = ("max_tiles", "msac", "any_resolution", "image_token_id")  # not in the released layout
 
@@ -81,12 +82,18 @@ def model_file(directory, name: str) -> Path:
 
 
 def read_config(directory, name: str = "config.json") -> dict:
-    """A JSON file of a model directory. Raises ValueError where it is missing or not an object."""
+    """A JSON file of a model directory.
+
+    Raises ValueError where it is missing, not an object, or too large to be one.
+    """
     path = model_file(directory, name)
     if not path.is_file():
         raise ValueError(
             f"{directory}: no {name} here; give the directory of a saved or released model"
         )
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"{path}: {size:,} bytes, at most {LARGEST_FILE:,} are believed")
     return parse_json(path.read_bytes(), path)
 
 

@@ -289,8 +289,10 @@ def read_index(directory: Path) -> dict[str, str]:
             f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)"
         )
     for file in listed.values():
-        if Path(file).name != file or "\0" in file:
+        if Path(file).name != file:
             raise ValueError(f"{directory / INDEX}: names a file outside its directory")
+        if not file.isprintable() or len(file) > 255:
+            raise ValueError(f"{directory / INDEX}: {file!r:.80} is no file name")
     return listed
 
 

@@ -35,14 +35,17 @@ def alone(*names: str, interpret: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_are_the_reference():
     alone("equal", "poison", "saved", "refused", interpret=True)
 
 
+@pytest.mark.slow
 def test_rows_beyond_two_to_the_31_elements():
     alone("far", interpret=True)
 
 
+@pytest.mark.slow
 def test_everything_compiles_for_a_gpu_without_spills_and_without_looking_at_the_device():
     alone("compiled", interpret=False)
 

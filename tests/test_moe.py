@@ -513,6 +513,7 @@ def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
     parallel.stop()
 
 
+@pytest.mark.slow
 def test_ranks_balance_the_global_batch(tmp_path):
     outs = []
     for size in (1, 2, 4):

@@ -395,6 +395,10 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
         lambda i: i["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
         lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
         lambda i: i["weight_map"].pop("model.norm.weight"),
+        lambda i: i["weight_map"].update({"model.norm.weight": "a\0b"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": "\ud800"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": 300 * "a"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": ""}),
         lambda i: i.update(weight_map={}),
     ],
 )
@@ -552,6 +556,13 @@ def test_the_largest_published_shapes_are_believed():
     kimi = {"num_hidden_layers": 61, "num_experts": 384, "hidden_size": 7168, "head_dim": 128}
     values = MOE.to_dict() | kimi | {"moe_intermediate_size": 2048, "vocab_size": 163840}
     assert LLMConfig.from_dict(values).num_experts == 384
+
+
+def test_a_config_of_absurd_size_is_refused_before_it_is_read(text):
+    with open(text / "config.json", "ab") as file:
+        file.truncate(2**28 + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match="config.json: 268,435,457 bytes"):
+        LLM.from_pretrained(text)
 
 
 JUNK = [None, True, 0, -1, 1, 3, 1.5, 2**20, 10**30, float("nan"), "", "2", "\ud800", [], [[]], {}]
