@@ -171,6 +171,7 @@ class GroupedExperts(torch.autograd.Function):
         token = order // indices.shape[1]
         x_rows = x.index_select(0, token)  # (S*K, C)
         z = F.grouped_mm(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
+        del x_rows  # before y exists, which is as large
         gate, up = z.chunk(2, dim=-1)
         a = F.silu(gate).mul_(up)  # (S*K, I)
         y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
@@ -211,6 +212,7 @@ class GroupedExperts(torch.autograd.Function):
             d_gate = torch.ops.aten.silu_backward(d_a * up, gate)
             d_up = d_a.mul_(silu)
             d_z = torch.cat([d_gate, d_up], dim=-1)  # (S*K, 2I)
+            del d_gate
         if needs_x:
             d_x = combine_slots(F.grouped_mm(d_z, gate_up, offs=ends), inverse)  # (S, C)
         if needs_gate_up:
