@@ -357,7 +357,9 @@ def calibrate_model(options: CalibrateOptions) -> None:
         ("text tokens", before.text_entropy, after.text_entropy),
         ("text loss", before.text_loss, after.text_loss),
     ):
-        print(f"  {name:14} {old:.3f} -> {new:.3f} ({100 * (new / old - 1):+.2f} %)")
+        change = 100 * (new / max(old, 1e-9) - 1)  # a router that uses one expert has none
+        print(f"  {name:14} {old:.3f} -> {new:.3f} ({change:+.2f} %)")
+
     # A model like any other: only its gates differ.
     if not share:
         print(f"NOTHING CHANGED: no part of the change keeps text within --bound {options.bound}")
@@ -395,9 +397,10 @@ def read_probes(
     if not found["pictures"]:
         raise ValueError(f"--data {options.data}: no usable sample with a picture {looked}")
     if not found["text"]:
+        source = f"--text {options.text}" if options.text else f"--data {options.data}"
         raise ValueError(
-            f"--data {options.data}: no usable sample without a picture {looked}; text behaviour "
-            "must be kept, so give text-only samples with --text FILE"
+            f"{source}: no usable sample without a picture {looked}; text behaviour must be kept, "
+            "so give text-only samples with --text FILE"
         )
     return found["text"], found["pictures"]
 

@@ -209,7 +209,7 @@ def token_accuracy(model: SailVL, batches: list[Batch]) -> float:
 
 def relative_change(now: float, before: float) -> float:
     """In percent."""
-    return 100 * (now / before - 1)
+    return 100 * (now / max(before, 1e-9) - 1)
 
 
 def table_rows(draws: list[dict[str, Outcome]]) -> list[str]:
