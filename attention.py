@@ -1,20 +1,31 @@
 """Attention over packed documents: many sequences end to end in one row, none of which may see another.
 
-What it teaches: block-diagonal attention needs no mask matrix. A row of documents with lengths 5, 3, 8 is described by
-where each begins, `cu = [0, 5, 8, 16]`, and attention runs inside those borders only. Every attention in this project
-(ViT, decoder, prefix-causal image pre-training, cached decoding) is handed to the model as a small function
-`attend(layer, q, k, v)`, so that model files contain no masks, no caches and no devices.
+What it teaches: block-diagonal attention needs no mask matrix. A row of documents with lengths 5, 3
+and 8 is described by where each begins, and attention runs inside those borders only. Every
+attention in this project (ViT, decoder, prefix-causal image pre-training, cached decoding) is handed
+to the model as a small function `attend(layer, q, k, v)`, so that model files contain no masks, no
+caches and no devices.
 
-A document may continue an earlier one: eight answers to one question see the question's keys, which are computed once.
+    lengths    5          3      8                      three documents in one row
+    cu      0          5      8                16       where each begins, and the end
+            |A A A A A | B B B| C C C C C C C C|        A sees A, B sees B, C sees C
 
-Legend: S tokens of all documents laid end to end, H query heads, G key/value heads (H a multiple of G), D head size.
+A document may continue an earlier one: eight answers to one question see the question's keys, which
+are computed once.
 
-The choice, made in `packed_attention` alone:
-  all equally long, none continues another
-                               one batched SDPA call (the ViT on tiles), any device
-  CUDA, half precision         `torch.nn.attention.varlen` (flash attention over `cu`)
-  otherwise (CPU, NPU, MPS)    a Python loop of SDPA calls, one per document: exact everywhere, and on CPU several
-                               times faster than a dense block-diagonal mask, because no score outside it is computed
+    lengths  question 6, answer 4, answer 3      after = (0, 0, 0)
+    keys     6           6 + 4     6 + 3         the second answer does not see the first
+
+Legend: S tokens of all documents laid end to end, K keys that they see, H query heads, G key/value
+heads (H a multiple of G), D head size.
+
+The choice of an implementation, made in `packed_attention` alone:
+
+    all equally long, none continues another    one batched SDPA call (the ViT on tiles), any device
+    CUDA, half precision                        `torch.nn.attention.varlen` (flash attention over `cu`)
+    otherwise (CPU, NPU, MPS)                   SDPA, one call for each document: exact everywhere, and
+                                                on a CPU several times faster than a dense
+                                                block-diagonal mask, as no score outside it is computed
 """
 
 from dataclasses import dataclass
@@ -26,16 +37,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attend = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # (layer, q (S,H,D), k (S,G,D), v (S,G,D)) -> (S,H,D)
+# (layer, q (S, H, D), k (S, G, D), v (S, G, D)) -> (S, H, D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+# ------------------------------------------------------------------------- where documents begin
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where documents begin in a packed sequence. `lengths` sum to S; `cu` (n+1,) int32 is their running sum.
+    """Where documents begin in a packed sequence: build it with `Segments.of`.
 
-    after: for each document the earlier one that it continues, itself where it begins afresh; empty when all do.
+    lengths: tokens of each of the n documents; they sum to S.
+    cu: (n + 1,) int32, the running sum of the lengths from 0.
+    after: for each document the earlier one that it continues, itself where it begins afresh;
+        empty when all begin afresh.
     """
 
     lengths: tuple[int, ...]
@@ -44,107 +60,169 @@ class Segments:
 
     @staticmethod
     def of(lengths, device="cpu", after=()) -> "Segments":
-        lengths, after = tuple(int(n) for n in lengths), tuple(after)
+        lengths = tuple(int(n) for n in lengths)
+        after = tuple(after)
+
+        # What would be nonsense further down.
         assert all(n > 0 for n in lengths), f"empty document in a packed row: {lengths}"
         assert not after or len(after) == len(lengths), (
             f"{len(after)} documents continue one of {len(lengths)}"
         )
-        assert all(0 <= p <= i and after[p] == p for i, p in enumerate(after)), (
-            f"only a document that begins afresh can be continued: {after}"
-        )
-        return Segments(
-            lengths, running(lengths).to(device), after if after != tuple(range(len(after))) else ()
-        )
+        for document, parent in enumerate(after):
+            assert 0 <= parent <= document and after[parent] == parent, (
+                f"only a document that begins afresh can be continued: {after}"
+            )
+
+        # Nothing continues anything: the same as saying nothing.
+        if after == tuple(range(len(after))):
+            after = ()
+        return Segments(lengths, running_sum(lengths).to(device), after)
 
     def to(self, device) -> "Segments":
         return Segments(self.lengths, self.cu.to(device), self.after)
 
     def positions(self) -> Tensor:
-        """(S,) int64, restarting at 0 in every document, going on where the continued one ends."""
-        starts = [
-            self.lengths[p] if p != i else 0
-            for i, p in enumerate(self.after or range(len(self.lengths)))
-        ]
-        return torch.cat([torch.arange(at, at + n) for at, n in zip(starts, self.lengths)]).to(
-            self.cu.device
-        )
+        """(S,) int64: from 0 in every document, or from where the continued one ends."""
+        parts = []
+        for document, length in enumerate(self.lengths):
+            # The continued document has 0 to its length - 1 already.
+            parent = self.after[document] if self.after else document
+            start = self.lengths[parent] if parent != document else 0
+            parts.append(torch.arange(start, start + length))
+        return torch.cat(parts).to(self.cu.device)
 
     @cached_property
     def keys(self) -> tuple[Tensor, "Segments"]:
-        """What each document may see, those of the continued one first: flat places (K,), and how many for each."""
-        spans = [range(end - n, end) for n, end in zip(self.lengths, accumulate(self.lengths))]
-        seen = [
-            [*spans[p], *own] if p != i else [*own]
-            for i, (p, own) in enumerate(zip(self.after, spans))
-        ]
-        return torch.tensor(
-            [at for part in seen for at in part], device=self.cu.device
-        ), Segments.of(map(len, seen), self.cu.device)
+        """What each document may see: the keys of the one that it continues, then its own.
+
+        Returns their places in the packed sequence, (K,) int64, and how many each document sees.
+        """
+        # Where each document's own keys lie.
+        ends = accumulate(self.lengths)
+        spans = [range(end - length, end) for end, length in zip(ends, self.lengths)]
+
+        # One after the other, with those of a continued document once for each that continues it.
+        places = []
+        counts = []
+        for document, parent in enumerate(self.after):
+            visible = [*spans[document]]
+            if parent != document:
+                visible = [*spans[parent], *visible]
+            places += visible
+            counts.append(len(visible))
+        device = self.cu.device
+        return torch.tensor(places, device=device), Segments.of(counts, device)
 
 
-def running(lengths: tuple[int, ...]) -> Tensor:
-    """(n+1,) int32: 0 and the running sum."""
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+def running_sum(lengths: tuple[int, ...]) -> Tensor:
+    """(n,) numbers -> (n + 1,) int32: 0, then their running sum."""
+    total = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return F.pad(total, (1, 0))
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
-    """SDPA on (B, L, H, D) inputs; key/value heads are shared by H / G query heads (GQA). Returns (B, L, H, D)."""
-    repeat = q.shape[2] // k.shape[2]
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-    return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **how
-    ).transpose(1, 2)
+# ------------------------------------------------------------------------------------- attention
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """Attention inside each document and the one that it continues. q (S, H, D), k and v (S, G, D) -> (S, H, D)."""
-    lengths, seen, kind = segments.lengths, segments, q.device.type
-    if torch.is_autocast_enabled(
-        kind
-    ):  # the norms of q and k leave them in the precision of their weights
-        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
+    """Attention inside each document and the one that it continues.
+
+    q (S, H, D), k and v (S, G, D) -> (S, H, D).
+    """
+    # One precision for all three: the norms of q and k leave them in that of their own weights.
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)
+        q = q.to(half)
+        k = k.to(half)
+        v = v.to(half)
+
+    # The keys that each document sees: its own, or those of the document that it continues as well.
+    visible = segments
     if segments.after:
         assert causal, "a document continues another only when attention is causal"
-        places, seen = segments.keys
-        k, v = k.index_select(0, places), v.index_select(0, places)
-    elif len(set(lengths)) == 1:
-        n, L = len(lengths), lengths[0]
-        out = sdpa(
-            *(t.reshape(n, L, *t.shape[1:]) for t in (q, k, v)), is_causal=causal
-        )  # (n, L, H, D)
-        return out.reshape(q.shape)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn
+        places, visible = segments.keys
+        k = k.index_select(0, places)  # (K, G, D)
+        v = v.index_select(0, places)
 
-        repeat = q.shape[1] // k.shape[1]
-        k, v = (
-            (k, v)
-            if repeat == 1
-            else (k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
-        )
-        return varlen_attn(
-            q,
-            k,
-            v,
-            segments.cu,
-            seen.cu,
-            max(lengths),
-            max(seen.lengths),
-            window_size=(-1, 0 if causal else -1),
-        )
+    # The fastest way that this device and these documents allow.
+    if len(set(segments.lengths)) == 1 and not segments.after:
+        return attend_as_batch(q, k, v, len(segments.lengths), causal)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return attend_by_flash(q, k, v, segments, visible, causal)
+    return attend_one_by_one(q, k, v, segments, visible, causal)
+
+
+def attend_as_batch(q: Tensor, k: Tensor, v: Tensor, documents: int, causal: bool) -> Tensor:
+    """Documents of one length L are a batch: (documents * L, heads, D) -> the same."""
+    q_batch, k_batch, v_batch = (t.unflatten(0, (documents, -1)) for t in (q, k, v))
+    return sdpa(q_batch, k_batch, v_batch, is_causal=causal).reshape(q.shape)
+
+
+def attend_by_flash(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, visible: Segments, causal: bool
+) -> Tensor:
+    """One flash-attention call over the borders. CUDA, half precision."""
+    from torch.nn.attention.varlen import varlen_attn  # other devices need not have it
+
+    k, v = share_heads(k, v, q.shape[1], dim=1)
+    window = (-1, 0) if causal else (-1, -1)  # how far to look back and ahead; -1: no limit
+    return varlen_attn(
+        q,
+        k,
+        v,
+        segments.cu,
+        visible.cu,
+        max(segments.lengths),
+        max(visible.lengths),
+        window_size=window,
+    )
+
+
+def attend_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, visible: Segments, causal: bool
+) -> Tensor:
+    """One SDPA call for each document. Any device and precision."""
+    queries = q.split(segments.lengths)
+    keys = k.split(visible.lengths)
+    values = v.split(visible.lengths)
     out = []
-    for a, b, c in zip(q.split(lengths), k.split(seen.lengths), v.split(seen.lengths)):
-        n, m = len(a), len(b)  # the last query sees all keys, the one before it all but one
-        how = (
-            {"is_causal": causal}
-            if n == m
-            else {"attn_mask": torch.ones(n, m, dtype=torch.bool, device=a.device).tril(m - n)}
-        )
-        out.append(sdpa(a[None], b[None], c[None], **how)[0])
+    for query, key, value in zip(queries, keys, values):
+        if len(query) == len(key):
+            mask = {"is_causal": causal}
+        else:
+            # The last query sees all keys, the one before it all but the last, and so on.
+            square = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device)
+            mask = {"attn_mask": square.tril(len(key) - len(query))}
+        out.append(sdpa(query[None], key[None], value[None], **mask)[0])
     return torch.cat(out)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+    """PyTorch's attention on q (B, L, H, D), k and v (B, M, G, D) -> (B, L, H, D).
+
+    mask: `is_causal` or `attn_mask` of `scaled_dot_product_attention`.
+    """
+    k, v = share_heads(k, v, q.shape[2], dim=2)
+
+    # It wants heads before positions.
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **mask
+    )
+    return out.transpose(1, 2)
+
+
+def share_heads(k: Tensor, v: Tensor, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Grouped queries: each key/value head in `dim` serves heads / G neighbouring query heads."""
+    repeat = heads // k.shape[dim]
+    if repeat == 1:
+        return k, v
+    return k.repeat_interleave(repeat, dim), v.repeat_interleave(repeat, dim)
+
+
 def attend_inside(segments: Segments, causal: bool) -> Attend:
-    """The `attend` of training: every layer attends inside its own document."""
-    return lambda layer, q, k, v: packed_attention(q, k, v, segments, causal)
+    """The `attend` of training: every layer attends inside its own documents."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, segments, causal)
+
+    return attend

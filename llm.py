@@ -1,16 +1,26 @@
 """The language model: a Qwen3 decoder, dense or mixture-of-experts.
 
-What it teaches: the modern decoder block in its final form. RMSNorm before each half, grouped-query attention (GQA) with
-an RMSNorm on every head's query and key before the rotation (QK-norm), rotary positions (RoPE), a SwiGLU feed-forward,
-no bias anywhere. Parameter names are those of the published Qwen3 checkpoints, so a released file loads by name.
+What it teaches: the modern decoder block in its final form. RMSNorm before each half, grouped-query
+attention (GQA) with an RMSNorm on every head's query and key before the rotation (QK-norm), rotary
+positions (RoPE), a SwiGLU feed-forward, no bias anywhere. Parameter names are those of the published
+Qwen3 checkpoints, so a released file loads by name.
 
-Legend: S tokens (all documents of all rows end to end), C model width, H query heads, G key/value heads, D head size,
-I feed-forward width, V vocabulary. Sources: Qwen3 as released; SAIL-VL2 section 2.1, Table 1.
+    embeddings (S, C) --+--> norm -> attention ----> + --+--> norm -> SwiGLU or experts ----> + --> ...
+                        +----------------------------+   +--------------------------------+
+                        a block; after the last one a norm, and `lm_head` makes logits (S, V)
 
-Left out on purpose: sliding windows, RoPE scaling, dropout, attention bias (no released SAIL-VL2 uses them).
+The model is handed its attention (`attend`, see attention.py) and positions, and knows neither rows
+nor caches: training, prefill and decoding call the same `LLM.forward`.
+
+Legend: S tokens (all documents of all rows end to end), C model width, H query heads, G key/value
+heads, D head size, I feed-forward width, V vocabulary. Sources: Qwen3 as released; SAIL-VL2 section
+2.1, Table 1.
+
+Left out on purpose: sliding windows, RoPE scaling, dropout, attention bias (no released SAIL-VL2
+uses them).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -20,13 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Attend
 from infra import weights
-from infra.config import pick, read_config
+from infra.config import read_config, read_llm, write_llm
 from moe import MoE
 
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Field names as in the published config.json. `num_experts` 0 means dense."""
+    """Qwen3-1.7B by default. Field names as in the published config.json; `num_experts` 0: dense."""
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -44,68 +54,29 @@ class LLMConfig:
     norm_topk_prob: bool = True
 
     @staticmethod
-    def from_dict(c: dict, source: str = "config.json") -> "LLMConfig":
-        """From a published Qwen3 or Qwen3-MoE configuration. Raises ValueError naming a key that is missing or unsupported."""
-        if isinstance(c, dict):  # transformers 5 writes two of the keys elsewhere
-            rope = c["rope_parameters"] if isinstance(c.get("rope_parameters"), dict) else {}
-            c = {
-                "rope_theta": rope.get("rope_theta"),
-                "rope_type": rope.get("rope_type"),
-                "num_experts": c.get("num_local_experts"),
-            } | c
-        dense = isinstance(c, dict) and not c["num_experts"]
-        experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-        config = pick(
-            LLMConfig,
-            c,
-            source,
-            experts if dense else (),
-            model_type=("qwen3", "qwen3_moe"),
-            hidden_act="silu",
-            attention_bias=False,
-            rope_scaling=None,
-            rope_type="default",
-            use_sliding_window=False,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-        )
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(
-                f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
-                f"{config.num_key_value_heads} key heads"
-            )
-        if config.num_experts and config.num_experts_per_tok > config.num_experts:
-            raise ValueError(
-                f"{source}: {config.num_experts_per_tok} experts a token of {config.num_experts}"
-            )
-        return config
+    def from_dict(values: dict, source: str = "config.json") -> "LLMConfig":
+        """From a published configuration. Raises ValueError naming a key that is unsupported."""
+        return read_llm(LLMConfig, values, source)
 
     def to_dict(self) -> dict:
-        """The published layout, which transformers reads."""
-        kind = (
-            ("qwen3_moe", "Qwen3MoeForCausalLM")
-            if self.num_experts
-            else ("qwen3", "Qwen3ForCausalLM")
-        )
-        return asdict(self) | {
-            "model_type": kind[0],
-            "architectures": [kind[1]],
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "rope_scaling": None,
-            "max_position_embeddings": 40960,
-        }
+        return write_llm(self)
+
+
+# ------------------------------------------------------------------------------------------ norm
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight with its backward written out: a third of the passes over memory that autograd makes on a CPU.
+    """x / rms(x) * weight with its backward pass written out.
 
-    With n = x / rms(x) and g the gradient of the output:  dx = (g w - n mean(g w n)) / rms(x),  dw = sum over rows of g n.
+    On a CPU it takes a third of the passes over memory that autograd makes. With n = x / rms(x) and
+    g the gradient of the output:
+
+        dx = (g w - n mean(g w n)) / rms(x)        dw = sum over rows of g n
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # 1 / rms(x)
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
         return normal * weight
@@ -116,14 +87,16 @@ class FusedRMSNorm(torch.autograd.Function):
         normal, inverse, weight = ctx.saved_tensors
         scaled = grad * weight
         mean = (scaled * normal).mean(-1, keepdim=True)
+        dx = torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse)
         dw = (grad * normal).reshape(-1, weight.shape[0]).sum(0)
-        return torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse), dw, None
+        return dx, dw, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, in fp32 for half precision and rounded before the weight, as the released code does."""
+    """The definition. Half precision: in fp32, rounded before the weight, as the released code."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).to(x.dtype) * weight
 
 
 class RMSNorm(nn.Module):
@@ -131,29 +104,46 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        by_hand = torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64)
-        return (FusedRMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
+        wide = x.dtype in (torch.float32, torch.float64)
+        if wide and torch.is_grad_enabled():
+            return FusedRMSNorm.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+# ------------------------------------------------------------------------------ rotary positions
 
 
 def rotary_table(
     positions: Tensor, dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (S, 1, dim), for integer positions (S,). Angles are computed in fp32 (fp64 for fp64 models)."""
+    """cos and sin, each (S, 1, dim), of the angles position * theta^(-2i / dim), i < dim / 2.
+
+    positions (S,) int64. Angles are computed in fp32 (fp64 for fp64 models).
+    """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = theta ** -(
-        torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim
-    )  # (dim/2,)
-    angle = (positions[:, None].to(exact) * frequency).repeat(1, 2)[:, None]  # (S, 1, dim)
+
+    # From one radian a token down to one in theta tokens.
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim
+    frequency = theta**-exponent  # (dim / 2,)
+
+    # Both coordinates of a pair turn by the same angle, in every head.
+    angle = positions[:, None].to(exact) * frequency  # (S, dim / 2)
+    angle = angle.repeat(1, 2)
+    angle = angle[:, None]  # (S, 1, dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (S, heads, D): coordinate i is paired with i + D/2 ("half rotation", not interleaved)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """RoPE on x (S, heads, D): coordinate i is paired with i + D/2 ("half rotation")."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ------------------------------------------------------------------------------------- the block
 
 
 class SelfAttention(nn.Module):
@@ -161,26 +151,42 @@ class SelfAttention(nn.Module):
 
     def __init__(self, c: LLMConfig):
         super().__init__()
-        self.heads, self.groups, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.groups * self.dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.dim, c.rms_norm_eps),
-            RMSNorm(self.dim, c.rms_norm_eps),
-        )
+        self.heads = c.num_attention_heads
+        self.groups = c.num_key_value_heads
+        self.dim = c.head_dim
+        query_width = self.heads * self.dim
+        key_width = self.groups * self.dim
+        self.q_proj = nn.Linear(c.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(self.dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        """x (S, C), rope: cos and sin of the positions -> (S, C)."""
+        # Every head by itself.
         S = x.shape[0]
-        q = rotate(self.q_norm(self.q_proj(x).view(S, self.heads, self.dim)), *rope)  # (S, H, D)
-        k = rotate(self.k_norm(self.k_proj(x).view(S, self.groups, self.dim)), *rope)  # (S, G, D)
+        q = self.q_proj(x).view(S, self.heads, self.dim)  # (S, H, D)
+        k = self.k_proj(x).view(S, self.groups, self.dim)  # (S, G, D)
         v = self.v_proj(x).view(S, self.groups, self.dim)
-        return self.o_proj(attend(layer, q, k, v).reshape(S, -1))
+
+        # Queries and keys of one length, so that no head's logits can explode; then their positions.
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+
+        # What may be seen is not this file's business.
+        out = attend(layer, q, k, v)  # (S, H, D)
+        return self.o_proj(out.reshape(S, -1))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). Shares its call with `moe.MoE`, so a block does not know which it holds."""
+    """SwiGLU: down(silu(gate(x)) * up(x)).
+
+    Called as `moe.MoE` is, so a block does not know which it holds.
+    """
 
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -193,6 +199,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then feed-forward, each behind a norm and added to what came in."""
+
     def __init__(self, c: LLMConfig):
         super().__init__()
         self.self_attn = SelfAttention(c)
@@ -205,8 +213,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), routing)
 
 
+# ------------------------------------------------------------------------------------- the model
+
+
 class Trunk(nn.Module):
-    """Everything but the head; kept apart only because the published names say `model.` and `lm_head.`."""
+    """Everything but the head; apart only because published names say `model.` and `lm_head.`."""
 
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -216,78 +227,93 @@ class Trunk(nn.Module):
 
 
 class LLM(nn.Module):
-    """Decoder over embeddings. `lm_head` is a module of its own also when tied, where it shares the embedding's tensor."""
+    """A decoder over embeddings.
+
+    `lm_head` is a module of its own also when tied, where it shares the embedding's tensor.
+    recompute: keep no activations inside blocks, compute them again in the backward pass.
+    """
 
     def __init__(self, config: LLMConfig):
         super().__init__()
-        self.config, self.recompute = config, False  # recompute: keep no activations inside blocks
+        self.config = config
+        self.recompute = False
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def embed(self, ids: Tensor) -> Tensor:
+        """(S,) int64 -> (S, C)."""
         return self.model.embed_tokens(ids)
 
     def forward(
         self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None
     ) -> Tensor:
-        """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm; logits are `lm_head` of that.
+        """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm.
 
-        `routing`, when a list, receives one `moe.Routing` per MoE layer (for the balance loss and statistics).
+        Logits are `lm_head` of that. `routing`, when a list, receives one `moe.Routing` from each
+        MoE layer (for the balance loss and statistics).
         """
+        # The same turns for all layers.
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for i, block in enumerate(self.model.layers):
-            again = self.recompute and torch.is_grad_enabled()
-            x = (
-                checkpoint(block, x, rope, attend, i, routing, use_reentrant=False)
-                if again
-                else block(x, rope, attend, i, routing)
-            )
+
+        recompute = self.recompute and torch.is_grad_enabled()
+        for layer, block in enumerate(self.model.layers):
+            if recompute:
+                x = checkpoint(block, x, rope, attend, layer, routing, use_reentrant=False)
+            else:
+                x = block(x, rope, attend, layer, routing)
         return self.model.norm(x)
-
-    @staticmethod
-    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
-        """A published Qwen3 or Qwen3-MoE directory, or one of ours. Raises ValueError naming what does not fit."""
-        config = LLMConfig.from_dict(read_config(directory), f"{directory}/config.json")
-        where, (head, embedding) = (
-            weights.locate(directory),
-            ("lm_head.weight", "model.embed_tokens.weight"),
-        )
-        if (
-            config.tie_word_embeddings
-            and head in where
-            and embedding in where
-            and not weights.same_tensor(where, head, embedding)
-        ):
-            config = replace(
-                config, tie_word_embeddings=False
-            )  # the file is believed, not its config
-        with torch.device("meta"):
-            model = LLM(config)
-        return weights.load_weights(model, directory, dtype, device)
-
-    def save_pretrained(self, directory) -> None:
-        """Qwen3's own layout, so that `transformers.AutoModelForCausalLM.from_pretrained(directory)` loads it."""
-        kind = str(self.model.norm.weight.dtype).removeprefix("torch.")
-        weights.save_weights(self, directory, self.config.to_dict() | {"torch_dtype": kind})
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Fan-in initialisation, residual outputs scaled down by depth.
 
-        A free embedding starts at N(0, 1), larger than what the first blocks add to it: a token that is drowned by its
-        context cannot be matched, and look-up is the first thing to learn. A tied one must stay small, as it is also the head.
+        A free embedding starts at N(0, 1), larger than what the first blocks add to it: a token that
+        is drowned by its context cannot be matched, and look-up is the first thing to learn. A tied
+        one must stay small, as it is also the head.
         """
+        free_embedding = not self.config.tie_word_embeddings
+        residual_outputs = ("o_proj.weight", "down_proj", "down_proj.weight")
         depth = 2 * len(self.model.layers)
         for name, p in self.named_parameters():
+            # Norms.
             if p.ndim == 1:
                 p.fill_(1.0)
                 continue
-            if name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings:
-                p.normal_(0.0, 1.0, generator=generator)
-                continue
+
+            # Matrices, and stacks of them: rows are outputs.
             std = p.shape[-1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+            if name == "model.embed_tokens.weight" and free_embedding:
+                std = 1.0
+            elif name.endswith(residual_outputs):
                 std *= depth**-0.5
             p.normal_(0.0, std, generator=generator)
+
+    # ------------------------------------------------------------------------------------- files
+
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
+        """A published Qwen3 or Qwen3-MoE directory, or one of ours.
+
+        Raises ValueError naming what does not fit.
+        """
+        config = LLMConfig.from_dict(read_config(directory), f"{directory}/config.json")
+
+        # Where a config says tied and the file holds a head that differs, the file is believed.
+        head = "lm_head.weight"
+        embedding = "model.embed_tokens.weight"
+        stored = weights.locate(directory)
+        both = head in stored and embedding in stored
+        if config.tie_word_embeddings and both:
+            tied = weights.same_tensor(stored, head, embedding)
+            config = replace(config, tie_word_embeddings=tied)
+
+        with torch.device("meta"):
+            model = LLM(config)
+        return weights.load_weights(model, directory, dtype, device)
+
+    def save_pretrained(self, directory) -> None:
+        """Qwen3's own layout, which `transformers.AutoModelForCausalLM` loads."""
+        dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
+        weights.save_weights(self, directory, self.config.to_dict() | {"torch_dtype": dtype})

@@ -1,30 +1,44 @@
 """Mixture of experts: each token is sent to K of E feed-forwards.
 
-What it teaches: routing (softmax over all experts in fp32, keep the best K, optionally re-normalise), the losses that keep
-experts alive, and why the fast path is a sort: once slots are ordered by expert, E small matrix products over ragged groups
-become one grouped matrix product, and its backward pass needs nothing but x, z and the order.
+What it teaches: routing (softmax over all experts in fp32, keep the best K, optionally re-normalise),
+the losses that keep experts alive, and why the fast path is a sort: once slots are ordered by expert,
+E small matrix products over ragged groups become one grouped matrix product, and its backward pass
+needs nothing but x, z and the order.
 
-    x -> gate -> logits -> softmax -> top K: indices, weights
-    slots (S*K) sorted by expert -> z = x W13^T -> a = silu(gate) up -> y = a W2^T -> weighted sum of a token's K rows
+    x (S, C) --gate--> logits (S, E) --softmax, top K--> indices, weights (S, K)
+    S*K slots, sorted by expert --W13--> z --silu(gate) * up--> a --W2--> y (S*K, C)
+    each token: the sum of its K rows of y, by its weights --> (S, C)
 
-Legend: S tokens, C model width, E experts, K experts per token, I expert width; a slot is (token, k), a row its place after
-sorting. gate_up W13 (E, 2I, C), gates first; down W2 (E, C, I); z (S*K, 2I).
-Sources: Qwen3-MoE as released; SAIL-VL2 section 2.2 (which names "auxiliary load-balancing loss and average activation
-across ranks" and gives no formula: the loss below is the standard one of Switch / Qwen3-MoE).
+Legend: S tokens, C model width, E experts, K experts per token, I expert width; a *slot* is
+(token, k), a *row* its place after sorting. gate_up W13 (E, 2I, C), gates first; down W2 (E, C, I);
+z (S*K, 2I). Sources: Qwen3-MoE as released; SAIL-VL2 section 2.2, which names "auxiliary
+load-balancing loss and average activation across ranks" and gives no formula: the loss below is the
+standard one of Switch and Qwen3-MoE.
 
-Three ways to compute the same, one signature, and `choose` is the one place that picks: `expert_mixture` is the definition
-(float64-able; it also decodes, as it reads only the experts that were hit), `expert_mixture_grouped` is one autograd function
-around grouped products, `kernels.moe_triton` the same on a GPU. Tests compare outputs and all gradients.
-`python -m kernels.bench --cpu` measures them against transformers' implementations.
+Three ways to compute the same, with one signature:
+
+    expert_mixture              the definition; any dtype; reads only the experts that were hit,
+                                which is what decoding wants
+    expert_mixture_grouped      one autograd function around grouped products; the CPU's fast path
+    expert_mixture_triton       the same on a GPU (kernels/moe_triton.py)
+
+`choose_path` is the one place that picks; tests compare outputs and all gradients.
+`python -m kernels.bench --cpu` measures them beside transformers' implementations.
 """
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+# --------------------------------------------------------------------------------------- routing
 
 
 @dataclass
@@ -37,140 +51,209 @@ class Routing:
 
 
 class Replay(list):
-    """A routing list that also says which experts to use: `choices`, per layer (S, K) as an earlier forward chose them. Only
-    the selection is replayed; the weights come from the present router, which would get no gradient otherwise."""
+    """A routing list that also says which experts to use, as an earlier forward pass chose them.
+
+    choices: (S, K) for each layer. Only the selection is replayed; the weights come from the present
+    router, which would get no gradient otherwise.
+    """
 
     def __init__(self, choices: list[Tensor]):
         super().__init__()
-        self.choices, self.places = choices, {}
+        self.choices = choices
+        self.places: dict[int, int] = {}
 
-    def given(self, layer: object) -> Tensor:
-        """A layer's choices: the next ones when it first asks, the same ones when its activations are recomputed."""
-        return self.choices[self.places.setdefault(id(layer), len(self.places))]
+    def chosen(self, layer: object) -> Tensor:
+        """A layer's choices: the next ones when it first asks.
+
+        The same ones when it asks again, which it does when its activations are recomputed.
+        """
+        place = self.places.setdefault(id(layer), len(self.places))
+        return self.choices[place]
 
     def rerouted_share(self) -> float:
         """Share of the replayed choices that the present router would not make."""
-        own = [
-            r.logits.topk(c.shape[1], dim=-1).indices
-            for r, c in zip(self, self.choices, strict=True)
-        ]
-        same = [
-            (c[:, :, None] == o[:, None]).any(2).float().mean() for c, o in zip(self.choices, own)
-        ]
-        return 1 - float(sum(same)) / len(same)
+        kept = []
+        for routing, choices in zip(self, self.choices, strict=True):
+            k = choices.shape[1]
+            own = routing.logits.topk(k, dim=-1).indices
+            same = choices[:, :, None] == own[:, None]  # (S, K, K)
+            kept.append(same.any(2).float().mean())
+        return 1 - float(sum(kept)) / len(kept)
 
 
 def route(
-    logits: Tensor, k: int, normalise: bool, given: Tensor | None = None, bias: Tensor | None = None
+    logits: Tensor,
+    k: int,
+    normalise: bool,
+    chosen: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Routing:
-    """Qwen3 semantics: softmax over all E in fp32, top K (or the `given` (S, K)), optionally re-normalised to sum 1.
+    """Qwen3's rule on logits (S, E): softmax over all E in fp32, the top K, re-normalised or not.
 
-    A `bias` (E,) moves the choice only, never the weights (balancing without a loss, see `update_expert_bias`).
-    Raises ValueError for K = 1 with re-normalisation: the single weight is then always 1, and the router would get no
-    gradient from the task (seen in the wild as a router that never learns).
+    chosen: (S, K) experts to take in place of the top K. bias: (E,), moves the choice only, never
+    the weights (balancing without a loss, see `update_expert_bias`).
+
+    Raises ValueError for K = 1 with re-normalisation: the single weight is then always 1, and the
+    router would get no gradient from the task (seen in the wild as a router that never learns).
     """
     if k == 1 and normalise:
         raise ValueError(
-            "num_experts_per_tok=1 with norm_topk_prob=True: the kept weight is always 1, so the router gets "
-            "no task gradient; set norm_topk_prob=False or use at least 2 experts per token"
+            "num_experts_per_tok=1 with norm_topk_prob=True: the kept weight is always 1, so the "
+            "router gets no task gradient; set norm_topk_prob=False or use at least 2 experts per "
+            "token"
         )
+    # In full precision, whatever the model's: experts close to each other must not tie.
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    shares = wide.softmax(-1)
-    if given is None:
-        given = (shares if bias is None else shares + bias).topk(k, dim=-1).indices
-    weights = shares.gather(-1, given)
+    probabilities = wide.softmax(-1)  # (S, E)
+
+    if chosen is None:
+        scores = probabilities if bias is None else probabilities + bias
+        chosen = scores.topk(k, dim=-1).indices
+
+    weights = probabilities.gather(-1, chosen)
     if normalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    return Routing(wide, given, weights)
+    return Routing(wide, chosen, weights)
+
+
+# --------------------------------------------------------------------------- three ways, one sum
 
 
 def expert_mixture(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """The definition. x (S, C), gate_up (E, 2I, C), down (E, C, I) -> (S, C): sum over k of w_k * expert_k(x)."""
+    """The definition: x (S, C) -> (S, C), the sum over k of weight_k * expert_k(x).
+
+    indices and weights (S, K), gate_up (E, 2I, C), down (E, C, I).
+    """
     out = torch.zeros_like(x)
-    for e in indices.unique().tolist():  # an expert without tokens is not even read
+    # An expert without tokens is not even read.
+    for e in indices.unique().tolist():
         token, slot = (indices == e).nonzero(as_tuple=True)
-        gate, up = (x.index_select(0, token) @ gate_up[e].T).chunk(2, dim=-1)  # (n_e, I) each
+        z = x.index_select(0, token) @ gate_up[e].T  # (n_e, 2I)
+        gate, up = z.chunk(2, dim=-1)
         y = (F.silu(gate) * up) @ down[e].T  # (n_e, C)
-        out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))
+        share = weights[token, slot, None].to(y.dtype)
+        out = out.index_add(0, token, y * share)
     return out
 
 
-class GroupedExperts(torch.autograd.Function):
-    """Sort, two grouped products, weighted sum. Expert e owns the sorted rows offs[e-1]:offs[e].
+def expert_mixture_grouped(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The same by one sort and grouped products: no loop, and no zeroed full-size gradients."""
+    return GroupedExperts.apply(x, indices, weights, gate_up, down)
 
-    Autograd would keep the sorted copy of x, silu(gate), a and y as well; this keeps x and z and computes the rest again.
-    The gradient of a routing weight is <dO, y> = <dO W2, a>: the second form needs no y.
+
+class GroupedExperts(torch.autograd.Function):
+    """Sort, two grouped products, weighted sum; expert e owns the rows ends[e - 1] : ends[e].
+
+    Autograd would keep the sorted copy of x, silu(gate), a and y as well; this keeps x and z and
+    computes the rest again. Gradients of frozen inputs are not computed.
     """
 
     @staticmethod
     def forward(
         ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
-        flat = indices.reshape(-1)
-        order = flat.argsort(stable=True)  # (S*K,) row -> slot
-        inverse = (
-            torch.empty_like(order)
-            .scatter_(0, order, torch.arange(len(order), device=order.device))
-            .view_as(indices)
-        )
-        offs = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-        z = F.grouped_mm(
-            x.index_select(0, order // indices.shape[1]), gate_up.transpose(1, 2), offs=offs
-        )  # (S*K, 2I)
+        gate_up = gate_up.contiguous()  # grouped products want rows of whole 16 bytes
+        down = down.contiguous()
+
+        # Slots sorted by expert, there and back: order[row] is a slot, inverse[slot] its row.
+        expert = indices.reshape(-1)  # (S*K,)
+        order = expert.argsort(stable=True)
+        rows = torch.arange(len(order), device=order.device)
+        inverse = torch.empty_like(order).scatter_(0, order, rows).view_as(indices)  # (S, K)
+        counts = torch.bincount(expert, minlength=gate_up.shape[0])
+        ends = counts.cumsum(0).to(torch.int32)  # (E,)
+
+        # Every expert on its own rows.
+        token = order // indices.shape[1]
+        x_rows = x.index_select(0, token)  # (S*K, C)
+        z = F.grouped_mm(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
+        del x_rows  # before y exists, which is as large
         gate, up = z.chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=offs)  # (S*K, C)
-        ctx.save_for_backward(x, z, weights, order, inverse, offs, gate_up, down)
+        a = F.silu(gate).mul_(up)  # (S*K, I)
+        y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
+
+        ctx.save_for_backward(x, z, weights, order, inverse, ends, gate_up, down)
         return combine_slots(y, inverse, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, z, weights, order, inverse, offs, gate_up, down = ctx.saved_tensors
-        token, s = order // weights.shape[1], weights.reshape(-1)[order, None].to(x.dtype)
+        x, z, weights, order, inverse, ends, gate_up, down = ctx.saved_tensors
+        needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad
+        d_x = d_weights = d_gate_up = d_down = None
+
+        # What the forward pass had and did not keep.
+        token = order // weights.shape[1]
+        share = weights.reshape(-1)[order, None].to(x.dtype)  # (S*K, 1)
         gate, up = z.chunk(2, dim=-1)
         silu = F.silu(gate)
-        a = silu * up
-        rows = grad.contiguous().index_select(0, token)  # (S*K, C)
-        da = F.grouped_mm(rows, down, offs=offs)
-        ds = (da * a).sum(-1)[inverse].to(weights.dtype)
-        da.mul_(s)
-        d_down = F.grouped_mm(rows.T, a.mul_(s), offs=offs)  # (E, C, I)
-        dz = torch.cat([torch.ops.aten.silu_backward(da * up, gate), da.mul_(silu)], dim=-1)
-        dx = combine_slots(F.grouped_mm(dz, gate_up, offs=offs), inverse)
-        return dx, None, ds, F.grouped_mm(dz.T, x.index_select(0, token), offs=offs), d_down
+        a = silu * up  # (S*K, I)
+
+        # Through the sum over slots and W2: to a, as if every routing weight were 1.
+        grad_rows = grad.contiguous().index_select(0, token)  # (S*K, C)
+        if needs_x or needs_weights or needs_gate_up:
+            d_a = F.grouped_mm(grad_rows, down, offs=ends)  # (S*K, I)
+
+        # To the routing weights: <dO, y> = <dO W2, a>, and the second form needs no y.
+        if needs_weights:
+            d_weights = (d_a * a).sum(-1)[inverse].to(weights.dtype)  # (S, K)
+
+        # To W2, with the routing weight on the smaller of the two factors.
+        if needs_down:
+            d_down = F.grouped_mm(grad_rows.T, a.mul_(share), offs=ends)  # (E, C, I)
+
+        # Through SwiGLU to z, and from there to x and W13.
+        if needs_x or needs_gate_up:
+            d_a.mul_(share)
+            d_gate = torch.ops.aten.silu_backward(d_a * up, gate)
+            d_up = d_a.mul_(silu)
+            d_z = torch.cat([d_gate, d_up], dim=-1)  # (S*K, 2I)
+            del d_gate
+        if needs_x:
+            d_x = combine_slots(F.grouped_mm(d_z, gate_up, offs=ends), inverse)  # (S, C)
+        if needs_gate_up:
+            x_rows = x.index_select(0, token)
+            d_gate_up = F.grouped_mm(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
+        return d_x, None, d_weights, d_gate_up, d_down
 
 
 def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
-    """rows (S*K, C) -> (S, C): every token fetches its K rows and adds them up, in order, in one pass over memory."""
-    weights = None if weights is None else weights.to(rows.dtype)
+    """rows (S*K, C) -> (S, C): every token fetches its K rows and adds them up, in order.
+
+    inverse (S, K): the row of each slot. One pass over memory, and nobody scatters.
+    """
+    if weights is not None:
+        weights = weights.to(rows.dtype)
     return F.embedding_bag(inverse, rows, per_sample_weights=weights, mode="sum")
 
 
-def expert_mixture_grouped(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """The same by one sort and grouped products: every expert's tokens at once, no zeroed full-size gradients."""
-    return GroupedExperts.apply(x, indices, weights, gate_up, down)
+def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Callable:
+    """The mixture to use for these inputs.
 
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor):
-    """Fast paths want rows of a multiple of 16 bytes, one dtype and no float64, and more slots than experts to pay off on a
-    CPU (fewer: decoding, where only the hit experts should be read). Everything else takes the reference."""
-    aligned = all(n * x.element_size() % 16 == 0 for n in (x.shape[1], down.shape[2]))
-    if not aligned or x.dtype == torch.float64 or x.dtype != gate_up.dtype or x.shape[0] == 0:
+    Fast paths know SwiGLU only (another activation would go to the definition). They want rows of a
+    multiple of 16 bytes and one dtype, no float64; on a CPU they pay off from as many slots as
+    experts (below: decoding, where only the hit experts should be read).
+    """
+    C, I = down.shape[1:]
+    aligned = C * x.element_size() % 16 == 0 and I * x.element_size() % 16 == 0
+    one_dtype = x.dtype == gate_up.dtype and x.dtype != torch.float64
+    if not aligned or not one_dtype or x.shape[0] == 0:
         return expert_mixture
+
     if x.is_cuda and HAS_TRITON:
-        from kernels.moe_triton import (
-            expert_mixture_triton,  # imported here: a CPU has no use for Triton
-        )
+        from kernels.moe_triton import expert_mixture_triton  # a CPU has no use for Triton
 
         return expert_mixture_triton
-    return expert_mixture_grouped if indices.numel() >= gate_up.shape[0] else expert_mixture
+
+    many_slots = indices.numel() >= gate_up.shape[0]
+    return expert_mixture_grouped if many_slots else expert_mixture
+
+
+# ------------------------------------------------------------------------------------- the layer
 
 
 class Experts(nn.Module):
@@ -183,105 +266,134 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Drop-in for `llm.FeedForward`. Parameter names follow Qwen3-MoE: `gate` is the router."""
+    """Drop-in for `llm.FeedForward`. Parameter names follow Qwen3-MoE: `gate` is the router.
+
+    bias: (E,) or None, moves the choice only; it has no place in the released layout and is not
+    saved.
+    """
 
     def __init__(self, c):
         super().__init__()
-        self.top_k, self.normalise = c.num_experts_per_tok, c.norm_topk_prob
+        self.top_k = c.num_experts_per_tok
+        self.normalise = c.norm_topk_prob
         self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
         self.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
-        self.bias: Tensor | None = (
-            None  # (E,) moves the choice only; no place in the released layout, so it is not saved
-        )
+        self.bias: Tensor | None = None
 
     def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
-        given = routing.given(self) if isinstance(routing, Replay) else None
-        kind, gate_up, down = x.device.type, self.experts.gate_up_proj, self.experts.down_proj
-        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(
-            kind, enabled=False
-        ):  # the router stays in full precision, the experts take what autocast wants
-            r = route(
-                self.gate(x.to(self.gate.weight.dtype)),
-                self.top_k,
-                self.normalise,
-                given,
-                self.bias,
-            )
+        """x (S, C) -> (S, C). `routing`, when a list, receives the decision; a `Replay` makes it."""
+        chosen = routing.chosen(self) if isinstance(routing, Replay) else None
+        device = x.device.type
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+        # The router stays in its own, full precision; the experts take what autocast wants.
+        with torch.autocast(device, enabled=False):
+            logits = self.gate(x.to(self.gate.weight.dtype))  # (S, E)
+            decision = route(logits, self.top_k, self.normalise, chosen, self.bias)
             if routing is not None:
-                routing.append(r)
-            x, gate_up, down = x.to(half), gate_up.to(half), down.to(half)
-            return choose_path(x, r.indices, gate_up, down)(x, r.indices, r.weights, gate_up, down)
+                routing.append(decision)
+
+            x = x.to(dtype)
+            gate_up = self.experts.gate_up_proj.to(dtype)
+            down = self.experts.down_proj.to(dtype)
+            mixture = choose_path(x, decision.indices, gate_up, down)
+            return mixture(x, decision.indices, decision.weights, gate_up, down)
 
 
-# ------------------------------------------------------------------------------------------------ keeping experts alive
+@torch.no_grad()
+def upcycle(dense: nn.Module, moe: MoE) -> None:
+    """Start a MoE layer from a dense one without changing what it computes.
+
+    Our choice; the paper starts from released MoEs. Every expert is a whole copy of the dense layer.
+    The kept weights sum to 1, so any top K of equal experts gives the dense output, whatever the
+    router says; training then drives the copies apart.
+    """
+    assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
+    gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])  # (2I, C)
+    down = dense.down_proj.weight  # (C, I)
+    experts = moe.experts
+    assert experts.gate_up_proj.shape[1:] == gate_up.shape, (
+        "upcycling copies whole experts: equal widths wanted"
+    )
+    experts.gate_up_proj.copy_(gate_up.expand_as(experts.gate_up_proj))
+    experts.down_proj.copy_(down.expand_as(experts.down_proj))
+
+
+# ------------------------------------------------------------------------- keeping experts alive
+# Four ways: the balance loss over the global batch, the router z-loss, the expert bias (no loss at
+# all), and entropy calibration before training (calibrate.py). A further one is a function here, its
+# coefficient in stage.py and one line of objective.py.
 
 
 def tokens_per_expert(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
-    """(layers, E) how many slots each expert received, over the tokens that `keep` (S,) bool leaves (padding out)."""
+    """(layers, E) how many slots each expert received; `keep` (S,) bool leaves tokens out."""
     counts = []
     for r in routing:
-        chosen = (r.indices if keep is None else r.indices[keep]).reshape(-1)
-        counts.append(torch.bincount(chosen, minlength=r.logits.shape[-1]).float())
+        indices = r.indices if keep is None else r.indices[keep]
+        experts = r.logits.shape[-1]
+        count = torch.bincount(indices.reshape(-1), minlength=experts)
+        counts.append(count.float())
     return torch.stack(counts)
 
 
 def expert_load(indices: Tensor, experts: int) -> Tensor:
     """(E,) share of the routed slots that each expert received; sums to 1."""
-    return torch.bincount(indices.reshape(-1), minlength=experts).float() / max(indices.numel(), 1)
+    counts = torch.bincount(indices.reshape(-1), minlength=experts)
+    return counts.float() / max(indices.numel(), 1)
 
 
 def entropy(load: Tensor) -> Tensor:
-    """-sum f log f of each row of loads or counts (..., E), in nats: log E when all experts are used alike."""
+    """-sum f log f of each row of loads or counts (..., E), in nats: log E when all are used alike."""
     share = load / load.sum(-1, keepdim=True).clamp_min(1e-9)
     return torch.special.entr(share).sum(-1)
+
+
+def all_logits(routing: list[Routing], keep: Tensor | None) -> Tensor:
+    """(layers * S, E), less the tokens that `keep` (S,) bool leaves out."""
+    return torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
 
 
 def balance_loss(
     routing: list[Routing], keep: Tensor | None = None, everyone: tuple[Tensor, float] | None = None
 ) -> Tensor:
-    """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE: K at perfect balance, more when skewed.
+    """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE.
 
-    f_e counts how often expert e was chosen per token (it sums to K), P_e is its mean probability. `keep` (S,) bool leaves
-    padding out.
+    f_e: how often expert e was chosen per token (over e it sums to K). P_e: its mean probability. The
+    loss is K at perfect balance and more when skewed. `keep` (S,) bool leaves padding out.
 
-    Balance is wanted over the global batch: a rank whose few documents are all of one kind should be free to use few experts.
-    `everyone`, the choices (E,) and the number of token decisions of all ranks, makes f global ("average activation across
-    ranks") and the result this rank's part: parts add up to the loss of the whole batch, and so do their gradients.
+    Balance is wanted over the global batch: a rank whose few documents are all of one kind should be
+    free to use few experts. everyone: the choices (E,) and the number of token decisions of all
+    ranks. It makes f global ("average activation across ranks") and the result this rank's part:
+    parts add up to the loss of the whole batch, and so do their gradients.
     """
-    shares = torch.cat([r.logits if keep is None else r.logits[keep] for r in routing]).softmax(
-        -1
-    )  # (layers * S, E)
-    counts, tokens = everyone or (tokens_per_expert(routing, keep).sum(0), shares.shape[0])
-    return shares.shape[-1] * (counts.to(shares) / tokens * shares.sum(0) / tokens).sum()
+    probabilities = all_logits(routing, keep).softmax(-1)  # (layers * S, E)
+    decisions, experts = probabilities.shape
+    if everyone is None:
+        counts = tokens_per_expert(routing, keep).sum(0)
+    else:
+        counts, decisions = everyone
+    f = counts.to(probabilities) / decisions  # (E,)
+    f_times_p = f * probabilities.sum(0) / decisions  # (E,)
+    return experts * f_times_p.sum()
 
 
 def z_loss(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
-    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906): keeps them where fp32 softmax is sharp."""
-    logits = torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
-    return logits.logsumexp(-1).square().mean()
+    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906).
 
-
-@torch.no_grad()
-def update_expert_bias(layers: list["MoE"], counts: Tensor, rate: float) -> None:
-    """Balancing without a loss (arXiv 2408.15664), for comparison: after a step, the choice of busy experts becomes a little
-    less likely and that of idle ones more. counts (layers, E) of the global batch; rate: 1e-3 there."""
-    for layer, n in zip(layers, counts, strict=True):
-        step = rate * torch.sign(n.mean() - n)
-        layer.bias = step if layer.bias is None else layer.bias + step
-
-
-@torch.no_grad()
-def upcycle(dense: nn.Module, moe: MoE) -> None:
-    """Start a MoE layer from a dense one without changing what it computes (our choice; the paper starts from released MoEs).
-
-    Every expert is a whole copy of the dense layer. The kept weights sum to 1, so any top-K of equal experts gives the dense
-    output, whatever the router says; training then drives the copies apart.
+    Keeps them where a softmax in fp32 is sharp.
     """
-    assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
-    gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])  # (2I, C)
-    assert moe.experts.gate_up_proj.shape[1:] == gate_up.shape, (
-        "upcycling copies whole experts: equal widths wanted"
-    )
-    moe.experts.gate_up_proj.copy_(gate_up.expand_as(moe.experts.gate_up_proj))
-    moe.experts.down_proj.copy_(dense.down_proj.weight.expand_as(moe.experts.down_proj))
+    return all_logits(routing, keep).logsumexp(-1).square().mean()
+
+
+@torch.no_grad()
+def update_expert_bias(layers: list[MoE], counts: Tensor, rate: float) -> None:
+    """Balancing without a loss (arXiv 2408.15664), for comparison.
+
+    After a step the choice of busy experts becomes a little less likely, that of idle ones more.
+    counts: (layers, E) of the global batch. rate: 1e-3 there.
+    """
+    for layer, count in zip(layers, counts, strict=True):
+        step = rate * torch.sign(count.mean() - count)
+        layer.bias = step if layer.bias is None else layer.bias + step

@@ -1,17 +1,24 @@
 """SAIL-VL2: a ViT, an adapter and a language model, joined by overwriting embeddings.
 
-What it teaches: how little a vision-language model adds. Image placeholders in the prompt are embedded like any token and
-then overwritten, in order, by the adapter's visual tokens; the decoder sees one sequence with ordinary positions.
+What it teaches: how little a vision-language model adds. Image placeholders in the prompt are
+embedded like any token and then overwritten, in order, by the adapter's visual tokens; the decoder
+sees one sequence with ordinary positions.
 
-    image -> vit (S, Cv) -> adapter (S/4, C) ----+
-    ids (B, T) -> embed (B*T, C) -> overwrite at image_token_id -> llm -> hidden -> lm_head -> logits (B, T, V)
+    images -> vit (S, Cv) -> adapter (S/4, C) --+
+    ids (B, T) -> embed (B*T, C) -> overwrite at image_token_id -> llm -> hidden (B*T, C)
+    hidden -> lm_head -> logits (B, T, V), or, where only some are wanted, log-probabilities (n,)
 
-Legend: B rows, T tokens a row, C text width, V vocabulary, N images, S patches of all images.
-Source: SAIL-VL2 section 2.1 and the released configuration; names as in the released safetensors.
+A batch without an image runs the vision modules all the same (`SailVL.touch_vision`): every rank must
+have a gradient for every parameter that trains.
+
+Legend: B rows, T tokens a row, C text width, V vocabulary, N images, S patches of all images, n
+supervised positions. Source: SAIL-VL2 section 2.1 and the released configuration; names as in the
+released safetensors.
+
+    python vlm.py --vision SAILViT-Huge --text Qwen3-1.7B --out start    # a start for pre-training
 """
 
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +29,8 @@ from torch import Tensor
 from adapter import Adapter
 from attention import Attend, Segments, attend_inside
 from infra import weights
-from infra.config import pick, read_config
+from infra.cli import command
+from infra.config import read_config, read_vlm, write_vlm
 from llm import LLM, LLMConfig
 from moe import upcycle
 from vit import ViT, ViTConfig
@@ -43,59 +51,26 @@ class VLMConfig:
 
     @staticmethod
     def from_dict(
-        c: dict, processor: dict | None = None, source: str = "config.json"
+        values: dict, processor: dict | None = None, source: str = "config.json"
     ) -> "VLMConfig":
-        """From a released config.json and, when there is one, preprocessor_config.json: the released tiler obeys the latter.
-        Raises ValueError naming a missing key or an unsupported choice."""
-        own, processor = c.get("nanosail", {}), processor or {}
-        values = {
-            "vision": c.get("vision_config"),
-            "text": c.get("llm_config"),
-            "min_tiles": c.get("min_dynamic_patch"),
-            "max_tiles": processor.get("max_dynamic_patch", c.get("max_dynamic_patch", 12)),
-            "msac": processor.get("use_msac"),
-            "thumbnail": c.get("use_thumbnail"),
-        }
-        values |= own if isinstance(own, dict) else {}
-        values["vision"] = ViTConfig.from_dict(values["vision"], f"{source}: vision_config")
-        values["text"] = LLMConfig.from_dict(values["text"], f"{source}: llm_config")
-        optional = tuple(f.name for f in fields(VLMConfig))
-        only = {
-            "model_type": "sailvl",
-            "select_layer": -1,
-            "downsample_ratio": 0.5,
-            "ps_version": "v2",
-        }
-        return pick(VLMConfig, values | {key: c.get(key) for key in only}, source, optional, **only)
+        """From a released config.json and, when there is one, preprocessor_config.json.
+
+        Raises ValueError naming a missing key or an unsupported choice.
+        """
+        return read_vlm(VLMConfig, values, processor, source)
 
     def to_dict(self) -> dict:
-        """The released layout; what it has no field for goes under "nanosail"."""
-        return {
-            "architectures": ["SAILVLModel"],
-            "model_type": "sailvl",
-            "downsample_ratio": 0.5,
-            "ps_version": "v2",
-            "select_layer": -1,
-            "template": "univl-chat",
-            "dynamic_image_size": True,
-            "use_thumbnail": self.thumbnail,
-            "force_image_size": self.vision.image_size,
-            "min_dynamic_patch": self.min_tiles,
-            "max_dynamic_patch": self.max_tiles,
-            "llm_config": self.text.to_dict(),
-            "vision_config": self.vision.to_dict(),
-            "nanosail": {
-                key: getattr(self, key)
-                for key in ("max_tiles", "msac", "any_resolution", "image_token_id")
-            },
-        }
+        return write_vlm(self)
 
 
+# --------------------------------------------------------------------------------------- presets
+
+# The language models that SAIL-VL2 starts from.
 QWEN3 = {
     "0.6B": LLMConfig(hidden_size=1024, intermediate_size=3072),
     "1.7B": LLMConfig(
         tie_word_embeddings=False
-    ),  # Qwen3 ties it; SAIL-VL2-2B stores a head of its own
+    ),  # Qwen3 ties it; SAIL-VL2-2B has a head of its own
     "8B": LLMConfig(
         hidden_size=4096,
         intermediate_size=12288,
@@ -111,8 +86,25 @@ QWEN3 = {
         tie_word_embeddings=False,
     ),
 }
-SAIL_VIT = {"large": ViTConfig(1024, 2816, 24, 8), "huge": ViTConfig()}
-TOY_VIT = ViTConfig(96, 256, 3, 3, patch_size=8, image_size=32)
+# The vision encoders: SAIL-ViT in two sizes.
+SAIL_VIT = {
+    "large": ViTConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+    ),
+    "huge": ViTConfig(),
+}
+# What a laptop trains in minutes.
+TOY_VIT = ViTConfig(
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    patch_size=8,
+    image_size=32,
+)
 TOY_LLM = LLMConfig(
     vocab_size=512,
     hidden_size=128,
@@ -124,139 +116,154 @@ TOY_LLM = LLMConfig(
     rope_theta=1e4,
     tie_word_embeddings=False,
 )
+TOY_MOE = replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256)
+# Whole models.
 PRESETS = {
     "toy": VLMConfig(TOY_VIT, TOY_LLM, max_tiles=1),
-    "toy-moe": VLMConfig(
-        TOY_VIT,
-        replace(TOY_LLM, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256),
-        max_tiles=1,
-    ),
-} | {
-    f"SAIL-VL2-{name}": VLMConfig(SAIL_VIT["huge"], QWEN3[llm])
-    for name, llm in (("1B", "0.6B"), ("2B", "1.7B"), ("8B", "8B"), ("30B-A3B", "30B-A3B"))
+    "toy-moe": VLMConfig(TOY_VIT, TOY_MOE, max_tiles=1),
+    "SAIL-VL2-1B": VLMConfig(SAIL_VIT["huge"], QWEN3["0.6B"]),
+    "SAIL-VL2-2B": VLMConfig(SAIL_VIT["huge"], QWEN3["1.7B"]),
+    "SAIL-VL2-8B": VLMConfig(SAIL_VIT["huge"], QWEN3["8B"]),
+    "SAIL-VL2-30B-A3B": VLMConfig(SAIL_VIT["huge"], QWEN3["30B-A3B"]),
 }
 
 
+# ------------------------------------------------------------------------------------- the model
+
+
 class SailVL(nn.Module):
+    """Pixels and tokens in, hidden states, logits or log-probabilities out."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.config = config
+        self.image_token_id = config.image_token_id
         self.vision_model = ViT(config.vision)
         self.mlp1 = Adapter(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = LLM(config.text)
-        self.image_token_id = config.image_token_id
 
     def embed(self, input_ids: Tensor, images: Tensor | list[Tensor] | None) -> Tensor:
         """ids (B, T) and normalised pixels -> embeddings (B*T, C), visual tokens in their places.
 
-        Raises ValueError when placeholders and visual tokens differ in number: both numbers and the first row concerned.
+        Raises ValueError when placeholders and visual tokens differ in number.
         """
-        x = self.language_model.embed(input_ids.reshape(-1))  # (B*T, C)
-        holes = input_ids.reshape(-1) == self.image_token_id
-        count = int(holes.sum())
+        ids = input_ids.reshape(-1)
+        x = self.language_model.embed(ids)  # (B*T, C)
+        placeholders = ids == self.image_token_id
+        count = int(placeholders.sum())
+
+        # No image: every rank runs the same modules all the same.
         if images is None or len(images) == 0:
             if count:
                 raise ValueError(self._mismatch(input_ids, 0))
-            return x + self.touch_vision()  # every rank runs the same modules
-        visual = self.mlp1(*self.vision_model(images)).to(x.dtype)  # (S/4, C)
+            return x + self.touch_vision()
+
+        # Visual tokens of all images, four patches each.
+        features, grids = self.vision_model(images)  # (S, Cv)
+        visual = self.mlp1(features, grids).to(x.dtype)  # (S/4, C)
         if visual.shape[0] != count:
             raise ValueError(self._mismatch(input_ids, visual.shape[0]))
-        return x.masked_scatter(holes[:, None], visual)
+
+        # In order, into the places of the placeholders: the only joint of the two halves.
+        return x.masked_scatter(placeholders[:, None], visual)
 
     def touch_vision(self) -> Tensor:
-        """A zero that depends on ViT and adapter, so that a text-only batch gives them (zero) gradients like any other.
+        """A zero that depends on ViT and adapter, which gives them (zero) gradients.
 
-        Without it a rank with no image would skip collectives that its peers wait for. Costs one minimal image.
+        So a text-only batch is like any other: without it, a rank with no image would skip
+        collectives that its peers wait for. Costs one minimal image, where vision trains at all.
         """
         weight = self.vision_model.preprocessor.patchifier.proj.weight
-        if not (
-            torch.is_grad_enabled()
-            and any(p.requires_grad for m in (self.vision_model, self.mlp1) for p in m.parameters())
-        ):
-            return torch.zeros((), device=weight.device)
+        no_gradient = torch.zeros((), device=weight.device)
+        if not torch.is_grad_enabled():
+            return no_gradient
+        vision = (*self.vision_model.parameters(), *self.mlp1.parameters())
+        if not any(p.requires_grad for p in vision):
+            return no_gradient
+
+        # The smallest image.
         c = self.config.vision
-        blank = weight.new_zeros(1, c.num_channels, 2 * c.patch_size, 2 * c.patch_size)
-        return self.mlp1(*self.vision_model(blank)).sum() * 0.0
+        side = 2 * c.patch_size  # one visual token
+        blank = weight.new_zeros(1, c.num_channels, side, side)
+        features, grids = self.vision_model(blank)
+        return self.mlp1(features, grids).sum() * 0.0
 
     def _mismatch(self, input_ids: Tensor, visual: int) -> str:
-        rows = (input_ids == self.image_token_id).sum(1).tolist()
+        by_row = (input_ids == self.image_token_id).sum(1).tolist()
         return (
-            f"{sum(rows)} image placeholders (id {self.image_token_id}) in the batch but {visual} visual tokens from the "
-            f"images; placeholders per sample: {dict(enumerate(rows))}. Each image needs one placeholder per visual token."
+            f"{sum(by_row)} image placeholders (id {self.image_token_id}) in the batch but {visual} "
+            f"visual tokens from the images; placeholders per sample: {dict(enumerate(by_row))}. "
+            "Each image needs one placeholder per visual token."
         )
 
     def hidden(
         self,
         input_ids: Tensor,
-        images=None,
+        images: Tensor | list[Tensor] | None = None,
         positions: Tensor | None = None,
         segments: Segments | None = None,
         attend: Attend | None = None,
         routing: list | None = None,
     ) -> Tensor:
-        """Everything up to the last norm: (B*T, C). Without `segments` each row is one document."""
-        B, T = input_ids.shape
-        segments = segments or Segments.of([T] * B, input_ids.device)
-        positions = segments.positions() if positions is None else positions.reshape(-1)
-        return self.language_model(
-            self.embed(input_ids, images),
-            positions,
-            attend or attend_inside(segments, causal=True),
-            routing,
-        )
+        """Everything up to the last norm: ids (B, T) -> (B*T, C).
+
+        Without `segments` each row is one document. `attend` and `routing` as in `LLM.forward`.
+        """
+        # What is not said: each row is one document, and every token sees those before it.
+        if segments is None:
+            rows, length = input_ids.shape
+            segments = Segments.of([length] * rows, input_ids.device)
+        if positions is None:
+            positions = segments.positions()
+        if attend is None:
+            attend = attend_inside(segments, causal=True)
+
+        x = self.embed(input_ids, images)
+        return self.language_model(x, positions.reshape(-1), attend, routing)
 
     def forward(
-        self, input_ids: Tensor, pixel_values=None, positions=None, segments=None, attend=None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | list[Tensor] | None = None,
+        positions: Tensor | None = None,
+        segments: Segments | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """ids (B, T) int64, pixels (N, 3, H, W) or a list of images -> logits (B, T, V)."""
         hidden = self.hidden(input_ids, pixel_values, positions, segments, attend)
-        return self.language_model.lm_head(hidden).view(*input_ids.shape, -1)
+        logits = self.language_model.lm_head(hidden)
+        return logits.view(*input_ids.shape, -1)
 
     def logprobs(
         self,
         input_ids: Tensor,
-        images,
-        positions,
-        segments,
+        images: Tensor | list[Tensor] | None,
+        positions: Tensor,
+        segments: Segments,
         at: Tensor,
         labels: Tensor,
         temperature: float = 1.0,
         routing: list | None = None,
     ) -> Tensor:
-        """log p(labels) at the flat positions `at` (n,) of a packed batch -> (n,) fp32. What every objective starts from:
-        logits exist for supervised positions only."""
-        hidden = self.hidden(input_ids, images, positions, segments, routing=routing).index_select(
-            0, at
-        )
-        return token_logprobs(hidden, self.language_model.lm_head.weight, labels, temperature)
+        """log p(labels) at the flat positions `at` (n,) of a packed batch -> (n,) fp32.
+
+        What every objective starts from: logits exist for supervised positions only.
+        """
+        hidden = self.hidden(input_ids, images, positions, segments, routing=routing)
+        head = self.language_model.lm_head.weight
+        return token_logprobs(hidden.index_select(0, at), head, labels, temperature)
+
+    # ------------------------------------------------------------------------------- beginnings
 
     def init_weights(self, seed: int = 0) -> "SailVL":
+        """Random weights of all parts; visual tokens start at the size of the text embeddings."""
         generator = torch.Generator().manual_seed(seed)
         self.vision_model.init_weights(generator)
         self.language_model.init_weights(generator)
-        tied = (
-            self.config.text.tie_word_embeddings
-        )  # visual tokens start at the size of the text embeddings
-        self.mlp1.init_weights(generator, scale=self.config.text.hidden_size**-0.5 if tied else 1.0)
+        text = self.config.text
+        scale = text.hidden_size**-0.5 if text.tie_word_embeddings else 1.0
+        self.mlp1.init_weights(generator, scale)
         return self
-
-    def save_pretrained(self, directory) -> None:
-        weights.save_weights(self, directory, self.config.to_dict())
-
-    @staticmethod
-    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
-        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
-        processor = Path(directory, "preprocessor_config.json")
-        processor = read_config(directory, processor.name) if processor.is_file() else None
-        config = VLMConfig.from_dict(read_config(directory), processor, f"{directory}/config.json")
-        where = weights.locate(directory)
-        if (
-            "language_model.lm_head.weight" in where
-        ):  # the 2B stores a head although its config says tied: believe the file
-            config = replace(config, text=replace(config.text, tie_word_embeddings=False))
-        with torch.device("meta"):
-            model = SailVL(config)
-        return weights.load_weights(model, directory, dtype, device)
 
     @staticmethod
     def from_parts(
@@ -267,46 +274,96 @@ class SailVL(nn.Module):
         seed: int = 0,
         **preprocessing,
     ) -> "SailVL":
-        """How the paper starts: a trained ViT (a SAIL-ViT or AIMv2 directory), a trained language model (a Qwen3 directory), and
-        between them a fresh adapter. `preprocessing`: fields of VLMConfig, e.g. any_resolution=True."""
-        vision, text = (
-            ViT.from_pretrained(vision, dtype, device),
-            LLM.from_pretrained(text, dtype, device),
-        )
+        """How the paper starts: a trained ViT, a trained language model, and a fresh adapter.
+
+        vision: a SAIL-ViT or AIMv2 directory. text: a Qwen3 directory. seed: of the adapter.
+        preprocessing: fields of VLMConfig, e.g. any_resolution=True.
+        """
+        # The two that are trained already.
+        vision_model = ViT.from_pretrained(vision, dtype, device)
+        language_model = LLM.from_pretrained(text, dtype, device)
+        config = VLMConfig(vision_model.config, language_model.config, **preprocessing)
         with torch.device("meta"):
-            model = SailVL(VLMConfig(vision.config, text.config, **preprocessing))
-        model.vision_model, model.language_model = vision, text
-        model.mlp1 = Adapter(vision.config.hidden_size, text.config.hidden_size)
-        embeddings = (
-            text.model.embed_tokens.weight.detach()
-        )  # visual tokens start at their size (our choice)
-        size = torch.linalg.vector_norm(embeddings, dtype=torch.float32) / embeddings.numel() ** 0.5
-        model.mlp1.init_weights(torch.Generator().manual_seed(seed), float(size))
-        model.mlp1.to(device, dtype)
+            model = SailVL(config)
+        model.vision_model = vision_model
+        model.language_model = language_model
+
+        # Visual tokens start at the size of the text embeddings, their root mean square (our choice).
+        embeddings = language_model.model.embed_tokens.weight.detach()
+        norm = torch.linalg.vector_norm(embeddings, dtype=torch.float32)
+        size = norm / embeddings.numel() ** 0.5
+        adapter = Adapter(config.vision.hidden_size, config.text.hidden_size)
+        adapter.init_weights(torch.Generator().manual_seed(seed), float(size))
+        model.mlp1 = adapter.to(device, dtype)
         return model
 
-    def parameter_counts(self) -> dict[str, int]:
-        """All parameters ("total"), and those that one token passes through ("active": K of E experts)."""
-        t, total = self.config.text, sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
-        return {
-            "total": total,
-            "active": total
-            - experts * (t.num_experts - t.num_experts_per_tok) // max(t.num_experts, 1),
-        }
-
     def to_moe(self, text: LLMConfig) -> "SailVL":
-        """A copy with mixture-of-experts layers that computes the same function (see moe.upcycle)."""
-        other = SailVL(replace(self.config, text=text)).init_weights()
-        ours = dict(self.named_parameters())
+        """A copy with mixture-of-experts layers that computes the same (see `moe.upcycle`)."""
+        sparse = SailVL(replace(self.config, text=text)).init_weights()
+        sparse.image_token_id = self.image_token_id
+
+        # All that both have, then the feed-forwards.
+        dense_parameters = dict(self.named_parameters())
         with torch.no_grad():
-            for name, p in other.named_parameters():
-                if name in ours:
-                    p.copy_(ours[name])
-        for a, b in zip(self.language_model.model.layers, other.language_model.model.layers):
-            upcycle(a.mlp, b.mlp)
-        other.image_token_id = self.image_token_id
-        return other
+            for name, p in sparse.named_parameters():
+                if name in dense_parameters:
+                    p.copy_(dense_parameters[name])
+        dense_layers = self.language_model.model.layers
+        sparse_layers = sparse.language_model.model.layers
+        for dense, copy in zip(dense_layers, sparse_layers):
+            upcycle(dense.mlp, copy.mlp)
+        return sparse
+
+    def parameter_counts(self) -> dict[str, int]:
+        """All parameters ("total"), and those a token passes through ("active": K of E experts)."""
+        # Of a layer's E experts a token passes through K; the others are idle.
+        total = sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for name, p in self.named_parameters() if ".experts." in name)
+        text = self.config.text
+        idle = 0
+        if text.num_experts:
+            idle = experts * (text.num_experts - text.num_experts_per_tok) // text.num_experts
+        return {"total": total, "active": total - idle}
+
+    # ------------------------------------------------------------------------------------- files
+
+    @staticmethod
+    def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
+        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
+        # Sizes, and how pictures were cut when the weights were trained.
+        processor = None
+        if Path(directory, "preprocessor_config.json").is_file():
+            processor = read_config(directory, "preprocessor_config.json")
+        values = read_config(directory)
+        config = VLMConfig.from_dict(values, processor, f"{directory}/config.json")
+
+        # The 2B stores a head although its config says tied: the file is believed.
+        if "language_model.lm_head.weight" in weights.locate(directory):
+            config = replace(config, text=replace(config.text, tie_word_embeddings=False))
+
+        with torch.device("meta"):
+            model = SailVL(config)
+        return weights.load_weights(model, directory, dtype, device)
+
+    def save_pretrained(self, directory) -> None:
+        """The released layout."""
+        weights.save_weights(self, directory, self.config.to_dict())
+
+
+def check_vocabulary(config: VLMConfig, tokens: int, source) -> None:
+    """Raises ValueError for a tokenizer of `tokens` ids that the model has no embedding for.
+
+    The other way round is fine: vocabularies are rounded up.
+    """
+    vocabulary = config.text.vocab_size
+    if tokens > vocabulary:
+        raise ValueError(
+            f"{source}: the tokenizer has {tokens} tokens, the model embeds {vocabulary}: they do "
+            "not belong together"
+        )
+
+
+# ----------------------------------------------------------------------------- log-probabilities
 
 
 def token_logprobs(
@@ -314,65 +371,95 @@ def token_logprobs(
 ) -> Tensor:
     """log p(label) of each position: hidden (n, C), head (V, C), labels (n,) -> (n,) fp32.
 
-    More positions than `chunk` go through `ChunkedLogprobs`: (n, V) never exists whole. 0: as many as make 8 Mi logits, but no
-    more than 24 chunks, since their gradients of the head are added up in its dtype and bf16 rounds every sum.
+    More positions than `chunk` go through `ChunkedLogprobs`, so that (n, V) never exists whole.
+    chunk 0: as many as make 8 Mi logits, but no more than 24 chunks, since their gradients of the
+    head are added up in its dtype and bf16 rounds every sum.
     """
-    chunk = chunk or max(1, 2**23 // head.shape[0], -(-hidden.shape[0] // 24))
+    # How many logits may exist at once.
+    if not chunk:
+        few_logits = 2**23 // head.shape[0]
+        few_chunks = -(-hidden.shape[0] // 24)
+        chunk = max(1, few_logits, few_chunks)
+
+    # Few enough: the definition.
     if hidden.shape[0] <= chunk:
-        return -F.cross_entropy((hidden @ head.T).float() / temperature, labels, reduction="none")
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        logits = (hidden @ head.T).float() / temperature  # (n, V)
+        return -F.cross_entropy(logits, labels, reduction="none")
+
+    # Autocast does not reach into an autograd function.
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return ChunkedLogprobs.apply(hidden.to(dtype), head.to(dtype), labels, temperature, chunk)
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """The same, one chunk of logits at a time. Keeps only log-normalisers; the backward pass makes each chunk's logits again and
-    turns them in place into their gradient, (onehot - p) g / temperature. One buffer, and the head's gradient is summed in place."""
+    """`token_logprobs`, one chunk of logits at a time.
+
+    log p(y) = z_y / t - log sum_v exp(z_v / t), with z = h W^T, t the temperature. Only the second
+    term is kept, the *normaliser* of each position. The backward pass makes each chunk's logits again
+    and turns them in place into their gradient, (onehot(y) - p) g / t: one buffer of (chunk, V), and
+    the head's gradient summed in place.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, temperature, chunk):
-        picked, normalisers = [], []
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, chunk: int):
+        label_logits = []
+        normalisers = []
         for h, y in zip(hidden.split(chunk), labels.split(chunk)):
-            logits = (h @ head.T).float().div_(temperature)
-            picked.append(logits.gather(1, y[:, None])[:, 0])
-            top = logits.amax(1, keepdim=True)
-            normalisers.append(logits.sub_(top).exp_().sum(1).log_().add_(top[:, 0]))
-            del logits  # before the next chunk's exist
-        normaliser = torch.cat(normalisers)
+            # Of the labels.
+            logits = (h @ head.T).float().div_(temperature)  # (chunk, V)
+            label_logits.append(logits.gather(1, y[:, None])[:, 0])
+
+            # log sum exp in place, its largest term taken out.
+            largest = logits.amax(1, keepdim=True)  # (chunk, 1)
+            sums = logits.sub_(largest).exp_().sum(1)
+            normalisers.append(sums.log_().add_(largest[:, 0]))
+            del logits  # before those of the next chunk exist
+
+        normaliser = torch.cat(normalisers)  # (n,)
         ctx.save_for_backward(hidden, head, labels, normaliser)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return torch.cat(picked) - normaliser
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        return torch.cat(label_logits) - normaliser
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor):
         hidden, head, labels, normaliser = ctx.saved_tensors
-        to_hidden, to_head = (
-            torch.zeros_like(t) if need else None
-            for t, need in zip((hidden, head), ctx.needs_input_grad)
-        )
-        for at in range(0, len(labels), ctx.chunk):
-            part = slice(at, at + ctx.chunk)
-            d = (
-                (hidden[part] @ head.T)
-                .float()
-                .div_(ctx.temperature)
-                .sub_(normaliser[part, None])
-                .exp_()
-                .neg_()
-            )
+
+        # Sums over the chunks, of what trains.
+        needs_hidden, needs_head, *_ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_head = torch.zeros_like(head) if needs_head else None
+
+        for start in range(0, len(labels), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            h = hidden[part]
+
+            # -p again, from the logits and what was kept.
+            d = (h @ head.T).float().div_(ctx.temperature)  # (chunk, V)
+            d.sub_(normaliser[part, None]).exp_().neg_()
+
+            # Plus one at the label, times what flows in.
             d.scatter_add_(1, labels[part, None], torch.ones_like(d[:, :1]))
             d = d.mul_(grad[part, None] / ctx.temperature).to(hidden.dtype)
-            if to_hidden is not None:
-                to_hidden[part] = d @ head
-            if to_head is not None:
-                to_head.addmm_(d.T, hidden[part])
-            del d
-        return to_hidden, to_head, None, None, None
+
+            # To what made the logits.
+            if needs_hidden:
+                d_hidden[part] = d @ head
+            if needs_head:
+                d_head.addmm_(d.T, h)
+            del d  # before that of the next chunk exists
+        return d_hidden, d_head, None, None, None
+
+
+# --------------------------------------------------------------------------- the command: joining
 
 
 @dataclass
-class Join:
-    """Make a VLM of a vision encoder, a language model and a fresh adapter: what the first stage starts from."""
+class JoinOptions:
+    """Make a VLM of a vision encoder, a language model and a fresh adapter: a start for training."""
 
     vision: Path  # a SAIL-ViT or AIMv2 directory
     text: Path  # a Qwen3 directory, with its tokenizer
@@ -381,25 +468,25 @@ class Join:
     seed: int = 0  # of the adapter
 
 
-def main(o: Join) -> int:
-    from tokenizer import Tokenizer
+def join_parts(options: JoinOptions) -> None:
+    """Read both parts, join them in bf16, save the model with the tokenizer."""
+    from tokenizer import Tokenizer  # the model itself knows no text
 
-    tokenizer = Tokenizer.load(o.text)
+    # The tokenizer knows the image token.
+    tokenizer = Tokenizer.load(options.text)
     model = SailVL.from_parts(
-        o.vision,
-        o.text,
+        options.vision,
+        options.text,
         torch.bfloat16,
-        seed=o.seed,
-        any_resolution=o.any_resolution,
+        seed=options.seed,
+        any_resolution=options.any_resolution,
         image_token_id=tokenizer.image,
     )
-    model.save_pretrained(o.out)
-    tokenizer.save(o.out)
-    print(f"{o.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    return 0
+    check_vocabulary(model.config, len(tokenizer), options.text)
+    model.save_pretrained(options.out)
+    tokenizer.save(options.out)
+    print(f"{options.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Join, config=(tyro.conf.FlagConversionOff,))))
+    command(join_parts)

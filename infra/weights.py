@@ -1,21 +1,27 @@
 """Weights on disk: safetensors by name, strictly.
 
-What it teaches: a checkpoint is a dictionary of names and shapes plus a config.json, nothing more, and loading it needs no
-framework. Files are read tensor by tensor, straight into the target dtype and device, so the peak is the model plus its
-largest tensor. Anything that does not match exactly is an error that names it: a loader that shrugs is how models end up
-half random. Pickles are never opened: reading one runs the code in it.
+What it teaches: a checkpoint is a dictionary of names and shapes plus a config.json, nothing more,
+and loading it needs no framework. Files are read tensor by tensor, straight into the target dtype and
+device, so the peak is the model plus its largest tensor. Anything that does not match exactly is an
+error that names it: a loader that shrugs is how models end up half random. So is a value that is no
+finite number. Pickles are never opened: reading one runs the code in it.
 
-Names in memory are the published ones. Where a file stores a parameter otherwise, a *layout* says how: a function from one
-parameter (name, value) to the {name: tensor} that the file holds, the tensors being views of the value. Reading copies into
-the views, writing copies out of them, so one function serves both. `published` is the layout of Qwen3 and SAIL-VL2: in
-memory a MoE layer holds its experts stacked (`experts.gate_up_proj` (E, 2I, C)), in files one by one
+    directory --locate--> name -> file --names, shapes, types against the model--> memory --> values
+    model --tensors--> name -> view --> shards, index, config.json, each written whole or not at all
+
+Names in memory are the published ones. Where a file stores a parameter otherwise, a *layout* says
+how: a function from one parameter (name, value) to the {name: tensor} that the file holds, the
+tensors being views of the value. Reading copies into the views, writing copies out of them, so one
+function serves both. `published` is the layout of Qwen3 and SAIL-VL2: in memory a MoE layer holds its
+experts stacked (`experts.gate_up_proj` (E, 2I, C)), in files one by one
 (`experts.3.gate_proj.weight`). `vit.transformers_names` is another.
 """
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -23,40 +29,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infra.config import parse_json, read_config
+from infra.config import model_file, parse_json, read_config
 
 INDEX = "model.safetensors.index.json"
-LIMITS = {
-    "num_hidden_layers": 1024,
-    "num_experts": 4096,
-}  # of a config that we believe; any other count: 2**20
+SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
+FLOATING = ("F64", "F32", "F16", "BF16")
+PICKLES = ("bin", "pt", "pth", "ckpt")
 Layout = Callable[[str, Tensor], dict[str, Tensor]]
 
 
 def published(name: str, value: Tensor) -> dict[str, Tensor]:
     """One parameter in memory -> the tensors that the published layout stores for it."""
-    head, _, leaf = name.rpartition(".")
-    if head.endswith(".experts") and leaf == "gate_up_proj":
-        pairs = [(e, *w.chunk(2)) for e, w in enumerate(value)]
-        return {
-            f"{head}.{e}.{part}.weight": w
-            for e, gate, up in pairs
-            for part, w in (("gate_proj", gate), ("up_proj", up))
-        }
-    if head.endswith(".experts") and leaf == "down_proj":
-        return {f"{head}.{e}.down_proj.weight": w for e, w in enumerate(value)}
-    return {name: value}
+    module, _, leaf = name.rpartition(".")
+    if not module.endswith(".experts"):
+        return {name: value}
+
+    views = {}
+    for e, expert in enumerate(value):
+        if leaf == "gate_up_proj":
+            gate, up = expert.chunk(2)  # (I, C) each
+            views[f"{module}.{e}.gate_proj.weight"] = gate
+            views[f"{module}.{e}.up_proj.weight"] = up
+        else:
+            views[f"{module}.{e}.{leaf}.weight"] = expert
+    return views
 
 
 def tensors(model: nn.Module, layout: Layout = published) -> dict[str, Tensor]:
-    """Every tensor of a model under its name on disk (views, nothing copied). A tied head appears under both names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {
-        disk: view for name, p in parameters.items() for disk, view in layout(name, p.data).items()
-    }
+    """Every tensor of a model under its name on disk: views, nothing is copied.
+
+    A tied head appears under both of its names.
+    """
+    views = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        views |= layout(name, p.data)
+    return views
 
 
-# ------------------------------------------------------------------------------------------------------------------ save
+# ------------------------------------------------------------------------------------------ save
 
 
 def save_weights(
@@ -66,50 +77,59 @@ def save_weights(
     shard_bytes: int = 5 << 30,
     layout: Layout = published,
 ) -> None:
-    """config.json and one or more safetensors files (with an index when more than one), in place of an earlier checkpoint's.
-    A tied head is not stored: a file that holds one is read as having a head of its own. One shard is in memory at a time."""
+    """config.json and one or more safetensors files, in place of an earlier checkpoint's.
+
+    More than one file comes with an index. A tied head is not stored: a file that holds one is read
+    as having a head of its own. One shard is in memory at a time.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    stored = {
-        name: t
-        for name, t in tensors(model, layout).items()
-        if not (_is_tied(model) and name.endswith("lm_head.weight"))
-    }
-    shards, size = [[]], 0
-    for name, t in sorted(stored.items()):
-        if size and size + t.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += t.nbytes
-    files = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for file, names in zip(files, shards):
-        views = {
-            n: stored[n].cpu().contiguous().clone() for n in names
-        }  # views of stacked experts must not share storage
-        save_file(views, directory / (file + ".tmp"), metadata={"format": "pt"})
-        os.replace(directory / (file + ".tmp"), directory / file)
+    stored = tensors(model, layout)
+    if _is_tied(model):
+        stored = {name: t for name, t in stored.items() if not name.endswith(HEAD)}
+
+    # The files, each under its name only once it is whole.
+    shards = split_into_shards(stored, shard_bytes)
+    for file, names in shards.items():
+        # Copies: views of stacked experts must not share storage in a file.
+        copies = {name: stored[name].cpu().contiguous().clone() for name in names}
+        temporary = directory / (file + ".tmp")
+        save_file(copies, temporary, metadata={"format": "pt"})
+        os.replace(temporary, directory / file)
+        del copies  # before the next shard's
+
+    # What says how to read them; an earlier checkpoint's index would be believed.
     write_json(directory / "config.json", config)
     if len(shards) > 1:
-        where = {n: file for file, names in zip(files, shards) for n in names}
-        write_json(
-            directory / INDEX,
-            {
-                "metadata": {"total_size": sum(t.nbytes for t in stored.values())},
-                "weight_map": where,
-            },
-        )
+        total = sum(t.nbytes for t in stored.values())
+        file_of = {name: file for file, names in shards.items() for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
     else:
-        (directory / INDEX).unlink(missing_ok=True)  # an earlier checkpoint's would be believed
-    for old in {
-        *directory.glob("model.safetensors"),
-        *directory.glob("model-*-of-*.safetensors"),
-    } - {directory / f for f in files}:
-        old.unlink()
+        (directory / INDEX).unlink(missing_ok=True)
+
+    # What is left of an earlier checkpoint.
+    for old in (*directory.glob(SINGLE), *directory.glob("model-*-of-*.safetensors")):
+        if old.name not in shards:
+            old.unlink()
+
+
+def split_into_shards(stored: dict[str, Tensor], shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors it will hold, in order of their names, at most `shard_bytes` each.
+
+    A tensor that is larger has a file of its own.
+    """
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in sorted(stored.items()):
+        if size and size + tensor.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    of = len(groups)
+    return {f"model-{i:05d}-of-{of:05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def write_json(path, value) -> None:
@@ -120,71 +140,7 @@ def write_json(path, value) -> None:
     os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------------------------------------------- configs
-
-
-# ------------------------------------------------------------------------------------------------------------------ load
-
-
-def locate(directory) -> dict[str, Path]:
-    """Tensor name -> the file that holds it. Raises ValueError for missing, foreign or inconsistent files."""
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{directory}: no config.json here; give the directory of a saved or released model"
-        )
-    if (directory / INDEX).is_file():
-        listed = read_config(directory, INDEX).get("weight_map")
-        if (
-            not isinstance(listed, dict)
-            or not listed
-            or not all(isinstance(f, str) for f in listed.values())
-        ):
-            raise ValueError(
-                f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)"
-            )
-        files = sorted(set(listed.values()))
-        if any(Path(f).name != f for f in files):
-            raise ValueError(f"{directory / INDEX}: names a file outside its directory")
-    else:
-        listed, files = None, ["model.safetensors"]
-    found: dict[str, Path] = {}
-    for file in files:
-        path = directory / file
-        if not path.is_file():
-            pickles = sorted(
-                p.name for end in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{end}")
-            )
-            raise ValueError(
-                f"{path}: missing"
-                + (
-                    f"; {pickles[0]} is a pickle, which is never opened, as that would run "
-                    "the code in it: convert it to safetensors"
-                    if pickles
-                    else ""
-                )
-            )
-        try:
-            with safe_open(path, "pt") as f:
-                names = list(f.keys())
-        except SafetensorError as e:
-            raise ValueError(f"{path}: truncated, or not a safetensors file ({e})") from e
-        with open(path, "rb") as f:
-            parse_json(f.read(int.from_bytes(f.read(8), "little")), path)
-        twice = [n for n in names if n in found]
-        if twice:
-            raise ValueError(f"{path}: tensor {twice[0]} is already in {found[twice[0]].name}")
-        found |= dict.fromkeys(names, path)
-    if listed is not None and {n: p.name for n, p in found.items()} != listed:
-        odd = sorted(set(listed.items()) ^ {(n, p.name) for n, p in found.items()})[0]
-        raise ValueError(f"{directory / INDEX}: index and files disagree about {odd[0]} ({odd[1]})")
-    return found
-
-
-def same_tensor(where: dict[str, Path], a: str, b: str) -> bool:
-    """Whether two stored tensors are equal."""
-    with safe_open(where[a], "pt") as f, safe_open(where[b], "pt") as g:
-        return torch.equal(f.get_tensor(a), g.get_tensor(b))
+# ------------------------------------------------------------------------------------------ load
 
 
 def load_weights(
@@ -196,63 +152,179 @@ def load_weights(
 ) -> nn.Module:
     """Fill a model, best built on the meta device, which owns no memory yet.
 
-    Raises ValueError naming the first tensor that is missing, unused, or has a wrong shape or type. Nothing is half loaded:
-    names, shapes and types of the whole directory are checked before the first value is read.
+    Names, shapes and types of the whole directory are checked before memory is taken and the first
+    value read. Raises ValueError naming the first tensor that is missing, unused, of a wrong shape or
+    type, or that holds a value which is not a finite number in `dtype` (found while copying: the
+    model is then half filled, and of no use).
     """
-    where, wanted = locate(directory), tensors(model, layout)
+    stored = locate(directory)
+    wanted = tensors(model, layout)
     if _is_tied(model):  # such a checkpoint may leave the head out
-        wanted = {
-            name: view
-            for name, view in wanted.items()
-            if name in where or not name.endswith("lm_head.weight")
-        }
-    for kind, odd in (
-        ("missing", wanted.keys() - where.keys()),
-        ("not used by this model", where.keys() - wanted.keys()),
-    ):
-        if odd:
-            raise ValueError(f"{directory}: {len(odd)} tensor(s) {kind}, first {sorted(odd)[0]}")
-    for path in sorted(set(where.values())):
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                s, shape = f.get_slice(name), list(wanted[name].shape)
-                if list(s.get_shape()) != shape:
-                    raise ValueError(
-                        f"{path}: {name} has shape {list(s.get_shape())}, the model wants {shape}"
-                    )
-                if s.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(
-                        f"{path}: {name} has type {s.get_dtype()}, a floating type is wanted"
-                    )
+        wanted = {n: t for n, t in wanted.items() if n in stored or not n.endswith(HEAD)}
+    check_names(stored, wanted, directory)
+    check_shapes(stored, wanted)
+
+    # Memory. Two names of one tensor would get a storage each: the head is tied again afterwards.
     llm = getattr(model, "language_model", model)
     if _is_tied(model):
-        llm.lm_head.weight = None  # to_empty would give each of the two names storage of its own
+        llm.lm_head.weight = None
     model.to(dtype).to_empty(device=device)
     if _is_tied(model):
         llm.lm_head.weight = llm.model.embed_tokens.weight
+
+    # Values.
     target = tensors(model, layout)
-    with torch.no_grad():
-        for path, names in _bites(
-            {name: where[name] for name in wanted}, {name: target[name].numel() for name in wanted}
-        ):
-            with safe_open(path, "pt", device=str(device)) as f:
-                for name in names:
-                    target[name].copy_(f.get_tensor(name))
+    sizes = {name: target[name].numel() for name in wanted}
+    for path, names in small_reads(stored, sizes):
+        with safe_open(path, "pt", device=str(device)) as file, torch.no_grad():
+            for name in names:
+                target[name].copy_(file.get_tensor(name))
+                if not is_finite(target[name]):
+                    raise ValueError(
+                        f"{path}: {name} holds values that are not finite numbers in {dtype}; "
+                        "the run that wrote it went wrong, take an earlier checkpoint"
+                    )
     return model
 
 
-def _bites(where: dict[str, Path], sizes: dict[str, int]):
-    """(file, names) in turn, no bite larger than the largest tensor: what was read of a mapped file counts as memory in use
-    until the file is closed."""
-    bite, most = [], max(sizes.values())
-    for name in sorted(where, key=lambda n: (where[n], n)):
-        if bite and (
-            where[name] != where[bite[0]] or sum(sizes[n] for n in bite) + sizes[name] > most
-        ):
-            yield where[bite[0]], bite
-            bite = []
-        bite.append(name)
-    yield where[bite[0]], bite
+def check_names(stored: dict[str, Path], wanted: dict[str, Tensor], directory) -> None:
+    """Raises ValueError unless file and model have the same names."""
+    missing = wanted.keys() - stored.keys()
+    unused = stored.keys() - wanted.keys()
+    for kind, names in (("missing", missing), ("not used by this model", unused)):
+        if names:
+            raise ValueError(f"{directory}: {len(names)} tensor(s) {kind}, first {min(names)}")
+
+
+def check_shapes(stored: dict[str, Path], wanted: dict[str, Tensor]) -> None:
+    """Raises ValueError for a tensor of another shape, or of a type that is not floating."""
+    for path in sorted(set(stored.values())):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                header = file.get_slice(name)
+                shape = header.get_shape()
+                dtype = header.get_dtype()
+                expected = list(wanted[name].shape)
+                if list(shape) != expected:
+                    raise ValueError(
+                        f"{path}: {name} has shape {list(shape)}, the model wants {expected}"
+                    )
+                if dtype not in FLOATING:
+                    raise ValueError(f"{path}: {name} has type {dtype}, a floating type is wanted")
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity. In one pass, without a copy: extremes pass NaN on."""
+    if value.numel() == 0:
+        return True
+    low, high = value.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def small_reads(stored: dict[str, Path], sizes: dict[str, int]) -> Iterator[tuple[Path, list[str]]]:
+    """(file, names) in turn: names of one file, together no larger than the largest tensor.
+
+    What was read of a mapped file counts as memory in use until the file is closed, so a file is
+    opened again for each of them.
+    """
+    largest = max(sizes.values())
+    names: list[str] = []
+    size = 0
+    for name in sorted(sizes, key=lambda name: (stored[name], name)):
+        same_file = bool(names) and stored[name] == stored[names[0]]
+        if names and (not same_file or size + sizes[name] > largest):
+            yield stored[names[0]], names
+            names = []
+            size = 0
+        names.append(name)
+        size += sizes[name]
+    yield stored[names[0]], names
+
+
+# --------------------------------------------------------------------------------- what is there
+
+
+def locate(directory) -> dict[str, Path]:
+    """Tensor name -> the file that holds it.
+
+    Raises ValueError for missing, foreign or inconsistent files.
+    """
+    directory = Path(directory)
+    if not model_file(directory, "config.json").is_file():
+        raise ValueError(
+            f"{directory}: no config.json here; give the directory of a saved or released model"
+        )
+
+    listed = None
+    files = [SINGLE]
+    if model_file(directory, INDEX).is_file():
+        listed = read_index(directory)
+        files = sorted(set(listed.values()))
+
+    # Each file's own header is what counts.
+    file_of: dict[str, Path] = {}
+    for file in files:
+        path = model_file(directory, file)
+        for name in names_in(path):
+            if name in file_of:
+                raise ValueError(f"{path}: tensor {name} is already in {file_of[name].name}")
+            file_of[name] = path
+
+    # The index must say the same.
+    if listed is not None:
+        seen = {name: path.name for name, path in file_of.items()}
+        differing = set(listed.items()) ^ set(seen.items())
+        if differing:
+            name, file = min(differing)
+            raise ValueError(f"{directory / INDEX}: index and files disagree about {name} ({file})")
+    return file_of
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """The index of several shards: tensor name -> file name. Raises ValueError."""
+    listed = read_config(directory, INDEX).get("weight_map")
+    maps_names = isinstance(listed, dict) and listed
+    if not maps_names or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(
+            f"{directory / INDEX}: not a safetensors index (weight_map must map names to file names)"
+        )
+    for file in listed.values():
+        if Path(file).name != file:
+            raise ValueError(f"{directory / INDEX}: names a file outside its directory")
+        if not file.isprintable() or len(file) > 255:
+            raise ValueError(f"{directory / INDEX}: {file!r:.80} is no file name")
+    return listed
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file. Raises ValueError where it is not one."""
+    if not path.is_file():
+        pickles = [p.name for end in PICKLES for p in path.parent.glob(f"*.{end}")]
+        hint = ""
+        if pickles:
+            hint = (
+                f"; {min(pickles)} is a pickle, which is never opened, as that would run the code "
+                "in it: convert it to safetensors"
+            )
+        raise ValueError(f"{path}: missing{hint}")
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+    # The library takes the last of two entries with one name: the header must have no such thing.
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(length), path)
+    return names
+
+
+def same_tensor(stored: dict[str, Path], a: str, b: str) -> bool:
+    """Whether two stored tensors are equal."""
+    with safe_open(stored[a], "pt") as file_a, safe_open(stored[b], "pt") as file_b:
+        return torch.equal(file_a.get_tensor(a), file_b.get_tensor(b))
 
 
 def _is_tied(model: nn.Module) -> bool:

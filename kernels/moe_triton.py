@@ -1,31 +1,39 @@
 """The experts of `moe.py` on a GPU: eight small Triton kernels, forward and full backward.
 
-What it teaches: a MoE layer is memory traffic around five matrix products. Three ideas remove most of that traffic:
-rows are gathered *inside* the products (no sorted copy of x or of the gradient), SwiGLU and its backward run in a product's
-epilogue, while the numbers are still in registers, and the gradient of a routing weight is <dO W2, a> instead of <dO, y>, so
-that the largest tensor, y (S*K, C), is never kept. What is kept for the backward pass: x, z and indices.
+What it teaches: a MoE layer is memory traffic around five matrix products. Three ideas remove most of
+that traffic: rows are gathered *inside* the products (no sorted copy of x or of the gradient), SwiGLU
+and its backward run in a product's epilogue, while the numbers are still in registers, and the gradient
+of a routing weight is <dO W2, a> instead of <dO, y>, so that the largest tensor, y (S*K, C), is never
+kept. What is kept for the backward pass: x, z and indices.
 
-    routing    count_slots, place_slots, tile_table     sorted order of the S*K slots and a table of tiles; no host sync
-    forward    up_swiglu      z = gather(x) W13^T, a = silu(gate) up      grouped_matmul   y = a W2^T
-               gather_sum     out[t] = sum_k s[t,k] y[inverse[t,k]]
-    backward   down_grad      da = gather(dO) W2; epilogue: ds = <da, a>, dz, a s
-               weight_grad    dW2 = gather(dO)^T (a s)                    grouped_matmul   dx_slots = dz W13
-               weight_grad    dW13 = dz^T gather(x)                       gather_sum       dx[t] = sum_k dx_slots[...]
+    routing    count_slots, place_slots, tile_table: the S*K slots in order and a table of tiles, without
+               a host sync
+    forward    up_swiglu        z = gather(x) W13^T, a = silu(gate) up
+               grouped_matmul   y = a W2^T
+               gather_sum       out[t] = sum_k s[t,k] y[inverse[t,k]]
+    backward   down_grad        da = gather(dO) W2; epilogue: ds = <da, a>, dz, a s
+               weight_grad      dW2 = gather(dO)^T (a s)
+               grouped_matmul   dx_slots = dz W13
+               weight_grad      dW13 = dz^T gather(x)
+               gather_sum       dx[t] = sum_k dx_slots[...]
 
-Legend: S tokens, K experts per token, E experts, C model width, I expert width; a *slot* is t * K + k, a *row* its place
-after sorting by expert. gate_up W13 (E, 2I, C), down W2 (E, C, I), z (S*K, 2I), gate first.
-No atomics and a fixed order of every sum: two runs are bit-identical. Products accumulate in fp32 (fp32 inputs: IEEE, no TF32).
+Legend: S tokens, K experts per token, E experts, C model width, I expert width; a *slot* is t * K + k, a
+*row* its place after sorting by expert. gate_up W13 (E, 2I, C), down W2 (E, C, I), z (S*K, 2I), gate
+first. No atomics and a fixed order of every sum: two runs are bit-identical. Products accumulate in fp32
+(fp32 inputs: IEEE, no TF32).
 
-Any S, K, E (an expert may have no token, or all of them), more than 2^31 elements; rows of C and of I must be multiples of
-16 bytes, which tensor descriptors (TMA on Hopper and later, plain loads before) ask for. Gathered rows go through pointers:
-Hopper has no TMA gather. No autotuning: `BLOCKS` is a table, so that the first step is not minutes of compiling.
+Any S, K, E (an expert may have no token, or all of them), more than 2^31 elements; rows of C and of I
+must be multiples of 16 bytes, which tensor descriptors (TMA on Hopper and later, plain loads before) ask
+for. Gathered rows go through pointers: Hopper has no TMA gather. No autotuning: `BLOCKS` is a table, so
+that the first step is not minutes of compiling.
 
-    python -m kernels.bench             speed, where there is a CUDA GPU
-    python -m kernels.bench --compile   everything compiled for sm_90, registers and shared memory shown; needs no GPU
-    TRITON_INTERPRET=1                  the same kernels on a CPU: how tests/test_kernels.py runs them
+    python -m kernels.bench                speed, where there is a CUDA GPU
+    python -m kernels.bench --compile 90   everything compiled for sm_90, registers and shared memory
+                                           shown; needs no GPU
+    TRITON_INTERPRET=1                     the same kernels on a CPU: how tests/test_kernels.py runs them
 
-Sources: the set of saved tensors and the ds identity are those of SonicMoE (arXiv 2512.14080); the code is ours.
-Written for Triton 3.6 to 3.9. Traps: the interpreter multiplies bf16 as integers, hence `dot`.
+Sources: the set of saved tensors and the ds identity are those of SonicMoE (arXiv 2512.14080); the code
+is ours. Written for Triton 3.6 to 3.9. Traps: the interpreter multiplies bf16 as integers, hence `dot`.
 """
 
 import os
@@ -40,28 +48,38 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SORT = 128  # slots per program while sorting
 
-# (rows, columns, depth) of a product's tile, warps, pipeline stages. `up` has two accumulators: its columns count twice.
-# Chosen for sm_90: stages within 227 KB, nothing spilled (`bench.py --compile` shows both). Not yet tuned on a GPU.
-WIDE, SHORT = (128, 256, 64, 8, 4), (64, 256, 64, 4, 4)
+# Of a product's tile: rows, columns, depth, warps, pipeline stages. `up` has two accumulators, so its
+# columns count twice. Chosen for sm_90: stages within 227 KB, nothing spilled (`--compile` shows both).
+# Not yet tuned on a GPU.
+WIDE = (128, 256, 64, 8, 4)
+SHORT = (64, 256, 64, 4, 4)
+FEW = (16, 128, 64, 4, 4)
 DEEP = (128, 256, 64, 8, 7)  # rows come through `order`: half of the stages go to the indices
+EXACT = (64, 64, 32, 8, 2)
+TINY = (16, 32, 32, 1, 1)
 BLOCKS = {
     "half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
-    # fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones
+    # Fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones.
     "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
-    "few": dict.fromkeys(("up", "grouped", "grad"), (16, 128, 64, 4, 4))
-    | {"weight": DEEP},  # decoding: weights once
-    "full": dict.fromkeys(
-        ("up", "grouped", "grad", "weight"), (64, 64, 32, 8, 2)
-    ),  # fp32: correct, not fast
-    "interpret": dict.fromkeys(("up", "grouped", "grad", "weight"), (16, 32, 32, 1, 1)),
+    # Decoding: read the weights once.
+    "few": {"up": FEW, "grouped": FEW, "grad": FEW, "weight": DEEP},
+    # fp32: correct, not fast.
+    "full": {"up": EXACT, "grouped": EXACT, "grad": EXACT, "weight": EXACT},
+    "interpret": {"up": TINY, "grouped": TINY, "grad": TINY, "weight": TINY},
 }
 
 
 def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
+    """The tiles of each product for inputs of this type and expected size."""
     if INTERPRET:
         return BLOCKS["interpret"]
-    half = "few" if rows_per_expert < 16 else "short" if rows_per_expert < 512 else "half"
-    return BLOCKS["full" if dtype == torch.float32 else half]
+    if dtype == torch.float32:
+        return BLOCKS["full"]
+    if rows_per_expert < 16:
+        return BLOCKS["few"]
+    if rows_per_expert < 512:
+        return BLOCKS["short"]
+    return BLOCKS["half"]
 
 
 @triton.jit
@@ -71,9 +89,9 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-# ---------------------------------------------------------------------------------------------------------- routing
-# A stable counting sort in two passes. `counts` is (experts, blocks), so that one running sum over all of it says where the
-# slots of each expert from each block begin.
+# ------------------------------------------------------------------------------------------ routing
+# A stable counting sort in two passes. `counts` is (experts, blocks), so that one running sum over all
+# of it says where the slots of each expert from each block begin.
 
 
 @triton.jit
@@ -119,8 +137,12 @@ def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.co
 
 @dataclass
 class Plan:
-    """Where every slot goes. order (S*K,): row -> slot; inverse: slot -> row; expert e owns rows offs[e]:offs[e+1]; tile i
-    of the products is `tile_expert[i]` (-1: none) from row `tile_row[i]`. All int32, all made on the device."""
+    """Where every slot goes. All int32, all made on the device.
+
+    order: (S*K,) row -> slot. inverse: (S*K,) slot -> row. offs: (E + 1,), expert e owns the rows
+    offs[e] : offs[e + 1]. Tile i of the products is of expert tile_expert[i] (-1: none) and begins at
+    row tile_row[i].
+    """
 
     order: Tensor
     inverse: Tensor
@@ -131,29 +153,38 @@ class Plan:
     @staticmethod
     def of(indices: Tensor, E: int, rows: int) -> "Plan":
         """From the router's choice (S, K); `rows` of a tile."""
-        slots, empty = (
-            indices.numel(),
-            lambda *n: torch.empty(n, dtype=torch.int32, device=indices.device),
-        )
-        indices, n_blocks, wide = (
-            indices.contiguous(),
-            triton.cdiv(slots, SORT),
-            triton.next_power_of_2(E + 1),
-        )
-        counts, order, inverse = empty(E + 1, n_blocks), empty(slots), empty(slots)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=indices.device)
+
+        # How many slots of each block go to each expert, and so where each of them begins.
+        slots = indices.numel()
+        indices = indices.contiguous()
+        n_blocks = triton.cdiv(slots, SORT)
+        wide = triton.next_power_of_2(E + 1)
+        counts = empty(E + 1, n_blocks)
         count_slots[(n_blocks,)](indices, counts, slots, n_blocks, E, wide, SORT)
-        base = counts.view(-1).cumsum(0, dtype=torch.int32).sub_(counts.view(-1))
+        flat = counts.view(-1)
+        base = flat.cumsum(0, dtype=torch.int32).sub_(flat)
+
+        # Every slot to its row, and back.
+        order = empty(slots)
+        inverse = empty(slots)
         place_slots[(n_blocks,)](indices, base, order, inverse, slots, n_blocks, SORT)
+
+        # Tiles: at most `most`, a bound that needs no look at the counts.
         offs = base.view(E + 1, n_blocks)[:, 0].contiguous()
-        most = triton.cdiv(slots, rows) + E  # a bound that needs no look at the counts
-        tile_expert, tile_row = empty(most), empty(most)
+        most = triton.cdiv(slots, rows) + E
+        tile_expert = empty(most)
+        tile_row = empty(most)
         tile_table[(E + 1,)](offs, tile_expert, tile_row, E, most, rows, wide)
         return Plan(order, inverse, offs, tile_expert, tile_row)
 
 
-# --------------------------------------------------------------------------------------------------------- products
-# A tile's last rows may belong to the next expert: they are computed and not stored. Programs run columns first, so that
-# those at work at one time share an expert's weights and a few blocks of rows, which the L2 cache holds.
+# ----------------------------------------------------------------------------------------- products
+# A tile's last rows may belong to the next expert: they are computed and not stored. Programs run
+# columns first, so that those at work at one time share an expert's weights and a few blocks of rows,
+# which the L2 cache holds.
 
 
 @triton.jit
@@ -252,7 +283,10 @@ def halves(t):
 
 @triton.jit
 def swiglu_grad(da, z, dz, scaled, s, first, n, i, keep, I: tl.constexpr):
-    """The epilogue of `down_grad` for the columns from n: stores dz and a * s, returns <da, a> of every row."""
+    """The epilogue of `down_grad` for the columns from n: stores dz and a * s.
+
+    Returns <da, a> of every row.
+    """
     gate, up = z.load([first, n]).to(tl.float32), z.load([first, I + n]).to(tl.float32)
     cols = n + tl.arange(0, da.shape[1])
     keep, at = keep[:, None] & (cols < I)[None, :], i[:, None] * I + cols[None, :]
@@ -290,7 +324,10 @@ def down_grad(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """da = gather(grad) w2, and all that follows from it and z: dz, a * s (`scaled`), ds as one partial sum per column tile."""
+    """da = gather(grad) w2, and all that follows from it and z.
+
+    dz, a * s (`scaled`), and ds as one partial sum for each column tile.
+    """
     tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
     e = tl.load(tile_expert + tile)
     if e < 0:
@@ -338,9 +375,10 @@ def weight_grad(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """dw[e] (M, N) = sum over the rows of expert e of d[row] (M,) outer x[token of row] (N,). No rows: zeros.
+    """dw[e] (M, N) = sum over the rows of expert e of d[row] (M,) outer x[token of row] (N,).
 
-    Rows of `d` past the expert's end meet zeros of x, so that only x needs a mask."""
+    No rows: zeros. Rows of `d` past the expert's end meet zeros of x, so that only x needs a mask.
+    """
     e, tile = (
         tl.program_id(0) // (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
         tl.program_id(0) % (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
@@ -372,7 +410,10 @@ def gather_sum(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t] = sum over k, in order and in fp32, of (s[t,k]) y[inverse[t,k]]: every token pulls, nobody scatters."""
+    """out[t] = sum over k, in order and in fp32, of (s[t,k]) y[inverse[t,k]].
+
+    Every token pulls, nobody scatters.
+    """
     t, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
@@ -384,7 +425,7 @@ def gather_sum(
     tl.store(out + t * C + cols, total.to(out.dtype.element_ty), mask=cols < C)
 
 
-# ------------------------------------------------------------------------------------------------------- host side
+# ---------------------------------------------------------------------------------------- host side
 
 
 def tiled(t: Tensor, *block: int) -> TensorDescriptor:
@@ -395,7 +436,8 @@ def tiled(t: Tensor, *block: int) -> TensorDescriptor:
 def run_products(kernel, block: tuple, plan: Plan, columns: int, *arguments, **shape) -> None:
     """Launch a kernel over (tiles of the plan) x (column tiles)."""
     BM, BN, BK, warps, stages = block
-    kernel[(plan.tile_row.numel() * triton.cdiv(columns, BN),)](
+    tiles = plan.tile_row.numel() * triton.cdiv(columns, BN)
+    kernel[(tiles,)](
         *arguments,
         plan.offs,
         plan.tile_expert,
@@ -409,10 +451,11 @@ def run_products(kernel, block: tuple, plan: Plan, columns: int, *arguments, **s
     )
 
 
-def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> Tensor:
-    """(rows, D) by (E, N, D) if transposed, else (E, D, N) -> (rows, N)."""
+def grouped_product(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> Tensor:
+    """a (rows, D) times its expert's w, (E, N, D) if transposed, else (E, D, N) -> (rows, N)."""
     BM, BN, BK, *_ = block
     N = w.shape[1 if transposed else 2]
+    w_tile = (BN, BK) if transposed else (BK, BN)
     out = a.new_empty(a.shape[0], N)
     run_products(
         grouped_matmul,
@@ -420,7 +463,7 @@ def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> 
         plan,
         N,
         tiled(a, BM, BK),
-        tiled(w, 1, *((BN, BK) if transposed else (BK, BN))),
+        tiled(w, 1, *w_tile),
         out,
         D=a.shape[1],
         N=N,
@@ -429,18 +472,22 @@ def matmul(block: tuple, plan: Plan, a: Tensor, w: Tensor, transposed: bool) -> 
     return out
 
 
-def outer(
+def weight_gradient(
     block: tuple, plan: Plan, d: Tensor, x: Tensor, K: int, dw: Tensor, transposed: bool
 ) -> Tensor:
     """Fill dw (E, M, N), or (E, N, M) if transposed, from d (rows, M) and gathered x (S, N)."""
-    (BM, BN, BK, warps, stages), M, N = block, d.shape[1], x.shape[1]
-    weight_grad[(dw.shape[0] * triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+    BM, BN, BK, warps, stages = block
+    M = d.shape[1]
+    N = x.shape[1]
+    strides = (1, M) if transposed else (N, 1)
+    tiles = dw.shape[0] * triton.cdiv(M, BM) * triton.cdiv(N, BN)
+    weight_grad[(tiles,)](
         tiled(d, BK, BM),
         x,
         dw,
         plan.order,
         plan.offs,
-        *((1, M) if transposed else (N, 1)),
+        *strides,
         K=K,
         M=M,
         N=N,
@@ -453,17 +500,20 @@ def outer(
     return dw
 
 
-def pull(plan: Plan, y: Tensor, weights: Tensor, weighted: bool) -> Tensor:
-    """(rows, C) -> (S, C)."""
-    (S, K), C = weights.shape, y.shape[1]
-    out, block = y.new_empty(S, C), min(triton.next_power_of_2(C), 2048)
-    gather_sum[(S, triton.cdiv(C, block))](
-        y, plan.inverse, weights, out, K=K, C=C, WEIGHTED=weighted, BLOCK=block
-    )
+def sum_slots(plan: Plan, y: Tensor, weights: Tensor, weighted: bool) -> Tensor:
+    """y (rows, C) -> (S, C): the sum of each token's rows, by its weights (S, K) or plain."""
+    S, K = weights.shape
+    C = y.shape[1]
+    out = y.new_empty(S, C)
+    block = min(triton.next_power_of_2(C), 2048)
+    grid = (S, triton.cdiv(C, block))
+    gather_sum[grid](y, plan.inverse, weights, out, K=K, C=C, WEIGHTED=weighted, BLOCK=block)
     return out
 
 
 class TritonExperts(torch.autograd.Function):
+    """`moe.GroupedExperts` by the kernels above. differentiable: keep z for a backward pass."""
+
     @staticmethod
     def forward(
         ctx,
@@ -474,18 +524,24 @@ class TritonExperts(torch.autograd.Function):
         down: Tensor,
         differentiable: bool,
     ) -> Tensor:
-        (S, C), (E, _, I), K = x.shape, down.shape, indices.shape[1]
+        S, K = indices.shape
+        E, C, I = down.shape
         size = blocks(x.dtype, S * K / E)
-        x, weights = x.contiguous(), weights.contiguous()
+        x = x.contiguous()
+        weights = weights.contiguous()
         plan = Plan.of(indices, E, size["up"][0])
-        z, a = x.new_empty(S * K if differentiable else 0, 2 * I), x.new_empty(S * K, I)
+
+        # z = gather(x) W13^T and a = silu(gate) * up, in one kernel.
+        z = x.new_empty(S * K if differentiable else 0, 2 * I)
+        a = x.new_empty(S * K, I)
+        _, columns, depth, *_ = size["up"]
         run_products(
             up_swiglu,
             size["up"],
             plan,
             I,
             x,
-            tiled(gate_up, 1, *size["up"][1:3]),
+            tiled(gate_up, 1, columns, depth),
             z,
             a,
             plan.order,
@@ -494,27 +550,37 @@ class TritonExperts(torch.autograd.Function):
             I=I,
             KEEP_Z=differentiable,
         )
-        y = matmul(size["grouped"], plan, a, down, transposed=True)
+
+        # y = a W2^T, and every token the sum of its rows.
+        y = grouped_product(size["grouped"], plan, a, down, transposed=True)
         ctx.save_for_backward(x, z, weights, gate_up, down, *vars(plan).values())
-        return pull(plan, y, weights, weighted=True)
+        return sum_slots(plan, y, weights, weighted=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, z, weights, gate_up, down, *plan = ctx.saved_tensors
-        plan, (E, C, I), K = Plan(*plan), down.shape, weights.shape[1]
-        size, grad = blocks(x.dtype, weights.numel() / E), grad.contiguous()
-        dz, scaled = torch.empty_like(z), x.new_empty(z.shape[0], I)
-        ds = weights.new_empty(z.shape[0], triton.cdiv(I, size["grad"][1]), dtype=torch.float32)
-        rows, cols, deep = size["grad"][:3]
+        x, z, weights, gate_up, down, *fields = ctx.saved_tensors
+        needs_x, _, _, needs_gate_up, needs_down, _ = ctx.needs_input_grad
+        plan = Plan(*fields)
+        E, C, I = down.shape
+        K = weights.shape[1]
+        size = blocks(x.dtype, weights.numel() / E)
+        grad = grad.contiguous()
+
+        # da = gather(dO) W2 and all that needs it: dz, a * s, and ds in parts.
+        rows, columns, depth, *_ = size["grad"]
+        slots = z.shape[0]
+        dz = torch.empty_like(z)
+        scaled = x.new_empty(slots, I)
+        ds = weights.new_empty(slots, triton.cdiv(I, columns), dtype=torch.float32)
         run_products(
             down_grad,
             size["grad"],
             plan,
             I,
             grad,
-            tiled(down, 1, deep, cols),
-            tiled(z, rows, cols // 4),
+            tiled(down, 1, depth, columns),
+            tiled(z, rows, columns // 4),
             weights,
             dz,
             scaled,
@@ -524,23 +590,20 @@ class TritonExperts(torch.autograd.Function):
             C=C,
             I=I,
         )
-        wants = ctx.needs_input_grad
-        dx = (
-            pull(plan, matmul(size["grouped"], plan, dz, gate_up, transposed=False), weights, False)
-            if wants[0]
-            else None
-        )
-        dw2 = (
-            outer(size["weight"], plan, scaled, grad, K, torch.empty_like(down), True)
-            if wants[4]
-            else None
-        )
-        dw13 = (
-            outer(size["weight"], plan, dz, x, K, torch.empty_like(gate_up), False)
-            if wants[3]
-            else None
-        )
-        return dx, None, ds.sum(1).view_as(weights).to(weights.dtype), dw13, dw2, None
+        d_weights = ds.sum(1).view_as(weights).to(weights.dtype)
+
+        # To what trains.
+        d_x = d_gate_up = d_down = None
+        if needs_x:
+            dx_slots = grouped_product(size["grouped"], plan, dz, gate_up, transposed=False)
+            d_x = sum_slots(plan, dx_slots, weights, weighted=False)
+        if needs_gate_up:
+            d_gate_up = torch.empty_like(gate_up)
+            weight_gradient(size["weight"], plan, dz, x, K, d_gate_up, transposed=False)
+        if needs_down:
+            d_down = torch.empty_like(down)
+            weight_gradient(size["weight"], plan, scaled, grad, K, d_down, transposed=True)
+        return d_x, None, d_weights, d_gate_up, d_down, None
 
 
 def expert_mixture_triton(
@@ -550,22 +613,24 @@ def expert_mixture_triton(
 
     Raises ValueError for rows that are not a multiple of 16 bytes or for mixed dtypes.
     """
-    if {x.dtype, gate_up.dtype, down.dtype} - {x.dtype} or x.dtype not in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    ):
+    dtypes = {x.dtype, gate_up.dtype, down.dtype}
+    if len(dtypes) > 1 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
-            f"x, gate_up and down must share bf16, fp16 or fp32; got {x.dtype}, {gate_up.dtype}, {down.dtype}"
+            "x, gate_up and down must share bf16, fp16 or fp32; "
+            f"got {x.dtype}, {gate_up.dtype}, {down.dtype}"
         )
-    if any(n * x.element_size() % 16 for n in (x.shape[1], down.shape[2])):
-        raise ValueError(
-            f"widths {x.shape[1]} and {down.shape[2]} in {x.dtype}: rows must be multiples of 16 bytes"
-        )
+    C, I = down.shape[1:]
+    if C * x.element_size() % 16 or I * x.element_size() % 16:
+        raise ValueError(f"widths {C} and {I} in {x.dtype}: rows must be multiples of 16 bytes")
+
+    # No token: zeros, with zero gradients for everything.
     if x.shape[0] == 0:
-        return x * 0 + (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype) * 0
-    inputs = x, weights, gate_up, down
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        nothing = gate_up.sum() + down.sum() + weights.sum()
+        return x * 0 + nothing.to(x.dtype) * 0
+
+    differentiable = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, weights, gate_up, down)
+    )
     return TritonExperts.apply(
         x, indices, weights, gate_up.contiguous(), down.contiguous(), differentiable
     )

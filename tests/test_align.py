@@ -1,11 +1,21 @@
-"""Distances of known clouds, a probe that can and cannot know, log laws, and the command line's two models."""
+"""Distances of known clouds, a probe that can and cannot know, log laws, and the command."""
+
+import json
 
 import pytest
 import torch
 from conftest import EVERY
 
 from claims import alignment
-from claims.alignment import distances, log_law, pca, probe, table7
+from claims.alignment import (
+    AlignmentOptions,
+    distances,
+    log_law,
+    measure_alignment,
+    pca,
+    probe_accuracy,
+    table7,
+)
 from data import world
 
 
@@ -54,9 +64,9 @@ def test_a_probe_reads_what_is_there_and_not_what_is_not():
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (600,), generator=g)
     features = torch.randn(600, 8, generator=g) + 3 * torch.nn.functional.one_hot(labels, 8)
-    assert probe(features[:400], labels[:400], features[400:], labels[400:]) > 0.85
+    assert probe_accuracy(features[:400], labels[:400], features[400:], labels[400:]) > 0.85
     noise = torch.randn(600, 8, generator=g)
-    assert probe(noise[:400], labels[:400], noise[400:], labels[400:]) < 0.4
+    assert probe_accuracy(noise[:400], labels[:400], noise[400:], labels[400:]) < 0.4
 
 
 def test_a_log_law_is_found_and_its_r2_tells_it_from_noise():
@@ -95,3 +105,18 @@ def test_own_units_do_not_see_that_a_cloud_grew(model, encoder):
 def test_the_probe_of_a_model_runs_on_held_out_pictures(model, encoder):
     accuracy, chance = alignment.table6(model, encoder, "counting", n=60)
     assert 0 <= accuracy <= 1 and 0.1 < chance < 0.8
+
+
+def test_a_curve_is_read_from_the_checks_of_a_log(tmp_path, capsys):
+    rows = [{"step": step, "loss": 1.0} for step in (0, 4)]
+    for step, accuracy in ((0, 0.1), (9, 0.3), (99, 0.5)):
+        rows.append({"step": step, "check": {"accuracy": accuracy}})
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measure_alignment(AlignmentOptions(curve=log)) == 0
+    assert "0.100 + 0.200 log10(step), R^2 1.000, 3 checks" in capsys.readouterr().out
+
+
+def test_asking_for_nothing_is_an_error():
+    with pytest.raises(ValueError, match="--model, --curve or --toy"):
+        measure_alignment(AlignmentOptions())

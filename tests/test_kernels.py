@@ -1,6 +1,7 @@
-"""The Triton kernels against the reference, in Triton's interpreter on a CPU, and compiled for a GPU that is not there.
+"""The Triton kernels against the reference: in Triton's interpreter on a CPU, and compiled for a GPU.
 
-Triton must know that it interprets before it is imported, so that every test here runs this file as a program of its own.
+Triton must know that it interprets before it is imported, so that every test here runs this file as a
+program of its own.
 """
 
 import os
@@ -34,14 +35,17 @@ def alone(*names: str, interpret: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_are_the_reference():
     alone("equal", "poison", "saved", "refused", interpret=True)
 
 
+@pytest.mark.slow
 def test_rows_beyond_two_to_the_31_elements():
     alone("far", interpret=True)
 
 
+@pytest.mark.slow
 def test_everything_compiles_for_a_gpu_without_spills_and_without_looking_at_the_device():
     alone("compiled", interpret=False)
 
@@ -49,7 +53,10 @@ def test_everything_compiles_for_a_gpu_without_spills_and_without_looking_at_the
 def inputs(S, E, K, C, I, which="random", dtype=torch.float32) -> list:
     """O(1) inputs; "same": all tokens choose the first K experts."""
     g = torch.Generator().manual_seed(S + E)
-    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
     logits = draw(S, E)
     if which == "same":
         logits[:, :K] += 50
@@ -75,7 +82,7 @@ def exact(given) -> list:
 
 
 def equal() -> None:
-    """Outputs and every gradient: fp32 within 1e-5, half precision within its rounding; twice the same bits."""
+    """Outputs and every gradient: fp32 within 1e-5, half within its rounding; twice the same bits."""
     one, odd, wide, crowd = (
         (1, 4, 2, 16, 16),
         (7, 3, 1, 16, 40),
@@ -133,13 +140,16 @@ def far() -> None:
     """Rows beyond 2^31 elements, in buffers of which only a few pages are ever touched."""
     C, I = 2048, 32
     last = 2**31 // C + 5  # row last * C does not fit 32 bits
-    int32 = lambda *v: torch.tensor(v, dtype=torch.int32)
+
+    def int32(*v):
+        return torch.tensor(v, dtype=torch.int32)
+
     y = torch.empty(last + 2, C, dtype=torch.float16)
     y[last], y[last + 1] = 1.0, 2.0
     plan = kernel.Plan(
         order=None, inverse=int32(last, last + 1), offs=None, tile_expert=None, tile_row=None
     )
-    assert (kernel.pull(plan, y, torch.tensor([[1.0, 10.0]]), weighted=True) == 21).all()
+    assert (kernel.sum_slots(plan, y, torch.tensor([[1.0, 10.0]]), weighted=True) == 21).all()
 
     x = torch.empty(last + 1, C, dtype=torch.float16)
     x[last] = torch.linspace(-1, 1, C).half()
@@ -170,7 +180,7 @@ def far() -> None:
     )
     torch.testing.assert_close(z[0].float(), w13[0].float() @ x[last].float(), rtol=2e-3, atol=2e-2)
 
-    dw = kernel.outer(
+    dw = kernel.weight_gradient(
         kernel.blocks(x.dtype, 1)["weight"],
         plan,
         torch.ones(1, 16).half(),

@@ -1,4 +1,4 @@
-"""The model: the released checkpoint's numbers, packing, positions, any resolution, the tiler, strict loading."""
+"""The model: the released checkpoint's numbers, packing, positions, any resolution, strict loading."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ RELEASED = SHARED / "released"
 released = pytest.mark.skipif(not RELEASED.is_dir(), reason="the released files are not here")
 
 
-# ---------------------------------------------------------------------------------------------- the released checkpoint
+# -------------------------------------------------------------------------- the released checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +133,17 @@ def test_sail_vit_at_448_pixels_has_exactly_the_published_number_of_parameters(s
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_survives_being_written_and_read(preset):
     config = replace(
-        PRESETS[preset], any_resolution=True, image_token_id=7, min_tiles=2, thumbnail=False
+        PRESETS[preset],
+        any_resolution=True,
+        image_token_id=7,
+        min_tiles=2,
+        max_tiles=9,
+        thumbnail=False,
     )
     assert VLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-# -------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @pytest.fixture(scope="session")
@@ -274,7 +279,10 @@ def test_an_empty_document_is_refused():
 
 
 def test_documents_that_continue_one_are_that_document_with_each_of_them():
-    """Keys of the continued document are computed once: outputs and all gradients are those of whole copies, none sees its siblings."""
+    """Keys of the continued document are computed once; none sees its siblings.
+
+    Outputs and all gradients are those of whole copies.
+    """
     g = torch.Generator().manual_seed(0)
     lengths, after = [5, 3, 1, 4, 2, 6], (0, 0, 0, 3, 0, 3)  # 1, 2 and 4 continue 0; 5 continues 3
     segments = Segments.of(lengths, after=after)
@@ -332,7 +340,7 @@ def test_documents_that_continue_one_are_that_document_with_each_of_them():
 
 @pytest.mark.parametrize("lengths, after", [([4, 4], ()), ([5, 3], ()), ([5, 3], (0, 0))])
 def test_attention_runs_in_the_precision_of_autocast(monkeypatch, lengths, after):
-    """QK-norm leaves q and k in fp32 beside v in bf16; on a GPU only half precision reaches flash attention."""
+    """QK-norm leaves q and k in fp32 beside v in bf16; only half precision reaches flash attention."""
     given, plain = [], attention.sdpa
     monkeypatch.setattr(
         attention,
@@ -366,7 +374,7 @@ def test_packed_attention_on_a_gpu_is_that_of_the_cpu(causal, after):
         close(a, b, 0.05)
 
 
-# ---------------------------------------------------------------------------------------- images and their placeholders
+# -------------------------------------------------------------------- images and their placeholders
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5])
@@ -407,7 +415,7 @@ def test_touching_the_vision_modules_does_not_change_a_text_only_batch(model, mi
     )
 
 
-# ------------------------------------------------------------------------------------------------------- any resolution
+# ----------------------------------------------------------------------------------- any resolution
 
 
 def noise(*sizes):
@@ -551,7 +559,7 @@ def test_two_dimensional_rope_changes_features_and_sees_only_offsets(config, mod
     assert len({round(float(score[0, 0, r, c]), 6) for r in range(4) for c in range(4)}) == 16
 
 
-# ----------------------------------------------------------------------------------------------------------------- norm
+# --------------------------------------------------------------------------------------------- norm
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (3, 4, 6), (2, 0, 6)], ids=str)
@@ -591,7 +599,7 @@ def test_rms_norm_in_half_precision_takes_its_statistic_in_single_precision():
     assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), exact)
 
 
-# --------------------------------------------------------------------------------------------------- adapter, log-probs
+# ------------------------------------------------------------------------------- adapter, log-probs
 
 
 def test_pixel_shuffle_merges_neighbours_in_reading_order():
@@ -665,7 +673,7 @@ def test_log_probabilities_are_of_the_labels_at_the_asked_positions(model, mixed
     close(got, (logits / 0.5).log_softmax(-1)[at, labels])
 
 
-# ------------------------------------------------------------------------------------------------------- strict loading
+# ----------------------------------------------------------------------------------- strict loading
 
 
 @pytest.fixture

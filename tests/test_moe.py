@@ -1,4 +1,4 @@
-"""Mixture of experts: the fast path is the definition, routing, the balance loss, upcycling, names on disk."""
+"""Mixture of experts: the fast path is the definition, routing, balance, upcycling, names on disk."""
 
 import json
 import math
@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from conftest import answers
 from safetensors.torch import load_file, save_file
 
-import calibrate
 from data import world
 from data.encode import Encoder
 from infra import weights
-from kernels.bench import grouped, saved_bytes
+from kernels.bench import autograd_grouped, saved_bytes
 from moe import (
     MoE,
     Routing,
@@ -47,7 +46,10 @@ SIZES = [
 
 
 def ingredients(S, E, K, C, I, which="random", dtype=torch.float32):
-    """Tokens, a decision, experts. Chosen are: random experts, the same for all tokens, or only the first half."""
+    """Tokens, a decision, experts.
+
+    Chosen are: random experts, the same for all tokens, or only the first half.
+    """
     generator = torch.Generator().manual_seed(S)
     x, gate_up, down = (
         torch.randn(*shape, generator=generator, dtype=dtype)
@@ -83,7 +85,7 @@ def batch_of(documents, tokenizer):
     return collate([documents[:3], documents[3:5]], None, tokenizer.pad)
 
 
-# -------------------------------------------------------------------------------------------------------------- mixture
+# ------------------------------------------------------------------------------------------ mixture
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -160,7 +162,10 @@ def test_decoding_reads_only_the_experts_that_were_hit():
 @pytest.mark.parametrize("seed", range(6))
 def test_random_shapes_and_skews_agree_in_double_precision_and_twice_bit_for_bit(seed):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=g))
+
     E, C, I = draw(2, 20), 4 * draw(2, 12), 4 * draw(2, 12)
     inputs = ingredients(draw(1, 200), E, draw(1, E + 1), C, I, ["random", "same"][seed % 2])
     wide = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
@@ -178,7 +183,10 @@ def test_half_precision_is_as_near_the_truth_as_autograd_through_grouped_product
         expert_mixture,
         [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in half],
     )
-    peer, fast = with_gradients(grouped, half), with_gradients(expert_mixture_grouped, half)
+    peer, fast = (
+        with_gradients(autograd_grouped, half),
+        with_gradients(expert_mixture_grouped, half),
+    )
     for a, b, c in zip(fast, peer, exact, strict=True):
         assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-4 * c.norm() < 0.02 * c.norm()
 
@@ -192,6 +200,61 @@ def test_the_fast_path_keeps_x_and_z_and_indices_and_nothing_else():
     )  # z; order and inverse; offsets (x is an input, held anyway)
 
 
+def scattered(t: torch.Tensor) -> torch.Tensor:
+    """The same values, no two of them next to each other in memory."""
+    wide = torch.empty(*t.shape, 2, dtype=t.dtype)
+    wide[..., 0] = t.detach()
+    return wide[..., 0].requires_grad_(t.is_floating_point())
+
+
+@pytest.mark.parametrize("mixture", [expert_mixture, expert_mixture_grouped])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)], ids=str)
+def test_inputs_may_lie_anywhere_in_memory(mixture, which):
+    """x, indices, weights, gate_up, down, one by one and all together."""
+    inputs = ingredients(33, 8, 2, 32, 16)
+    elsewhere = [scattered(t) if i in which else t for i, t in enumerate(inputs)]
+    assert not any(elsewhere[i].is_contiguous() for i in which)
+    near, far = with_gradients(mixture, inputs), with_gradients(mixture, elsewhere)
+    for a, b in zip(far, near, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# What needs a gradient, and the products of a backward pass: W2 once for what lies before it and
+# once for itself, W13 likewise.
+FROZEN = {
+    "x": (0, 2),
+    "weights": (2, 1),
+    "gate_up": (3, 2),
+    "down": (4, 1),
+    "x gate_up": ((0, 3), 3),
+    "weights down": ((2, 4), 2),
+    "x weights gate_up down": ((0, 2, 3, 4), 4),
+}
+
+
+@pytest.mark.parametrize("trains", FROZEN)
+def test_the_grouped_mixture_computes_no_gradient_for_what_is_frozen(trains, monkeypatch):
+    wanted, products = FROZEN[trains]
+    wanted = (wanted,) if isinstance(wanted, int) else wanted
+    inputs = ingredients(33, 8, 2, 32, 16)
+    whole = dict(zip((0, 2, 3, 4), with_gradients(expert_mixture_grouped, inputs)[1:]))
+    frozen = [t.detach() for t in inputs]
+    for i in wanted:
+        frozen[i].requires_grad_()
+
+    y = expert_mixture_grouped(*frozen)
+    direction = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    ).to(y.dtype)
+    calls = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    gradients = torch.autograd.grad((y * direction).sum(), [frozen[i] for i in wanted])
+    assert len(calls) == products
+    for i, gradient in zip(wanted, gradients, strict=True):
+        assert torch.equal(gradient, whole[i])
+
+
 @pytest.mark.parametrize("S, C, I", [(0, 16, 16), (5, 18, 6), (5, 16, 16)])
 def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     inputs = ingredients(S, 4, 2, C, I)
@@ -200,7 +263,7 @@ def test_no_token_and_odd_widths_go_through_all_the_same(S, C, I):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- routing
+# ------------------------------------------------------------------------------------------ routing
 
 
 def test_one_expert_per_token_with_renormalised_weights_is_refused():
@@ -239,7 +302,7 @@ def test_a_bias_moves_the_choice_and_never_the_weights():
     torch.testing.assert_close(r.weights, logits.softmax(-1).gather(1, r.indices))
 
 
-# --------------------------------------------------------------------------------------------------------- balance loss
+# ------------------------------------------------------------------------------------- balance loss
 
 
 def perfect(E=8, K=2, rounds=3):
@@ -300,7 +363,7 @@ def test_descending_the_balance_loss_takes_probability_from_the_crowded_expert()
     assert [g > 0 for g in logits.grad.sum(0).tolist()] == [False, False, True, False]
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 @torch.no_grad()
@@ -363,7 +426,7 @@ def test_a_packed_document_is_routed_as_it_is_alone(moe_model, documents, tokeni
     torch.testing.assert_close(together[:n], alone[0], rtol=0, atol=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------- on disk
+# ------------------------------------------------------------------------------------------ on disk
 
 
 def test_a_moe_checkpoint_has_one_name_per_expert_on_disk_and_comes_back_bit_equal(
@@ -410,11 +473,14 @@ def test_the_30b_a3b_preset_has_the_published_size_and_the_published_expert_shap
     assert stored[last + "gate.weight"].shape == (128, 2048)
 
 
-# --------------------------------------------------------------------------------- balance over ranks, statistics, biases
+# ----------------------------------------------------------- balance over ranks, statistics, biases
 
 
 def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
-    """One process: its share of four packed rows through `train.answers`; rank 0 saves loss, balance and router gradients."""
+    """One process: its share of four packed rows through `objective.supervised`.
+
+    Rank 0 saves loss, balance and router gradients.
+    """
     if size > 1:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -447,6 +513,7 @@ def part_of_a_batch(rank: int, size: int, rendezvous: str, out: str) -> None:
     parallel.stop()
 
 
+@pytest.mark.slow
 def test_ranks_balance_the_global_batch(tmp_path):
     outs = []
     for size in (1, 2, 4):
@@ -495,7 +562,7 @@ def test_the_z_loss_is_the_mean_square_of_the_log_partition():
     )
 
 
-def test_nudging_the_bias_spreads_a_crowd():
+def test_the_expert_bias_spreads_a_crowd():
     config = replace(PRESETS["toy-moe"].text, hidden_size=16, moe_intermediate_size=16)
     layer = MoE(config)
     torch.nn.init.normal_(layer.gate.weight, std=0.25, generator=torch.Generator().manual_seed(0))
@@ -506,47 +573,3 @@ def test_nudging_the_bias_spreads_a_crowd():
         spread.append(float(entropy(tokens_per_expert(routing))))
         update_expert_bias([layer], tokens_per_expert(routing), 0.01)
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)
-
-
-# ---------------------------------------------------------------------------------------------------------- calibration
-
-
-@pytest.fixture
-def probes(documents, tokenizer):
-    """Text-only batches, batches with pictures."""
-    found = [[d for d in documents if bool(len(d.images)) == visual] for visual in (False, True)]
-    assert all(found)
-    return [[collate([some], None, tokenizer.pad)] for some in found]
-
-
-@pytest.mark.parametrize("design", [calibrate.by_bias, calibrate.by_router])
-def test_calibration_spreads_the_experts_within_its_bound(moe_model, probes, design):
-    before = calibrate.measure(moe_model, *probes)
-    share = calibrate.calibrate(moe_model, *probes, design, bound=0.01)
-    after = calibrate.measure(moe_model, *probes)
-    assert (
-        after.text_loss <= 1.01 * before.text_loss
-        and abs(after.entropy(0) / before.entropy(0) - 1) <= 0.01
-    )
-    if design is calibrate.by_router:
-        assert share > 0 and before.entropy(1) < 1.1 and after.entropy(1) > 1.1 * before.entropy(1)
-
-
-def test_an_impossible_bound_leaves_the_model_as_it_was(moe_model, probes):
-    gates = [block.mlp.gate.weight.clone() for block in moe_model.language_model.model.layers]
-    assert calibrate.calibrate(moe_model, *probes, bound=-1.0) == 0
-    assert all(
-        torch.equal(g, block.mlp.gate.weight)
-        for g, block in zip(gates, moe_model.language_model.model.layers)
-    )
-
-
-def test_calibration_names_what_it_lacks(model, moe_model, probes):
-    text, pictures = probes
-    for arguments, reason in (
-        ((model, text, pictures), "dense"),
-        ((moe_model, text, text), "no visual"),
-        ((moe_model, pictures, pictures), "no text-only"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            calibrate.calibrate(*arguments)

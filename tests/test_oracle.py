@@ -1,5 +1,7 @@
-"""Against transformers: random tiny Qwen3, Qwen3-MoE and AIMv2, written by it, read by us, run and differentiated by both; and
-back: what we write, it loads."""
+"""Against transformers: random tiny Qwen3, Qwen3-MoE and AIMv2.
+
+Written by it, read by us, run and differentiated by both; and back: what we write, it loads.
+"""
 
 import random
 
@@ -42,7 +44,10 @@ def uneven(model):
 
 
 def qwen3(seed: int):
-    """A random tiny configuration: odd head counts, every way of sharing keys, tied and not, dense and (odd seeds) MoE."""
+    """A random tiny configuration: odd head counts, every way of sharing keys, tied and not.
+
+    Dense, and MoE for odd seeds.
+    """
     rng = random.Random(seed)
     groups = rng.choice([1, 2, 3, 5])
     sizes = dict(

@@ -158,6 +158,7 @@ MODULES = [
     "claims.algorithms",
     "claims.posttraining",
     "claims.alignment",
+    "claims.calibration",
     "kernels.bench",
 ]
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import re
 import struct
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+import llm
+import vit
 import vlm
 from generate import load_model
 from infra import weights
@@ -57,7 +60,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(p, b[n]) for n, p in a.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_the_command_joins_parts_with_the_tokenizer_and_the_result_loads(
     vision, text, tokenizer, tmp_path, capsys
 ):
     tokenizer.save(text)
-    assert vlm.main(vlm.Join(vision, text, tmp_path / "out")) == 0
+    assert vlm.join_parts(vlm.JoinOptions(vision, text, tmp_path / "out")) is None
     model, words = load_model(tmp_path / "out")
     assert words.ranks == tokenizer.ranks and model.image_token_id == tokenizer.image
     assert equal(model.language_model, LLM.from_pretrained(text, torch.bfloat16).float())
@@ -156,7 +159,7 @@ def test_tiles_are_cut_as_the_released_processor_says(vision, text, tmp_path):
     assert config.max_tiles == 10 and config.msac
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
 import sys, torch
@@ -172,12 +175,16 @@ print(peak() - before, sum(sizes), max(sizes))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").is_file(),
     reason="the kernel's own count of peak memory is Linux's",
 )
 def test_loading_needs_the_model_and_its_largest_tensor(text, tmp_path):
-    """The file holds fp32 and the model bf16: a tensor as it is read counts twice its size. Measured by the kernel."""
+    """The file holds fp32 and the model bf16: a tensor as it is read counts twice its size.
+
+    Measured by the kernel.
+    """
     config = replace(
         TEXT, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=4
     )
@@ -223,7 +230,7 @@ def test_a_smaller_checkpoint_leaves_nothing_of_a_larger_one(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-# ------------------------------------------------------------------------------------------------------ broken or hostile
+# -------------------------------------------------------------------------------- broken or hostile
 
 
 @pytest.mark.parametrize("key", list(LLMConfig.__dataclass_fields__)[:10])
@@ -388,6 +395,10 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(text, content):
         lambda i: i["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
         lambda i: i["weight_map"].update({"ghost.weight": min(i["weight_map"].values())}),
         lambda i: i["weight_map"].pop("model.norm.weight"),
+        lambda i: i["weight_map"].update({"model.norm.weight": "a\0b"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": "\ud800"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": 300 * "a"}),
+        lambda i: i["weight_map"].update({"model.norm.weight": ""}),
         lambda i: i.update(weight_map={}),
     ],
 )
@@ -434,19 +445,174 @@ def test_a_faulty_shard_is_an_error_and_the_model_stays_empty(text, fault, messa
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "target", ["blob", "/etc/passwd", "/dev/zero", "model.safetensors", "gone"]
-)
-def test_a_link_is_followed_to_a_safetensors_file_and_to_nothing_else(text, target):
-    """The hub's own cache is made of links, so a link is no fault; a device, a loop or a file of another kind is."""
-    file, model = text / "model.safetensors", LLM.from_pretrained(text)
+def test_a_link_inside_the_directory_is_followed(text):
+    file = text / "model.safetensors"
+    model = LLM.from_pretrained(text)
     file.rename(text / "blob")
-    file.symlink_to(target if target.startswith("/") else text / target)
-    if target == "blob":
-        assert equal(LLM.from_pretrained(text), model)
-        return
-    with pytest.raises(ValueError, match="model.safetensors: (missing|truncated)"):
+    file.symlink_to(text / "blob")
+    assert equal(LLM.from_pretrained(text), model)
+    (text.parent / "elsewhere").symlink_to(text)  # the directory itself is what the user named
+    assert equal(LLM.from_pretrained(text.parent / "elsewhere"), model)
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "../secret.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", weights.INDEX])
+def test_a_link_out_of_the_directory_is_an_error_that_names_target_and_way_out(text, target, name):
+    (text.parent / "secret.safetensors").write_bytes((text / "model.safetensors").read_bytes())
+    (text / name).unlink(missing_ok=True)
+    (text / name).symlink_to(target)
+    wanted = f"{name}: a link out of .*{Path(target).name}.*NANOSAIL_FOLLOW_LINKS=1"
+    with pytest.raises(ValueError, match=wanted):
         LLM.from_pretrained(text)
+
+
+def test_a_link_out_of_the_directory_is_followed_where_the_user_says_so(text, monkeypatch):
+    model = LLM.from_pretrained(text)
+    file = text / "model.safetensors"
+    file.rename(text.parent / "shared.safetensors")
+    file.symlink_to(text.parent / "shared.safetensors")
+    monkeypatch.setenv("NANOSAIL_FOLLOW_LINKS", "1")
+    assert equal(LLM.from_pretrained(text), model)
+
+
+@pytest.mark.parametrize("target", ["gone", "model.safetensors"])
+def test_a_link_to_nothing_or_to_itself_is_a_missing_file(text, target):
+    (text / "model.safetensors").unlink()
+    (text / "model.safetensors").symlink_to(target)
+    with pytest.raises(ValueError, match="model.safetensors: missing"):
+        LLM.from_pretrained(text)
+
+
+def hub_cache(text: Path, root: Path) -> Path:
+    """The files of a model as the Hugging Face hub keeps them: links into the repository's blobs."""
+    snapshot = root / "models--some--model" / "snapshots" / "0123abc"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(text.iterdir())):
+        (blobs / f"{number:064x}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+    return snapshot
+
+
+def test_the_cache_of_the_hub_is_read_and_only_its_own_blobs(text, tmp_path):
+    snapshot = hub_cache(text, tmp_path / "hub")
+    assert equal(LLM.from_pretrained(snapshot), LLM.from_pretrained(text))
+
+    other = hub_cache(text, tmp_path / "other")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other / "model.safetensors")
+    with pytest.raises(ValueError, match="a link out of the model's directory"):
+        LLM.from_pretrained(snapshot)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["first", "last", "everywhere"])
+def test_a_weight_that_is_no_finite_number_is_an_error_that_names_its_tensor(text, value, where):
+    stored = load_file(text / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    part = {"first": slice(0, 1), "last": slice(-1, None), "everywhere": slice(None)}[where]
+    stored[name].view(-1)[part] = value
+    save_file(stored, text / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds values that are not finite"):
+        LLM.from_pretrained(text)
+
+
+def test_a_weight_that_becomes_infinite_in_the_asked_type_is_an_error(text):
+    stored = load_file(text / "model.safetensors")
+    stored["model.norm.weight"][0] = 1e6
+    save_file(stored, text / "model.safetensors")
+    LLM.from_pretrained(text, torch.bfloat16)
+    with pytest.raises(ValueError, match="model.norm.weight .* torch.float16"):
+        LLM.from_pretrained(text, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_hidden_layers": 1024, "num_experts": 4096},
+        {"hidden_size": 2**20, "num_attention_heads": 2**20, "head_dim": 2**20},
+        {"hidden_size": 2**20, "moe_intermediate_size": 2**20, "num_experts": 64},
+    ],
+)
+def test_sizes_that_are_absurd_together_are_refused_before_anything_is_built(
+    sizes, tmp_path, monkeypatch
+):
+    LLM(MOE).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: c.update(sizes))
+    monkeypatch.setattr(llm, "LLM", None)  # building would fail
+    with pytest.raises(ValueError, match="config.json: .* are believed"):
+        LLM.from_pretrained(tmp_path)
+
+
+def test_a_position_table_of_absurd_size_is_refused_before_anything_is_built(vision, monkeypatch):
+    rewrite(vision, lambda c: c.update(image_size=2**20, patch_size=1))
+    monkeypatch.setattr(vit, "ViT", None)
+    with pytest.raises(ValueError, match="config.json: .* are believed"):
+        ViT.from_pretrained(vision)
+
+
+def test_the_largest_published_shapes_are_believed():
+    kimi = {"num_hidden_layers": 61, "num_experts": 384, "hidden_size": 7168, "head_dim": 128}
+    values = MOE.to_dict() | kimi | {"moe_intermediate_size": 2048, "vocab_size": 163840}
+    assert LLMConfig.from_dict(values).num_experts == 384
+
+
+def test_a_config_of_absurd_size_is_refused_before_it_is_read(text):
+    with open(text / "config.json", "ab") as file:
+        file.truncate(2**28 + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(ValueError, match="config.json: 268,435,457 bytes"):
+        LLM.from_pretrained(text)
+
+
+JUNK = [None, True, 0, -1, 1, 3, 1.5, 2**20, 10**30, float("nan"), "", "2", "\ud800", [], [[]], {}]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_config_of_wrong_types_is_one_line_that_names_file_and_key_or_a_model(seed):
+    """Whatever stands in it: read, built (on no memory), or a ValueError."""
+    rng = random.Random(seed)
+    whole = PRESETS["toy-moe"].to_dict()
+    for _ in range(300):
+        values = json.loads(json.dumps(whole))
+        part = rng.choice(
+            [values, values["llm_config"], values["vision_config"], values["nanosail"]]
+        )
+        for key in rng.sample(list(part), rng.choice([1, 1, 2])):
+            part[key] = rng.choice(JUNK)
+        processor = rng.choice([None, {"max_dynamic_patch": rng.choice(JUNK)}])
+        try:
+            config = VLMConfig.from_dict(values, processor, "some/config.json")
+        except ValueError as error:
+            assert str(error).startswith("some/config.json: ") and "\n" not in str(error)
+        else:
+            with torch.device("meta"):
+                SailVL(config)
+
+
+def test_a_router_that_could_not_learn_is_an_error_before_anything_is_built(tmp_path):
+    LLM(MOE).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: c.update(num_experts_per_tok=1))
+    with pytest.raises(ValueError, match="config.json: num_experts_per_tok 1 with norm_topk_prob"):
+        LLM.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_an_error_with_both_sizes(
+    vision, text, tokenizer, tmp_path
+):
+    size = TEXT.vocab_size
+    config = VLMConfig(VISION, TEXT)
+    vlm.check_vocabulary(config, size, "some/model")  # vocabularies are rounded up
+    vlm.check_vocabulary(config, 10, "some/model")
+    with pytest.raises(ValueError, match=f"some/model: .* {size + 1} tokens, .* {size}"):
+        vlm.check_vocabulary(config, size + 1, "some/model")
+
+    small = tmp_path / "small"
+    LLM(replace(TEXT, vocab_size=len(tokenizer) - 1)).save_pretrained(small)
+    tokenizer.save(small)
+    with pytest.raises(ValueError, match="do not belong together"):
+        vlm.join_parts(vlm.JoinOptions(vision, small, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -484,7 +650,7 @@ def test_a_tensor_of_another_kind_is_an_error_that_names_it(text, kind):
 def test_nothing_is_read_and_no_memory_taken_before_every_name_and_shape_was_checked(
     text, monkeypatch
 ):
-    """The last tensor in order is wrong: the model given to `load` must still be empty and the others unread."""
+    """The last tensor in order is wrong: the model must still be empty and the others unread."""
     stored = load_file(text / "model.safetensors")
     last = sorted(stored)[-1]
     save_file(stored | {last: stored[last][..., :-1].contiguous()}, text / "model.safetensors")
