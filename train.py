@@ -27,6 +27,7 @@ import moe
 from adalrs import AdaLRS
 from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
+from infra.stopping import StopRequested
 from llm import LLM, Block
 from optim import Muon
 from packing import Batch
@@ -314,9 +315,13 @@ def train(
     if home and world.main:
         print(frozen(model, optimizers))
     step, bad, started = saved.get("step", 0), 0, time.time()
-    journal = Journal(stage, directory, world.main, step, saved.get("made", 0))
+    journal = Journal(stage, directory, world.main, step, saved.get("executed", 0))
     while step < stage.steps:
-        micro = next(data, None)
+        try:
+            micro = next(data, None)
+        except StopRequested:
+            journal.sync()
+            keeper.leave()
         if micro is None:
             raise ValueError(f"stage {stage.name}: the data ended at step {step} of {stage.steps}")
         rate = stage.rate(step) * (search.scale if search else 1.0)
@@ -333,11 +338,15 @@ def train(
         if home and home.check and home.check_every and step % home.check_every == 0:
             row["check"] = home.check(step)
         journal.write(row, step)
-        if keeper and (keeper.due(step) or keeper.told_to_stop() or step == stage.steps):
-            journal.sync()
-            keeper.save(step, len(journal.rows), row.get("check", {}).get("score"))
-            if keeper.told_to_stop():
+        if keeper:
+            executed = len(journal.rows)
+            told = keeper.told_to_stop()
+            if keeper.due(executed) or told or step == stage.steps:
+                journal.sync()
+                keeper.save(step, executed, row.get("check", {}).get("score"))
+            if told:
                 keeper.stop(step)
+            keeper.mark(step, executed)
     journal.close()
     if keeper:
         keeper.close()
