@@ -574,8 +574,8 @@ class Keeper:
         """Leave after `save`: 143 is what a scheduler that sent SIGTERM expects to see."""
         if self.ranks.main and self.saved:
             announce(
-                f"told to stop: checkpoint of step {step} written in {self.home.folder}; run the "
-                f"same command to go on"
+                f"told to stop: checkpoint of step {step} ({self.last} executed) written in "
+                f"{self.home.folder}; run the same command to go on"
             )
         elif self.ranks.main:
             announce(

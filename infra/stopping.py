@@ -119,6 +119,7 @@ class StopSignals:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
+        self._mouth.shutdown(socket.SHUT_RDWR)
         self._mouth.close()
 
 
@@ -136,15 +137,27 @@ def _say(text: str) -> None:
         pass
 
 
+def _hold() -> None:
+    """Before a fork: a signal waits until it is clear whose it is."""
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _forget() -> None:
     """In a forked child: the parent's ear is not its own, and it dies of SIGTERM like anybody."""
     if not _listening:
         return
-    _listening.clear()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _release()
+    _listening.clear()
 
 
 _listening: list[StopSignals] = []
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)

@@ -1,4 +1,4 @@
-"""Checkpoints: killed anywhere and resumed bit for bit, faults at every file operation, a full disk, altered files, two writers.
+"""Checkpoints: killed anywhere and resumed bit for bit, faults at every file operation, altered files.
 
 Runs are forked: the kills are real (SIGKILL), and nothing that a dying process might still do is done.
 """
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import packing
 from infra import checkpoint, weights
 from infra.checkpoint import RunDirectory, fault, latest
+from scale.parallel import Ranks
 from train import Stage, answers, train
 from vlm import SailVL
 
@@ -41,7 +42,7 @@ STAGE = Stage(
 
 
 def noisy(counter=lambda: None):
-    """The supervised objective under sampling: torch, Python and numpy each take part, so that each generator must resume."""
+    """The supervised objective under sampling by torch, Python and numpy: each generator must resume."""
 
     def objective(model, batch):
         counter()
@@ -132,7 +133,7 @@ def hook(patch, tick) -> None:
 
 
 def results(path: Path) -> tuple[list[str], dict]:
-    """What must be the same to the last bit: losses, gradient norms, rates and decisions' steps; and the weights."""
+    """What must be the same to the last bit: losses, gradient norms, rates, steps; and the weights."""
     rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     return [
         repr([r[k] for k in ("step", "lr", "loss", "grad_norm", "tasks")]) for r in rows
@@ -201,7 +202,10 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not_to_the_last_bit(
 def test_what_is_not_restored_is_noticed(tmp_path, config, tokenizer, whole, planted, monkeypatch):
     """The test above is not blind: each omission changes the losses."""
     assert forked(lambda: run(tmp_path, config, tokenizer, bomb(9))) == signal.SIGKILL
-    nothing = lambda *a, **k: None
+
+    def nothing(*a, **k):
+        return None
+
     if planted == "rng":
         monkeypatch.setattr(checkpoint, "set_rng", nothing)
     elif planted == "optimizer":
@@ -264,17 +268,12 @@ def test_an_error_at_every_file_operation_costs_only_that_checkpoint(two, config
         n += 1
         with pytest.MonkeyPatch.context() as patch:
             hook(patch, bomb(n, fail))
-            try:
-                written = write_again(folder.parent, config)
-            except (
-                OSError
-            ):  # after the rename: the new one is whole, only the removal of an old one failed
-                assert latest(folder).name == "step-00000999"
-            else:
-                assert written or (
-                    "NOT WRITTEN" in capsys.readouterr().err
-                    and not list(folder.glob("tmp-00000999"))
-                )
+            written = write_again(folder.parent, config)
+            said = capsys.readouterr().err
+            assert written or "NOT WRITTEN" in said
+            assert written or not list(folder.glob("tmp-00000999"))
+            # after the rename the new one is whole: only the removal of an old one can fail
+            written = written and "could not be removed" not in said
         found = latest(folder)
         assert fault(found) is None and found.name in (newer.name, "step-00000999")
         if found.name == "step-00000999":
@@ -356,8 +355,6 @@ def test_a_second_writer_and_a_changed_configuration_are_refused(tmp_path, confi
         RunDirectory(tmp_path, {"stage": vars(short)}),
         RunDirectory(tmp_path, {"stage": vars(short)}),
     )
-    from scale.parallel import Ranks
-
     assert home.open(Ranks()).name == "step-00000002"
     with pytest.raises(ValueError, match="another process"):
         other.open(Ranks())
