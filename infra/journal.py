@@ -20,7 +20,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Callable
 
 from tqdm import tqdm
 
@@ -90,7 +90,7 @@ class Journal:
         if self.log:
             self.log.append(row)
         if self.tracker:
-            self._track(row)
+            self._guest(self.tracker.log, row, len(self.rows))
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}", refresh=False)
 
@@ -104,14 +104,13 @@ class Journal:
         if self.log:
             self.log.close()
         if self.tracker:
-            self.tracker.close()
+            self._guest(self.tracker.close)
 
-    def _track(self, row: dict) -> None:
+    def _guest(self, work: Callable, *arguments: Any) -> None:
+        """Something that the tracker does. It is another's code, often on a network: it may fail."""
         try:
-            self.tracker.log(row, step=len(self.rows))
-        except (
-            Exception
-        ) as error:  # another's code, often on a network: nothing that it does may end the run
+            work(*arguments)
+        except Exception as error:
             if not self.tracker_failed:
                 announce(f"TRACKER FAILED ({error}); training goes on, log.jsonl is complete")
             self.tracker_failed = True

@@ -1,0 +1,47 @@
+"""What makes a run this run: data and weights boiled down to a few bytes."""
+
+import pytest
+import torch
+
+from infra.identity import ENDS, data_identity, differences, fingerprint
+
+
+def test_data_is_known_by_sizes_heads_tails_names_and_order(tmp_path):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    whole = bytes(range(256)) * 2048
+    assert len(whole) > 2 * ENDS
+
+    def identity(content: bytes) -> str:
+        a.write_bytes(content)
+        return data_identity([a, b])
+
+    b.write_bytes(b"")
+    first = identity(whole)
+    assert identity(whole) == first
+    for changed in (whole + b"x", b"x" + whole[1:], whole[:-1] + b"x", whole[:-1], b""):
+        assert identity(changed) != first
+    identity(whole)
+    assert data_identity([b, a]) != first
+    with pytest.raises(OSError):
+        data_identity([tmp_path / "none"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_flipped_bit_of_any_weight_is_seen(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)).to(dtype)
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    with torch.no_grad():
+        model[0].weight[3, 2] = torch.nextafter(
+            model[0].weight[3, 2], torch.tensor(9.0, dtype=dtype)
+        )
+    assert fingerprint(model) != first
+
+
+def test_differences_are_named_by_their_way():
+    old = {"a": {"b": 1, "c": [1]}, "d": {}}
+    assert differences(old, {"a": {"b": 2, "c": [1]}, "e": 3}) == {
+        "a.b": (1, 2),
+        "d": ({}, None),
+        "e": (None, 3),
+    }
