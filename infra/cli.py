@@ -22,6 +22,8 @@ from typing import Any, Callable, NoReturn, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from scale import parallel
+
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
@@ -66,6 +68,7 @@ def guarded(function: Callable, *arguments: Any) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("NANOSAIL_TRACEBACK"):
             traceback.print_exc()
+        parallel.report_failure(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status or 0)
