@@ -18,7 +18,6 @@ of directions, because every block begins with an RMSNorm.
 Table 6's probe: mean of the final tokens of an image, a two-layer MLP on top; the ViT stays frozen (the paper does not say).
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from data.images import normalise
 from data.sample import Faults
 from data.world import World
 from generate import load_model
+from infra.journal import read_log
 from vlm import SailVL
 
 TABLE7 = {
@@ -212,11 +212,7 @@ def main(o: Options) -> int:
         model, tokenizer = load_model(path)
         report(path.name, model, Encoder(tokenizer, model.config))
     if o.curve:
-        rows = [
-            (r["step"] + 1, r["check"]["accuracy"])
-            for r in map(json.loads, o.curve.read_text().splitlines())
-            if "check" in r
-        ]
+        rows = [(r["step"] + 1, r["check"]["accuracy"]) for r in read_log(o.curve) if "check" in r]
         a, b, r2 = log_law(*map(list, zip(*rows)))
         print(f"accuracy = {a:.3f} + {b:.3f} log10(step), R^2 {r2:.3f}, {len(rows)} checks")
     return 0 if not o.toy or toy(o.toy, o.effort) else 1

@@ -33,6 +33,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Protocol, runtime_checkable
@@ -54,6 +55,7 @@ from scale import parallel
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = "state.safetensors"
+LONGEST_GRACE = 25.0  # seconds: torchrun and most schedulers kill 30 s after they told
 LARGEST_MANIFEST = 16 << 20  # bytes: one that is larger was not written here
 
 # what a faulty file can raise while it is looked at
@@ -191,7 +193,13 @@ def fault(directory: Path) -> str | None:
             return f"{MANIFEST} does not list {name}"
     if not any(re.fullmatch(r"model.*\.safetensors", name) for name in listed):
         return f"{MANIFEST} lists no weights"
-    return None
+
+    # and a state that can be read
+    try:
+        config = json.loads((directory / STATE).read_text())["config"]
+    except FAULTS as error:
+        return printable(f"{STATE} is unreadable ({type(error).__name__}: {error})")[:300]
+    return None if isinstance(config, dict) else f"{STATE} holds no configuration"
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -273,7 +281,8 @@ class RunDirectory:
     tracker: str = ""  # tensorboard, or a module with init and log: wandb, trackio, ...
     tokenizer: Any = None  # something with save(directory): every checkpoint is a complete model
     data_identity: str = ""  # of infra.identity.data_identity; "": not compared
-    grace: float = 8.0  # seconds from SIGTERM to the end of a step; then the process ends without
+    grace: float = 8.0  # seconds from SIGTERM to the end of a step (twice a step's time, if that is
+    # longer); a process that has not ended its step by then ends without a checkpoint of it
     failures: int = 0  # checkpoints that could not be written
     best: list | None = None  # [score, executed] of the best checkpoint
     lock: int | None = None  # of the open lock file
@@ -314,16 +323,20 @@ class RunDirectory:
             self.lock = None
 
     def _take(self) -> Path | None:
+        """On rank 0: lock, clean, find the newest whole checkpoint, see that it is this run's."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
+
+        # what a killed run left, and what nobody wants any more
         self.folder.mkdir(exist_ok=True)
-        for left in self.folder.glob("tmp-*"):  # of a run that was killed
+        for left in self.folder.glob("tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
         if not self.resume:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
         sync(self.path)
 
+        # what this run is, for people, once it is sure that it may be here
         found = latest(self.folder)
         if found:
             self._compare(json.loads((found / STATE).read_text()))
@@ -345,6 +358,7 @@ class RunDirectory:
 
     def _compare(self, state: dict) -> None:
         """The same options and the same data as the checkpoint's; more steps are welcome."""
+        # options
         changed = differences(state["config"], self.config)
         grown = {name: pair for name, pair in changed.items() if is_growth(name, *pair)}
         lines = [
@@ -359,6 +373,7 @@ class RunDirectory:
                 "options, another --out, or --resume False to begin again."
             )
 
+        # data, where both know what it was
         saved = state.get("data_identity", "")
         if saved and self.data_identity and saved != self.data_identity:
             raise ValueError(
@@ -382,6 +397,8 @@ class RunDirectory:
         """
         final = self.folder / f"step-{executed:08d}"
         temporary = self.folder / f"tmp-{executed:08d}"
+
+        # one that is there already holds the same bits, if it is whole
         if final.exists():
             if fault(final) is None:
                 return True
@@ -392,6 +409,7 @@ class RunDirectory:
             return self._fail(executed, f"{broken} is not finite")
 
         copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        # everything into a directory that is no checkpoint yet
         own = {
             "config": self.config,
             "data_identity": self.data_identity,
@@ -477,6 +495,7 @@ class Keeper:
         self.written = 0  # executed steps at the last one that was written; 0: none
         self.saved = False  # whether the last attempt was
         self.marked: dict | None = None  # position after the last step, for `leave`
+        self.asked = time.monotonic()  # when the last step ended
         self.signals = StopSignals(home.grace, self.standing)
 
     def standing(self) -> str:
@@ -523,6 +542,7 @@ class Keeper:
         )
 
     def _restore(self, found: Path) -> dict:
+        """Model, optimizers, search, data and generators as a checkpoint has them."""
         values = json.loads((found / STATE).read_text())
         tensors = load_file(found / TENSORS)
 
@@ -553,6 +573,11 @@ class Keeper:
 
     def told_to_stop(self) -> bool:
         """Whether any rank was told to (SIGTERM, Ctrl-C): all ranks get the same answer at a step."""
+        # a step that takes long is given the time to end, as far as launchers allow
+        now = time.monotonic()
+        patience = min(2 * (now - self.asked), LONGEST_GRACE)
+        self.signals.grace = max(self.home.grace, patience)
+        self.asked = now
         return parallel.total(float(self.signals.requested))[0] > 0
 
     def due(self, executed: int) -> bool:
@@ -633,12 +658,14 @@ class Keeper:
         values = dict(position["values"])
         tensors = dict(position["tensors"])
 
+        # optimizers, and the search in the middle of whatever it does
         held, values["optimizer"] = optimizer_state(self.optimizers)
         tensors |= {f"optimizer.{name}": t for name, t in held.items()}
         if self.search:
             held, values["adalrs"] = self.search.state_dict()
             tensors |= {f"adalrs.{name}": t for name, t in held.items()}
 
+        # it becomes the best one once it is written
         values["best"] = self.home.best
         if score is not None and (self.home.best is None or score < self.home.best[0]):
             values["best"] = [score, values["executed"]]

@@ -24,19 +24,21 @@ ENDS = 64 << 10  # bytes at the head and at the tail of a shard that are looked 
 
 @functools.cache
 def revision() -> str:
-    """Commit of this code, marked when files differ from it; "unknown" outside a git checkout."""
+    """Commit of this code; where files differ from it, a digest of how; "unknown" outside of git."""
     here = Path(__file__).parent
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, check=True).stdout
 
     try:
-        commit = git("rev-parse", "HEAD")
+        commit = git("rev-parse", "HEAD").decode().strip()
         changed = git("status", "--porcelain")
+        changes = git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + (" with changes" if changed else "")
+    if not changed:
+        return commit
+    return f"{commit} with changes {hashlib.sha256(changed + changes).hexdigest()[:12]}"
 
 
 def data_identity(files: Iterable[Path]) -> str:
@@ -89,4 +91,4 @@ def differences(old: dict, new: dict) -> dict[str, tuple]:
     after = flat(new)
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}

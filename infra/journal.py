@@ -71,6 +71,7 @@ class Journal:
                 self.log = LogFile(file, self.rows)
                 self.log.describe(path / "stage.json", asdict(stage))
 
+        # who else is told
         if home and home.tracker and main:
             self.tracker = open_tracker(home.tracker, home.path, home.config)
         self.bar = tqdm(
@@ -84,8 +85,10 @@ class Journal:
 
     def write(self, row: dict, step: int) -> None:
         """`step` is where the run goes on: further back than the row's own when AdaLRS undid steps."""
+        # seconds left, at the pace of this process
         done = max(len(self.rows) + 1 - self.first, 1)
         row["eta"] = round((self.steps - step) * (time.time() - self.began) / done, 1)
+        # memory, disk, tracker, terminal
         self.rows.append(row)
         if self.log:
             self.log.append(row)
@@ -168,6 +171,8 @@ class LogFile:
         except OSError as error:
             self._complain(error)
             return
+
+        # all of it is well
         self.size += len(data)
         self.waiting.clear()
         if self.failed:
@@ -244,6 +249,7 @@ def kept(log: Path, executed: int, main: bool = True) -> list[dict]:
             announce(f"{log} cannot be read ({error.strerror or error})")
     rows += [dict(LOST) for _ in range(executed - len(rows))]
 
+    # said, not refused: the weights are worth more than their history
     lost = sum("lost" in row for row in rows)
     if lost and main:
         announce(

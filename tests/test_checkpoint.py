@@ -407,6 +407,14 @@ def listed_without(checkpoint_: Path, name: str) -> None:
     rewritten(checkpoint_, manifest)
 
 
+def resealed(checkpoint_: Path, name: str, text: str) -> None:
+    """Another content, and the sums that belong to it."""
+    (checkpoint_ / name).write_text(text)
+    manifest = json.loads((checkpoint_ / "manifest.json").read_text())
+    manifest[name] = {"bytes": len(text), "sha256": checkpoint.digest(checkpoint_ / name)}
+    rewritten(checkpoint_, manifest)
+
+
 def emptied(checkpoint_: Path) -> None:
     for path in checkpoint_.iterdir():
         path.unlink()
@@ -433,6 +441,10 @@ FAULTY = {
     "a manifest that is no text": lambda c: (c / "manifest.json").write_bytes(b"\xff\xfe\x00"),
     "no state, and none listed": lambda c: listed_without(c, "state.json"),
     "no weights, and none listed": lambda c: listed_without(c, "model.safetensors"),
+    "a state that is no object": lambda c: resealed(c, "state.json", "[]"),
+    "a state without a configuration": lambda c: resealed(c, "state.json", "{}"),
+    "a state of another kind": lambda c: resealed(c, "state.json", '{"config": 3}'),
+    "a nested state": lambda c: resealed(c, "state.json", "[" * 100_000),
     "a foreign file": lambda c: (c / "extra\x1b[2J.bin").write_text("x"),
 }
 

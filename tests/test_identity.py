@@ -1,9 +1,12 @@
 """What makes a run this run: data and weights boiled down to a few bytes."""
 
+import subprocess
+
 import pytest
 import torch
 
-from infra.identity import ENDS, data_identity, differences, fingerprint
+from infra import identity
+from infra.identity import ENDS, data_identity, differences, fingerprint, revision
 
 
 def test_data_is_known_by_sizes_heads_tails_names_and_order(tmp_path):
@@ -45,3 +48,31 @@ def test_differences_are_named_by_their_way():
         "d": ({}, None),
         "e": (None, 3),
     }
+
+
+def test_the_revision_tells_changes_apart(tmp_path, monkeypatch):
+    """In a repository of its own: clean, changed, changed otherwise; and outside of any."""
+
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True
+        )
+
+    def now() -> str:
+        revision.cache_clear()
+        return revision()
+
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "identity.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert now() == "unknown"
+    (tmp_path / "a.py").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = now()
+    assert len(clean) == 40
+    (tmp_path / "a.py").write_text("2")
+    changed = now()
+    (tmp_path / "a.py").write_text("3")
+    assert len({clean, changed, now()}) == 3 and changed.startswith(f"{clean} with changes ")
+    revision.cache_clear()

@@ -12,8 +12,9 @@ import torch
 from conftest import made_up
 from test_checkpoint import STAGE, STEPS, bomb, config, forked, results, run, whole
 
-from infra.checkpoint import RunDirectory, checkpoints
+from infra.checkpoint import Keeper, RunDirectory, checkpoints
 from infra.stopping import StopRequested, StopSignals, check_stop
+from scale.parallel import Ranks
 from train import train
 from vlm import SailVL
 
@@ -208,6 +209,21 @@ def wait_in_c() -> None:
 def test_a_run_that_cannot_answer_ends_within_its_grace(tmp_path, config, tokenizer, work, capfd):
     assert forked(lambda: stuck(tmp_path, config, tokenizer, work)) == -143
     assert "the checkpoint after 2 steps" in capfd.readouterr().err
+
+
+def test_a_step_that_takes_long_is_given_twice_its_time_but_not_more_than_launchers_give(
+    tmp_path, monkeypatch
+):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    keeper = Keeper(RunDirectory(tmp_path), None, [], None, None, Ranks())
+    graces = []
+    for seconds in (1, 10, 100, 1):
+        clock[0] += seconds
+        assert not keeper.told_to_stop()
+        graces.append(keeper.signals.grace)
+    keeper.close()
+    assert graces == [8.0, 20.0, 25.0, 8.0]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_changes_nothing():
