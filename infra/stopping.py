@@ -124,7 +124,10 @@ class StopSignals:
 
 
 def check_stop() -> None:
-    """For work that takes long and that a stop may throw away: raises StopRequested once told."""
+    """For long work inside `next(data)`: raises StopRequested once told.
+
+    Only there: what other ranks wait for (an evaluation that gathers, a step) must be gone through.
+    """
     if any(listener.requested for listener in _listening):
         raise StopRequested
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import packing
 from infra import checkpoint, weights
-from infra.checkpoint import RunDirectory, fault, latest
+from infra.checkpoint import Keeper, RunDirectory, fault, latest
 from scale.parallel import Ranks
 from train import Stage, answers, train
 from vlm import SailVL
@@ -663,3 +663,57 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
     for odd in ({"keep": 0}, {"every": -1}, {"check_every": -2}):
         with pytest.raises(ValueError, match="must be at least"):
             RunDirectory(tmp_path, **odd)
+
+
+def test_what_a_killed_run_left_goes_and_resume_false_begins_again(finished):
+    (finished / "checkpoints" / "tmp-00000048").mkdir()
+    (finished / "checkpoints" / "tmp-00000048" / "half").write_text("x")
+    assert opened(finished) == "step-00000047"
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-00000047"]
+    home = RunDirectory(finished, resume=False)
+    assert home.open(Ranks()) is None
+    home.close()
+    home.close()
+    assert not list((finished / "checkpoints").iterdir())
+
+
+def test_a_refused_resume_lets_go_of_directory_and_signals(finished):
+    before = signal.getsignal(signal.SIGTERM)
+    home = RunDirectory(finished, {"stage": {"steps": 41, "lr": 9.0}})
+    with pytest.raises(ValueError, match="another configuration"):
+        Keeper(home, torch.nn.Linear(1, 1), [], None, checkpoint.Counted([]), Ranks()).resume()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert opened(finished) == "step-00000047"
+
+
+def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp_path, config):
+    home = RunDirectory(tmp_path, every=3, keep=1)
+    model = SailVL(config).init_weights(0)
+    keeper = Keeper(home, model, [], None, checkpoint.Counted(range(9)), Ranks())
+    assert keeper.resume() == {}
+    assert keeper.standing() == "there is no checkpoint yet"
+    assert [keeper.due(n) for n in (2, 3, 4)] == [False, True, True]
+    for executed, score in ((3, 0.5), (6, 0.2), (9, 0.4), (12, None)):
+        assert keeper.save(step=1, executed=executed, score=score)
+        assert not keeper.due(executed + 2) and keeper.due(executed + 3)
+    assert home.best == [0.2, 6]
+    assert list(checkpoint.checkpoints(home.folder)) == [6, 12]
+    assert "after 12 steps" in keeper.standing()
+    keeper.close()
+
+    again = RunDirectory(tmp_path, every=0, keep=1)
+    data = checkpoint.Counted(iter(range(9)))
+    keeper = Keeper(again, model, [], None, data, Ranks())
+    values = keeper.resume()
+    assert values["step"] == 1 and values["executed"] == 12 and again.best == [0.2, 6]
+    assert not keeper.due(1000) and "after 12 steps" in keeper.standing()
+    keeper.close()
+
+
+def test_counted_data_goes_forward_only():
+    data = checkpoint.Counted("abcdef")
+    assert next(data) == "a" and data.state_dict() == {"drawn": 1}
+    data.load_state_dict({"drawn": 3})
+    assert next(data) == "d"
+    with pytest.raises(AssertionError, match="cannot go back"):
+        data.load_state_dict({"drawn": 2})

@@ -54,6 +54,35 @@ def test_a_loss_that_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
+def test_a_fresh_run_has_nothing_to_say_about_an_earlier_log(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("an earlier run's\n")
+    log = Journal(AStage(), tmp_path / "new", True)
+    again = Journal(AStage(), tmp_path, True)
+    said = capsys.readouterr().err
+    assert "LOG" not in said and "cannot be read" not in said
+    assert log.rows == again.rows == [] and (tmp_path / "log.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "stage.json").read_text()) == {"name": "x", "steps": 10}
+
+
+def test_only_the_main_rank_writes_and_all_ranks_remember(tmp_path):
+    log = Journal(AStage(), tmp_path, False)
+    log.write(row(0), 1)
+    log.sync()
+    log.close()
+    assert len(log.rows) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_seconds_left_follow_the_pace_of_this_process(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    log = Journal(AStage(steps=10), tmp_path, True)
+    for n in range(2):
+        clock[0] += 3.0
+        log.write(row(n), n + 1)
+    assert [r["eta"] for r in log.rows] == [27.0, 24.0]
+    log.close()
+
+
 def test_a_resumed_log_is_cut_back_to_what_its_checkpoint_knew(tmp_path):
     log = Journal(AStage(), tmp_path, True)
     for n in range(5):

@@ -5,6 +5,8 @@ Ranks are forked, as `torchrun` would start them: a rendezvous on this machine, 
 
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +15,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, made_up
-from test_checkpoint import STAGE, config, forked, noisy, run
+from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
 from infra.stopping import check_stop
@@ -288,6 +291,44 @@ def test_stopped_inside_their_data_ranks_leave_with_the_step_before(
     assert len(state["rng"]) == 2
 
 
+@pytest.mark.slow
+def test_two_ranks_killed_in_and_out_of_trials_are_the_two_that_were_not(
+    tmp_path, config, tokenizer, warm, monkeypatch
+):
+    """AdaLRS takes steps back (three steps a trial); both ranks die at once, or one dies and one waits."""
+
+    def life(path: Path, killed: int = 0, only: int | None = None):
+        def work(ranks):
+            def die():
+                if only in (None, ranks.rank):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            for seed in (torch.manual_seed, random.seed, np.random.seed):
+                seed(ranks.rank)
+            train(
+                SailVL(config).init_weights(0),
+                STAGE,
+                made_up(tokenizer),
+                noisy(bomb(killed, die)),
+                ranks,
+                RunDirectory(path, every=2),
+            )
+
+        return as_ranks(work, tmp_path / "said", timeout=20.0)
+
+    monkeypatch.setattr(parallel, "ROLL_CALL", 0.1)
+    assert life(tmp_path / "whole") == [None, None]
+    rng = random.Random(0)
+    for n in range(8):
+        life(tmp_path / "killed", rng.randrange(1, 7), None if n % 2 else n % 4 // 2)
+        shutil.rmtree(tmp_path / "said")
+    assert life(tmp_path / "killed") == [None, None]
+    log, found = results(tmp_path / "killed")
+    expected, weights = results(tmp_path / "whole")
+    assert len(expected) > STAGE.steps and log == expected
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+
+
 # ------------------------------------------------------------------- what ranks do for each other
 
 
@@ -343,6 +384,43 @@ def test_one_process_needs_none_of_it(monkeypatch):
     parallel.agree({"options": {"a": object()}})
     parallel.stop()
     assert not dist.is_initialized()
+
+
+def test_without_a_rendezvous_of_ours_there_are_no_notes(monkeypatch):
+    monkeypatch.setattr(parallel, "_meeting", parallel.Meeting())
+    assert "another rank did not take part" in parallel.missing_ranks()
+    parallel.leave_note("x")
+    assert not parallel.wait_for_note("x", 0.1)
+
+
+def test_a_rendezvous_that_is_gone_is_said(monkeypatch):
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("connection refused")
+
+        def wait(self, *_):
+            raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Gone(), 5.0))
+    assert "the launcher is gone" in parallel.missing_ranks()
+    assert not parallel.wait_for_note("x", 0.1)
+    with pytest.raises(ConnectionError, match=r"waited 5 s at the most; first\)$"):
+        with parallel.named_failure():
+            raise RuntimeError("first\nsecond")
+
+
+def test_torchrun_finds_the_reason_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    parallel.report_failure(ValueError("nobody asks"))
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "3")
+    parallel.report_failure(ValueError("bad\x1b[2J"))
+    message = json.loads(file.read_text())["message"]
+    assert message["message"] == "rank 3: bad\\x1b[2J"
+    assert int(message["extraInfo"]["timestamp"]) > 0
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    parallel.report_failure(ValueError("no room"))
 
 
 # ------------------------------------------------------------------------ threads and backends
