@@ -220,7 +220,9 @@ def test_a_rank_that_ignores_its_launchers_death_ends_all_the_same():
 # ------------------------------------------------------------------------ a stop on two ranks
 
 
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, config, tokenizer, warm):
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(
+    tmp_path, config, tokenizer, warm, capfd
+):
     path = tmp_path / "run"
 
     def work(ranks):
@@ -244,6 +246,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, config, t
 
     assert as_ranks(work, tmp_path) == [143, 143]
     assert list(checkpoints(path / "checkpoints")) == [3]
+    assert capfd.readouterr().err.count("told to stop") == 1
 
 
 class Waits:

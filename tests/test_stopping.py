@@ -133,10 +133,12 @@ def test_a_checkpoint_of_the_last_executed_steps_always_exists(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_both_signals_write_a_checkpoint(tmp_path, config, tokenizer, number):
+def test_both_signals_write_a_checkpoint_and_say_so(tmp_path, config, tokenizer, number, capfd):
     told = bomb(3, tell(number))
     assert forked(lambda: run(tmp_path, config, tokenizer, told, every=0)) == -143
     assert list(checkpoints(tmp_path / "checkpoints")) == [3]
+    said = capfd.readouterr().err
+    assert "(3 executed) written in" in said and "NO CHECKPOINT" not in said
 
 
 def test_written_is_said_only_of_what_was_written(tmp_path, config, tokenizer, monkeypatch, capfd):
