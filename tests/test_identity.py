@@ -41,6 +41,17 @@ def test_a_flipped_bit_of_any_weight_is_seen(dtype):
     assert fingerprint(model) != first
 
 
+def test_flags_and_counters_are_weights_too():
+    model = torch.nn.BatchNorm1d(3)
+    model.register_buffer("flag", torch.tensor([True, False]))
+    seen = {fingerprint(model)}
+    model.flag[1] = True
+    seen.add(fingerprint(model))
+    model.num_batches_tracked += 1
+    seen.add(fingerprint(model))
+    assert len(seen) == 3
+
+
 def test_differences_are_named_by_their_way():
     old = {"a": {"b": 1, "c": [1]}, "d": {}}
     assert differences(old, {"a": {"b": 2, "c": [1]}, "e": 3}) == {

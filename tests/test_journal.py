@@ -47,6 +47,7 @@ def test_a_loss_that_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
     assert [strict(line)["loss"] for line in lines] == [1.5, None, None]
     rows = read_log(tmp_path / "log.jsonl")
     assert math.isnan(rows[1]["loss"]) and math.isnan(rows[2]["tasks"]["vqa"])
+    assert math.isnan(rows[1]["grad_norms"][0])
 
     # a resumed run leaves every byte as it is
     before = (tmp_path / "log.jsonl").read_bytes()
@@ -131,7 +132,8 @@ def test_a_full_disk_is_said_once_and_the_log_is_complete_in_the_end(tmp_path, m
     for n in range(1, 4):
         log.write(row(n), n + 1)
     log.sync()
-    assert capsys.readouterr().err.count("LOG NOT WRITTEN") == 1
+    said = capsys.readouterr().err
+    assert said.count("LOG NOT WRITTEN") == 1 and "(No space left on device)" in said
     full[0] = False
     log.write(row(4), 5)
     assert "complete" in capsys.readouterr().err
@@ -170,6 +172,8 @@ def test_a_tracker_that_is_not_there_is_refused_with_the_line_that_installs_it(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match="pip install"):
         RunDirectory(tmp_path, tracker=name)
+    with pytest.raises(ValueError, match="pip install"):
+        tracker.open_tracker(name, tmp_path, {})
 
 
 def fake(monkeypatch, name: str, **members) -> types.ModuleType:

@@ -358,6 +358,17 @@ def test_numbers_objects_gradients_and_divided_work(tmp_path):
         assert said[3] == [[10.0], [20.0] * 2, [30.0] * 3] and said[4] == [rank, 2]
 
 
+def test_ranks_leave_together(tmp_path):
+    def work(ranks):
+        if ranks.rank == 0:
+            time.sleep(0.3)
+            (tmp_path / "done").write_text("late")
+        parallel.stop()
+        return (tmp_path / "done").exists()
+
+    assert as_ranks(work, tmp_path) == [True, True]
+
+
 def test_on_one_node_gloo_listens_on_the_loopback_interface_only(tmp_path):
     def listening() -> list[str]:
         """Local addresses (in hexadecimal) of this process's listening sockets."""
