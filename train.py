@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from adalrs import AdaLRS
 from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
+from infra.stopping import StopRequested
 from llm import LLM, Block
 from objective import OBJECTIVES, Objective, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
@@ -96,13 +97,17 @@ def train(
     if home and ranks.main:
         print(training_memory(model, optimizers))
     step = saved.get("step", 0)
-    journal = Journal(stage, directory, ranks.main, step, saved.get("made", 0))
+    journal = Journal(stage, directory, ranks.main, step, saved.get("executed", 0))
 
     bad_steps = 0
     ended_early = False
     while step < stage.steps:
         # Data, or its end
-        micro_batches = next(data, None)
+        try:
+            micro_batches = next(data, None)
+        except StopRequested:  # told in the middle of sampling: save the state after the last step
+            journal.sync()
+            keeper.leave()
         if micro_batches is None:
             if not journal.rows:
                 raise ValueError(
@@ -137,12 +142,14 @@ def train(
 
         # A checkpoint when it is due, at the end, and when the scheduler wants us to leave
         if keeper:
+            executed = len(journal.rows)
             stop = keeper.told_to_stop()
-            if stop or keeper.due(step) or step == stage.steps:
+            if stop or keeper.due(executed) or step == stage.steps:
                 journal.sync()
-                keeper.save(step, len(journal.rows), row.get("check", {}).get("score"))
+                keeper.save(step, executed, row.get("check", {}).get("score"))
             if stop:
                 keeper.stop(step)
+            keeper.mark(step, executed)
 
     # What is left: close the books, and say how it ended
     journal.close()

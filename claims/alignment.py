@@ -31,7 +31,6 @@ Table 6's probe: mean of the final tokens of an image, a two-layer MLP on top; t
 (the paper does not say).
 """
 
-import json
 import math
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
@@ -48,6 +47,7 @@ from data.images import normalise
 from data.world import World
 from generate import load_model
 from infra.cli import command
+from infra.journal import read_log
 from recipe import Setup, fit
 from vlm import SailVL
 
@@ -235,8 +235,7 @@ def fit_curve(log: Path) -> str:
     """The law of the checks in a run's log: accuracy over steps."""
     steps = []
     accuracies = []
-    for line in log.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_log(log):
         if "check" in row:
             steps.append(row["step"] + 1)
             accuracies.append(row["check"]["accuracy"])

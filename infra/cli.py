@@ -15,17 +15,17 @@ place, typed and with its default. Three habits are added here, the same for eve
         command(evaluate_files)        # def evaluate_files(options: EvaluateOptions) -> int | None
 """
 
-import json
 import os
 import sys
-import time
 import traceback
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from infra.text import printable
+from scale import parallel
 
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
@@ -104,18 +104,10 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("NANOSAIL_TRACEBACK"):
             traceback.print_exc()
-        line = f"error: {error}"
+        line = f"error: {printable(error, lines=True)}"
+        parallel.report_failure(error)
         print(line, file=sys.stderr, flush=True)
-        tell_torchrun(line)
         sys.exit(1)
-
-
-def tell_torchrun(line: str) -> None:
-    """Where torchrun looks for the cause of a failure: it then ends its own report with this line."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
 
 
 def command(function: Callable, argv: list[str] | None = None) -> NoReturn:

@@ -1,120 +1,371 @@
 """Several processes, one model: the only file that knows about ranks.
 
-What it teaches: data parallelism is one sum. Every rank holds the same weights and its share of the global batch; after the
-backward pass the gradients are summed. Losses are already divided by the *global* weight, so a sum is exact however the
-tokens fall. With one process nothing is initialised and every function returns at once: the loop has no branches.
+What it teaches: data parallelism is one sum. Every rank holds the same weights and its share of the
+global batch; after the backward pass the gradients are summed. Losses are already divided by the
+*global* weight, so a sum is exact however the tokens fall. With one process nothing is initialised
+and every function returns at once: the loop has no branches.
 
-    torchrun --nproc-per-node 2 pretrain.py --stage multitask
+    torchrun --standalone --nproc-per-node 2 pretrain.py --stage multitask
 
-Simplified here: weights are replicated, and gradients travel in one bucket after the backward pass. `divide` is the other
-thing that ranks do for each other: work on replicated tensors that need be done only once.
+    rank 0   rows 0, 2, ..  ── backward ──┐
+                                          ├── sum_gradients ── the same step on both
+    rank 1   rows 1, 3, ..  ── backward ──┘
+               total, gather: small numbers and Python objects, over gloo, on the CPU
+
+Ranks that differ train without an error and come apart unseen, so `agree` compares them before the
+first step. A rank that dies or hangs is named by those that waited for it (`missing_ranks`); when
+the launcher dies, its ranks end too (`end_with_parent`).
+
+What listens: on one node gloo listens on the loopback interface only (GLOO_SOCKET_IFNAME decides
+otherwise). The rendezvous of torchrun listens on all interfaces, in torchrun's own process, which
+nothing here can change: let a firewall close it.
+
+Simplified: weights are replicated, and gradients travel in one bucket after the backward pass.
+`divide` is the other thing that ranks do for each other: work on replicated tensors that need be
+done only once.
 """
 
+import json
 import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infra.identity import differences
+from infra.text import printable
+
+TIMEOUT = 1800.0  # seconds: longer than one rank takes to write and hash a large checkpoint
+ROLL_CALL = 3.0  # seconds in which the ranks that are left report, once a collective has failed
+ORPHAN = 45.0  # seconds that a rank has for its last checkpoint once its launcher is gone
+
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among all: its rank of `size`, its device, the most seconds it waits for others."""
+
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    timeout: float = TIMEOUT
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
 
-def start() -> Ranks:
-    """Join torchrun's process group if there is one. Chooses the device: CUDA, another accelerator, else the CPU."""
-    kind = (
-        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    )
-    kind = (
-        "cpu" if kind == "mps" else kind
-    )  # a model of the toy's size is faster there, and Muon is untested on MPS
+@dataclass
+class Meeting:
+    """What `start` leaves for the functions below: where ranks leave notes for each other."""
+
+    store: dist.Store | None = None
+    timeout: float = TIMEOUT
+
+
+_meeting = Meeting()
+
+
+# ------------------------------------------------------------------------------ begin and end
+
+
+def start(timeout: float = TIMEOUT) -> Ranks:
+    """Join torchrun's process group if there is one. Device: CUDA, another accelerator, else the CPU.
+
+    timeout: seconds that a collective waits for the slowest rank. Raises ConnectionError when not
+    all ranks come.
+    """
+    kind = device_kind()
+    use_own_processors()
     if "WORLD_SIZE" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
-        return Ranks(device=kind)
-    local = int(os.environ["LOCAL_RANK"])
-    device = kind if kind == "cpu" else f"{kind}:{local}"
+        return Ranks(device=kind, timeout=timeout)
+
+    # this process's accelerator
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = "cpu" if kind == "cpu" else f"{kind}:{local}"
     if kind != "cpu":
         torch.accelerator.set_device_index(local)
+
+    end_with_parent()
     if not dist.is_initialized():
-        dist.init_process_group()
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+        join(kind, device, timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout)
+
+
+def device_kind() -> str:
+    """The kind of device to train on."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator().type
+    # a model of the toy's size is faster on the CPU than on MPS, and Muon is untested there
+    return "cpu" if kind == "mps" else kind
+
+
+def use_own_processors() -> None:
+    """As many threads as processors that this process may use; OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, processors // neighbours))
+
+
+def backend_for(kind: str) -> str:
+    """gloo for what lies on the CPU, always; beside it what the accelerator's own transport is."""
+    if kind == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+
+
+def join(kind: str, device: str, timeout: float) -> None:
+    """The process group, over the rendezvous that the environment names."""
+    one_node = os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ["WORLD_SIZE"]
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if one_node and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    if one_node:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+    patience = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            backend_for(kind),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+            device_id=None if kind == "cpu" else torch.device(device),
+        )
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')}: not all {os.environ['WORLD_SIZE']} ranks met within "
+            f"{timeout:g} s ({first_line(error)})"
+        ) from error
+    _meeting.store = dist.PrefixStore("nanosail", store)
+    _meeting.timeout = timeout
 
 
 def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave together: a rank that is gone early breaks the last collective of those behind it."""
+    if not dist.is_initialized():
+        return
+    total(0.0)
+    dist.destroy_process_group()
+    _meeting.store = None
+
+
+def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
+    """A thread that ends this process when its launcher is gone, however that died.
+
+    It is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends after
+    `patience` seconds in any case.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        _say("the launcher is gone: this rank writes a checkpoint if it can, and ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def place() -> tuple[int, int]:
-    """(rank, world size) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, number of ranks) of this process."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+# -------------------------------------------------------------------- small numbers and objects
 
 
 def total(*values: float) -> list[float]:
-    """Sum over ranks of each value, in float64."""
+    """Sum over ranks of each value, in float64, on the CPU: exact, and no device waits for it."""
     if not dist.is_initialized():
         return list(values)
-    t = torch.tensor(values, dtype=torch.float64)
-    t = t.cuda() if dist.get_backend() == "nccl" else t
-    dist.all_reduce(t)
-    return t.tolist()
+    sums = torch.tensor(values, dtype=torch.float64)
+    with named_failure():
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def gather(values: list) -> list:
-    """Python objects of all ranks, concatenated in rank order (metadata and rollout statistics, never weights)."""
+    """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights)."""
     if not dist.is_initialized():
         return values
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, values)
-    return [v for part in everyone for v in part]
+    with named_failure():
+        dist.all_gather_object(everyone, values)
+    return [value for part in everyone for value in part]
+
+
+def agree(items: dict[str, object]) -> None:
+    """Compare what must be equal on all ranks, before the first step.
+
+    items: name -> a dict of options, or anything that JSON can hold (a digest, best). Raises
+    ValueError on every rank, which names each rank that differs from rank 0, and in what.
+    """
+    plain = json.loads(json.dumps(items, default=str))
+    first, *others = gather([plain])
+    odd = []
+    for rank, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                odd.append(f"rank {rank} has other {name} than rank 0{detail(first, other, name)}")
+    if odd:
+        raise ValueError(
+            f"the ranks were not started alike: {'; '.join(odd)}. Start all of them with the same "
+            f"command, code, data and model"
+        )
+
+
+def detail(first: dict, other: dict, name: str) -> str:
+    """What differs in an item, short: the first three options, or the two values."""
+    mine = first[name]
+    theirs = other.get(name)
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        pairs = list(differences(mine, theirs).items())[:3]
+        words = [f"{key} {new!r:.60} for {old!r:.60}" for key, (old, new) in pairs]
+    else:
+        words = [f"{theirs!r:.20} for {mine!r:.20}"]
+    return printable(f" ({', '.join(words)})")
+
+
+# ------------------------------------------------------------------------------ large tensors
 
 
 def divide(
     values: list[Tensor], costs: list[float], work: Callable[[list[Tensor]], list[Tensor]]
 ) -> list[Tensor]:
-    """work(values), each rank doing a run of neighbours of about equal cost and sending what it made to the others.
+    """work(values), each rank doing a run of neighbours of about equal cost and sending its results.
 
-    Results have the shapes and the type of their values, which every rank has alike."""
+    Results have the shapes and the type of their values, which every rank has alike.
+    """
     rank, size = place()
     if size == 1 or not values:
         return work(values)
+
+    # who does what: by where the middle of a value lies on the line of all costs
     ends = list(accumulate(costs))
-    owners = [
-        min(size - 1, int(size * (end - cost / 2) / ends[-1])) for end, cost in zip(ends, costs)
-    ]
+    middles = [end - cost / 2 for end, cost in zip(ends, costs)]
+    owners = [min(size - 1, int(size * middle / ends[-1])) for middle in middles]
     shares = [[v for v, owner in zip(values, owners) if owner == r] for r in range(size)]
-    made = work(shares[rank])
-    for r, share in enumerate(shares):
-        if share:
-            bucket = torch.cat(
-                [v.flatten() for v in (made if r == rank else share)]
-            )  # of another rank: overwritten
-            dist.broadcast(bucket.view(torch.uint8), r)
-            shares[r] = [
-                part.view_as(v) for part, v in zip(bucket.split([v.numel() for v in share]), share)
-            ]
-    return [v for share in shares for v in share]
+    shares[rank] = work(shares[rank])
+
+    # every rank sends its share in one piece; what others hold there is overwritten
+    for owner, share in enumerate(shares):
+        if not share:
+            continue
+        bucket = torch.cat([value.flatten() for value in share])
+        with named_failure():
+            dist.broadcast(bucket.view(torch.uint8), owner)
+        parts = bucket.split([value.numel() for value in share])
+        shares[owner] = [part.view_as(value) for part, value in zip(parts, share)]
+    return [value for share in shares for value in share]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum the gradients of all ranks in place. A rank without a gradient for a parameter contributes zero."""
+    """Sum the gradients of all ranks in place. A rank without one for a parameter adds zero."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    bucket = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(bucket)
-    for p, part in zip(parameters, bucket.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    bucket = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    with named_failure():
+        dist.all_reduce(bucket)
+    parts = bucket.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+# -------------------------------------------------------------------------------- what fails
+
+
+@contextmanager
+def named_failure() -> Iterator[None]:
+    """A collective that fails or times out becomes a ConnectionError that names the missing ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, _ = place()
+        raise ConnectionError(
+            f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
+            f"{first_line(error)})"
+        ) from error
+
+
+def missing_ranks() -> str:
+    """After a collective that failed: every rank that can leaves a note; who leaves none is missing."""
+    rank, size = place()
+    if _meeting.store is None:
+        return "another rank did not take part in a collective"
+    try:
+        _meeting.store.set(f"here {rank}", "yes")
+        time.sleep(ROLL_CALL)
+        absent = [str(r) for r in range(size) if not _meeting.store.check([f"here {r}"])]
+    except RuntimeError:
+        return "the launcher is gone, and with it the other ranks"
+    if not absent:
+        return "a collective failed although all ranks are alive"
+    return f"rank {', '.join(absent)} did not take part in a collective: ended, stopped or hanging"
+
+
+def report_failure(error: BaseException) -> None:
+    """Leave the reason where torchrun looks for it: its last lines then show it as the root cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    reason = printable(f"rank {os.environ.get('RANK')}: {error}")
+    extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+    try:
+        with open(file, "w") as report:
+            json.dump({"message": {"message": reason, "extraInfo": extra}}, report)
+    except OSError:
+        pass  # torchrun's own words must do
+
+
+def leave_note(name: str) -> None:
+    """Tell the other ranks something without a collective; see `wait_for_note`."""
+    if _meeting.store is not None:
+        _meeting.store.set(name, "yes")
+
+
+def wait_for_note(name: str, seconds: float) -> bool:
+    """Whether another rank left this note within some seconds."""
+    if _meeting.store is None:
+        return False
+    try:
+        _meeting.store.wait([name], timedelta(seconds=seconds))
+    except RuntimeError:
+        return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    return printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+
+
+def _say(text: str) -> None:
+    """To stderr, which may be gone with the launcher."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass

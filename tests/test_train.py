@@ -289,7 +289,7 @@ def test_checks_and_a_tracker_follow_the_run_and_the_best_checkpoint_stays(
     config, tokenizer, tmp_path, monkeypatch
 ):
     (tmp_path / "mytracker.py").write_text(
-        "rows = []\ndef init(project, config):\n    rows.append((project, config))\n"
+        "rows = []\ndef init(project, name, config):\n    rows.append((project, name, config))\n"
         "def log(row, step):\n    rows.append((step, row['loss']))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -316,22 +316,28 @@ def test_checks_and_a_tracker_follow_the_run_and_the_best_checkpoint_stays(
         "step-00000008",
     ]
     told = sys.modules["mytracker"].rows
-    assert told[0] == ("nanosail", {"a": 1}) and [step for step, _ in told[1:]] == list(range(1, 9))
-
-
-def test_a_cut_log_is_noticed_at_resume(config, tokenizer, tmp_path):
-    go = lambda steps: train(
-        SailVL(config).init_weights(0),
-        replace(TINY, steps=steps),
-        made_up(tokenizer),
-        answers,
-        directory=RunDirectory(tmp_path),
+    assert told[0] == ("nanosail", "run", {"a": 1}) and [step for step, _ in told[1:]] == list(
+        range(1, 9)
     )
+
+
+def test_a_cut_log_is_noticed_at_resume_and_keeps_its_count(config, tokenizer, tmp_path, capsys):
+    def go(steps):
+        return train(
+            SailVL(config).init_weights(0),
+            replace(TINY, steps=steps),
+            made_up(tokenizer),
+            answers,
+            directory=RunDirectory(tmp_path),
+        )
+
     go(3)
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="1 lines, but the checkpoint"):
-        go(5)
+    run = go(5)
+    assert "2 of the first 3 lines" in capsys.readouterr().err
+    assert [row["step"] for row in run.log] == [0, -1, -1, 3, 4]
+    assert len(log.read_text().splitlines()) == 5
 
 
 def test_the_generators_state_survives_json():
