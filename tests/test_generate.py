@@ -1,4 +1,5 @@
-"""Generation: cached decoding is the training forward, groups share their prompt, sampling follows the distribution."""
+"""Generation: cached decoding is the training forward, groups share their prompt, sampling follows
+the distribution."""
 
 from dataclasses import replace
 
@@ -38,14 +39,16 @@ def prompts(encoder):
 
 @torch.no_grad()
 def recompute(model, prompt, ids, temperature=1.0):
-    """Log-probabilities (n, V) before each of the answer's tokens, from one forward without cache."""
+    """Log-probabilities (n, V) before each of the answer's tokens, from one forward without
+    cache."""
     row = torch.tensor([prompt[0] + ids[:-1]])  # the last token is not fed
     logits = model(row, normalise(prompt[1]) if prompt[1] else None)[0, len(prompt[0]) - 1 :]
     return (logits / temperature).log_softmax(-1)
 
 
 def stop_in(answers):
-    """The token that, taken for the end token, cuts about half of these answers soon, and at different lengths."""
+    """The token that, taken for the end token, cuts about half of these answers soon, and at
+    different lengths."""
 
     def cuts(token):
         return [n for a in answers if token in a.ids and (n := a.ids.index(token)) < 8]

@@ -1,4 +1,5 @@
-"""Packing: no document is lost, split or late, rows are full, and how the global batch is cut up changes nothing."""
+"""Packing: no document is lost, split or late, rows are full, and how the global batch is cut up
+changes nothing."""
 
 import itertools
 import json
@@ -15,7 +16,15 @@ from conftest import EVERY
 from PIL import Image
 from test_data import record
 
-import packing
+from bench.packing_rules import (
+    PackingOptions,
+    Size,
+    compare_rules,
+    example_sizes,
+    first_fit,
+    measure_rule,
+    naive,
+)
 from data import world
 from data.encode import Encoder
 from data.images import normalise
@@ -55,7 +64,7 @@ def stream(draw: str, seed: int, n: int) -> list[Document]:
     return made_of([DRAWS[draw](rng) for _ in range(n)])
 
 
-# ------------------------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------- choosing
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -131,7 +140,7 @@ def test_the_worlds_own_documents_fill_the_rows_to_99_percent(documents):
     assert sum(len(d) for row in made for d in row) / (512 * len(made)) >= 0.99
 
 
-# -------------------------------------------------------------------------------------------------------------- collate
+# ------------------------------------------------------------------------------------------ collate
 
 
 @pytest.mark.parametrize("capacity", [30, None])
@@ -197,7 +206,7 @@ def test_pictures_of_a_batch_come_in_the_order_of_their_placeholders(documents, 
     assert counts == [per_image * len(d.images) for row in group for d in row]
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def dealt(given, size: int, accumulate: int, steps: int = 3) -> list[list[tuple]]:
@@ -246,7 +255,7 @@ def test_a_last_step_without_all_its_rows_is_filled_up_with_padding_of_no_weight
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- stop, resume
+# ------------------------------------------------------------------------------------- stop, resume
 
 
 def told(step) -> list[list]:
@@ -342,7 +351,8 @@ def test_a_plain_iterator_is_walked_again_to_where_it_was():
 
 @pytest.mark.parametrize("kind", ["numbers", "files"])
 def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, config, kind):
-    """SIGKILL between any two file operations, twenty times: each life logs rows and commits a state after each step."""
+    """SIGKILL between any two file operations, twenty times: each life logs rows and commits a
+    state after each step."""
 
     def run() -> Batches:
         return Batches(
@@ -385,7 +395,8 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, 
 
 
 def on_disk(place, tokenizer, config, epochs: float = 0) -> Documents:
-    """200 samples in two files, a tenth of them without their picture, read through a mixture; the answers count them."""
+    """200 samples in two files, a tenth of them without their picture, read through a mixture; the
+    answers count them."""
     if not (place / "mix.json").is_file():
         Image.new("RGB", (32, 32), "red").save(place / "red.png")
         for name in ("a", "b"):
@@ -423,7 +434,8 @@ def said(steps, tokenizer) -> list[str]:
 
 
 def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
-    """First a run of its own, killed after three steps; or, when there is a state, on from there to the end."""
+    """First a run of its own, killed after three steps; or, when there is a state, on from there to
+    the end."""
     place = Path(place)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2
@@ -471,7 +483,8 @@ def two_ranks(place: Path, tokenizer, config) -> None:
 def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(
     tmp_path, tokenizer, config
 ):
-    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: it gets padding till the end."""
+    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other:
+    it gets padding till the end."""
     everything = sorted(f"{name}{i}" for name in "ab" for i in range(100) if i % 10 != 3)
 
     def alone() -> Batches:
@@ -518,41 +531,38 @@ def test_data_that_changed_or_that_ranks_see_differently_is_refused(
         Batches(more, CAPACITY, 4, 1, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("mix", ["tiles", "any-resolution", "short", "long", "two-valued", "zipf"])
 def test_rows_are_full_and_the_vision_balanced_whatever_the_lengths(mix):
-    sizes = [
-        packing.Size(t, v)
-        for t, v in packing.example(mix, 12000 if mix in ("short", "zipf") else 3000, seed=1)
-    ]
+    count = 12000 if mix in ("short", "zipf") else 3000
+    sizes = [Size(t, v) for t, v in example_sizes(mix, count, seed=1)]
     for ranks, most in ((8, 1.03), (32, 1.05)):
-        figures, made = packing.measure(Rows, sizes, 8192, ranks)
+        figures, made = measure_rule(Rows, sizes, 8192, ranks)
         assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
-        assert (
-            figures["fill"] >= (0.999 if mix in ("tiles", "any-resolution") else 0.99)
-            and figures["max_wait_rows"] <= 64
-        )
+        least = 0.999 if mix in ("tiles", "any-resolution") else 0.99
+        assert figures["fill"] >= least and figures["max_wait_rows"] <= 64
         assert figures["vision_max_over_mean"] <= most or mix in ("long", "zipf")
 
 
+def test_the_simpler_rules_keep_every_document_once_and_within_the_row():
+    sizes = [Size(t, v) for t, v in example_sizes("tiles", 500, seed=2)]
+    for rule in (naive, first_fit):
+        made = list(rule(iter(sizes), 8192))
+        assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
+        assert all(sum(map(len, row)) <= 8192 for row in made)
+
+
 def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys):
-    assert packing.main(packing.Options(example=tmp_path / "lengths.txt", samples=600)) == 0
+    compare_rules(PackingOptions(example=tmp_path / "lengths.txt", samples=600))
     with open(tmp_path / "lengths.txt", "a") as f:
         f.write("9000 3\n")
     capsys.readouterr()
-    assert (
-        packing.main(
-            packing.Options(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png")
-        )
-        == 0
-    )
+    compare_rules(PackingOptions(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png"))
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["naive"]["fill"] < 0.95 < found["ours"]["fill"]
-        and found["first_fit"]["fill"] < found["ours"]["fill"]
-    )
+    assert found["naive"]["fill"] < 0.95 < found["ours"]["fill"]
+    assert found["first_fit"]["fill"] < found["ours"]["fill"]
     assert found["ours"]["padding"] == pytest.approx(1 - found["ours"]["fill"])
     assert set(found["ours"]) == {
         "fill",
@@ -563,11 +573,22 @@ def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys)
         "us_per_sample",
     }
     assert Image.open(tmp_path / "rows.png").size[0] > 100
-    assert packing.main(packing.Options(tmp_path / "lengths.txt", out=tmp_path / "rows.png")) == 0
+    compare_rules(PackingOptions(tmp_path / "lengths.txt", out=tmp_path / "rows.png"))
     assert "1 left out" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------- loss weights
+def test_a_list_that_is_none_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "lengths.txt").write_text("100 2\n\nhello\n")
+    with pytest.raises(ValueError, match="lengths.txt:3: not two whole numbers: 'hello'"):
+        compare_rules(PackingOptions(tmp_path / "lengths.txt"))
+    (tmp_path / "lengths.txt").write_text("9000 2\n")
+    with pytest.raises(ValueError, match="none of 1 lengths fits in a row of 8192"):
+        compare_rules(PackingOptions(tmp_path / "lengths.txt"))
+    with pytest.raises(ValueError, match="give --lengths FILE"):
+        compare_rules(PackingOptions())
+
+
+# ------------------------------------------------------------------------------------- loss weights
 
 
 @pytest.mark.parametrize(
@@ -644,7 +665,8 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
 def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(
     model, encoder, weighting
 ):
-    """In fp32. Ranks are played one after another: their gradients are summed, as parallel.sum_gradients does."""
+    """In fp32. Ranks are played one after another: their gradients are summed, as
+    parallel.sum_gradients does."""
     given = [
         replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i))
         for i in range(60)

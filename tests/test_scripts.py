@@ -140,7 +140,6 @@ SCRIPTS = [
     "toy.py",
     "vlm.py",
     "tokenizer.py",
-    "packing.py",
 ]
 MODULES = [
     "data.show",
@@ -149,6 +148,7 @@ MODULES = [
     "tools.readme",
     "curation.balance",
     "bench.step",
+    "bench.packing_rules",
     "bench.rows",
     "bench.decoding",
     "bench.rollouts",

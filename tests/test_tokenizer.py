@@ -1,4 +1,5 @@
-"""The tokenizer against the `tokenizers` library, on a published file written here from the toy's ranks."""
+"""The tokenizer against the `tokenizers` library, on a published file written here from the toy's
+ranks."""
 
 import json
 import re
@@ -13,7 +14,8 @@ from tokenizer import LONG, SPLIT, Compare, Tokenizer, main, mixed_texts
 
 @pytest.fixture(scope="module")
 def published(tokenizer, tmp_path_factory):
-    """tokenizer.json as Qwen publishes it: the merges are read off the ranks, each token from its two last parts."""
+    """tokenizer.json as Qwen publishes it: the merges are read off the ranks, each token from its
+    two last parts."""
     shown, merges = ours._printable(), []
     word = lambda token: "".join(shown[b] for b in token)
     for token in sorted((t for t in tokenizer.ranks if len(t) > 1), key=tokenizer.ranks.get):
