@@ -337,6 +337,100 @@ def test_over_a_change_of_ranks_an_epoch_has_every_document_once(before, after):
     assert sorted(first + second) == list(range(1, 201)) and len(first) > 40
 
 
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 10, 12, 16, 48])
+def test_rows_are_the_same_for_every_number_of_ranks_that_divides_them(count):
+    """From the first step on: what a rank holds changes, the rows of a step do not."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    want = None
+    for size in divisors:
+        ranks = [Batches(numbered(), CAPACITY, count, 1, 0, rank, size) for rank in range(size)]
+        steps = [sorted(row for r in ranks for row in told(next(r))) for _ in range(3)]
+        want = want or steps
+        assert steps == want, size
+        # a rank reads its own lanes only
+        shared = size // np.gcd(size, ranks[0].lanes)
+        assert all(len(r.mine) * size == r.lanes * shared for r in ranks)
+
+
+def test_a_state_with_another_number_of_lanes_goes_on_with_those():
+    whole = Batches(numbered(), CAPACITY, 10, 1, 0, lanes=5)
+    steps = [told(next(whole)) for _ in range(6)]
+    first = Batches(numbered(), CAPACITY, 10, 1, 0, lanes=5)
+    assert [told(next(first)) for _ in range(2)] == steps[:2]
+    state = json.loads(json.dumps(first.state_dict()))
+    second = Batches(numbered(), CAPACITY, 10, 1, 0)
+    assert second.lanes == 2
+    second.load_state_dict(state)
+    assert second.lanes == 5 and [told(next(second)) for _ in range(4)] == steps[2:]
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (4, 1), (1, 4), (2, 4)])
+def test_a_weight_by_documents_resumes_on_any_number_of_ranks(before, after):
+    """Eq. 2's division: 160 documents, a stop after ten steps, each seen once, and a step's weight
+    is its documents."""
+    lengths = [DRAWS["mixed"](random.Random(i)) for i in range(160)]
+
+    def run(size: int, steps: int, state: dict | None) -> tuple[list, dict]:
+        ranks = [
+            Batches(
+                Documents(made_of(lengths), None), CAPACITY, 4, 1, 0, rank, size, per_sample=True
+            )
+            for rank in range(size)
+        ]
+        seen = []
+        for r in ranks:
+            if state:
+                r.load_state_dict(state)
+            for _ in range(steps):
+                for b in next(r, []):
+                    inside = [o for o in b.owners if o != "padding"]
+                    assert b.weight == b.count <= len(inside)
+                    seen += inside
+        parts = [r.state_dict() for r in ranks]
+        buffers = {k: v for p in parts for k, v in p["buffers"].items()}
+        return seen, json.loads(json.dumps(parts[0] | {"buffers": buffers}))
+
+    first, state = run(before, 4, None)
+    second, _ = run(after, 100, state)
+    assert 40 < len(first) < 160
+    assert sorted(first + second) == sorted(f"task{i}" for i in range(160))
+
+
+def test_a_batch_counts_the_documents_that_have_something_to_learn():
+    given = made_of([1, 2, 7, 30])  # the first two have no label, or one
+    batch = collate([given[:2], given[2:]], 64, 0, per_sample=True)
+    labelled = [d for d in given if (d.labels >= 0).any()]
+    assert batch.count == len(labelled) == 3 and batch.weight == 3.0
+    moved = batch.to("meta")
+    assert moved.ids.device.type == "meta" and moved.weight == 3.0 and moved.per_sample
+    by_weights = collate([given[:2], given[2:]], 64, 0)
+    assert by_weights.weight == pytest.approx(sum(float(d.weights.sum()) for d in given))
+    assert by_weights.count == 3
+
+
+def test_a_document_that_waited_and_cannot_be_read_again_is_counted():
+    gone = [False]
+
+    def draw(n: int) -> Document:
+        if gone[0] and n % 5 == 0:
+            raise OSError("the disk is gone")
+        length = DRAWS["mixed"](random.Random(n))
+        labels = np.full(length, n)
+        return Document(labels, labels, np.ones(length, np.float32), (), "", str(n), {})
+
+    def run() -> Batches:
+        return Batches(Documents(Drawn(draw), None), CAPACITY, 4, 1, 0)
+
+    data = run()
+    next(data)
+    state = data.state_dict()
+    gone[0] = True
+    data = run()
+    data.load_state_dict(state)
+    waited = sum(n % 5 == 0 for s in state["buffers"].values() for n in s["waiting"])
+    assert waited and data.documents.faults.counts == {"unexpected OSError": waited}
+
+
 def test_a_plain_iterator_is_walked_again_to_where_it_was():
     def run():
         return Batches((d for d in stream("mixed", 0, 300)), CAPACITY, 4, 1, 0)
@@ -593,7 +687,12 @@ def test_a_list_that_is_none_is_an_error_that_names_the_line(tmp_path):
 
 @pytest.mark.parametrize(
     "weighting, total",
-    [("token", lambda n: n), ("sample", lambda n: 1), ("sqrt", lambda n: n**0.5)],
+    [
+        ("token", lambda n: n),
+        ("sequence", lambda n: n),
+        ("sample", lambda n: 1),
+        ("sqrt", lambda n: n**0.5),
+    ],
 )
 def test_a_sample_weighs_as_much_as_its_weighting_says(encoder, weighting, total):
     seen = set()
