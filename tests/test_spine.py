@@ -57,13 +57,13 @@ def test_bpe_training_is_deterministic_and_tiktoken_applies_its_merges(tokenizer
 
 
 def test_a_saved_tokenizer_and_a_published_vocabulary_load_alike(tokenizer, tmp_path):
-    from tokenizer import _printable
+    from infra.hub import printable_bytes
 
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).encode("what color is the circle?") == tokenizer.encode(
         "what color is the circle?"
     )
-    shown = _printable()
+    shown = printable_bytes()
     (tmp_path / "hf").mkdir()
     vocabulary = {"".join(shown[b] for b in token): rank for token, rank in tokenizer.ranks.items()}
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps(vocabulary))
