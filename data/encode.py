@@ -106,12 +106,14 @@ class Encoder:
         messages = (replace(m, parts=tuple(parts(m))) for m in sample.messages)
         return replace(sample, messages=tuple(messages))
 
-    def prompt(self, sample: Sample) -> tuple[list[int], list[np.ndarray]]:
+    def prompt(self, sample: Sample, reply: bool = False) -> tuple[list[int], list[np.ndarray]]:
         """Ids up to the assistant's opening, and the images: everything before the last assistant
-        turn.
+        turn. reply: everything, to answer the end of a conversation.
 
-        Raises BadSample when there is nothing before it, or a picture cannot be read."""
-        sample = self.unrolled(replace(sample, messages=question_turns(sample)))
+        Raises BadSample when there is nothing before it, or a picture cannot be read.
+        """
+        asked = sample.messages if reply else question_turns(sample)
+        sample = self.unrolled(replace(sample, messages=asked))
         arrays, counts = self.images(sample)
         ids, _ = self.tokenizer.render(sample.messages, counts, prompt_only=True)
         return ids, arrays
