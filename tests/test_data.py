@@ -1,4 +1,5 @@
-"""Text to ids, label masks, the drawn world's truth, and the reader: a broken sample costs that sample alone."""
+"""Text to ids, label masks, the drawn world's truth, and the reader: a broken sample costs that
+sample alone."""
 
 import io
 import json
@@ -22,7 +23,7 @@ from data.sample import BadSample, Faults, Message, Sample
 from data.stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def any_text(rng: random.Random) -> str:
@@ -104,7 +105,8 @@ def test_bpe_training_stops_when_no_pair_occurs_twice():
 
 
 def test_replaying_the_merges_by_hand_gives_the_encoding(tokenizer):
-    """Byte-pair encoding as a definition: inside each word, join the neighbours of lowest rank until none is left."""
+    """Byte-pair encoding as a definition: inside each word, join the neighbours of lowest rank
+    until none is left."""
     import regex
 
     from tokenizer import SPLIT
@@ -130,7 +132,8 @@ def test_replaying_the_merges_by_hand_gives_the_encoding(tokenizer):
 
 
 def gpt2_printable() -> dict[int, str]:
-    """GPT-2's published byte alphabet, written down again: what prints stands for itself, the rest starts at U+0100."""
+    """GPT-2's published byte alphabet, written down again: what prints stands for itself, the rest
+    starts at U+0100."""
     prints = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or 0xAE <= b]
     rest = [b for b in range(256) if b not in prints]
     return {b: chr(b) for b in prints} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
@@ -171,7 +174,7 @@ def test_a_directory_without_a_tokenizer_and_a_vocabulary_with_gaps_are_errors(t
         Tokenizer({bytes([b]): b + (b > 7) for b in range(256)})
 
 
-# --------------------------------------------------------------------------------------------------------- label mask
+# --------------------------------------------------------------------------------------- label mask
 
 
 def runs(document) -> list[list[int]]:
@@ -272,7 +275,7 @@ def test_a_document_that_is_too_long_or_teaches_nothing_is_a_fault_with_its_orig
         short(Sample((Message("user", ("q",)),), origin="here:2"))
 
 
-# -------------------------------------------------------------------------------------------------------------- world
+# -------------------------------------------------------------------------------------------- world
 
 
 def test_an_index_and_a_seed_are_one_sample_with_the_same_pixels(encoder):
@@ -375,7 +378,7 @@ def test_text_samples_say_in_words_what_the_picture_would_show():
         assert s.facts["words"] in s.messages[0].parts[0]
 
 
-# ------------------------------------------------------------------------------------------------------- broken files
+# ------------------------------------------------------------------------------------- broken files
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -606,7 +609,7 @@ def test_an_epoch_gives_every_sample_once_in_an_order_of_the_seed(folder):
     assert abs(share - 0.75) < 0.04
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -655,7 +658,8 @@ def test_what_is_transparent_becomes_white_and_what_is_half_becomes_half(tmp_pat
     [(1, "top left"), (3, "bottom right"), (6, "top right"), (8, "bottom left")],
 )
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path, orientation, corner):
-    """The one red quarter of a 48 x 32 picture moves to the corner that the orientation sends the top left to."""
+    """The one red quarter of a 48 x 32 picture moves to the corner that the orientation sends the
+    top left to."""
     image, exif = Image.new("RGB", (48, 32), "white"), Image.Exif()
     image.paste((255, 0, 0), (0, 0, 24, 16))
     exif[0x0112] = orientation
@@ -707,7 +711,7 @@ def test_random_damage_to_a_file_is_a_picture_or_a_fault_and_nothing_else(tmp_pa
     assert seen["fine"] > 25 and seen["unreadable image"] > 50
 
 
-# ---------------------------------------------------------------------------- rarer ways in which a record can be wrong
+# -------------------------------------------------------- rarer ways in which a record can be wrong
 
 
 def read_one(folder, r) -> tuple[int, Faults]:
@@ -770,7 +774,7 @@ def test_a_chain_that_is_not_to_be_learned_is_not_supervised(encoder):
     assert [encoder.tokenizer.decode(r) for r in runs(encoder(sample))] == ["second<|im_end|>"]
 
 
-# ----------------------------------------------------------------------------- question and truth
+# ------------------------------------------------------------------------------- question and truth
 
 
 def talk(*turns, **more) -> Sample:
@@ -873,7 +877,8 @@ def test_a_prompt_without_a_question_is_a_fault(encoder):
 
 
 def test_a_box_of_the_data_keeps_its_picture_and_is_asked_with_the_think_prompt(folder, tokenizer):
-    """A LLaVA row with a chain and a box, read from disk: what long-CoT, RL and evaluation all ask."""
+    """A LLaVA row with a chain and a box, read from disk: what long-CoT, RL and evaluation all
+    ask."""
     row = record("<image>\nhow many?", r"<think>one, two.</think>\boxed{2}", "good.png")
     (folder.parent / "my.jsonl").write_text(lines([row]))
     sample = Folder(folder.parent / "my.jsonl", folder).first()[0]
