@@ -43,12 +43,19 @@ import torch
 
 from data.encode import Encoder
 from data.sample import BadSample, Document, Faults, Sample
+from infra.text import printable
 
-BLOCK = 1 << 16  # draws of the mixture that are made together
-RUN, WINDOW = 1024, 8192  # records read in order, and records that are shuffled among each other
-SILENCE = 10_000  # numbers in a row that may hold nothing for the stage
-USED_UP = 1_000_000  # numbers in a row that may fall on groups whose epochs are over
-DEATHS = 10  # worker processes that may die in a row without a document
+# The order: draws of the mixture that are made together, records that are read in a row, and records
+# that are shuffled among each other.
+BLOCK = 1 << 16
+RUN = 1024
+WINDOW = 8192
+
+# How long silence may last, in numbers in a row: with nothing for the stage, or of groups whose epochs
+# are over; and how many worker processes may die in a row without a document.
+SILENCE = 10_000
+USED_UP = 1_000_000
+DEATHS = 10
 
 
 class EndOfStream(IndexError):
@@ -62,30 +69,43 @@ class EndOfStream(IndexError):
 class Patience:
     """Counts what cannot be used, and decides when silence has lasted too long.
 
-    Raises ValueError after `most` faults, or `SILENCE` numbers with nothing for the stage, since
-    the last usable sample.
+    Raises ValueError when, since the last usable sample, there were `most` faults, or `SILENCE`
+    numbers with nothing for the stage, or every record was tried.
     """
 
     def __init__(self, faults: Faults, most: int = 1000):
         self.faults = faults
         self.most = most
+        self.tried: set[tuple[int, int]] = set()
         self.start()
 
     def start(self) -> None:
         """A usable sample makes patient again."""
-        self.bad = self.empty = self.used_up = 0
+        self.bad = 0
+        self.empty = 0
+        self.used_up = 0
         self.first_empty: int | None = None
+        self.tried.clear()
 
     def accepts(self, found: Any, number: int, stream: Any) -> bool:
         """Whether this is something to use; what is not is counted."""
-        if isinstance(found, BadSample):
+        if found is not None and not isinstance(found, BadSample):
+            self.start()
+            return True
+
+        # which record it was, if the stream has an order
+        order = getattr(stream, "order", None)
+        record = order[number] if order is not None else None
+        if record is not None:
+            self.tried.add(record)
+
+        if found is not None:
             self.count_fault(found)
-            return False
-        if found is None:
+        elif order is not None and record is None:
+            self.count_used_up()
+        else:
             self.count_empty(number, stream)
-            return False
-        self.start()
-        return True
+        return False
 
     def count_fault(self, fault: BadSample) -> None:
         self.bad += 1
@@ -95,28 +115,32 @@ class Patience:
                 f"{self.bad} samples in a row cannot be used\n{self.faults.report()}"
             ) from fault
 
-    def count_empty(self, number: int, stream: Any) -> None:
-        # a group whose epochs are over still has its share of the numbers: these say nothing about the others
-        order = getattr(stream, "order", None)
-        if order is not None and order[number] is None:
-            self.used_up += 1
-        else:
-            self.empty += 1
-            if self.first_empty is None:
-                self.first_empty = number
-
+    def count_used_up(self) -> None:
+        """A group whose epochs are over keeps its share of the numbers: they say nothing about what
+        the other groups hold."""
+        self.used_up += 1
         if self.used_up >= USED_UP:
             raise ValueError(
                 f"{self.used_up} draws in a row fell on data whose epochs are over: "
                 "what is left has next to no weight"
             )
-        if self.empty >= SILENCE:
-            wanted = getattr(stream, "wanted", "") or "something for this stage"
-            example = describe(stream, self.first_empty)
-            raise ValueError(
-                f"{self.empty} samples in a row do not have {wanted}; the first: {example}\n"
-                f"{self.faults.report()}".rstrip()
-            )
+
+    def count_empty(self, number: int, stream: Any) -> None:
+        self.empty += 1
+        if self.first_empty is None:
+            self.first_empty = number
+
+        # small data is known by heart soon, of large data a part must do
+        order = getattr(stream, "order", None)
+        all_tried = order is not None and len(self.tried) == order.drawable
+        if self.empty < SILENCE and not all_tried:
+            return
+        wanted = getattr(stream, "wanted", "") or "something for this stage"
+        example = describe(stream, self.first_empty)
+        raise ValueError(
+            f"{self.empty} samples in a row do not have {wanted}; the first: {example}\n"
+            f"{self.faults.report()}".rstrip()
+        )
 
 
 class Stream:
@@ -124,11 +148,11 @@ class Stream:
     counting it in `faults`."""
 
     endless = False
-    numbered = True  # any number at any time; False: rising numbers only
-    faults: Faults
+    # any number at any time; False: rising numbers only
+    numbered = True
 
     def __init__(self, faults: Faults | None = None):
-        self.faults = faults or Faults()
+        self.faults = Faults() if faults is None else faults
         self.at = 0
         self.patience = Patience(self.faults)
 
@@ -220,9 +244,11 @@ class Mapped(Stream):
         faults: Faults | None = None,
     ):
         self.stream = as_stream(stream)
-        super().__init__(faults or getattr(self.stream, "faults", None))
+        super().__init__(getattr(self.stream, "faults", None) if faults is None else faults)
         self.function = function
         self.wanted = wanted
+
+        # what readers and `Batches` ask a stream about is answered by the one below
         self.endless = self.stream.endless
         self.numbered = getattr(self.stream, "numbered", True)
         if hasattr(self.stream, "order"):
@@ -249,6 +275,7 @@ def as_stream(samples: Any) -> Any:
 
 def read_sample(stream: Any, n: int) -> Any:
     """stream[n]; any exception but the stream's end becomes a fault of that record."""
+    # an iterator that raised cannot be asked again: its exception is not one record's
     if not getattr(stream, "numbered", True):
         return stream[n]
     try:
@@ -277,9 +304,11 @@ def describe(stream: Any, n: int) -> str:
     sample = read_sample(stream, n) if getattr(stream, "numbered", True) else None
     if not isinstance(sample, Sample):
         return f"sample {n} of the stream"
+
+    # enough to see what is missing
     roles = ", ".join(m.role for m in sample.messages)
     facts = ", ".join(map(str, sample.facts)) or "none"
-    return f"{sample.origin or f'sample {n}'} (turns: {roles}; facts: {facts})"
+    return printable(f"{sample.origin or f'sample {n}'} (turns: {roles}; facts: {facts})")
 
 
 # -------------------------------------------------------------------------------------------- order
@@ -305,6 +334,8 @@ class Order:
             )
         self.groups = groups
         self.seed = seed
+
+        # a uniform number falls between the edges of its group
         self.edges = np.cumsum(weights) / np.sum(weights)
 
         # how many draws each group has in it: one of weight 0 is never drawn, so nothing waits for it
@@ -315,8 +346,10 @@ class Order:
             limits.append(limit if weight > 0 else 0)
         self.limits = np.array(limits)
         self.endless = unlimited in limits
+        self.drawable = sum(len(group) for group, limit in zip(groups, limits) if limit)
 
-        self.before = [np.zeros(len(groups), np.int64)]  # draws of each group before block b
+        # draws of each group before block b, for as many blocks as were asked for
+        self.before = [np.zeros(len(groups), np.int64)]
         self._remember()
 
     def _remember(self) -> None:
@@ -360,26 +393,37 @@ class Order:
 
         # runs of neighbours in the epoch's order, the short run last
         runs, rest = divmod(len(records), RUN)
-        order = list(np.random.default_rng([self.seed, 1, group, epoch]).permutation(runs))
+        of_epoch = np.random.default_rng([self.seed, 1, group, epoch])
+        order = list(of_epoch.permutation(runs))
         if rest:
             order.append(runs)
 
         # the runs of this window, shuffled together
-        chosen = order[window * WINDOW // RUN : (window + 1) * WINDOW // RUN]
-        inside = np.concatenate([records[r * RUN : (r + 1) * RUN].numpy() for r in chosen])
-        return np.random.default_rng([self.seed, 2, group, epoch, window]).permutation(inside)
+        first = window * WINDOW // RUN
+        last = (window + 1) * WINDOW // RUN
+        parts = []
+        for run in order[first:last]:
+            parts.append(records[run * RUN : (run + 1) * RUN].numpy())
+        of_window = np.random.default_rng([self.seed, 2, group, epoch, window])
+        return of_window.permutation(np.concatenate(parts))
 
     def __getitem__(self, n: int) -> tuple[int, int] | None:
+        # which group it falls on, and how often that one was drawn before
         block, place = divmod(n, BLOCK)
         picks, earlier = self.block(block)
         group = int(picks[place])
         count = int(earlier[place])
+
+        # a group that was read as often as it may be has nothing; when none has, this is the end
         if count >= self.limits[group]:
             if (self.before[block] >= self.limits).all():
                 raise EndOfStream(n)
             return None
+
+        # its place in the epoch's order
         epoch, place = divmod(count, len(self.groups[group]))
-        return group, int(self.shuffled(group, epoch, place // WINDOW)[place % WINDOW])
+        window = self.shuffled(group, epoch, place // WINDOW)
+        return group, int(window[place % WINDOW])
 
 
 # ---------------------------------------------------------------------------------------- documents
@@ -404,13 +448,16 @@ class Documents:
         patience: int = 1000,
         workers: int = 0,
     ):
+        # the stream, and what `Batches` wants to know about it
         self.samples = as_stream(samples)
         self.numbered = getattr(self.samples, "numbered", True)
         self.endless = self.samples.endless
         order = getattr(self.samples, "order", None)
         self.records = [len(group) for group in order.groups] if order is not None else []
+
+        # what becomes of a sample, here or in worker processes
         self.encoder = encoder
-        self.faults = faults or Faults()
+        self.faults = Faults() if faults is None else faults
         self.patience = Patience(self.faults, patience)
         self.workers = (
             Workers(workers, self.samples, encoder) if workers and self.numbered else None
@@ -442,10 +489,12 @@ class Share:
         self.documents = documents
         self.next = part
         self.step = parts
+        # with worker processes: what was asked of which of their generations, and how many numbers
+        # to ask for one at a time, after a death
         self.ahead = ahead
         self.coming: deque[Future] = deque()
-        self.generation = 0  # of the processes that `coming` waits for
-        self.careful = 0  # numbers to ask for one at a time, after a death
+        self.generation = 0
+        self.careful = 0
 
     def __iter__(self) -> "Share":
         return self
@@ -487,6 +536,8 @@ class Share:
             self.careful = max(0, self.careful - 1)
             workers.deaths = 0
             return found
+
+        # three times alone with its reader, and the reader is dead
         self.careful = self.ahead
         return BadSample("killed its reader", f"sample {self.next} of the stream, three times")
 
@@ -498,7 +549,8 @@ class Share:
 def read_document(samples: Any, encoder: Encoder | None, n: int) -> Document | BadSample | None:
     """Sample n, encoded. Whatever goes wrong on the way is returned as its fault."""
     sample = read_sample(samples, n)
-    if isinstance(sample, Document):  # encoded already
+    # some are encoded already, and some are to be left as they are
+    if isinstance(sample, Document):
         return replace(sample, number=n)
     if encoder is None or not isinstance(sample, Sample):
         return sample
@@ -540,6 +592,8 @@ class Workers:
                 f"--workers {self.count}: processes died {self.deaths} times in a row without reading "
                 "anything; is there memory for them? --workers 0 reads in this process"
             )
+
+        # one that dies takes the executor with it: a new one, and a new generation of answers
         print("a data worker died and is replaced", file=sys.stderr, flush=True)
         self.close()
         self.generation += 1
@@ -554,7 +608,9 @@ def _begin(samples: Any, encoder: Encoder | None) -> None:
     global _mine
     _mine = (samples, encoder)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves first
+
+    # Ctrl-C is for the parent, which saves first; and without a parent there is nothing to do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 

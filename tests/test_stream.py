@@ -163,15 +163,40 @@ def test_a_stream_with_nothing_for_the_stage_is_an_error_that_shows_the_first(en
     chains = Mapped(
         Ordered(epochs=(0, 0)), lambda s: None, "a chain (<think> or facts.chain)", faults=Faults()
     )
-    want = rf"{SILENCE} samples in a row do not have a chain \(<think> or facts.chain\); the first: here:\d+"
-    with pytest.raises(ValueError, match=want + r" \(turns: user, assistant; facts: answer\)"):
+    want = (
+        r"\d+ samples in a row do not have a chain \(<think> or facts.chain\); the first: here:\d+"
+    )
+    with pytest.raises(ValueError, match=want + r" \(turns: user, assistant; facts: answer\)") as e:
         next(iter(Documents(chains, encoder)))
+    # all 400 records were tried, and hardly any four times
+    assert 400 <= int(str(e.value).split()[0]) < 2000
     with pytest.raises(ValueError, match=want):
         next(chains)  # RL and the image stage iterate over samples
-    with pytest.raises(ValueError, match="samples in a row"):
-        next(iter(Documents(Drawn(lambda n: None), encoder)))
-    with pytest.raises(ValueError, match="samples in a row"):
+    with pytest.raises(ValueError, match=want):
         next(Batches(Documents(chains, encoder), 512, 8, 1, 0))
+    without_order = Mapped(Drawn(sample), lambda s: None, "a chain")
+    for stream in (
+        Drawn(lambda n: None),
+        without_order,
+        Mapped(Walk(map(sample, range(10**6))), lambda s: None),
+    ):
+        with pytest.raises(ValueError, match=f"{SILENCE} samples in a row do not have"):
+            next(iter(Documents(stream, encoder)))
+
+
+def test_records_that_are_bad_or_empty_are_tried_once_around_and_not_for_ever(encoder):
+    """Where every record is either: the error names both, long before either limit alone."""
+
+    def even_is_bad(s: Sample) -> None:
+        if int(s.facts["answer"][1:]) % 2 == 0:
+            raise BadSample("even", s.origin)
+
+    stream = Mapped(Ordered((20, 30), (0, 0)), even_is_bad)
+    with pytest.raises(ValueError, match=r"samples in a row do not have(.|\n)*x even; first: even"):
+        next(iter(Documents(stream, encoder)))
+    # one good record among 300 is found, however long it takes
+    one = Mapped(Ordered(epochs=(0, 0)), lambda s: s if s.facts["answer"] == "a17" else None)
+    assert answers([next(iter(Documents(one, encoder)))], encoder.tokenizer) == ["a17"]
 
 
 def test_faults_without_end_are_an_error_that_names_the_first(encoder):
