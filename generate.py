@@ -63,6 +63,7 @@ class Cache:
     """
 
     def __init__(self, llm: Any, lengths: list[int], room: int, like: Tensor):
+        # a column for each token of the longest prompt, and for each that may come
         config = llm.config
         device = like.device
         self.prompt = max(lengths)
@@ -111,12 +112,14 @@ class Cache:
         The H/G query heads of a group share its keys uncopied. Two products and a softmax: for one
         query a row on a CPU half the time of the fused kernel under a mask.
         """
+        # this token's own keys and values go into the newest column
         T = self.prompt + self.steps
         self.k[layer, :, :, T - 1] = k
         self.v[layer, :, :, T - 1] = v
         keys = self.k[layer, :, :, :T]  # (B, G, T, D)
         values = self.v[layer, :, :, :T]
 
+        # the queries of a group side by side
         B, H, D = q.shape
         q = q.to(keys.dtype)
         grouped = q.view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
@@ -428,8 +431,9 @@ def build_question(options: GenerateOptions, think_prompt: str) -> Sample:
 
 
 def answer_prompt(options: GenerateOptions) -> None:
+    # mistakes first: a large model takes minutes to read
     check_device(options.device)
-    build_question(options, "")  # mistakes first: a large model takes minutes to read
+    build_question(options, "")
     model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
     sample = build_question(options, tokenizer.think_prompt)
     prompt = Encoder(tokenizer, model.config).prompt(sample)
@@ -442,6 +446,7 @@ def answer_prompt(options: GenerateOptions) -> None:
         "top_p": options.top_p,
         "seed": options.seed,
     }
+    # several answers are printed when all are there
     if options.samples > 1:
         for answer in generate(model, [prompt], tokenizer.ends, **sampling):
             print(printable(tokenizer.decode_answer(answer.ids), lines=True))

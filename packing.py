@@ -32,7 +32,8 @@ from data.sample import BadSample, Document
 from data.stream import Documents
 from scale import parallel
 
-PADDING = "padding"  # the task of the document that fills up a row
+# The task of the document that fills up a row.
+PADDING = "padding"
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Batch:
     def to(self, device) -> "Batch":
         if str(device) == "cpu":
             return self
+        # images of different sizes are a list
         images = self.images
         if isinstance(images, list):
             images = [image.to(device) for image in images]
@@ -96,8 +98,10 @@ class Batch:
 # How much of a buffer's surplus of vision a row takes up: 0 lets it pile up, 1 makes rows as uneven
 # as the stream.
 GAIN = 0.15
-UNITS = 80  # vision is counted in about 80ths of what a row should hold, or in tiles when they are fewer
-FILL = 60  # a row with one percent left empty is as bad as one with 60 percent too much vision
+# Vision is counted in about 80ths of what a row should hold, or in tiles when they are fewer.
+UNITS = 80
+# A row with one percent left empty is as bad as one with 60 percent too much vision.
+FILL = 60
 
 
 def choose_subset(
@@ -191,7 +195,8 @@ class Rows:
         self.capacity = capacity
         self.buffer = buffer
         self.waiting: list[Document] = []
-        self.seen = [0, 0]  # tokens and vision of all documents so far: their ratio is a row's aim
+        # tokens and vision of all documents so far: their ratio is a row's aim
+        self.seen = [0, 0]
 
     def __iter__(self) -> "Rows":
         return self
@@ -224,6 +229,7 @@ class Rows:
     def refill(self, most: int) -> None:
         """Read until `most` documents wait."""
         while len(self.waiting) < most:
+            # at the end of the stream the buffer runs empty
             document = next(self.source, None)
             if document is None:
                 return
@@ -253,9 +259,11 @@ class Rows:
         row.documents.extend(documents)
         row.room -= sum(map(len, documents))
         row.want -= sum(d.vision for d in documents)
+
+        # others take their places; the oldest of all is in the row, and counts
         taken = set(map(id, documents))
         self.waiting = [d for d in self.waiting if id(d) not in taken]
-        self.refill(self.buffer - 1)  # the oldest is in the row and counts
+        self.refill(self.buffer - 1)
         return [d for d in self.waiting if len(d) <= row.room]
 
 
@@ -266,6 +274,7 @@ def collate(
     group: list[list[Document]], capacity: int | None, pad: int, per_sample: bool = False
 ) -> Batch:
     """B rows of documents -> a Batch. capacity None: as long as the longest row."""
+    # empty rows
     B = len(group)
     T = capacity or max(sum(map(len, row)) for row in group)
     ids = np.full((B, T), pad, np.int64)
@@ -293,6 +302,7 @@ def collate(
             lengths.append(T - at)
             owners.append(PADDING)
 
+    # all pictures, in the order of their placeholders
     documents = [document for row in group for document in row]
     images = [image for document in documents for image in document.images]
     return Batch(
@@ -309,7 +319,8 @@ def collate(
     )
 
 
-LANES = 32  # at most; a power of two, so that as many ranks share nothing
+# At most so many lanes: a power of two, so that as many ranks share nothing.
+LANES = 32
 
 
 class Batches:
@@ -359,7 +370,8 @@ class Batches:
         lanes: int = 0,
         per_sample: bool = False,
     ):
-        accumulate = accumulate or max(1, rows_per_step // ranks)  # 0: a row at a time
+        # how a step is cut up: by ranks, then by micro-batches (0: a row at a time)
+        accumulate = accumulate or max(1, rows_per_step // ranks)
         if rows_per_step % (ranks * accumulate):
             raise ValueError(
                 f"{rows_per_step} rows a step do not divide over {ranks} ranks x {accumulate} "
@@ -393,10 +405,12 @@ class Batches:
         """Lanes from the start, or each from its state."""
         self.lanes = lanes
         self.mine: dict[int, Rows] = {}
+        # the rows of a rank come around to the same lanes again and again
         rows_of_mine = range(self.rank, lanes * self.ranks, self.ranks)
         for lane in sorted({row % lanes for row in rows_of_mine}):
             share = self.documents.share(lane, lanes)
             self.mine[lane] = Rows(share, self.capacity, self.buffer)
+            # go on where the state says
             if str(lane) in states:
                 state = states[str(lane)]
                 self.mine[lane].waiting = self.read_again(state["waiting"])
@@ -439,6 +453,7 @@ class Batches:
         if not made:
             raise StopIteration
 
+        # cut mine into micro-batches
         self.row += self.rows_per_step
         share = len(kept) // self.accumulate
         parts = [kept[i * share : (i + 1) * share] for i in range(self.accumulate)]
@@ -452,6 +467,7 @@ class Batches:
                 "waiting": [d.number for d in rows.waiting],
                 "seen": rows.seen,
             }
+        # a lane that several ranks read is in the same state on all of them
         buffers: dict[str, dict] = {}
         for part in parallel.gather([mine]):
             buffers |= part
@@ -465,11 +481,13 @@ class Batches:
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the step has another number of rows, or the data another number of
         records, than when it was saved."""
+        # a row number must mean the same as before
         if state["row"] % self.rows_per_step:
             raise ValueError(
                 f"the saved run stopped at row {state['row']}, which is no multiple of "
                 f"{self.rows_per_step} rows a step"
             )
+        # and so must the number of a record
         records = state.get("records", self.documents.records)
         if records != self.documents.records:
             raise ValueError(

@@ -62,7 +62,8 @@ THINK_PROMPT = (
     "answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer "
     "MUST BE put in \\boxed{}."
 )
-TEMPLATE = {"system": str, "think_prompt": str, "nfc": bool}  # keys of template.json
+# Keys of template.json, and what they must be.
+TEMPLATE = {"system": str, "think_prompt": str, "nfc": bool}
 
 
 class Tokenizer:
@@ -96,6 +97,7 @@ class Tokenizer:
             raise ValueError(
                 f"the vocabulary has no token for byte {absent[0]}, so not every text could be encoded"
             )
+        # tokens that text can become, and those that it cannot
         self.ranks = ranks
         self.system = system
         self.think_prompt = think_prompt
@@ -153,6 +155,7 @@ class Tokenizer:
         for i in ids:
             if i >= len(self):
                 continue
+            # nothing until the last byte of a character is there
             text = characters.decode(self.encoding.decode_single_token_bytes(i))
             if text:
                 yield text
@@ -189,6 +192,7 @@ class Tokenizer:
                 if isinstance(part, str):
                     put(self.encode(part), learn)
                     continue
+                # an image: a placeholder for each of its visual tokens
                 n = next(counts, None)
                 if n is None:
                     raise ValueError("more image parts in the messages than images")
@@ -197,6 +201,7 @@ class Tokenizer:
         if next(counts, None) is not None:
             raise ValueError("more images than image parts in the messages")
 
+        # the reader's turn
         if prompt_only:
             put(self.openings["assistant"])
         return ids, supervised
@@ -204,12 +209,15 @@ class Tokenizer:
     def save(self, directory) -> None:
         """Ranks and template, as `load` reads them first, and the files that others read: see
         infra/hub.py."""
+        # ours: a token in base 64 and its rank on each line
         directory = Path(directory)
         lines = [
             base64.b64encode(token).decode() + f" {rank}\n"
             for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
         ]
         (directory / "tokenizer.tiktoken").write_text("".join(lines))
+
+        # the template, and what others read
         template = {key: getattr(self, key) for key in TEMPLATE}
         for name, value in {"template.json": template, **self.published}.items():
             write_json(directory / name, value)
@@ -226,6 +234,7 @@ class Tokenizer:
 
         Raises ValueError when none is there, or when it is not a byte-level BPE vocabulary.
         """
+        # the exact ranks before other forms of them
         directory = Path(directory)
         ranked = sorted(directory.glob("*.tiktoken"))
         candidates = (*ranked[:1], directory / "tokenizer.json", directory / "vocab.json")
@@ -234,6 +243,7 @@ class Tokenizer:
             raise ValueError(
                 f"{directory}: no tokenizer here (wanted *.tiktoken, tokenizer.json or vocab.json)"
             )
+        # whatever is in it, it must become a whole vocabulary
         template = read_template(directory / "template.json")
         added: list[dict] = []
         try:
@@ -280,12 +290,15 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def read_published(path: Path, template: dict) -> tuple[Tokenizer, list[dict]]:
     """A tokenizer.json, or a vocab.json, and the added tokens that it lists."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary, added = content, []
+    # a vocab.json is the vocabulary alone
+    vocabulary = content
+    added: list[dict] = []
     composes = True
     if path.name != "vocab.json":
         vocabulary = content["model"]["vocab"]
         added = content.get("added_tokens", [])
         composes = content.get("normalizer", "as published") is not None
+    # characters back to the bytes that they stand for
     byte_of = {character: byte for byte, character in printable_bytes().items()}
     ranks = {bytes(byte_of[c] for c in word): rank for word, rank in vocabulary.items()}
     return Tokenizer(ranks, **(template or {"nfc": composes})), added
@@ -301,6 +314,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> dict[bytes, int]:
     Words come from the same split as at encoding time. Ties go to the pair that sorts first, so the
     result is a function of the texts alone. Stops early when no pair occurs twice.
     """
+    # each word once, as its bytes
     words = collections.Counter(m for text in texts for m in regex.findall(SPLIT, text))
     pieces = {word: [bytes([b]) for b in word.encode()] for word in words}
     ranks = {bytes([b]): b for b in range(256)}
@@ -317,6 +331,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> dict[bytes, int]:
             break
         new = best[0] + best[1]
         ranks[new] = len(ranks)
+
+        # and replaces it in all words
         for word, parts in pieces.items():
             if len(parts) > 1 and new in word.encode():
                 pieces[word] = _merge(parts, best, new)
@@ -341,6 +357,7 @@ def mixed_texts(tokenizer: Tokenizer, seed: int = 0) -> Iterator[str]:
     words of the vocabulary (all scripts; Chinese; emoji), digits, runs of white space, bytes that
     are no UTF-8, any code points."""
     rng = random.Random(seed)
+    # what to draw from
     decoded = (token.decode("utf-8", "ignore") for token in tokenizer.ranks)
     words = [word for word in decoded if word.strip()]
     chinese = [w for w in words if all("\u4e00" <= c <= "\u9fff" for c in w)] or ["你好"]
@@ -382,6 +399,7 @@ def compare_tokenizers(options: TokenizerOptions) -> int:
     except ImportError as e:
         raise ValueError("--compare needs the library: pip install tokenizers") from e
 
+    # in turn, so that a busy machine slows both
     ours = Tokenizer.load(options.compare)
     published = Published.from_file(str(options.compare / "tokenizer.json"))
     tokens = texts = same = 0
@@ -394,6 +412,7 @@ def compare_tokenizers(options: TokenizerOptions) -> int:
         our_seconds += middle - begin
         their_seconds += time.perf_counter() - middle
 
+        # agreement
         tokens += len(ids)
         texts += 1
         same += ids == their_ids

@@ -37,6 +37,7 @@ from graders import BOX, boxed
 from tokenizer import Tokenizer
 from vlm import VLMConfig
 
+# What a supervised token counts: see `Encoder`.
 WEIGHTINGS = ("token", "sequence", "sample", "sqrt")
 
 
@@ -68,10 +69,11 @@ class Encoder:
 
     def images(self, sample: Sample) -> tuple[list[np.ndarray], list[int]]:
         """Arrays of all tiles of all images, and the number of visual tokens of each image part."""
+        # pictures, and whether they are frames: the released prompt announces those
         parts = [part for message in sample.messages for part in message.parts]
         pictures = [part for part in parts if not isinstance(part, str)]
         texts = [part for part in parts if isinstance(part, str)]
-        video = any(text.endswith("Frame-1: ") for text in texts)  # as the released prompt has it
+        video = any(text.endswith("Frame-1: ") for text in texts)
 
         # InternVL's rule: the dataset's tiles are shared by the images of a sample
         config = self.config
@@ -101,6 +103,7 @@ class Encoder:
                 for i, frame in enumerate(frames, 1):
                     yield from (f"Frame-{i}: ", frame, "\n")
 
+        # a sample without any stays what it is
         if not any(isinstance(part, Video) for m in sample.messages for part in m.parts):
             return sample
         messages = (replace(m, parts=tuple(parts(m))) for m in sample.messages)
@@ -120,6 +123,7 @@ class Encoder:
 
     def __call__(self, sample: Sample) -> Document:
         """Raises BadSample when the sample is too long or has nothing to learn from."""
+        # ids, and which of them an answer consists of
         tokenizer = self.tokenizer
         sample = self.unrolled(sample)
         arrays, counts = self.images(sample)
@@ -142,7 +146,7 @@ class Encoder:
         if self.everything:
             visual = (tokenizer.image, tokenizer.special["<img>"], tokenizer.special["</img>"])
             learn = ~np.isin(ids, visual)
-        labels = np.full(len(ids), -100, dtype=np.int64)
+        labels = np.full(len(ids), -100, dtype=np.int64)  # (T,)
         labels[:-1][learn[1:]] = ids[1:][learn[1:]]
         n = int((labels >= 0).sum())
         if n == 0:
@@ -150,6 +154,7 @@ class Encoder:
                 "nothing to learn", f"{sample.origin}: no supervised token (no assistant turn?)"
             )
 
+        # what each of them counts, and what the ViT has to do for this sample
         weight = {"sample": 1.0 / n, "sqrt": n**-0.5}.get(self.weighting, 1.0)
         weights = np.where(labels >= 0, weight, 0.0).astype(np.float32)
         vision = sum(self.config.vision.work(a.shape[0] * a.shape[1]) for a in arrays)
@@ -186,10 +191,13 @@ def question_turns(sample: Sample) -> tuple[Message, ...]:
 def truth_of(sample: Sample) -> str | list[str]:
     """The right answer: `facts["answer"]`, else the text of the last assistant turn; of a box its
     content. A list, when several answers are accepted. Raises BadSample when there is none."""
+    # what is known, else what was said
     truth = sample.facts.get("answer")
     if truth is None:
         at = last_answer(sample)
         truth = "" if at is None else text_of_message(sample.messages[at])
+
+    # as text, without boxes
     several = isinstance(truth, (list, tuple))
     given = [unboxed(str(t)) for t in (truth if several else [truth]) if t is not None]
     accepted = [text for text in given if text]
@@ -228,6 +236,9 @@ def with_thinking(sample: Sample, think_prompt: str) -> Sample:
     """
     truth = truth_of(sample)
     chain = chain_of(sample)
+    facts = sample.facts | {"answer": truth}
+    if chain:
+        facts["chain"] = chain
 
     # the request stands at the end of the last question
     asked = list(question_turns(sample))
@@ -248,8 +259,4 @@ def with_thinking(sample: Sample, think_prompt: str) -> Sample:
     if BOX not in said:
         said = f"\\boxed{{{truth if isinstance(truth, str) else truth[0]}}}"
     answer = Message("assistant", (said,), think=chain)
-
-    facts = sample.facts | {"answer": truth}
-    if chain:
-        facts["chain"] = chain
     return replace(sample, messages=(*asked, answer), facts=facts)

@@ -145,7 +145,10 @@ class Patience:
 
 class Stream:
     """The common part: subclasses give `[n]`, and iterating passes over what cannot be used,
-    counting it in `faults`."""
+    counting it in `faults`.
+
+    `at` is the number that will be asked for next: all the state that iterating has (`go_to`).
+    """
 
     endless = False
     # any number at any time; False: rising numbers only
@@ -161,6 +164,10 @@ class Stream:
 
     def __iter__(self) -> "Stream":
         return self
+
+    def go_to(self, number: int) -> None:
+        """The next sample is this one, or the first usable one after it."""
+        self.at = number
 
     def __next__(self) -> Sample:
         while True:

@@ -84,6 +84,7 @@ def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(mo
         )  # by induction over the tokens
 
 
+@pytest.mark.slow
 def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_random_prompts(
     model, encoder
 ):

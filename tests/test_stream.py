@@ -250,6 +250,19 @@ def test_iterating_counts_faults_passes_over_nothing_and_ends():
 # ----------------------------------------------------------------------------------- mapped streams
 
 
+def test_iterating_goes_on_from_a_number():
+    """What RL saves of its questions: where it was, and under which number each was drawn."""
+    stream = Mapped(Ordered(), even_only)
+    drawn = []
+    for _ in range(20):
+        found = next(stream)
+        drawn.append((stream.at - 1, found.origin))
+    again = Mapped(Ordered(), even_only)
+    again.go_to(drawn[7][0])
+    assert [next(again).origin for _ in range(13)] == [origin for _, origin in drawn[7:]]
+    assert [again[n].origin for n, _ in drawn] == [origin for _, origin in drawn]
+
+
 def test_a_mapped_stream_has_the_numbers_and_records_of_the_one_below(encoder, tokenizer):
     below = Ordered()
     mapped = Mapped(Mapped(below, even_only), functools.partial(asked_again, mark="!"))
