@@ -526,14 +526,10 @@ def test_a_run_without_a_whole_checkpoint_says_why(config, tokenizer, tmp_path):
         load_model(tmp_path)
 
 
-def test_a_tokenizer_of_another_model_is_an_error_at_load(config, tokenizer, directory, tmp_path):
+def test_a_tokenizer_that_is_larger_than_the_model_is_an_error_at_load(config, tmp_path):
     SailVL(config).init_weights(0).save_pretrained(tmp_path)
     larger = Tokenizer(train_bpe(world.corpus(500), 430), "")
     assert len(larger) > config.text.vocab_size
     larger.save(tmp_path)
     with pytest.raises(ValueError, match=f"the tokenizer has {len(larger)} tokens, the model 448"):
-        load_model(tmp_path)
-    lines = (directory / "tokenizer.tiktoken").read_text().splitlines(True)
-    (tmp_path / "tokenizer.tiktoken").write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match="another model's tokenizer, or cut short"):
         load_model(tmp_path)
