@@ -1,19 +1,26 @@
 """From a prompt to an answer: sampling with a static key/value cache.
 
-What it teaches: decoding is the training forward, one token a row, with yesterday's keys and values kept. Prompts of all
-lengths are prefilled packed (no padding is computed); the image and prompt of a question are run once and shared by all
-samples of its group; rows that have ended are dropped, so late steps are small. The log-probability returned with each token
-is that of the training forward at the same temperature.
+What it teaches: decoding is the training forward, one token a row, with yesterday's keys and values
+kept. Prompts of all lengths are prefilled packed (no padding is computed); the image and prompt of a
+question are run once and shared by all samples of its group; rows that have ended are dropped, so
+late steps are small. The log-probability returned with each token is that of the training forward at
+the same temperature.
+
+    prompts (ids, images) -> prefill: one packed forward fills the Cache -> next_token -> decode: one
+    token a row -> next_token -> ... until a stop token      (`stream`; `generate` collects answers)
 
     python generate.py --model runs/toy/final --image some.png --prompt "how many circles are there?"
+    python generate.py --video clip.gif --prompt "which way does it move?"   # or a folder, or frames
 
-Legend: P prompts, n samples each, B = P * n rows, T cache length, H query heads, G key/value heads, D head size.
+Legend: P prompts, n samples each, B = P * n rows, S tokens of all prompts, T cache length, H query
+heads, G key/value heads, D head size, V words.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Any, Iterator, Literal
 
 import numpy as np
 import torch
@@ -21,15 +28,20 @@ from torch import Tensor
 
 from attention import Segments, packed_attention
 from data.encode import Encoder
-from data.images import normalise, open_image
-from data.sample import Message, Sample
+from data.images import frames_of, normalise, open_image
+from data.sample import Message, Sample, Video
+from infra.checkpoint import fault
+from infra.cli import command
+from infra.config import read_config
+from infra.text import printable
 from tokenizer import Tokenizer
 from vlm import SailVL
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled continuation: ids (with the end token when `finished`), log-probability of each, prompt's index."""
+    """One sampled continuation: ids (with the end token when `finished`), log-probability of each,
+    prompt's index."""
 
     prompt: int
     ids: list[int]
@@ -37,96 +49,139 @@ class Answer:
     finished: bool
 
 
-class Cache:
-    """Keys and values (layers, B, G, T, D). Columns before `prompt` hold the prompts, left-aligned; every step fills the next
-    column of all rows, so that writing is a slice. `lengths` (B,) counts a row's tokens: the next one's position."""
+# --------------------------------------------------------------------------------------------- cache
 
-    def __init__(self, llm, lengths: list[int], room: int, like: Tensor):
-        c = llm.config
-        self.prompt, self.steps = max(lengths), 0
-        self.lengths = torch.tensor(lengths, device=like.device)
-        shape = (
-            c.num_hidden_layers,
-            len(lengths),
-            c.num_key_value_heads,
-            self.prompt + room,
-            c.head_dim,
-        )
-        kind = like.device.type
-        dtype = (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-        )  # as training's attention has them
-        self.k, self.v = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
-        self.hidden = (
-            torch.arange(shape[3], device=like.device) >= self.lengths[:, None]
-        )  # (B, T): between prompt and answer
+
+class Cache:
+    """Keys and values (layers, B, G, T, D) of all rows.
+
+    Columns before `prompt` hold the prompts, left-aligned; every step fills the next column of all
+    rows, so that writing is a slice. `lengths` (B,) counts a row's tokens: the next one's position.
+
+        prompt 0   a b c d e | x y      prompt = 5: the longest
+        prompt 1   f g h . . | x y      `hidden` covers the dots
+    """
+
+    def __init__(self, llm: Any, lengths: list[int], room: int, like: Tensor):
+        # a column for each token of the longest prompt, and for each that may come
+        config = llm.config
+        device = like.device
+        self.prompt = max(lengths)
+        self.steps = 0
+        self.lengths = torch.tensor(lengths, device=device)
+
+        # in the type in which training's attention has them
+        dtype = like.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        T = self.prompt + room
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, len(lengths), heads, T, config.head_dim)
+        self.k = like.new_zeros(shape, dtype=dtype)
+        self.v = like.new_zeros(shape, dtype=dtype)
+
+        # (B, T): what lies between a prompt and its answer
+        self.hidden = torch.arange(T, device=device) >= self.lengths[:, None]
         self.hidden[:, self.prompt :] = False
-        self.segments = Segments.of(lengths, like.device)
-        self.rows, self.at = (
-            torch.repeat_interleave(torch.arange(len(lengths), device=like.device), self.lengths),
-            self.segments.positions(),
-        )
+
+        # where each of the packed prompts' tokens goes: its row and its column
+        self.segments = Segments.of(lengths, device)
+        prompts = torch.arange(len(lengths), device=device)
+        self.rows = torch.repeat_interleave(prompts, self.lengths)  # (S,)
+        self.at = self.segments.positions()  # (S,)
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` for packed prompts (S tokens): store, then attend inside each prompt."""
-        q, k, v = (t.to(self.k.dtype) for t in (q, k, v))
-        self.k[layer, self.rows, :, self.at], self.v[layer, self.rows, :, self.at] = k, v
+        dtype = self.k.dtype
+        q = q.to(dtype)
+        k = k.to(dtype)
+        v = v.to(dtype)
+        self.k[layer, self.rows, :, self.at] = k
+        self.v[layer, self.rows, :, self.at] = v
         return packed_attention(q, k, v, self.segments, causal=True)
 
     def step(self) -> Tensor:
         """Make ready for one more token a row; returns their positions (B,)."""
-        self.steps, self.lengths = self.steps + 1, self.lengths + 1
+        self.steps += 1
+        self.lengths = self.lengths + 1
         return self.lengths - 1
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend` for one new token a row: q (B, H, D). The H/G query heads of a group share its keys uncopied. Two products
-        and a softmax: for one query a row on a CPU half the time of the fused kernel under a mask."""
-        T, q = self.prompt + self.steps, q.to(self.k.dtype)
-        self.k[layer, :, :, T - 1], self.v[layer, :, :, T - 1] = k, v
-        grouped = q.view(len(q), self.k.shape[2], -1, q.shape[-1])  # (B, G, H/G, D)
-        scores = (grouped @ self.k[layer, :, :, :T].mT).float() * q.shape[
-            -1
-        ] ** -0.5  # (B, G, H/G, T)
-        chances = scores.masked_fill_(self.hidden[:, None, None, :T], -torch.inf).softmax(-1)
-        return (chances.to(q.dtype) @ self.v[layer, :, :, :T]).reshape(q.shape)
+        """`attend` for one new token a row: q (B, H, D).
+
+        The H/G query heads of a group share its keys uncopied. Two products and a softmax: for one
+        query a row on a CPU half the time of the fused kernel under a mask.
+        """
+        # this token's own keys and values go into the newest column
+        T = self.prompt + self.steps
+        self.k[layer, :, :, T - 1] = k
+        self.v[layer, :, :, T - 1] = v
+        keys = self.k[layer, :, :, :T]  # (B, G, T, D)
+        values = self.v[layer, :, :, :T]
+
+        # the queries of a group side by side
+        B, H, D = q.shape
+        q = q.to(keys.dtype)
+        grouped = q.view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
+        scores = (grouped @ keys.mT).float() * D**-0.5  # (B, G, H/G, T)
+        hidden = self.hidden[:, None, None, :T]
+        chances = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        return (chances.to(q.dtype) @ values).reshape(B, H, D)
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
-        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        self.lengths, self.hidden = self.lengths[rows], self.hidden[rows]
+        self.k = self.k.index_select(1, rows)
+        self.v = self.v.index_select(1, rows)
+        self.lengths = self.lengths[rows]
+        self.hidden = self.hidden[rows]
+
+
+# ------------------------------------------------------------------------------------------ sampling
 
 
 def next_token(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Next ids (B,) and their log-probabilities (B,). Temperature 0 is greedy, scored at temperature 1.
+    """Next ids (B,) and their log-probabilities (B,) from logits (B, V). Temperature 0 is greedy,
+    scored at temperature 1.
 
-    The log-probability is of the full distribution at this temperature: train with top_k = 0 and top_p = 1.
+    The log-probability is of the full distribution at this temperature: train with top_k = 0 and
+    top_p = 1.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
     if temperature == 0:
         picked = logprobs.argmax(-1)
     else:
-        allowed = logprobs
-        if top_k:
-            allowed = allowed.masked_fill(
-                allowed < allowed.topk(min(top_k, allowed.shape[-1])).values[:, -1:], -torch.inf
-            )
-        if top_p < 1:
-            ordered, where = allowed.softmax(-1).sort(descending=True)
-            drop = ordered.cumsum(-1) - ordered > top_p
-            allowed = allowed.masked_fill(drop.gather(-1, where.argsort(-1)), -torch.inf)
-        # where a uniform number of (0, 1] falls among the summed probabilities: one draw a row (`multinomial` makes one a word).
-        # A word of probability 0 adds nothing to the sum, so it is never the first to reach the number.
-        exact = (
-            torch.float64 if logits.device.type in ("cpu", "cuda") else torch.float32
-        )  # others may lack fp64
-        summed = allowed.softmax(-1).cumsum(-1, dtype=exact)
-        drawn = 1 - torch.rand(
-            len(summed), 1, dtype=exact, device=summed.device, generator=generator
-        )
-        picked = torch.searchsorted(summed, drawn * summed[:, -1:])[:, 0]
+        picked = draw_one(likeliest(logprobs, top_k, top_p), generator)
     return picked, logprobs.gather(-1, picked[:, None])[:, 0]
+
+
+def likeliest(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The log-probabilities (B, V) with -inf for what top_k and top_p leave out."""
+    allowed = logprobs
+    if top_k:
+        least = allowed.topk(min(top_k, allowed.shape[-1])).values[:, -1:]
+        allowed = allowed.masked_fill(allowed < least, -torch.inf)
+    if top_p < 1:
+        # a word goes when those before it have the wanted probability already
+        ordered, order = allowed.softmax(-1).sort(descending=True)
+        drop = ordered.cumsum(-1) - ordered > top_p
+        allowed = allowed.masked_fill(drop.gather(-1, order.argsort(-1)), -torch.inf)
+    return allowed
+
+
+def draw_one(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A word (B,) for each row of log-probabilities (B, V).
+
+    It is the word where a uniform number of (0, 1] falls among the summed probabilities: one draw a
+    row (`multinomial` makes one a word). A word of probability 0 adds nothing to the sum, so it is
+    never the first to reach the number.
+    """
+    # not every accelerator has fp64
+    exact = torch.float64 if allowed.device.type in ("cpu", "cuda") else torch.float32
+    summed = allowed.softmax(-1).cumsum(-1, dtype=exact)
+    uniform = torch.rand(len(summed), 1, dtype=exact, device=summed.device, generator=generator)
+    return torch.searchsorted(summed, (1 - uniform) * summed[:, -1:])[:, 0]
 
 
 @torch.no_grad()
@@ -142,59 +197,62 @@ def stream(
     seed: int = 0,
     start: list[int] = (),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens as they are chosen: each step yields (rows, ids, log-probabilities), (n,) each, of the rows that are still going.
+    """Tokens as they are chosen: each step yields (rows, ids, log-probabilities), (n,) each, of the
+    rows that are still going.
 
-    prompts: (ids, image arrays) each, as from `Encoder.prompt`. Rows `p * samples` and on answer prompt p. `end`: one stop token
-    or several. `start` is appended to every prompt (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
+    prompts: (ids, image arrays) each, as from `Encoder.prompt`. Rows `p * samples` and on answer
+    prompt p. `end`: one stop token or several (`Tokenizer.ends`). `start` is appended to every prompt
+    (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
     """
     if not prompts:
         raise ValueError("nothing to generate: no prompts")
-    llm, device = model.language_model, model.language_model.lm_head.weight.device
+    llm = model.language_model
+    device = llm.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = [list(p[0]) + list(start) for p in prompts]
-    images = [array for p in prompts for array in p[1]]
-    flat = torch.tensor([i for row in ids for i in row], device=device)
+
+    # all prompts, one after another, and their pixels
+    ids = [list(prompt) + list(start) for prompt, _ in prompts]
+    packed = torch.tensor([i for row in ids for i in row], device=device)[None]  # (1, S)
+    images = [array for _, arrays in prompts for array in arrays]
     pixels = normalise(images) if images else None
-    pixels = (
-        [i.to(device) for i in pixels]
-        if isinstance(pixels, list)
-        else None
-        if pixels is None
-        else pixels.to(device)
-    )
+    if isinstance(pixels, list):
+        pixels = [image.to(device) for image in pixels]
+    elif pixels is not None:
+        pixels = pixels.to(device)
+
+    # one forward for the prompts; then a row of the cache for every sample of a group, each of which
+    # draws its own first token
     cache = Cache(llm, [len(row) for row in ids], max_new, llm.lm_head.weight)
-    hidden = llm(
-        model.embed(flat[None], pixels), cache.segments.positions(), cache.prefill
-    )  # (S, C)
+    hidden = llm(model.embed(packed, pixels), cache.segments.positions(), cache.prefill)  # (S, C)
     last = hidden.index_select(0, (cache.segments.cu[1:] - 1).long())  # (P, C)
-    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)
+    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)  # (B,)
     cache.select(rows)
-    logits = llm.lm_head(last).index_select(
-        0, rows
-    )  # every sample of a group draws its own first token
+    logits = llm.lm_head(last).index_select(0, rows)  # (B, V)
+
     # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
-    stops = torch.tensor([*ends(end), model.image_token_id], device=device)
-    alive, ended = (
-        torch.arange(len(rows), device=device),
-        torch.zeros(len(rows), dtype=torch.bool, device=device),
-    )  # of the cache's rows
+    stops = torch.tensor([*stop_tokens(end), model.image_token_id], device=device)
+    alive = torch.arange(len(rows), device=device)  # the answer of each row of the cache
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for t in range(max_new):
         picked, scores = next_token(logits, temperature, top_k, top_p, generator)
         going = ~ended
         yield alive[going], picked[going], scores[going]
+
         ended = ended | torch.isin(picked, stops)
         if t + 1 == max_new or bool(ended.all()):
             return
-        if (
-            ended.float().mean() > 0.25
-        ):  # drop ended rows, but not at every step: each drop copies the cache
+
+        # drop ended rows, but not at every step: each drop copies the cache
+        if ended.float().mean() > 0.25:
             keep = (~ended).nonzero()[:, 0]
             cache.select(keep)
-            alive, picked, ended = alive[keep], picked[keep], ended[keep]
+            alive = alive[keep]
+            picked = picked[keep]
+            ended = ended[keep]
         logits = llm.lm_head(llm(llm.embed(picked), cache.step(), cache.decode))  # (B, V)
 
 
-def ends(end: int | tuple[int, ...]) -> tuple[int, ...]:
+def stop_tokens(end: int | tuple[int, ...]) -> tuple[int, ...]:
     return (end,) if isinstance(end, int) else tuple(end)
 
 
@@ -210,37 +268,122 @@ def generate(
     seed: int = 0,
     start: list[int] = (),
 ) -> list[Answer]:
-    """Whole answers, `samples` per prompt, in prompt order. Arguments and errors are those of `stream`."""
+    """Whole answers, `samples` per prompt, in prompt order. Arguments and errors are those of
+    `stream`."""
+    # write each step into a table of all answers
     B = len(prompts) * samples
     device = model.language_model.lm_head.weight.device
-    out = torch.full((B, max_new), -1, dtype=torch.long, device=device)
+    table = torch.full((B, max_new), -1, dtype=torch.long, device=device)
     scores = torch.zeros(B, max_new, device=device)
     steps = stream(model, prompts, end, max_new, samples, temperature, top_k, top_p, seed, start)
     for t, (rows, picked, score) in enumerate(steps):
-        out[rows, t], scores[rows, t] = picked, score
-    counts = (out >= 0).sum(1).tolist()
-    return [
-        Answer(i // samples, row[:n], score[:n], row[n - 1] in ends(end))
-        for i, (row, score, n) in enumerate(zip(out.tolist(), scores.tolist(), counts))
-    ]
+        table[rows, t] = picked
+        scores[rows, t] = score
+
+    # and cut each row where its answer ends
+    stops = stop_tokens(end)
+    counts = (table >= 0).sum(1).tolist()
+    answers = []
+    for i, (row, score, n) in enumerate(zip(table.tolist(), scores.tolist(), counts)):
+        answers.append(Answer(i // samples, row[:n], score[:n], row[n - 1] in stops))
+    return answers
+
+
+# ------------------------------------------------------------------------------------------- loading
 
 
 def load_model(
     directory, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[SailVL, Tokenizer]:
-    """A model directory -> model and tokenizer that agree about the image token."""
-    model, tokenizer = SailVL.from_pretrained(directory, dtype, device), Tokenizer.load(directory)
+    """A model directory, or that of a run which has not ended -> model and tokenizer that agree.
+
+    Of a run without a model of its own the newest whole checkpoint is taken, and named on stderr.
+    Raises ValueError when there is none, when the device is not there, or when the tokenizer has more
+    tokens than the model.
+    """
+    check_device(device)
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; give that of a saved or released model")
+    place = directory
+    if not (directory / "config.json").is_file() and (directory / "checkpoints").is_dir():
+        place = newest_checkpoint(directory)
+        print(f"{directory} holds no finished model: using {place}", file=sys.stderr)
+    read_config(place)  # its absence is named first
+    tokenizer = Tokenizer.load(tokenizer_place(directory, place))
+    model = SailVL.from_pretrained(place, dtype, device)
+
+    # every id has its row in the model
+    words = model.config.text.vocab_size
+    if len(tokenizer) > words:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {words}: "
+            "it is another model's tokenizer"
+        )
     model.image_token_id = tokenizer.image
     return model.eval(), tokenizer
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError in a line when there is no such device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise ValueError(f"--device {device}: not to be had here ({reason})") from e
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The newest whole checkpoint of a run. Nothing is moved: the run may still be writing."""
+    found = sorted((directory / "checkpoints").glob("step-*"), reverse=True)
+    faults = []
+    for path in found:
+        problem = fault(path)
+        if problem is None:
+            return path
+        faults.append(f"{path.name}: {problem}")
+    reason = "; ".join(faults) or "none was written yet"
+    raise ValueError(f"{directory}: no config.json here, and no whole checkpoint ({reason})")
+
+
+def tokenizer_place(run: Path, place: Path) -> Path:
+    """Where the tokenizer of a checkpoint is: beside it, in the run's directory, or in the model
+    that the run started from."""
+
+    def has_one(path: Path) -> bool:
+        names = ("tokenizer.json", "vocab.json")
+        return any(path.glob("*.tiktoken")) or any((path / name).is_file() for name in names)
+
+    if has_one(place) or place == run:
+        return place
+    if has_one(run):
+        return run
+    try:
+        start = json.loads((run / "run.json").read_text()).get("model")
+    except (OSError, ValueError, AttributeError):
+        start = None
+    if start and has_one(Path(start)):
+        return Path(start)
+    raise ValueError(
+        f"{run}: the checkpoint {place.name} has no tokenizer, nor has the run's directory: copy "
+        "tokenizer.tiktoken and template.json of the model that it started from there"
+    )
+
+
+# ------------------------------------------------------------------------------------------- command
+
+
 @dataclass
-class Ask:
-    """Ask a model about images."""
+class GenerateOptions:
+    """Ask a model about images or a video."""
 
     prompt: str
-    model: Path = Path("runs/toy/final")
+    model: Path = Path(
+        "runs/toy/final"
+    )  # a model, or the directory of a run: its newest checkpoint
     image: tuple[Path, ...] = ()  # none, one or several
+    video: tuple[Path, ...] = ()  # a GIF or WebP, a folder of frames, or several frames in order
+    frames: int = 8  # of a video at most, evenly spaced
     think: bool = False  # ask for a chain of thought
     max_new: int = 256  # tokens
     temperature: float = 0.0  # 0: greedy
@@ -252,25 +395,65 @@ class Ask:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def main(o: Ask) -> int:
-    model, tokenizer = load_model(o.model, o.device, getattr(torch, o.dtype))
-    question = f"{o.prompt} {tokenizer.think_prompt}" if o.think else o.prompt
-    parts = [p for path in o.image for p in (open_image(path), "\n")]
-    encoder = Encoder(tokenizer, model.config)
-    prompt = encoder.prompt(Sample((Message("user", (*parts, question)),)))
-    how = (tokenizer.end, o.max_new, o.samples, o.temperature, o.top_k, o.top_p, o.seed)
-    if o.samples == 1:  # print as it is written
-        ids = (int(picked) for _, picked, _ in stream(model, [prompt], *how))
-        for piece in tokenizer.stream(i for i in ids if i != tokenizer.end):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        for answer in generate(model, [prompt], *how):
-            print(tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids))
-    return 0
+def build_question(options: GenerateOptions, think_prompt: str) -> Sample:
+    """Images, a video and the text, in the form that training has them in.
+
+    Raises ValueError for an empty prompt, BadSample for a picture that cannot be read.
+    """
+    text = options.prompt.strip()
+    if not text:
+        raise ValueError("--prompt is empty: what is to be answered?")
+    if options.think:
+        text = f"{text} {think_prompt}"
+
+    parts: list[Any] = []
+    for path in options.image:
+        if len(frames_of(Video(path, 2), None, "--image")) > 1:
+            print(f"{path} moves: its first frame is shown, --video shows all", file=sys.stderr)
+        parts += [open_image(path, origin="--image"), "\n"]
+
+    # frames announce themselves and end their lines (`Encoder.unrolled`)
+    if options.video:
+        several = len(options.video) > 1
+        video = Video(tuple(options.video) if several else options.video[0], options.frames)
+        frames_of(video, None, "--video")  # a missing one is named before the model is read
+        parts.append(video)
+
+    # the text goes on the line that an image has opened
+    if parts and isinstance(parts[-1], str):
+        text = parts.pop() + text
+    return Sample((Message("user", (*parts, text)),), origin="--prompt")
+
+
+def answer_prompt(options: GenerateOptions) -> None:
+    # mistakes first: a large model takes minutes to read
+    check_device(options.device)
+    build_question(options, "")
+    model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
+    sample = build_question(options, tokenizer.think_prompt)
+    prompt = Encoder(tokenizer, model.config).prompt(sample)
+
+    sampling = {
+        "max_new": options.max_new,
+        "samples": options.samples,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    # several answers are printed when all are there
+    if options.samples > 1:
+        for answer in generate(model, [prompt], tokenizer.ends, **sampling):
+            print(printable(tokenizer.decode_answer(answer.ids), lines=True))
+        return
+
+    # one answer is printed as it is written
+    steps = stream(model, [prompt], tokenizer.ends, **sampling)
+    ids = (int(picked) for _, picked, _ in steps)
+    for piece in tokenizer.stream(i for i in ids if i not in tokenizer.ends):
+        print(printable(piece, lines=True), end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Ask, config=(tyro.conf.FlagConversionOff,))))
+    command(answer_prompt)

@@ -1,49 +1,52 @@
-"""Stream packing: documents of any length become full rows with equal ViT work, and no document sees another.
+"""Stream packing: documents of any length become full rows with equal ViT work, and no document
+sees another.
 
-What it teaches: padding is wasted compute, and so is waiting for the rank that got the most pictures; a buffer of 64 documents
-is enough to avoid both. Take the oldest document (so that none waits longer than 64 rows), then choose among the others the
-subset whose tokens fill the row and whose ViT work brings it to the stream's mean. That is a subset-sum in two dimensions over
-big integers: bit s of `reach[c]` is set when some subset has s tokens and c units of vision. Every rank aims at the same mean,
-so their ViTs finish together without a word between them.
+What it teaches: padding is wasted compute, and so is waiting for the rank that got the most
+pictures; a buffer of 64 documents is enough to avoid both. Take the oldest document (so that none
+waits longer than 64 rows), then choose among the others the subset whose tokens fill the row and
+whose ViT work brings it to the stream's mean. That is a subset-sum in two dimensions over big
+integers: bit s of `reach[c]` is set when some subset has s tokens and c units of vision. Every rank
+aims at the same mean, so their ViTs finish together without a word between them.
 
-    numbered Documents -> Lane (a buffer, exact choice) -> rows -> `collate` -> Batch(ids, labels, weights, positions, segments, images)
+    numbered Documents -> lanes, each a `Rows` (a buffer, exact choice) -> rows -> `collate` -> Batch
 
-    python packing.py --example lengths.txt --mix tiles                    # stated lengths to try it on
-    python packing.py --lengths lengths.txt --capacity 8192 --ranks 8      # fill and balance against simpler rules
+    python -m bench.packing_rules --example lengths.txt --mix tiles     # stated lengths to try it on
+    python -m bench.packing_rules --lengths lengths.txt                 # against simpler rules
 
-Legend: B rows, T tokens a row (the capacity), N images of all rows, L lanes. Source: SAIL-VL2 section 5.1 describes stream
-packing with a buffer per node and visual packing, and publishes no rule: oldest first with subset-sum is our choice.
+Legend: B rows, T tokens a row (the capacity), N images of all rows, L lanes. Source: SAIL-VL2
+section 5.1 describes stream packing with a buffer per node and visual packing, and publishes no
+rule: oldest first with subset-sum is our choice.
 """
 
-import functools
-import json
 import math
-import random
-import sys
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from attention import Segments
 from data.images import normalise
-from data.sample import Document
+from data.sample import BadSample, Document
 from data.stream import Documents
 from scale import parallel
+
+# The task of the document that fills up a row.
+PADDING = "padding"
 
 
 @dataclass
 class Batch:
     """Everything the model needs for one micro-batch, nothing else.
 
-    ids, labels (B, T) int64 (labels shifted, -100 = ignored); weights (B, T) fp32; positions (B, T) restart per document;
-    segments: the documents of all rows (padding is a document of its own); images: (N, 3, H, W), a list, or None;
-    owners: per document (row-major) its task. `weight` is the sum of the loss weights, `filled` the share of real tokens.
+    ids, labels (B, T) int64 (labels shifted, -100 = ignored); weights (B, T) fp32; positions (B, T)
+    restart per document; segments: the documents of all rows (padding is a document of its own);
+    images: (N, 3, H, W), a list, or None; owners: per document (row-major) its task. `filled` is
+    the share of real tokens, `count` the number of documents that have something to learn.
+
+    `weight` is what the loss, a sum over tokens, is divided by: the sum of the loss weights, or
+    with `per_sample` the number of documents (the paper's Eq. 2 and 3 as they stand).
     """
 
     ids: Tensor
@@ -54,102 +57,182 @@ class Batch:
     images: Tensor | list[Tensor] | None
     owners: list[str] = field(default_factory=list)
     filled: float = 1.0
+    count: int = 0
+    per_sample: bool = False
 
     @property
     def weight(self) -> float:
-        return float(self.weights.sum())
+        return float(self.count) if self.per_sample else float(self.weights.sum())
 
     def real(self) -> Tensor:
         """(B*T,) bool: positions that belong to a document."""
         lengths = torch.tensor(self.segments.lengths)
-        return (
-            torch.tensor([o != "padding" for o in self.owners])
-            .repeat_interleave(lengths)
-            .to(self.ids.device)
-        )
+        real = torch.tensor([owner != PADDING for owner in self.owners])
+        return real.repeat_interleave(lengths).to(self.ids.device)
 
     def to(self, device) -> "Batch":
         if str(device) == "cpu":
             return self
-        move = [t.to(device) for t in (self.ids, self.labels, self.weights, self.positions)]
-        images = (
-            [i.to(device) for i in self.images] if isinstance(self.images, list) else self.images
+        # images of different sizes are a list
+        images = self.images
+        if isinstance(images, list):
+            images = [image.to(device) for image in images]
+        elif images is not None:
+            images = images.to(device)
+        return Batch(
+            self.ids.to(device),
+            self.labels.to(device),
+            self.weights.to(device),
+            self.positions.to(device),
+            self.segments.to(device),
+            images,
+            self.owners,
+            self.filled,
+            self.count,
+            self.per_sample,
         )
-        images = images.to(device) if torch.is_tensor(images) else images
-        return Batch(*move, self.segments.to(device), images, self.owners, self.filled)
 
 
-# -------------------------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------- choosing
 
-GAIN = 0.15  # how much of a buffer's surplus of vision a row takes up: 0 lets it pile up, 1 makes rows as uneven as the stream
-UNITS = 80  # vision is counted in about 80ths of what a row should hold, or in tiles when they are fewer
-FILL = 60  # a row with one percent left empty is as bad as one with 60 percent too much vision
+# How much of a buffer's surplus of vision a row takes up: 0 lets it pile up, 1 makes rows as uneven
+# as the stream.
+GAIN = 0.15
+# Vision is counted in about 80ths of what a row should hold, or in tiles when they are fewer.
+UNITS = 80
+# A row with one percent left empty is as bad as one with 60 percent too much vision.
+FILL = 60
 
 
 def choose_subset(
     sizes: list[tuple[int, int]], room: int, want: float = 0.0, unit: float = 1.0, slack: int = 0
 ) -> list[int]:
-    """Indices of a subset of `sizes` (tokens, vision) with at most `room` tokens: as full as can be, vision near `want`.
+    """Indices of a subset of `sizes` (tokens, vision) with at most `room` tokens: as full as can
+    be, vision near `want`.
 
-    Stops at the first subset within `slack` tokens of full and half a unit of `want`; else takes the best by `FILL`. Without
-    vision and slack it is exact subset-sum. `history[i]` holds what the first i sizes can make; walking back recovers it.
+    Stops at the first subset within `slack` tokens of full and half a unit of `want`; else takes
+    the best by `FILL`. Without vision and slack it is exact subset-sum.
+
+    Three items, (3 tokens, 1 tile), (4, 0) and (5, 1), room for 8 tokens, 1 tile wanted. What
+    subsets of the items so far can make, by tiles; as an integer, {3, 7} is 1 << 3 | 1 << 7, and to
+    add a tile's item is to shift into the next column:
+
+        items so far      reach[0]    reach[1]     reach[2]
+        none              {0}
+        (3, 1)            {0}         {3}
+        (4, 0)            {0, 4}      {3, 7}
+        (5, 1)            {0, 4}      {3, 5, 7}    {8}         9 and 12 do not fit, and are masked away
+
+    The best in column 1 is 7. Walking back: 7 could be made without the last item, so that one is
+    not part of it; it could not be made without (4, 0), so that one is; 3 are left, which nothing
+    makes without (3, 1). Chosen: items 1 and 0.
     """
-    units = [round(v / unit) for _, v in sizes]
+    # vision in whole units; columns for somewhat more of them than are wanted
+    units = [round(vision / unit) for _, vision in sizes]
     want = max(0.0, want / unit)
     columns = int(want) + UNITS // 4 if any(units) else 1
-    near = (
-        range(max(0, math.ceil(want - 0.5)), min(columns, int(want + 0.5) + 1))
-        if columns > 1
-        else range(1)
-    )
-    mask, full = (1 << room + 1) - 1, max(0, room - slack)
+    near = range(1)
+    if columns > 1:
+        near = range(max(0, math.ceil(want - 0.5)), min(columns, int(want + 0.5) + 1))
+
+    # add item after item; history[i] holds what the first i of them can make
+    mask = (1 << room + 1) - 1
+    full = max(0, room - slack)
     reach = [1] + [0] * (columns - 1)
-    history, found = [reach], []
-    for (tokens, _), v in zip(sizes, units):
-        reach = reach[:v] + [new | (old << tokens) & mask for new, old in zip(reach[v:], reach)]
+    history = [reach]
+    good_enough: list[int] = []
+    for (tokens, _), vision in zip(sizes, units):
+        shifted = [(old << tokens) & mask for old in reach[: max(0, columns - vision)]]
+        with_item = [new | old for new, old in zip(reach[vision:], shifted)]
+        reach = reach[:vision] + with_item
         history.append(reach)
-        found = [c for c in near if reach[c] >> full]
-        if found:
+        good_enough = [c for c in near if reach[c] >> full]
+        if good_enough:
             break
-    best = max(
-        found or (c for c in range(columns) if reach[c]),
-        key=lambda c: (
-            FILL * (reach[c].bit_length() - 1) / max(room, 1) - abs(c - want) / max(want, 1)
-        ),
-    )
-    tokens, chosen = reach[best].bit_length() - 1, []
+
+    def quality(column: int) -> float:
+        tokens = reach[column].bit_length() - 1
+        return FILL * tokens / max(room, 1) - abs(column - want) / max(want, 1)
+
+    # the best column, and the most tokens in it
+    best = max(good_enough or (c for c in range(columns) if reach[c]), key=quality)
+    tokens = reach[best].bit_length() - 1
     if columns > 1 and tokens < 0.98 * room:  # nothing that keeps the balance: then a full row
         return choose_subset([(n, 0) for n, _ in sizes], room)
+
+    # walk back: what is not reachable without item i has it
+    chosen = []
     for i in reversed(range(len(history) - 1)):
-        if (
-            not history[i][best] >> tokens & 1
-        ):  # not reachable without item i: it is part of the choice
+        if not history[i][best] >> tokens & 1:
             chosen.append(i)
-            tokens, best = tokens - sizes[i][0], best - units[i]
+            tokens -= sizes[i][0]
+            best -= units[i]
     return chosen
 
 
-class Rows:
-    """An iterator over rows: lists of documents of at most `capacity` tokens together, from a buffer of `buffer` documents.
+@dataclass
+class OpenRow:
+    """A row while it is filled: `room` tokens are left, `want` is the vision that it should still
+    get."""
 
-    A document leaves as the oldest or with an older one, so it waits for at most `buffer` rows. When the buffer holds too
-    little to choose from (many short documents), the oldest that fit go in first and the buffer is filled up again.
-    Raises ValueError for a document longer than a row (the encoder's `max_length` should have refused it).
+    documents: list[Document]
+    room: int
+    want: float
+
+
+class Rows:
+    """An iterator over rows: lists of documents of at most `capacity` tokens together, from a
+    buffer of `buffer` documents.
+
+    A document leaves as the oldest or with an older one, so it waits for at most `buffer` rows.
+    When the buffer holds too little to choose from (many short documents), the oldest that fit go
+    in first and the buffer is filled up again. Raises ValueError for a document longer than a row
+    (the encoder's `max_length` should have refused it).
     """
 
     def __init__(self, documents: Iterator[Document], capacity: int, buffer: int = 64):
-        self.source, self.capacity, self.buffer = iter(documents), capacity, buffer
+        self.source = iter(documents)
+        self.capacity = capacity
+        self.buffer = buffer
         self.waiting: list[Document] = []
-        self.seen = [
-            0,
-            0,
-        ]  # tokens and vision of all documents so far: their ratio is what a row aims at
+        # tokens and vision of all documents so far: their ratio is a row's aim
+        self.seen = [0, 0]
 
     def __iter__(self) -> "Rows":
         return self
 
+    def __next__(self) -> list[Document]:
+        self.refill(self.buffer)
+        if not self.waiting:
+            raise StopIteration
+
+        # 1. what this row should hold
+        row = OpenRow([], self.capacity, self.wanted_vision())
+        unit = self.unit_of_vision(row.want)
+
+        # 2. the oldest, and more of the oldest while the buffer holds too little to choose from
+        fits = self.take(row, [self.waiting[0]])
+        while fits and len(self.waiting) >= self.buffer - 1 and sum(map(len, fits)) < 2 * row.room:
+            fits = self.take(row, [fits[0]])
+
+        # 3. one of more than half a row: no two of these share a row, so one goes when it can
+        largest = max(fits, key=len, default=row.documents[0])
+        if fits and 2 * len(largest) > self.capacity and largest.vision <= row.want:
+            fits = self.take(row, [largest])
+
+        # 4. the subset of the others that fills the row best
+        sizes = [(len(d), d.vision) for d in fits]
+        chosen = choose_subset(sizes, row.room, row.want, unit, self.capacity // 2048)
+        self.take(row, [fits[i] for i in chosen])
+        return row.documents
+
     def refill(self, most: int) -> None:
-        while len(self.waiting) < most and (document := next(self.source, None)) is not None:
+        """Read until `most` documents wait."""
+        while len(self.waiting) < most:
+            # at the end of the stream the buffer runs empty
+            document = next(self.source, None)
+            if document is None:
+                return
             if len(document) > self.capacity:
                 raise ValueError(
                     f"{document.origin}: {len(document)} tokens do not fit in a row of {self.capacity}"
@@ -157,428 +240,260 @@ class Rows:
             self.waiting.append(document)
             self.seen = [self.seen[0] + len(document), self.seen[1] + document.vision]
 
-    def __next__(self) -> list[Document]:
-        self.refill(self.buffer)
-        if not self.waiting:
-            raise StopIteration
+    def wanted_vision(self) -> float:
+        """A full row at the stream's mean, and a little of what the buffer has too much or too
+        little."""
         mean = self.seen[1] / self.seen[0]
         here = sum(d.vision for d in self.waiting) / sum(map(len, self.waiting))
-        want = self.capacity * (mean + GAIN * (here - mean))  # vision that this row should hold
-        tile = (
-            math.gcd(*(d.vision for d in self.waiting)) or 1
-        )  # at any resolution: next to nothing
-        unit = tile * max(1, round(want / UNITS / tile))
-        row, room = [], self.capacity
+        return self.capacity * (mean + GAIN * (here - mean))
 
-        def take(*documents: Document) -> list[Document]:
-            """Move documents into the row; returns those that wait and still fit, from a full buffer."""
-            nonlocal room, want
-            row.extend(documents)
-            room, want = room - sum(map(len, documents)), want - sum(d.vision for d in documents)
-            taken = set(map(id, documents))
-            self.waiting = [d for d in self.waiting if id(d) not in taken]
-            self.refill(self.buffer - 1)  # the oldest is in the row and counts
-            return [d for d in self.waiting if len(d) <= room]
+    def unit_of_vision(self, want: float) -> int:
+        """Whole tiles, so many that about `UNITS` of them are wanted. At any resolution a tile is
+        next to nothing."""
+        tile = math.gcd(*(d.vision for d in self.waiting)) or 1
+        return tile * max(1, round(want / UNITS / tile))
 
-        fits = take(self.waiting[0])
-        while fits and len(self.waiting) >= self.buffer - 1 and sum(map(len, fits)) < 2 * room:
-            fits = take(fits[0])
-        big = max(fits, key=len, default=row[0])
-        if (
-            fits and 2 * len(big) > self.capacity and big.vision <= want
-        ):  # no two of these share a row: one goes when it can
-            fits = take(big)
-        take(
-            *[
-                fits[i]
-                for i in choose_subset(
-                    [(len(d), d.vision) for d in fits], room, want, unit, self.capacity // 2048
-                )
-            ]
-        )
-        return row
+    def take(self, row: OpenRow, documents: list[Document]) -> list[Document]:
+        """Move documents into the row; returns those that wait and still fit, from a full
+        buffer."""
+        row.documents.extend(documents)
+        row.room -= sum(map(len, documents))
+        row.want -= sum(d.vision for d in documents)
+
+        # others take their places; the oldest of all is in the row, and counts
+        taken = set(map(id, documents))
+        self.waiting = [d for d in self.waiting if id(d) not in taken]
+        self.refill(self.buffer - 1)
+        return [d for d in self.waiting if len(d) <= row.room]
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------- rows
 
 
-def collate(group: list[list[Document]], capacity: int | None, pad: int) -> Batch:
+def collate(
+    group: list[list[Document]], capacity: int | None, pad: int, per_sample: bool = False
+) -> Batch:
     """B rows of documents -> a Batch. capacity None: as long as the longest row."""
-    T = capacity or max(sum(map(len, row)) for row in group)
+    # empty rows
     B = len(group)
-    ids, labels = np.full((B, T), pad, np.int64), np.full((B, T), -100, np.int64)
-    weights, positions = np.zeros((B, T), np.float32), np.zeros((B, T), np.int64)
-    lengths, images, owners, used = [], [], [], 0
+    T = capacity or max(sum(map(len, row)) for row in group)
+    ids = np.full((B, T), pad, np.int64)
+    labels = np.full((B, T), -100, np.int64)
+    weights = np.zeros((B, T), np.float32)
+    positions = np.zeros((B, T), np.int64)
+    lengths: list[int] = []
+    owners: list[str] = []
     for b, row in enumerate(group):
+        # the documents one after another, each counting its positions from 0
         at = 0
-        for d in row:
-            n = len(d)
-            ids[b, at : at + n], labels[b, at : at + n], weights[b, at : at + n] = (
-                d.ids,
-                d.labels,
-                d.weights,
-            )
-            positions[b, at : at + n] = np.arange(n)
-            lengths.append(n)
-            images += d.images
-            owners.append(d.task)
-            at += n
-        used += at
+        for document in row:
+            place = slice(at, at + len(document))
+            ids[b, place] = document.ids
+            labels[b, place] = document.labels
+            weights[b, place] = document.weights
+            positions[b, place] = np.arange(len(document))
+            lengths.append(len(document))
+            owners.append(document.task)
+            at += len(document)
+
+        # what is left over is a document of its own, that nobody sees
         if at < T:
-            lengths.append(T - at)
             positions[b, at:] = np.arange(T - at)
-            owners.append("padding")
-    arrays = (torch.from_numpy(a) for a in (ids, labels, weights, positions))
+            lengths.append(T - at)
+            owners.append(PADDING)
+
+    # all pictures, in the order of their placeholders
+    documents = [document for row in group for document in row]
+    images = [image for document in documents for image in document.images]
     return Batch(
-        *arrays, Segments.of(lengths), normalise(images) if images else None, owners, used / (B * T)
+        torch.from_numpy(ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(weights),
+        torch.from_numpy(positions),
+        Segments.of(lengths),
+        normalise(images) if images else None,
+        owners,
+        filled=sum(map(len, documents)) / (B * T),
+        count=sum(bool((document.labels >= 0).any()) for document in documents),
+        per_sample=per_sample,
     )
 
 
-class PerSample(Batch):
-    @property
-    def weight(self):
-        return float(
-            sum(
-                bool((part >= 0).any())
-                for part in self.labels.reshape(-1).split(self.segments.lengths)
-            )
-        )
-
-    def to(self, device):
-        return PerSample(**vars(super().to(device)))
+# At most so many lanes: a power of two, so that as many ranks share nothing.
+LANES = 32
 
 
 class Batches:
-    """An endless iterator over steps: a list of `accumulate` micro-batches of this rank's rows. What the loop consumes.
+    """An endless iterator over steps: a list of `accumulate` micro-batches of this rank's rows.
+    What the loop consumes.
 
-    Row g of the run (g = 0, 1, 2, ...; `rows_per_step` of them are a step) comes from lane g % lanes and goes to rank g %
-    world, so the global batch of a step is the same for any number of ranks and accumulation steps. A rank reads only the lanes
-    of its rows. When the documents end, the ranks go on until the last row of all is out; those without rows get padding of
-    weight 0, so none waits for another and nothing is lost.
+    Row g of the run (g = 0, 1, 2, ...; `rows_per_step` of them are a step) comes from lane g %
+    lanes and goes to rank g % ranks. The lanes are a function of `rows_per_step` alone (the largest
+    power of two that divides it, at most 32), so the rows of every step are the same for any number
+    of ranks that divides them, and for any accumulation, from the first step on. (Plain iterators
+    have one lane.) When the documents end, the ranks go on until the last row of all is out; those
+    without rows get padding of weight 0, so none waits for another and nothing is lost.
 
-    `state_dict` (called on all ranks together) is small: for each lane the next number to read, the numbers that wait in the
-    buffer and two sums. With it, any number of ranks and workers continues with exactly the rows that would have followed.
+        8 rows, 8 lanes, 2 ranks                         6 rows, 2 lanes, 3 ranks
+        row    0 1 2 3 4 5 6 7 | 8 ...                   row    0 1 2 3 4 5 | 6 ...
+        lane   0 1 2 3 4 5 6 7 | 0                       lane   0 1 0 1 0 1 | 0
+        rank   0 1 0 1 0 1 0 1 | 0                       rank   0 1 2 0 1 2 | 0
+        rank 0 reads lanes 0 2 4 6                       every rank reads both lanes and keeps a
+                                                         third of the rows
 
-    Raises ValueError when ranks find different numbers of records: they would lose some samples and repeat others.
+    A rank reads only the lanes of its rows: each record is decoded once while the number of ranks
+    divides that of the lanes, and otherwise by each rank that has a part of its lane (`lanes`
+    overrides their number).
+
+    per_sample: the loss is divided by the number of documents instead of the sum of their weights
+    (`Batch.weight`).
+
+    `state_dict` (called on all ranks together) is small: for each lane the next number to read, the
+    numbers that wait in the buffer and two sums. With it, any number of ranks and workers continues
+    with exactly the rows that would have followed.
+
+    Raises ValueError when ranks find different numbers of records (they would lose some samples and
+    repeat others), when the rows do not divide over ranks and accumulation, and when the data has
+    no usable document at all.
     """
 
     def __init__(
         self,
-        documents,
+        documents: Any,
         capacity: int,
         rows_per_step: int,
         accumulate: int,
         pad: int,
         rank: int = 0,
-        world: int = 1,
+        ranks: int = 1,
         buffer: int = 64,
         lanes: int = 0,
         per_sample: bool = False,
     ):
+        # how a step is cut up: by ranks, then by micro-batches (0: a row at a time)
+        accumulate = accumulate or max(1, rows_per_step // ranks)
+        if rows_per_step % (ranks * accumulate):
+            raise ValueError(
+                f"{rows_per_step} rows a step do not divide over {ranks} ranks x {accumulate} "
+                "accumulation steps"
+            )
+        if not isinstance(documents, Documents):
+            documents = Documents(documents, None)
+        self.documents = documents
+        self.capacity = capacity
+        self.rows_per_step = rows_per_step
+        self.accumulate = accumulate
+        self.pad = pad
+        self.rank = rank
+        self.ranks = ranks
+        self.buffer = buffer
         self.per_sample = per_sample
-        accumulate = accumulate or max(1, rows_per_step // world)  # 0: a row at a time
-        if rows_per_step % (world * accumulate):
+        self.row = 0
+
+        # all ranks must see the same data
+        everyone = parallel.gather([self.documents.records])
+        if any(records != everyone[0] for records in everyone):
             raise ValueError(
-                f"{rows_per_step} rows a step do not divide over {world} ranks x {accumulate} accumulation steps"
+                f"the ranks find different data, {' and '.join(map(str, everyone))} records: "
+                "wait until every node has all files"
             )
-        self.documents = (
-            documents if isinstance(documents, Documents) else Documents(documents, None, None)
-        )
-        self.capacity, self.rows_per_step, self.accumulate, self.pad, self.buffer = (
-            capacity,
-            rows_per_step,
-            accumulate,
-            pad,
-            buffer,
-        )
-        self.rank, self.world, self.row = rank, world, 0
-        found = parallel.gather([self.documents.records])
-        if any(f != found[0] for f in found):
-            raise ValueError(
-                f"the ranks find different data, {' and '.join(map(str, found))} records: wait until every node has all files"
-            )
-        usual = max(
-            n for n in range(1, max(8, world) + 1) if rows_per_step % n == 0 and n % world == 0
-        )
-        self.open(lanes or (usual if self.documents.numbered else 1), {})
+
+        usual = math.gcd(rows_per_step, LANES) if self.documents.numbered else 1
+        self.open(lanes or usual, {})
 
     def open(self, lanes: int, states: dict) -> None:
         """Lanes from the start, or each from its state."""
-        self.lanes, self.mine = lanes, {}
-        for lane in sorted({g % lanes for g in range(self.rank, lanes * self.world, self.world)}):
+        self.lanes = lanes
+        self.mine: dict[int, Rows] = {}
+        # the rows of a rank come around to the same lanes again and again
+        rows_of_mine = range(self.rank, lanes * self.ranks, self.ranks)
+        for lane in sorted({row % lanes for row in rows_of_mine}):
             share = self.documents.share(lane, lanes)
             self.mine[lane] = Rows(share, self.capacity, self.buffer)
+            # go on where the state says
             if str(lane) in states:
                 state = states[str(lane)]
-                self.mine[lane].waiting = [
-                    d for n in state["waiting"] if isinstance(d := self.documents[n], Document)
-                ]
+                self.mine[lane].waiting = self.read_again(state["waiting"])
                 self.mine[lane].seen = list(state["seen"])
                 share.go_to(state["next"])
+
+    def read_again(self, numbers: list[int]) -> list[Document]:
+        """The documents that waited in a buffer. One that cannot be read any more is a fault."""
+        waiting = []
+        for number in numbers:
+            found = self.documents[number]
+            if isinstance(found, Document):
+                waiting.append(found)
+            elif isinstance(found, BadSample):
+                self.documents.faults.add(found)
+        return waiting
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> list[Batch]:
-        made, kept = 0, []
+        # the step's rows: those of my lanes are made, those of my rank are kept
+        made = 0
+        kept: list[list[Document]] = []
         for g in range(self.row, self.row + self.rows_per_step):
-            row = next(self.mine[g % self.lanes], []) if g % self.lanes in self.mine else []
+            lane = g % self.lanes
+            row = next(self.mine[lane], []) if lane in self.mine else []
             made += bool(row)
-            if g % self.world == self.rank:
+            if g % self.ranks == self.rank:
                 kept.append(row)
-        alone = (
-            self.lanes == 1 or self.documents.endless
-        )  # every rank knows of every row, or there is always one
-        if not (made if alone else parallel.total(made)[0]):
+
+        # the end: no rank has a row. With all lanes in sight, or without an end, there is nobody to ask
+        alone = len(self.mine) == self.lanes or self.documents.endless
+        if not alone:
+            made = parallel.total(made)[0]
+        if not made and self.row == 0:
+            raise ValueError(
+                f"the data has no usable document\n{self.documents.faults.report()}".rstrip()
+            )
+        if not made:
             raise StopIteration
+
+        # cut mine into micro-batches
         self.row += self.rows_per_step
         share = len(kept) // self.accumulate
-        made_rows = [
-            collate(kept[i * share : (i + 1) * share], self.capacity, self.pad)
-            for i in range(self.accumulate)
-        ]
-        return [PerSample(**vars(b)) if self.per_sample else b for b in made_rows]
+        parts = [kept[i * share : (i + 1) * share] for i in range(self.accumulate)]
+        return [collate(part, self.capacity, self.pad, self.per_sample) for part in parts]
 
     def state_dict(self) -> dict:
-        states = parallel.gather(
-            [
-                {
-                    str(lane): {
-                        "next": rows.source.next,
-                        "waiting": [d.number for d in rows.waiting],
-                        "seen": rows.seen,
-                    }
-                    for lane, rows in self.mine.items()
-                }
-            ]
-        )
+        mine = {}
+        for lane, rows in self.mine.items():
+            mine[str(lane)] = {
+                "next": rows.source.next,
+                "waiting": [d.number for d in rows.waiting],
+                "seen": rows.seen,
+            }
+        # a lane that several ranks read is in the same state on all of them
+        buffers: dict[str, dict] = {}
+        for part in parallel.gather([mine]):
+            buffers |= part
         return {
             "row": self.row,
             "lanes": self.lanes,
             "records": self.documents.records,
-            "buffers": {k: v for part in states for k, v in part.items()},
+            "buffers": buffers,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when the step has another number of rows, or the data another number of records, than when it was saved."""
+        """Raises ValueError when the step has another number of rows, or the data another number of
+        records, than when it was saved."""
+        # a row number must mean the same as before
         if state["row"] % self.rows_per_step:
             raise ValueError(
-                f"the saved run stopped at row {state['row']}, which is no multiple of {self.rows_per_step} rows a step"
+                f"the saved run stopped at row {state['row']}, which is no multiple of "
+                f"{self.rows_per_step} rows a step"
             )
-        if (records := state.get("records", self.documents.records)) != self.documents.records:
+        # and so must the number of a record
+        records = state.get("records", self.documents.records)
+        if records != self.documents.records:
             raise ValueError(
-                f"the saved run read {records} records, now there are {self.documents.records}: its place in them means "
-                "nothing any more; put the files back, or begin again with --resume False"
+                f"the saved run read {records} records, now there are {self.documents.records}: "
+                "its place in them means nothing any more; put the files back, or begin again "
+                "with --resume False"
             )
         self.row = state["row"]
         self.open(state["lanes"], state["buffers"])
-
-
-# -------------------------------------------------------------------------------------------------- the command: compare rules
-
-
-@dataclass(slots=True)
-class Size:
-    """A document of which only the sizes are known."""
-
-    tokens: int
-    vision: int
-    origin: str = ""
-
-    def __len__(self) -> int:
-        return self.tokens
-
-
-def naive(sizes: Iterator[Size], capacity: int) -> Iterator[list[Size]]:
-    """The stream as it comes: a row ends when the next document does not fit."""
-    row: list[Size] = []
-    for d in sizes:
-        if sum(map(len, row)) + len(d) > capacity:
-            yield row
-            row = []
-        row.append(d)
-    if row:
-        yield row
-
-
-def first_fit(sizes: Iterator[Size], capacity: int, most: int = 64) -> Iterator[list[Size]]:
-    """Into the first of at most `most` open rows that has room; the fullest goes out when none has."""
-    opened: list[tuple[int, list[Size]]] = []  # tokens, documents
-    for d in sizes:
-        at = next((i for i, (n, _) in enumerate(opened) if n + len(d) <= capacity), None)
-        if at is not None:
-            opened[at] = (opened[at][0] + len(d), opened[at][1] + [d])
-            continue
-        if len(opened) == most:
-            yield opened.pop(max(range(most), key=lambda i: opened[i][0]))[1]
-        opened.append((len(d), [d]))
-    yield from (row for _, row in opened)
-
-
-def measure(
-    rule: Callable, sizes: list[Size], capacity: int, ranks: int
-) -> tuple[dict, list[list[Size]]]:
-    """One rule on one stream. Row g goes to rank g % ranks. A stream's last row, which nothing can fill, is left out of fill.
-
-    The two imbalances are the mean over steps of (largest rank / mean of ranks) of pixels and of the sum of squared lengths.
-    """
-    entered, made, wait = {}, [], 0
-
-    def stream() -> Iterator[Size]:
-        for d in sizes:
-            entered[id(d)] = len(made)
-            yield d
-
-    began = time.process_time()
-    for row in rule(stream(), capacity):
-        made.append(row)
-        wait = max(wait, len(made) - min(entered[id(d)] for d in row))
-    seconds = time.process_time() - began
-    body = made[:-1] or made
-    fill = sum(len(d) for row in body for d in row) / (capacity * len(body))
-
-    def imbalance(cost: Callable[[Size], int]) -> float:
-        costs = [sum(map(cost, row)) for row in body]
-        steps = [costs[i : i + ranks] for i in range(0, len(costs) - ranks + 1, ranks)] or [costs]
-        found = [max(step) * len(step) / sum(step) for step in steps if sum(step)]
-        return sum(found) / len(found) if found else 1.0
-
-    return {
-        "fill": fill,
-        "padding": 1 - fill,
-        "vision_max_over_mean": imbalance(lambda d: d.vision),
-        "attention_max_over_mean": imbalance(lambda d: len(d) ** 2),
-        "max_wait_rows": wait,
-        "us_per_sample": 1e6 * seconds / len(sizes),
-    }, made
-
-
-def draw(made: dict[str, list[list[Size]]], capacity: int, path: Path, most: int = 48) -> None:
-    """The first rows of each rule as bars: documents in blue, darker with more vision per token; padding in red."""
-    sheet = Image.new(
-        "RGB", (820, sum(24 + 8 * len(rows[:most]) for rows in made.values())), "white"
-    )
-    pen, y = ImageDraw.Draw(sheet), 0
-    densest = (
-        max((d.vision / len(d) for rows in made.values() for row in rows for d in row), default=0)
-        or 1
-    )
-    for name, rows in made.items():
-        pen.text((10, y + 6), name, "black")
-        y += 24
-        for row in rows[:most]:
-            pen.rectangle((10, y, 810, y + 5), "#d62728")
-            at = 0
-            for d in row:
-                shade = int(210 - 170 * d.vision / len(d) / densest)
-                pen.rectangle(
-                    (10 + 800 * at // capacity, y, 9 + 800 * (at + len(d)) // capacity, y + 5),
-                    (shade, shade, 235),
-                    "white",
-                )
-                at += len(d)
-            y += 8
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def example(mix: str, n: int, seed: int = 0) -> list[tuple[int, int]]:
-    """n pairs (tokens, vision). tiles: 30 % text of 150 tokens (median; log-normal, sigma 1.1); else 256 tokens for each of 1
-    (45 %) or 3 to 13 tiles plus text of 80 (sigma 1): mean 970 tokens. any-resolution: the same with 4 patches for each of
-    700 (sigma 0.9) visual tokens. Raises ValueError for an unknown mix."""
-    rng = random.Random(seed)
-
-    def log_normal(median: int, sigma: float, least: int, most: int) -> int:
-        return max(least, min(most, int(rng.lognormvariate(math.log(median), sigma))))
-
-    def tiles() -> tuple[int, int]:
-        if rng.random() < 0.3:
-            return log_normal(150, 1.1, 16, 8192), 0
-        n = 1 if rng.random() < 0.45 else rng.choice((3, 4, 5, 7, 9, 10, 13))
-        return 256 * n + 2 + log_normal(80, 1.0, 16, 4096), n
-
-    def any_resolution() -> tuple[int, int]:
-        if rng.random() < 0.3:
-            return log_normal(150, 1.1, 16, 8192), 0
-        n = log_normal(700, 0.9, 16, 4096)
-        return n + 2 + log_normal(80, 1.0, 16, 4000), 4 * n
-
-    def long() -> tuple[int, int]:
-        n = rng.randint(1500, 4000)
-        return n, rng.choice((0, n // 400, n // 300))
-
-    mixes = {
-        "tiles": tiles,
-        "any-resolution": any_resolution,
-        "short": lambda: (rng.randint(16, 200), 0),
-        "long": long,
-        "two-valued": lambda: rng.choice(((64, 0), (2000, 7))),
-        "zipf": lambda: ((n := min(8192, int(16 * rng.paretovariate(0.9)))), min(13, n // 300)),
-    }
-    if mix not in mixes:
-        raise ValueError(f"--mix {mix!r}: choose from {', '.join(mixes)}")
-    return [mixes[mix]() for _ in range(n)]
-
-
-@dataclass
-class Options:
-    """Pack a list of lengths by three rules and compare them; or write such a list."""
-
-    lengths: Path | None = None  # a line per sample: tokens and vision (tiles, patches or pixels)
-    capacity: int = 8192  # tokens a row
-    ranks: int = 8
-    buffer: int = 64  # candidates of ours
-    json: bool = False  # print JSON only
-    out: Path = Path("runs/packing.png")  # the rows as an image
-    example: Path | None = None  # write a list of this mix here, and stop
-    mix: str = "tiles"  # tiles, any-resolution, short, long, two-valued, zipf
-    samples: int = 20000
-    seed: int = 0
-
-
-def main(o: Options) -> int:
-    if o.example:
-        o.example.write_text("".join(f"{t} {v}\n" for t, v in example(o.mix, o.samples, o.seed)))
-        print(f"{o.samples} pairs of mix {o.mix} in {o.example}")
-        return 0
-    if o.lengths is None:
-        sys.exit("give --lengths FILE, or --example FILE to write one")
-    sizes = [
-        Size(*map(int, line.split()), f"{o.lengths}:{i}")
-        for i, line in enumerate(o.lengths.read_text().splitlines(), 1)
-        if line.strip()
-    ]
-    fit = [d for d in sizes if 0 < len(d) <= o.capacity]
-    if not fit:
-        sys.exit(f"{o.lengths}: none of {len(sizes)} lengths fits in a row of {o.capacity}")
-    rules = {
-        "naive": naive,
-        "first_fit": first_fit,
-        "ours": functools.partial(Rows, buffer=o.buffer),
-    }
-    found = {name: measure(rule, fit, o.capacity, o.ranks) for name, rule in rules.items()}
-    draw({name: rows for name, (_, rows) in found.items()}, o.capacity, o.out)
-    if o.json:
-        print(json.dumps({name: figures for name, (figures, _) in found.items()}))
-        return 0
-    print(
-        f"{len(fit)} samples, {len(sizes) - len(fit)} left out (longer than a row); mean {sum(map(len, fit)) / len(fit):.0f} tokens"
-    )
-    print(
-        f"{'':10s} {'fill':>9s} {'padding':>9s} {'vision':>8s} {'attention':>9s} {'wait':>6s} {'us/sample':>9s}"
-    )
-    for name, (f, rows) in found.items():
-        print(
-            f"{name:10s} {f['fill']:9.3%} {f['padding']:9.3%} {f['vision_max_over_mean']:8.3f} {f['attention_max_over_mean']:9.3f} "
-            f"{f['max_wait_rows']:6d} {f['us_per_sample']:9.1f}"
-        )
-    print(
-        f"vision, attention: max / mean over {o.ranks} ranks; wait: rows between entering and leaving; rows drawn in {o.out}"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Options)))

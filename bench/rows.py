@@ -4,7 +4,7 @@
     python -m bench.rows vision       # two ranks, any resolution: time of the slower rank's ViT
     python -m bench.rows decode       # JPEG to packed batch, samples a second and worker, against what the toy model takes
 
-Lengths are those of `packing.example`, a quarter as long. Times are CPU times of one thread, medians over rounds; the rules
+Lengths are those of `packing_rules.example_sizes`, a quarter as long. Times are CPU times of one thread, medians over rounds; the rules
 take turns, so that a busy machine slows all of them.
 """
 
@@ -28,7 +28,8 @@ from data.readers import Folder
 from data.sample import Document, Faults
 from data.stream import Documents, Drawn
 from data.world import World
-from packing import Batches, Rows, Size, collate, example, naive
+from bench.packing_rules import Size, example_sizes, naive
+from packing import Batches, Rows, collate
 from recipe import new_model
 from tokenizer import Tokenizer
 from train import answers
@@ -71,7 +72,7 @@ def packing(o: Options) -> None:
     side = config.vision.image_size
     per_tile = (side // (2 * config.vision.patch_size)) ** 2
     documents = []
-    for tokens, tiles in example("tiles", o.samples, o.seed):
+    for tokens, tiles in example_sizes("tiles", o.samples, o.seed):
         n = max(tokens // SHORTER, per_tile * tiles + 4)
         ids = rng.integers(0, 200, n)
         ids[: per_tile * tiles] = config.image_token_id
@@ -120,7 +121,7 @@ def vision(o: Options) -> None:
     patch, rng = c.vision.patch_size, np.random.default_rng(o.seed)
     sizes = [
         Size(t // SHORTER + 4, v // SHORTER // 4 * 4)
-        for t, v in example("any-resolution", o.samples, o.seed)
+        for t, v in example_sizes("any-resolution", o.samples, o.seed)
     ]
 
     def picture(patches: int) -> np.ndarray:  # as square as the number of 2 x 2 patches allows

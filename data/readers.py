@@ -479,23 +479,12 @@ class Picked(Drawn):
     """The stream of a folder: sample n is the record that the order has there; bad ones are passed over by `next`."""
 
     def __init__(self, folder: Folder, order: Order):
-        super().__init__(None)
+        super().__init__(None, folder.faults)
         self.folder, self.order, self.endless = folder, order, order.endless
 
     def __getitem__(self, n: int) -> Sample | BadSample | None:
         found = self.order[n]
         return None if found is None else self.folder[found[1]]
-
-    def __next__(self) -> Sample:
-        while True:
-            try:
-                found = super().__next__()
-            except IndexError:
-                raise StopIteration from None
-            if isinstance(found, BadSample):
-                self.folder.faults.add(found)
-            elif found is not None:
-                return found
 
 
 def read(path: Path, a: int, b: int, number: int, d: Dataset) -> Sample | BadSample:

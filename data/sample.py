@@ -84,12 +84,17 @@ class Faults:
     strict: bool = False
     counts: Counter = field(default_factory=Counter)
     examples: dict = field(default_factory=dict)
+    tracebacks: dict = field(
+        default_factory=dict
+    )  # reason -> of its first, where nobody foresaw it
 
     def add(self, e: BadSample) -> None:
         if self.strict:
             raise e
         self.counts[e.reason] += 1
         self.examples.setdefault(e.reason, str(e))
+        if hasattr(e, "traceback"):
+            self.tracebacks.setdefault(e.reason, e.traceback)
 
     def report(self) -> str:
         return "\n".join(

@@ -1,4 +1,5 @@
-"""Text to ids, label masks, the drawn world's truth, and the reader: a broken sample costs that sample alone."""
+"""Text to ids, label masks, the drawn world's truth, and the reader: a broken sample costs that
+sample alone."""
 
 import io
 import json
@@ -15,14 +16,14 @@ from conftest import EVERY
 from PIL import Image, ImageFile
 
 from data import world
-from data.encode import Encoder, with_thinking
+from data.encode import Encoder, chain_of, truth_of, with_thinking
 from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample
 from data.stream import Documents
 from tokenizer import ADDED, Tokenizer, train_bpe
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def any_text(rng: random.Random) -> str:
@@ -104,7 +105,8 @@ def test_bpe_training_stops_when_no_pair_occurs_twice():
 
 
 def test_replaying_the_merges_by_hand_gives_the_encoding(tokenizer):
-    """Byte-pair encoding as a definition: inside each word, join the neighbours of lowest rank until none is left."""
+    """Byte-pair encoding as a definition: inside each word, join the neighbours of lowest rank
+    until none is left."""
     import regex
 
     from tokenizer import SPLIT
@@ -130,7 +132,8 @@ def test_replaying_the_merges_by_hand_gives_the_encoding(tokenizer):
 
 
 def gpt2_printable() -> dict[int, str]:
-    """GPT-2's published byte alphabet, written down again: what prints stands for itself, the rest starts at U+0100."""
+    """GPT-2's published byte alphabet, written down again: what prints stands for itself, the rest
+    starts at U+0100."""
     prints = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or 0xAE <= b]
     rest = [b for b in range(256) if b not in prints]
     return {b: chr(b) for b in prints} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
@@ -171,7 +174,7 @@ def test_a_directory_without_a_tokenizer_and_a_vocabulary_with_gaps_are_errors(t
         Tokenizer({bytes([b]): b + (b > 7) for b in range(256)})
 
 
-# --------------------------------------------------------------------------------------------------------- label mask
+# --------------------------------------------------------------------------------------- label mask
 
 
 def runs(document) -> list[list[int]]:
@@ -272,7 +275,7 @@ def test_a_document_that_is_too_long_or_teaches_nothing_is_a_fault_with_its_orig
         short(Sample((Message("user", ("q",)),), origin="here:2"))
 
 
-# -------------------------------------------------------------------------------------------------------------- world
+# -------------------------------------------------------------------------------------------- world
 
 
 def test_an_index_and_a_seed_are_one_sample_with_the_same_pixels(encoder):
@@ -375,7 +378,7 @@ def test_text_samples_say_in_words_what_the_picture_would_show():
         assert s.facts["words"] in s.messages[0].parts[0]
 
 
-# ------------------------------------------------------------------------------------------------------- broken files
+# ------------------------------------------------------------------------------------- broken files
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -606,7 +609,7 @@ def test_an_epoch_gives_every_sample_once_in_an_order_of_the_seed(folder):
     assert abs(share - 0.75) < 0.04
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -655,7 +658,8 @@ def test_what_is_transparent_becomes_white_and_what_is_half_becomes_half(tmp_pat
     [(1, "top left"), (3, "bottom right"), (6, "top right"), (8, "bottom left")],
 )
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path, orientation, corner):
-    """The one red quarter of a 48 x 32 picture moves to the corner that the orientation sends the top left to."""
+    """The one red quarter of a 48 x 32 picture moves to the corner that the orientation sends the
+    top left to."""
     image, exif = Image.new("RGB", (48, 32), "white"), Image.Exif()
     image.paste((255, 0, 0), (0, 0, 24, 16))
     exif[0x0112] = orientation
@@ -707,7 +711,7 @@ def test_random_damage_to_a_file_is_a_picture_or_a_fault_and_nothing_else(tmp_pa
     assert seen["fine"] > 25 and seen["unreadable image"] > 50
 
 
-# ---------------------------------------------------------------------------- rarer ways in which a record can be wrong
+# -------------------------------------------------------- rarer ways in which a record can be wrong
 
 
 def read_one(folder, r) -> tuple[int, Faults]:
@@ -768,3 +772,138 @@ def test_a_chain_that_is_not_to_be_learned_is_not_supervised(encoder):
         (Message("user", ("a",)), first, Message("user", ("b",)), Message("assistant", ("second",)))
     )
     assert [encoder.tokenizer.decode(r) for r in runs(encoder(sample))] == ["second<|im_end|>"]
+
+
+# ------------------------------------------------------------------------------- question and truth
+
+
+def talk(*turns, **more) -> Sample:
+    """(role, text) or (role, text, chain) turns as a sample."""
+    messages = tuple(Message(t[0], (t[1],), think=t[2] if len(t) > 2 else None) for t in turns)
+    return Sample(messages, origin="here:1", **more)
+
+
+U, A = "user", "assistant"
+
+
+@pytest.mark.parametrize(
+    "sample, truth, chain, answer",
+    [
+        # the world's: facts, and a plain answer
+        (talk((U, "q"), (A, "5"), facts={"answer": "5", "chain": "c"}), "5", "c", r"\boxed{5}"),
+        # <think>c</think>\boxed{5}, with and without facts that a reader made of its text
+        (talk((U, "q"), (A, r"\boxed{5}", "c")), "5", "c", r"\boxed{5}"),
+        (
+            talk((U, "q"), (A, r"\boxed{5}", "c"), facts={"answer": r"\boxed{5}"}),
+            "5",
+            "c",
+            r"\boxed{5}",
+        ),
+        # words around the box stay
+        (talk((U, "q"), (A, r"It is \boxed{5}.", "c")), "5", "c", r"It is \boxed{5}."),
+        (talk((U, "q"), (A, "5", "c")), "5", "c", r"\boxed{5}"),
+        # the chain of the turn itself comes before that of the facts
+        (talk((U, "q"), (A, "5", "own"), facts={"chain": "other"}), "5", "own", r"\boxed{5}"),
+        # no chain at all
+        (talk((U, "q"), (A, r"\frac{1}{2}")), r"\frac{1}{2}", "", r"\boxed{\frac{1}{2}}"),
+        # a truth that is a number, none, or one of several
+        (talk((U, "q"), (A, "five"), facts={"answer": 5}), "5", "", r"\boxed{5}"),
+        (talk((U, "q"), (A, "five"), facts={"answer": None}), "five", "", r"\boxed{five}"),
+        (
+            talk((U, "q"), (A, "x"), facts={"answer": ["A", r"\boxed{B}", None]}),
+            ["A", "B"],
+            "",
+            r"\boxed{A}",
+        ),
+        # nobody answered, but the truth is known
+        (talk((U, "q"), facts={"answer": "5"}), "5", "", r"\boxed{5}"),
+    ],
+)
+def test_truth_chain_and_the_thinking_question_of_every_kind_of_sample(
+    sample, truth, chain, answer, encoder
+):
+    assert truth_of(sample) == truth and chain_of(sample) == chain
+    asked = with_thinking(sample, "think!")
+    user, last = asked.messages
+    assert user.parts == ("q think!",) and last.parts == (answer,) and last.think == chain
+    assert asked.facts["answer"] == truth and asked.facts.get("chain", "") == chain
+    assert truth_of(asked) == truth and chain_of(asked) == chain
+    # once more changes the prompt alone: the box is not boxed again
+    assert with_thinking(asked, "now!").messages[1] == last
+    t = encoder.tokenizer
+    want = [t.think, *t.encode(chain), t.unthink, *t.encode(answer), t.end]
+    assert runs(encoder(asked)) == [want]
+
+
+def test_what_follows_the_last_answer_is_not_asked(encoder):
+    """Two users in a row, an assistant first, a user last: the truth is the last assistant turn."""
+    for turns in (
+        [(U, "q"), (A, "5"), (U, "thanks!")],
+        [(A, "hello"), (U, "q"), (A, "5"), (U, "and"), (U, "why?")],
+        [(U, "look"), (U, "q"), (A, "5")],
+        [("system", "be brief"), (U, "q"), (A, "5")],
+    ):
+        sample = talk(*turns)
+        at = turns.index((A, "5"))
+        assert truth_of(sample) == "5"
+        asked = with_thinking(sample, "think!").messages
+        assert [m.parts[0] for m in asked[:-2]] == [text for _, text in turns[: at - 1]]
+        assert (asked[-2].parts, asked[-1].parts) == (("q think!",), (r"\boxed{5}",))
+        before = talk(*turns[:at])
+        assert encoder.prompt(sample)[0] == encoder.prompt(before, reply=True)[0]
+        assert encoder.prompt(sample, reply=True)[0][:-3] != encoder.prompt(sample)[0][:-3]
+
+
+@pytest.mark.parametrize(
+    "sample, reason",
+    [
+        (talk((A, "a caption")), "no question"),
+        (talk(("system", "s"), (A, "a caption")), "no question"),
+        (talk((U, "q")), "no truth"),
+        (talk((U, "q"), (A, " ")), "no truth"),
+        (talk((U, "q"), (A, "5"), facts={"answer": []}), "no truth"),
+        (talk((U, "q"), (A, "5"), facts={"answer": "  "}), "no truth"),
+    ],
+)
+def test_no_question_or_no_truth_is_a_fault_that_names_the_sample(sample, reason):
+    with pytest.raises(BadSample, match=f"{reason}: here:1") as e:
+        with_thinking(sample, "think!")
+    assert e.value.reason == reason
+
+
+def test_a_prompt_without_a_question_is_a_fault(encoder):
+    with pytest.raises(BadSample, match="no question: here:1"):
+        encoder.prompt(talk((A, "a caption")))
+
+
+def test_a_box_of_the_data_keeps_its_picture_and_is_asked_with_the_think_prompt(folder, tokenizer):
+    """A LLaVA row with a chain and a box, read from disk: what long-CoT, RL and evaluation all
+    ask."""
+    row = record("<image>\nhow many?", r"<think>one, two.</think>\boxed{2}", "good.png")
+    (folder.parent / "my.jsonl").write_text(lines([row]))
+    sample = Folder(folder.parent / "my.jsonl", folder).first()[0]
+    asked = with_thinking(sample, "think!")
+    assert truth_of(sample) == "2" and chain_of(sample).strip() == "one, two."
+    assert asked.messages[0].parts[1] == "\nhow many? think!"
+    assert asked.messages[1].parts == (r"\boxed{2}",) and "one, two." in asked.messages[1].think
+
+
+# --------------------------------------------------------------------------------------- the limits
+
+
+def test_an_encoder_has_no_limit_of_its_own_and_a_stage_gives_its_rows(tokenizer, config):
+    """A stage of 16,384 or 20,480 tokens must not lose its long samples to a default."""
+    long = Sample((Message("user", ("q",)), Message("assistant", ("word " * 20_000,))))
+    encoder = Encoder(tokenizer, config)
+    assert len(encoder(long)) > 20_480
+    with pytest.raises(BadSample, match="too long: .*the limit is 20480"):
+        Encoder(tokenizer, config, max_length=20_480)(long)
+    documents = Documents([long, long], Encoder(tokenizer, config, max_length=20_480))
+    assert list(documents) == [] and documents.faults.counts == {"too long": 2}
+
+
+def test_an_unknown_weighting_or_rule_for_long_samples_is_an_error(tokenizer, config):
+    with pytest.raises(ValueError, match="--weighting 'words': choose from token, sequence"):
+        Encoder(tokenizer, config, weighting="words")
+    with pytest.raises(ValueError, match="--long 'cut': choose drop or truncate"):
+        Encoder(tokenizer, config, long="cut")

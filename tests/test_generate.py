@@ -1,6 +1,9 @@
-"""Generation: cached decoding is the training forward, groups share their prompt, sampling follows the distribution."""
+"""Generation: cached decoding is the training forward, groups share their prompt, sampling follows
+the distribution."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,21 @@ from PIL import Image
 from data import world
 from data.encode import Encoder
 from data.images import normalise
-from data.sample import Message, Sample
-from generate import generate, next_token, stream
+from data.sample import Message, Sample, Video
+from generate import (
+    GenerateOptions,
+    answer_prompt,
+    build_question,
+    check_device,
+    generate,
+    load_model,
+    next_token,
+    stream,
+)
+from infra.checkpoint import commit
+from infra.cli import guarded
+from tokenizer import Tokenizer, train_bpe
+from vlm import SailVL
 
 NEVER = 10**6  # an end token that no vocabulary has
 
@@ -38,14 +54,16 @@ def prompts(encoder):
 
 @torch.no_grad()
 def recompute(model, prompt, ids, temperature=1.0):
-    """Log-probabilities (n, V) before each of the answer's tokens, from one forward without cache."""
+    """Log-probabilities (n, V) before each of the answer's tokens, from one forward without
+    cache."""
     row = torch.tensor([prompt[0] + ids[:-1]])  # the last token is not fed
     logits = model(row, normalise(prompt[1]) if prompt[1] else None)[0, len(prompt[0]) - 1 :]
     return (logits / temperature).log_softmax(-1)
 
 
 def stop_in(answers):
-    """The token that, taken for the end token, cuts about half of these answers soon, and at different lengths."""
+    """The token that, taken for the end token, cuts about half of these answers soon, and at
+    different lengths."""
 
     def cuts(token):
         return [n for a in answers if token in a.ids and (n := a.ids.index(token)) < 8]
@@ -66,6 +84,7 @@ def test_greedy_decoding_with_a_cache_is_recomputing_everything_at_each_token(mo
         )  # by induction over the tokens
 
 
+@pytest.mark.slow
 def test_cached_and_streamed_decoding_equal_recomputing_everything_over_64_random_prompts(
     model, encoder
 ):
@@ -316,3 +335,201 @@ def test_the_seed_alone_decides_what_is_drawn(model, prompts):
 def test_no_prompts_is_an_error(model):
     with pytest.raises(ValueError, match="no prompts"):
         generate(model, [], NEVER)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def directory(config, tokenizer, tmp_path_factory) -> Path:
+    """A saved model."""
+    place = tmp_path_factory.mktemp("model")
+    SailVL(config).init_weights(0).save_pretrained(place)
+    tokenizer.save(place)
+    return place
+
+
+@pytest.fixture
+def frames(tmp_path) -> list[Image.Image]:
+    """Twelve pictures, as a GIF, as a folder and one by one."""
+    pictures = [Image.new("RGB", (32, 32), (20 * i, 0, 0)) for i in range(12)]
+    (tmp_path / "clip").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "clip" / f"{i:03d}.png")
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], loop=0)
+    return pictures
+
+
+@pytest.mark.parametrize("kind", ["gif", "folder", "frames"])
+def test_a_video_is_asked_about_as_in_training(frames, kind, tmp_path, encoder):
+    """Numbered frames on lines of their own, then the question: as the world's videos are made."""
+    video = {
+        "gif": (tmp_path / "clip.gif",),
+        "folder": (tmp_path / "clip",),
+        "frames": tuple(tmp_path / "clip" / f"{i:03d}.png" for i in range(12)),
+    }[kind]
+    asked = build_question(GenerateOptions("which way?", video=video), "")
+    shown = [frames[round(i * 11 / 7)] for i in range(8)]
+    parts = [p for i, f in enumerate(shown, 1) for p in (f"Frame-{i}: ", f, "\n")]
+    want = Sample((Message("user", (*parts, "which way?")),))
+    ids, images = encoder.prompt(asked)
+    want_ids, want_images = encoder.prompt(want)
+    assert ids == want_ids and len(images) == 8
+    for a, b in zip(images, want_images, strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).max() < 8  # a GIF has a palette
+    text = encoder.tokenizer.decode(ids)
+    assert "Frame-8: <img>" in text and "</img>\nwhich way?" in text
+    few = build_question(GenerateOptions("which way?", video=video, frames=3), "")
+    assert len(encoder.prompt(few)[1]) == 3
+
+
+def test_images_and_text_are_asked_as_readers_give_them(frames, tmp_path, encoder, capsys):
+    one, two = tmp_path / "clip" / "000.png", tmp_path / "clip" / "001.png"
+
+    def ids(**how) -> list[int]:
+        return encoder.prompt(build_question(GenerateOptions("what?", **how), "think!"))[0]
+
+    def want(*parts) -> list[int]:
+        return encoder.prompt(Sample((Message("user", parts),)))[0]
+
+    assert ids() == want("what?") and ids(think=True) == want("what? think!")
+    assert ids(image=(one,)) == want(one, "\nwhat?")
+    assert ids(image=(one, two)) == want(one, "\n", two, "\nwhat?")
+    assert ids(image=(one,), video=(two,)) == want(one, "\n", Video((two,)), "what?")
+    assert capsys.readouterr().err == ""
+    ids(image=(tmp_path / "clip.gif",))
+    assert "--video shows all" in capsys.readouterr().err
+
+
+def one_line(capsys, options: GenerateOptions) -> str:
+    """What a user sees of a mistake: a line, and exit status 1."""
+    with pytest.raises(SystemExit) as left:
+        guarded(answer_prompt, options)
+    assert left.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+def test_what_a_user_does_wrong_is_one_line(directory, tmp_path, capsys):
+    def line(**how) -> str:
+        return one_line(capsys, GenerateOptions(**({"prompt": "hi", "model": directory} | how)))
+
+    assert line(prompt=" ") == "error: --prompt is empty: what is to be answered?"
+    assert "missing image: --image: no file" in line(image=(tmp_path / "gone.png",))
+    assert "missing image: --video: no file" in line(video=(tmp_path / "gone.gif",))
+    (tmp_path / "text.png").write_text("hello")
+    assert "unreadable image: --image" in line(image=(tmp_path / "text.png",))
+    assert "no such directory" in line(model=tmp_path / "nowhere")
+    assert "no config.json here" in line(model=tmp_path)
+    assert "--device nonsense: not to be had here" in line(device="nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_named(directory, capsys):
+    with pytest.raises(ValueError, match="--device cuda: not to be had here"):
+        check_device("cuda")
+    with pytest.raises(ValueError, match="--device cuda: not to be had here"):
+        load_model(directory, "cuda")
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_both_stop_tokens_end_an_answer_and_neither_is_printed(
+    config, tokenizer, tmp_path, capsys, end
+):
+    model = SailVL(config).init_weights(0).eval()
+    ids, _ = Encoder(tokenizer, config).prompt(build_question(GenerateOptions("hi"), ""))
+    with torch.no_grad():  # the end is the likeliest first token
+        last = model.hidden(torch.tensor([ids]))[-1]
+        model.language_model.lm_head.weight[tokenizer.special[end]] = (
+            50 * last / last.square().sum()
+        )
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    for samples in (1, 2):
+        answer_prompt(GenerateOptions("hi", tmp_path, max_new=5, samples=samples))
+        assert capsys.readouterr().out == "\n" * samples
+
+
+def test_control_characters_of_an_answer_are_shown_and_not_obeyed(directory, capsys, monkeypatch):
+    written = Tokenizer.load(directory).encode("red\x1b[2Jcar\n")
+
+    def told(*arguments, **how):
+        for i in written:
+            yield torch.tensor([0]), torch.tensor([i]), torch.tensor([0.0])
+
+    monkeypatch.setattr("generate.stream", told)
+    answer_prompt(GenerateOptions("hi", directory))
+    assert capsys.readouterr().out == "red\\x1b[2Jcar\n\n"
+
+
+# ---------------------------------------------------------------------------- loading what there is
+
+
+def a_checkpoint(run: Path, step: int, config, tokenizer=None, seed: int = 0) -> None:
+    temporary = run / "checkpoints" / f"tmp-{step}"
+    temporary.mkdir(parents=True)
+    SailVL(config).init_weights(seed).save_pretrained(temporary)
+    if tokenizer:
+        tokenizer.save(temporary)
+    commit(temporary, run / "checkpoints" / f"step-{step:08d}")
+
+
+def test_a_run_that_has_not_ended_answers_from_its_newest_whole_checkpoint(
+    config, tokenizer, tmp_path, capsys
+):
+    for step in (9, 10, 200):
+        a_checkpoint(tmp_path, step, config, tokenizer, seed=step)
+
+    def loaded() -> torch.Tensor:
+        return load_model(tmp_path)[0].language_model.lm_head.weight
+
+    def of(step: int) -> torch.Tensor:
+        return SailVL(config).init_weights(step).language_model.lm_head.weight
+
+    assert torch.equal(loaded(), of(200))
+    assert "using" in (said := capsys.readouterr().err) and "step-00000200" in said
+    newest = tmp_path / "checkpoints" / "step-00000200" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert torch.equal(loaded(), of(10))
+    assert newest.is_file()  # the run may be going on: nothing of it is moved
+
+    # a finished model comes first
+    SailVL(config).init_weights(7).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    assert torch.equal(loaded(), of(7))
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_the_runs_or_that_of_its_start(
+    config, tokenizer, tmp_path, directory
+):
+    run = tmp_path / "run"
+    a_checkpoint(run, 3, config)
+    with pytest.raises(ValueError, match="step-00000003 has no tokenizer, nor has the run's"):
+        load_model(run)
+    (run / "run.json").write_text(json.dumps({"model": str(directory)}))
+    assert load_model(run)[1].ranks == tokenizer.ranks
+    tokenizer.save(run)
+    (run / "run.json").unlink()
+    assert load_model(run)[1].ranks == tokenizer.ranks
+
+
+def test_a_run_without_a_whole_checkpoint_says_why(config, tokenizer, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no whole checkpoint \\(none was written yet"):
+        load_model(tmp_path)
+    a_checkpoint(tmp_path, 3, config, tokenizer)
+    (tmp_path / "checkpoints" / "step-00000003" / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match="no whole checkpoint \\(step-00000003: config.json is miss"
+    ):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_an_error_at_load(config, tmp_path):
+    SailVL(config).init_weights(0).save_pretrained(tmp_path)
+    larger = Tokenizer(train_bpe(world.corpus(500), 430), "")
+    assert len(larger) > config.text.vocab_size
+    larger.save(tmp_path)
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(larger)} tokens, the model 448"):
+        load_model(tmp_path)

@@ -1,4 +1,5 @@
-"""Packing: no document is lost, split or late, rows are full, and how the global batch is cut up changes nothing."""
+"""Packing: no document is lost, split or late, rows are full, and how the global batch is cut up
+changes nothing."""
 
 import itertools
 import json
@@ -15,7 +16,15 @@ from conftest import EVERY, answers
 from PIL import Image
 from test_data import record
 
-import packing
+from bench.packing_rules import (
+    PackingOptions,
+    Size,
+    compare_rules,
+    example_sizes,
+    first_fit,
+    measure_rule,
+    naive,
+)
 from data import world
 from data.encode import Encoder
 from data.images import normalise
@@ -56,7 +65,7 @@ def stream(draw: str, seed: int, n: int) -> list[Document]:
     return made_of([DRAWS[draw](rng) for _ in range(n)])
 
 
-# ------------------------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------- choosing
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -132,7 +141,7 @@ def test_the_worlds_own_documents_fill_the_rows_to_99_percent(documents):
     assert sum(len(d) for row in made for d in row) / (512 * len(made)) >= 0.99
 
 
-# -------------------------------------------------------------------------------------------------------------- collate
+# ------------------------------------------------------------------------------------------ collate
 
 
 @pytest.mark.parametrize("capacity", [30, None])
@@ -198,7 +207,7 @@ def test_pictures_of_a_batch_come_in_the_order_of_their_placeholders(documents, 
     assert counts == [per_image * len(d.images) for row in group for d in row]
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def dealt(given, size: int, accumulate: int, steps: int = 3) -> list[list[tuple]]:
@@ -247,7 +256,7 @@ def test_a_last_step_without_all_its_rows_is_filled_up_with_padding_of_no_weight
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- stop, resume
+# ------------------------------------------------------------------------------------- stop, resume
 
 
 def told(step) -> list[list]:
@@ -329,6 +338,100 @@ def test_over_a_change_of_ranks_an_epoch_has_every_document_once(before, after):
     assert sorted(first + second) == list(range(1, 201)) and len(first) > 40
 
 
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 10, 12, 16, 48])
+def test_rows_are_the_same_for_every_number_of_ranks_that_divides_them(count):
+    """From the first step on: what a rank holds changes, the rows of a step do not."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    want = None
+    for size in divisors:
+        ranks = [Batches(numbered(), CAPACITY, count, 1, 0, rank, size) for rank in range(size)]
+        steps = [sorted(row for r in ranks for row in told(next(r))) for _ in range(3)]
+        want = want or steps
+        assert steps == want, size
+        # a rank reads its own lanes only
+        shared = size // np.gcd(size, ranks[0].lanes)
+        assert all(len(r.mine) * size == r.lanes * shared for r in ranks)
+
+
+def test_a_state_with_another_number_of_lanes_goes_on_with_those():
+    whole = Batches(numbered(), CAPACITY, 10, 1, 0, lanes=5)
+    steps = [told(next(whole)) for _ in range(6)]
+    first = Batches(numbered(), CAPACITY, 10, 1, 0, lanes=5)
+    assert [told(next(first)) for _ in range(2)] == steps[:2]
+    state = json.loads(json.dumps(first.state_dict()))
+    second = Batches(numbered(), CAPACITY, 10, 1, 0)
+    assert second.lanes == 2
+    second.load_state_dict(state)
+    assert second.lanes == 5 and [told(next(second)) for _ in range(4)] == steps[2:]
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (4, 1), (1, 4), (2, 4)])
+def test_a_weight_by_documents_resumes_on_any_number_of_ranks(before, after):
+    """Eq. 2's division: 160 documents, a stop after ten steps, each seen once, and a step's weight
+    is its documents."""
+    lengths = [DRAWS["mixed"](random.Random(i)) for i in range(160)]
+
+    def run(size: int, steps: int, state: dict | None) -> tuple[list, dict]:
+        ranks = [
+            Batches(
+                Documents(made_of(lengths), None), CAPACITY, 4, 1, 0, rank, size, per_sample=True
+            )
+            for rank in range(size)
+        ]
+        seen = []
+        for r in ranks:
+            if state:
+                r.load_state_dict(state)
+            for _ in range(steps):
+                for b in next(r, []):
+                    inside = [o for o in b.owners if o != "padding"]
+                    assert b.weight == b.count <= len(inside)
+                    seen += inside
+        parts = [r.state_dict() for r in ranks]
+        buffers = {k: v for p in parts for k, v in p["buffers"].items()}
+        return seen, json.loads(json.dumps(parts[0] | {"buffers": buffers}))
+
+    first, state = run(before, 4, None)
+    second, _ = run(after, 100, state)
+    assert 40 < len(first) < 160
+    assert sorted(first + second) == sorted(f"task{i}" for i in range(160))
+
+
+def test_a_batch_counts_the_documents_that_have_something_to_learn():
+    given = made_of([1, 2, 7, 30])  # the first two have no label, or one
+    batch = collate([given[:2], given[2:]], 64, 0, per_sample=True)
+    labelled = [d for d in given if (d.labels >= 0).any()]
+    assert batch.count == len(labelled) == 3 and batch.weight == 3.0
+    moved = batch.to("meta")
+    assert moved.ids.device.type == "meta" and moved.weight == 3.0 and moved.per_sample
+    by_weights = collate([given[:2], given[2:]], 64, 0)
+    assert by_weights.weight == pytest.approx(sum(float(d.weights.sum()) for d in given))
+    assert by_weights.count == 3
+
+
+def test_a_document_that_waited_and_cannot_be_read_again_is_counted():
+    gone = [False]
+
+    def draw(n: int) -> Document:
+        if gone[0] and n % 5 == 0:
+            raise OSError("the disk is gone")
+        length = DRAWS["mixed"](random.Random(n))
+        labels = np.full(length, n)
+        return Document(labels, labels, np.ones(length, np.float32), (), "", str(n), {})
+
+    def run() -> Batches:
+        return Batches(Documents(Drawn(draw), None), CAPACITY, 4, 1, 0)
+
+    data = run()
+    next(data)
+    state = data.state_dict()
+    gone[0] = True
+    data = run()
+    data.load_state_dict(state)
+    waited = sum(n % 5 == 0 for s in state["buffers"].values() for n in s["waiting"])
+    assert waited and data.documents.faults.counts == {"unexpected OSError": waited}
+
+
 def test_a_plain_iterator_is_walked_again_to_where_it_was():
     def run():
         return Batches((d for d in stream("mixed", 0, 300)), CAPACITY, 4, 1, 0)
@@ -343,7 +446,8 @@ def test_a_plain_iterator_is_walked_again_to_where_it_was():
 
 @pytest.mark.parametrize("kind", ["numbers", "files"])
 def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, config, kind):
-    """SIGKILL between any two file operations, twenty times: each life logs rows and commits a state after each step."""
+    """SIGKILL between any two file operations, twenty times: each life logs rows and commits a
+    state after each step."""
 
     def run() -> Batches:
         return Batches(
@@ -386,7 +490,8 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, 
 
 
 def on_disk(place, tokenizer, config, epochs: float = 0) -> Documents:
-    """200 samples in two files, a tenth of them without their picture, read through a mixture; the answers count them."""
+    """200 samples in two files, a tenth of them without their picture, read through a mixture; the
+    answers count them."""
     if not (place / "mix.json").is_file():
         Image.new("RGB", (32, 32), "red").save(place / "red.png")
         for name in ("a", "b"):
@@ -424,7 +529,8 @@ def said(steps, tokenizer) -> list[str]:
 
 
 def rank_of_two(rank: int, place: str, tokenizer, config) -> None:
-    """First a run of its own, killed after three steps; or, when there is a state, on from there to the end."""
+    """First a run of its own, killed after three steps; or, when there is a state, on from there to
+    the end."""
     place = Path(place)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2
@@ -472,7 +578,8 @@ def two_ranks(place: Path, tokenizer, config) -> None:
 def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(
     tmp_path, tokenizer, config
 ):
-    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other: it gets padding till the end."""
+    """Nothing is lost or seen twice, and the rank whose samples end first does not stop the other:
+    it gets padding till the end."""
     everything = sorted(f"{name}{i}" for name in "ab" for i in range(100) if i % 10 != 3)
 
     def alone() -> Batches:
@@ -519,41 +626,38 @@ def test_data_that_changed_or_that_ranks_see_differently_is_refused(
         Batches(more, CAPACITY, 4, 1, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("mix", ["tiles", "any-resolution", "short", "long", "two-valued", "zipf"])
 def test_rows_are_full_and_the_vision_balanced_whatever_the_lengths(mix):
-    sizes = [
-        packing.Size(t, v)
-        for t, v in packing.example(mix, 12000 if mix in ("short", "zipf") else 3000, seed=1)
-    ]
+    count = 12000 if mix in ("short", "zipf") else 3000
+    sizes = [Size(t, v) for t, v in example_sizes(mix, count, seed=1)]
     for ranks, most in ((8, 1.03), (32, 1.05)):
-        figures, made = packing.measure(Rows, sizes, 8192, ranks)
+        figures, made = measure_rule(Rows, sizes, 8192, ranks)
         assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
-        assert (
-            figures["fill"] >= (0.999 if mix in ("tiles", "any-resolution") else 0.99)
-            and figures["max_wait_rows"] <= 64
-        )
+        least = 0.999 if mix in ("tiles", "any-resolution") else 0.99
+        assert figures["fill"] >= least and figures["max_wait_rows"] <= 64
         assert figures["vision_max_over_mean"] <= most or mix in ("long", "zipf")
 
 
+def test_the_simpler_rules_keep_every_document_once_and_within_the_row():
+    sizes = [Size(t, v) for t, v in example_sizes("tiles", 500, seed=2)]
+    for rule in (naive, first_fit):
+        made = list(rule(iter(sizes), 8192))
+        assert sorted(map(id, (d for row in made for d in row))) == sorted(map(id, sizes))
+        assert all(sum(map(len, row)) <= 8192 for row in made)
+
+
 def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys):
-    assert packing.main(packing.Options(example=tmp_path / "lengths.txt", samples=600)) == 0
+    compare_rules(PackingOptions(example=tmp_path / "lengths.txt", samples=600))
     with open(tmp_path / "lengths.txt", "a") as f:
         f.write("9000 3\n")
     capsys.readouterr()
-    assert (
-        packing.main(
-            packing.Options(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png")
-        )
-        == 0
-    )
+    compare_rules(PackingOptions(tmp_path / "lengths.txt", json=True, out=tmp_path / "rows.png"))
     found = json.loads(capsys.readouterr().out)
-    assert (
-        found["naive"]["fill"] < 0.95 < found["ours"]["fill"]
-        and found["first_fit"]["fill"] < found["ours"]["fill"]
-    )
+    assert found["naive"]["fill"] < 0.95 < found["ours"]["fill"]
+    assert found["first_fit"]["fill"] < found["ours"]["fill"]
     assert found["ours"]["padding"] == pytest.approx(1 - found["ours"]["fill"])
     assert set(found["ours"]) == {
         "fill",
@@ -564,16 +668,32 @@ def test_the_command_prints_the_three_rules_and_draws_the_rows(tmp_path, capsys)
         "us_per_sample",
     }
     assert Image.open(tmp_path / "rows.png").size[0] > 100
-    assert packing.main(packing.Options(tmp_path / "lengths.txt", out=tmp_path / "rows.png")) == 0
+    compare_rules(PackingOptions(tmp_path / "lengths.txt", out=tmp_path / "rows.png"))
     assert "1 left out" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------- loss weights
+def test_a_list_that_is_none_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "lengths.txt").write_text("100 2\n\nhello\n")
+    with pytest.raises(ValueError, match="lengths.txt:3: not two whole numbers: 'hello'"):
+        compare_rules(PackingOptions(tmp_path / "lengths.txt"))
+    (tmp_path / "lengths.txt").write_text("9000 2\n")
+    with pytest.raises(ValueError, match="none of 1 lengths fits in a row of 8192"):
+        compare_rules(PackingOptions(tmp_path / "lengths.txt"))
+    with pytest.raises(ValueError, match="give --lengths FILE"):
+        compare_rules(PackingOptions())
+
+
+# ------------------------------------------------------------------------------------- loss weights
 
 
 @pytest.mark.parametrize(
     "weighting, total",
-    [("token", lambda n: n), ("sample", lambda n: 1), ("sqrt", lambda n: n**0.5)],
+    [
+        ("token", lambda n: n),
+        ("sequence", lambda n: n),
+        ("sample", lambda n: 1),
+        ("sqrt", lambda n: n**0.5),
+    ],
 )
 def test_a_sample_weighs_as_much_as_its_weighting_says(encoder, weighting, total):
     seen = set()
@@ -645,7 +765,8 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
 def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumulation(
     model, encoder, weighting
 ):
-    """In fp32. Ranks are played one after another: their gradients are summed, as parallel.sum_gradients does."""
+    """In fp32. Ranks are played one after another: their gradients are summed, as
+    parallel.sum_gradients does."""
     given = [
         replace(replace(encoder, weighting=weighting)(world.sample(i, 1, EVERY)), task=str(i))
         for i in range(60)

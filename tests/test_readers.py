@@ -564,8 +564,7 @@ def test_worker_processes_change_nothing_but_the_time(root, tokenizer, config):
             for _, step in zip(range(6), Batches(documents, 256, 2, 1, 0, buffer=8))
             for b in step
         ]
-        if documents.pool:
-            documents.pool.shutdown(cancel_futures=True)
+        documents.close()
         return made, faults.counts
 
     alone, helped = steps(0), steps(1)

@@ -142,7 +142,6 @@ SCRIPTS = [
     "toy.py",
     "vlm.py",
     "tokenizer.py",
-    "packing.py",
 ]
 MODULES = [
     "data.show",
@@ -151,6 +150,7 @@ MODULES = [
     "tools.readme",
     "curation.balance",
     "bench.step",
+    "bench.packing_rules",
     "bench.rows",
     "bench.decoding",
     "bench.rollouts",

@@ -1,4 +1,5 @@
-"""Identities of the recipe: tokens and masks, packing, the RL losses, freezing, the image mattering."""
+"""Identities of the recipe: tokens and masks, packing, the RL losses, freezing, the image
+mattering."""
 
 import io
 import json
@@ -25,7 +26,7 @@ from tokenizer import ADDED, Tokenizer, train_bpe
 from train import train
 from vlm import SailVL
 
-# ------------------------------------------------------------------------------------------------------- tokens and masks
+# --------------------------------------------------------------------------------- tokens and masks
 
 
 def test_any_text_round_trips_and_never_becomes_a_control_token(tokenizer):
@@ -58,13 +59,13 @@ def test_bpe_training_is_deterministic_and_tiktoken_applies_its_merges(tokenizer
 
 
 def test_a_saved_tokenizer_and_a_published_vocabulary_load_alike(tokenizer, tmp_path):
-    from tokenizer import _printable
+    from infra.hub import printable_bytes
 
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).encode("what color is the circle?") == tokenizer.encode(
         "what color is the circle?"
     )
-    shown = _printable()
+    shown = printable_bytes()
     (tmp_path / "hf").mkdir()
     vocabulary = {"".join(shown[b] for b in token): rank for token, rank in tokenizer.ranks.items()}
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps(vocabulary))
@@ -94,7 +95,7 @@ def test_thinking_is_supervised_with_its_control_tokens(encoder):
     assert rewards.answer_reward(t.decode(labels[:-1]), sample.facts["answer"], True) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- world and files
+# ---------------------------------------------------------------------------------- world and files
 
 
 def test_scenes_of_one_side_never_appear_on_the_other():
@@ -199,7 +200,7 @@ def test_good_records_arrive_and_each_fault_is_counted(tmp_path):
         Folder(tmp_path / "none.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 def blank(n: int, name: str = "") -> Document:
@@ -295,7 +296,7 @@ def test_gradients_do_not_depend_on_accumulation(model, documents, tokenizer):
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,8 @@ def test_training_learns_and_repeats_itself_exactly(config, encoder):
 
 
 def test_the_picture_matters_to_a_model_that_learned_from_it(config, encoder):
-    """Fifty steps on a question with one answer token are enough to use the picture; swapping pictures undoes it."""
+    """Fifty steps on a question with one answer token are enough to use the picture; swapping
+    pictures undoes it."""
     model = SailVL(config).init_weights(0)
     stage = Stage("x", mixture={"caption": 1.0}, steps=50, rows=4, length=256, lr=5e-3, turns=1)
     run_stage(model, stage, world.World(), encoder)

@@ -1,4 +1,5 @@
-"""The tokenizer against the `tokenizers` library, on a published file written here from the toy's ranks."""
+"""The tokenizer against the `tokenizers` library, on a published file written here from the toy's
+ranks."""
 
 import json
 import re
@@ -8,14 +9,27 @@ import pytest
 import tokenizers
 
 import tokenizer as ours
-from tokenizer import LONG, SPLIT, Compare, Tokenizer, main, mixed_texts
+from data.sample import Message
+from infra.hub import merges_of, printable_bytes
+from tokenizer import (
+    LONG,
+    SPLIT,
+    Tokenizer,
+    TokenizerOptions,
+    compare_tokenizers,
+    mixed_texts,
+)
 
 
 @pytest.fixture(scope="module")
 def published(tokenizer, tmp_path_factory):
-    """tokenizer.json as Qwen publishes it: the merges are read off the ranks, each token from its two last parts."""
-    shown, merges = ours._printable(), []
-    word = lambda token: "".join(shown[b] for b in token)
+    """tokenizer.json as Qwen publishes it: the merges are read off the ranks, each token from its
+    two last parts."""
+    shown, merges = printable_bytes(), []
+
+    def word(token: bytes) -> str:
+        return "".join(shown[b] for b in token)
+
     for token in sorted((t for t in tokenizer.ranks if len(t) > 1), key=tokenizer.ranks.get):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
@@ -39,7 +53,7 @@ def published(tokenizer, tmp_path_factory):
 
 
 def test_ids_are_those_of_the_tokenizers_library_and_the_command_says_so(published, capsys):
-    assert main(Compare(published, 30_000)) == 0
+    assert compare_tokenizers(TokenizerOptions(published, 30_000)) == 0
     tokens, texts, same = map(
         int, re.match(r"(\d+) tokens in (\d+) texts: (\d+) ", capsys.readouterr().out).groups()
     )
@@ -50,7 +64,7 @@ def test_the_command_fails_and_shows_the_text_when_an_id_differs(published, tmp_
     file = json.loads((published / "tokenizer.json").read_text())
     file["normalizer"] = {"type": "NFD"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    assert main(Compare(tmp_path, 30_000)) == 1
+    assert compare_tokenizers(TokenizerOptions(tmp_path, 30_000)) == 1
     assert "differs: " in capsys.readouterr().out
 
 
@@ -146,3 +160,101 @@ def test_a_template_that_is_not_ours_is_an_error_that_names_it(tokenizer, conten
     (tmp_path / "template.json").write_text(content)
     with pytest.raises(ValueError, match="template.json: "):
         Tokenizer.load(tmp_path)
+
+
+# ---------------------------------------------------------------- what other people's programs read
+
+TURNS = [
+    {"role": "user", "content": "hi  \n there"},
+    {"role": "assistant", "content": "<think>two, three</think>five"},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat?"}]},
+]
+MESSAGES = (
+    Message("user", ("hi  \n there",)),
+    Message("assistant", ("five",), think="two, three"),
+    Message("user", (object(), "\nwhat?")),
+)
+
+
+@pytest.fixture(scope="module", params=["", "you're a\nsystem \\ 你"], ids=["bare", "system"])
+def saved(request, tokenizer, tmp_path_factory):
+    """A saved tokenizer (without and with NFC) and its directory."""
+    directory = tmp_path_factory.mktemp("saved")
+    t = Tokenizer(tokenizer.ranks, request.param, nfc=bool(request.param))
+    t.save(directory)
+    return t, directory
+
+
+def test_a_saved_tokenizer_is_read_by_the_tokenizers_library(saved):
+    t, directory = saved
+    library = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert library.get_vocab_size() == len(t)
+    for _, text in zip(range(16), mixed_texts(t)):
+        ids = t.encode(text)
+        assert library.encode(text, add_special_tokens=False).ids == ids
+        assert library.decode(ids) == t.decode(ids)
+    for name, number in t.special.items():
+        assert library.token_to_id(name) == number
+        assert library.encode(f"a{name}b", add_special_tokens=False).ids == [
+            *t.encode("a"),
+            number,
+            *t.encode("b"),
+        ]
+    chain = [t.think, *t.encode("so"), t.unthink, *t.encode("yes"), t.end]
+    assert library.decode(chain, skip_special_tokens=True) == "<think>so</think>yes"
+
+
+def test_a_saved_tokenizer_is_read_by_transformers_with_its_template_and_stops(saved):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    t, directory = saved
+    auto = AutoTokenizer.from_pretrained(directory)
+    assert len(auto) == len(t) and auto.eos_token_id == t.end and auto.pad_token_id == t.pad
+    for asked, turns, messages, counts in (
+        (True, TURNS, MESSAGES, [1]),
+        (False, TURNS[:2], MESSAGES[:2], []),
+    ):
+        text = auto.apply_chat_template(turns, add_generation_prompt=asked, tokenize=False)
+        ids = auto(text, add_special_tokens=False)["input_ids"]
+        assert ids == t.render(messages, counts, prompt_only=asked)[0]
+    assert set(GenerationConfig.from_pretrained(directory).eos_token_id) == set(t.ends)
+
+
+def test_a_copy_of_the_published_files_alone_is_the_same_tokenizer(saved, tmp_path):
+    t, directory = saved
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    read = Tokenizer.load(tmp_path)
+    assert read.ranks == t.ranks and read.special == t.special and read.nfc == t.nfc
+
+
+def test_merges_are_those_that_make_each_token(tokenizer):
+    merges = merges_of(tokenizer.ranks)
+    assert [a + b for a, b in merges] == [t for t in tokenizer.ranks if len(t) > 1]
+    assert all(tokenizer.ranks[part] < tokenizer.ranks[a + b] for a, b in merges for part in (a, b))
+    # a token that nothing makes has no merge: of abc, neither ab nor bc is a token
+    assert merges_of({b"a": 0, b"b": 1, b"c": 2, b"abc": 3}) == []
+
+
+def test_both_stop_tokens_end_an_answer(tokenizer):
+    assert tokenizer.ends == (
+        tokenizer.special["<|im_end|>"],
+        tokenizer.special["<|endoftext|>"],
+    )
+    words = tokenizer.encode("five")
+    for ids in (words, *(words + [end] for end in tokenizer.ends)):
+        assert tokenizer.decode_answer(ids) == "five"
+    assert tokenizer.decode_answer([]) == ""
+    assert tokenizer.decode_answer(words + [tokenizer.think]) == "five<think>"
+
+
+def test_a_rank_file_that_is_cut_short_anywhere_is_an_error_and_never_a_panic(tokenizer, tmp_path):
+    """tiktoken would panic in the middle of a run for a byte that has no token."""
+    tokenizer.save(tmp_path)
+    for other in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / other).unlink()
+    file = tmp_path / "tokenizer.tiktoken"
+    whole = file.read_bytes()
+    for cut in (0, 1, 382, 2000, len(whole) - 2):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="tokenizer.tiktoken: not a byte-level BPE vocabulary"):
+            Tokenizer.load(tmp_path)
