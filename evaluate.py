@@ -181,6 +181,24 @@ def usable(sample: Sample) -> Sample:
 # ------------------------------------------------------------------------------------------- asking
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made: `tries` of at most `max_new` tokens for each sample.
+
+    At most `batch` prompts, and as many as fit into `tokens` with their answers, run together. swap:
+    every sample gets the images of another one (same count and sizes).
+    """
+
+    think: bool = False
+    max_new: int = 48
+    temperature: float = 0.0
+    seed: int = 0
+    swap: bool = False
+    batch: int = 512
+    tokens: int = PREFILL_TOKENS
+    tries: int = 1
+
+
 def ask(
     model: SailVL,
     encoder: Encoder,
@@ -201,14 +219,12 @@ def ask(
     raises BadSample; with `faults` it is counted there and its answer is None.
     """
     rank, size = parallel.place()
-    answers: list[Answer | None] = [None] * len(samples[rank::size])
+    mine = samples[rank::size]
+    answers: list[Answer | None] = [None] * len(mine)
     bad = None if faults is None else []
-    asked = answer_stream(
-        model, encoder, samples[rank::size], think, max_new, batch, temperature, seed, swap,
-        tokens, 1, bad,
-    )  # fmt: skip
-    for i, (answer,) in asked:
-        answers[i] = answer
+    decoding = Decoding(think, max_new, temperature, seed, swap, batch, tokens)
+    for place, tried in answer_stream(model, encoder, mine, decoding, bad):
+        answers[place] = tried[0]
 
     # every rank gets all answers, and counts all faults
     if faults is not None:
@@ -225,14 +241,7 @@ def answer_stream(
     model: SailVL,
     encoder: Encoder,
     samples: list[Sample],
-    think: bool = False,
-    max_new: int = 48,
-    batch: int = 512,
-    temperature: float = 0.0,
-    seed: int = 0,
-    swap: bool = False,
-    tokens: int = PREFILL_TOKENS,
-    tries: int = 1,
+    decoding: Decoding,
     bad: list[BadSample] | None = None,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """(place of the sample, its `tries` answers) as they come, on this rank alone.
@@ -241,20 +250,22 @@ def answer_stream(
     """
     was_training = model.training
     model.eval()
+    tries = decoding.tries
     done = 0
-    for places, prompts in encoded_windows(encoder, samples, think, bad):
-        if swap:
+    for places, prompts in encoded_windows(encoder, samples, decoding.think, bad):
+        if decoding.swap:
             prompts = swapped(prompts)
-        lengths = [(len(ids) + max_new) * tries for ids, _ in prompts]
-        for part in bounded_batches(lengths, batch, tokens):
+
+        lengths = [(len(ids) + decoding.max_new) * tries for ids, _ in prompts]
+        for part in bounded_batches(lengths, decoding.batch, decoding.tokens):
             answers = generate(
                 model,
                 [prompts[i] for i in part],
                 encoder.tokenizer.end,
-                max_new,
+                decoding.max_new,
                 tries,
-                temperature,
-                seed=seed + done,
+                decoding.temperature,
+                seed=decoding.seed + done,
             )
             done += len(part)
             for row, i in enumerate(part):
@@ -601,7 +612,17 @@ def evaluate_files(options: EvaluateOptions) -> None:
         raise ValueError(f"{options.data}: no sample can be graded\n{folder.faults.report()}")
 
     form = prompt_form(encoder, samples, options.think)
-    said = ask_resumably(model, encoder, samples, options, form, folder.faults)
+    decoding = Decoding(
+        options.think,
+        options.max_new,
+        options.temperature,
+        options.seed,
+        options.swap,
+        tokens=options.tokens,
+        tries=options.tries,
+    )
+    file = AnswerFile(options.answers, answer_settings(options, form), ranks.rank)
+    said = ask_resumably(model, encoder, samples, decoding, file, folder.faults)
     graded = []
     passed = []
     for sample, answers in zip(samples, said):
@@ -649,27 +670,22 @@ def ask_resumably(
     model: SailVL,
     encoder: Encoder,
     samples: list[Sample],
-    options: EvaluateOptions,
-    form: str,
+    decoding: Decoding,
+    file: "AnswerFile",
     faults: Faults,
 ) -> list[list[tuple[str, bool]]]:
     """[(text, finished), ...] for each sample, empty where it could not be asked; on every rank."""
     rank, size = parallel.place()
-    file = AnswerFile(options.answers, answer_settings(options, form), rank)
     known = parallel.gather([file.known if rank == 0 else {}])[0]
     names = [sample_name(sample) for sample in samples]
     todo = [i for i, name in enumerate(names) if name not in known]
     if known and rank == 0:
-        print(f"{len(samples) - len(todo)} of {len(samples)} answers are in {options.answers}")
+        print(f"{len(samples) - len(todo)} of {len(samples)} answers are in {file.path}")
 
     mine = todo[rank::size]
     bad: list[BadSample] = []
     new: dict[str, list[tuple[str, bool]]] = {}
-    stream = answer_stream(
-        model, encoder, [samples[i] for i in mine], options.think, options.max_new,
-        temperature=options.temperature, seed=options.seed, swap=options.swap,
-        tokens=options.tokens, tries=options.tries, bad=bad,
-    )  # fmt: skip
+    stream = answer_stream(model, encoder, [samples[i] for i in mine], decoding, bad)
     for place, answers in stream:
         i = mine[place]
         texts = [(text_of(answer, encoder.tokenizer), answer.finished) for answer in answers]
