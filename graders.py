@@ -44,6 +44,7 @@ from infra.judge import JUDGE
 
 BOX = "\\boxed{"
 
+LONGEST_ANSWER = 20_000  # characters; more is no answer, and would only cost time
 LONGEST = 1000  # characters of a box that are looked at
 LONGEST_NUMBER = 40  # characters of a number
 LONGEST_EXPRESSION = 300  # characters of an expression
@@ -134,13 +135,18 @@ FONTS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operat
 
 def plain(text: str) -> str:
     """Without what only dresses an answer: math signs, fonts, LaTeX spacing, a final stop, case."""
-    text = re.sub(FONTS + r"\{([^{}]*)\}", r"\1", undressed(text))
+    text = without_fonts(undressed(text))
     text = re.sub(r"\^\{?\\circ\}?|°", "", text)
     text = text.replace("\\$", "").rstrip(". ").lower()
 
     # spaces around signs say nothing; those between words and numbers do
     text = " ".join(text.split())
     return re.sub(r"(?<=[-+*/^=<>,;:()\[\]{}]) | (?=[-+*/^=<>,;:()\[\]{}])", "", text)
+
+
+def without_fonts(text: str) -> str:
+    r"""`\text{red}` is red."""
+    return re.sub(FONTS + r"\{([^{}]*)\}", r"\1", text)
 
 
 def undressed(text: str) -> str:
@@ -266,11 +272,14 @@ def numbers_equal(said: str, truth: str) -> float:
 
 DRESSED = r"\(([a-z])\)|([a-z])[).:]"  # an option's letter in its usual dress: (b), b), b., b:
 ANNOUNCED = re.compile(
-    r"(?:answer|option|choice|选项|答案|选)\s*(?:is|are|would be|should be|为|是|选)?\s*[::]?\s*"
-    r"(?:option\s+|the option\s+)?[*\"'$]*"
-    r"(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:,;*\"'$。]|\s*(?:\n|because|since|as\b|\()))",
+    r"(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice|选项|答案|选)\s*"
+    r"(?:is|are|would be|should be|为|是|选)?\s*:?\s*(?:(?:the )?option\s+)?[*\"'$]*"
+    r"(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:,;*\"'$]|\s*(?:\n|because|since|as\b|\()))",
 )
-SECOND_GUESS = re.compile(r"(?:^|[\s,/;])(?:or|and|/|,|;|&)\s*\(?[a-z]\)?(?![a-z'])", re.IGNORECASE)
+SECOND_GUESS = re.compile(
+    r"(?:\bor\b|\band\b|[/,;&])\s*\(?[a-z](?:\)|(?=\s*$|\s*[.,;:/&?!]|\s+(?:or|and)\b))",
+    re.IGNORECASE,
+)
 DENIAL = re.compile(r"\b(?:not|never|neither|nor|none|except|wrong|incorrect|cannot)\b|n't\b", re.I)
 
 
@@ -279,7 +288,8 @@ def choice_letter(text: str) -> str | None:
 
     Read are B, b, (B), B), B., "B. 12", "(B) 12", \\text{(B)}, "the answer is B", "Option B".
     """
-    bare = plain(text)
+    text = without_fonts(undressed(text))
+    bare = " ".join(text.lower().split())
     alone = re.fullmatch(r"\(?\[?([a-z])\]?[).:]?", bare)
     if alone:
         return alone[1].upper()
@@ -295,10 +305,9 @@ def choice_letter(text: str) -> str | None:
         return next(letter for letter in letters if letter).upper()
 
     # announced: "the answer is B"
-    unfonted = re.sub(FONTS + r"\{([^{}]*)\}", r"\1", undressed(text))
-    match_list = list(ANNOUNCED.finditer(unfonted))
-    named = {(m[1] or m[2]).upper() for m in match_list}
-    if len(named) != 1 or SECOND_GUESS.search(unfonted[match_list[0].end() :]):
+    announced = list(ANNOUNCED.finditer(text))
+    named = {(match[1] or match[2]).upper() for match in announced}
+    if len(named) != 1 or SECOND_GUESS.search(text[announced[0].end() :]):
         return None
     return named.pop()
 
@@ -311,10 +320,11 @@ def choice_in_sentence(text: str) -> str | None:
     letter = choice_letter(text)
     if letter:
         return letter
-    text = re.sub(FONTS + r"\{([^{}]*)\}", r"\1", undressed(text))
-    if DENIAL.search(text):
+    text = without_fonts(undressed(text))
+    if DENIAL.search(text) or SECOND_GUESS.search(text):
         return None
-    alone = re.findall(r"(?<![A-Za-z0-9'])(?:[B-HJ]|[AI](?!\s+[a-z]))(?![A-Za-z0-9'])", text)
+    article = r"\s+(?!or\b|and\b)[a-z]"
+    alone = re.findall(rf"(?<![A-Za-z0-9'])(?:[B-HJ]|[AI](?!{article}))(?![A-Za-z0-9'])", text)
     return alone[0] if len(set(alone)) == 1 else None
 
 
@@ -921,7 +931,7 @@ def would_take_long(expression: str) -> bool:
     The judge's limits hold for all others; this only saves their time for what shows itself.
     """
     text = re.sub(r"[{} ]", "", expression.replace("**", "^"))
-    tower = re.search(r"\^[-+(]*[\d.]+[)]*\^", text) is not None
+    tower = re.search(r"\^[-+(]*[\d.]+\^", text) is not None
     large_power = re.search(r"\^[-+(]*\d{4,}", text) is not None
     letters = re.sub(r"\\[a-zA-Z]+", "", text)
     product = re.search(r"\d{3}!|!!", text) is not None
@@ -1100,7 +1110,7 @@ def grade(said: str | None, truth, grader: str = "auto") -> float:
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; choose from {', '.join(GRADERS)}")
     truths = accepted_truths(truth)
-    if not said or not said.strip() or not truths:
+    if not said or not said.strip() or len(said) > LONGEST_ANSWER or not truths:
         return 0.0
     if grader == "vqa":
         return vqa_accuracy(said, truths)

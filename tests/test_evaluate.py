@@ -136,14 +136,17 @@ def test_pass_at_k_refuses_what_does_not_exist():
 
 
 # POPE's script reads the first sentence: no, not or No in it is a no, anything else a yes.
-POPE = [
-    *[(text, True) for text in ("yes", "Yes", "Yes.", "Yes, there is.", "yes, a dog", "a dog", "", "I see it")],
-    *[(text, True) for text in ("NO", "nothing", "Yes. No dog though.", "nope", "there is one", "Sure", "1", "none")],
-    *[(text, True) for text in ("It is", "yes yes", "Certainly, it is", "cannot say", "know", "noon", "knot", "notice")],
-    *[(text, False) for text in ("no", "No", "No.", "No, there is not.", "no dog", "not really", "It is not")],
-    *[(text, False) for text in ("There is no dog", "yes and no", "No. Yes.", "No dog", "is not there", "no, yes")],
-    *[(text, False) for text in ("I do not see it", "yes, no", "there is no", "not", "No, yes", "so no, then")],
-]  # fmt: skip
+POPE_YES = (
+    "yes|Yes|Yes.|Yes, there is.|yes, a dog|a dog||I see it|NO|nothing|Yes. No dog though.|nope|"
+    "there is one|Sure|1|none|It is|yes yes|Certainly, it is|cannot say|know|noon|knot|notice"
+)
+POPE_NO = (
+    "no|No|No.|No, there is not.|no dog|not really|It is not|There is no dog|yes and no|No. Yes.|"
+    "No dog|is not there|no, yes|I do not see it|yes, no|there is no|not|No, yes|so no, then"
+)
+POPE = [(text, True) for text in POPE_YES.split("|")] + [
+    (text, False) for text in POPE_NO.split("|")
+]
 
 
 def test_yes_and_no_are_counted_as_pope_counts_them():
@@ -188,7 +191,10 @@ def test_scores_of_families_and_categories():
 
 def test_a_question_is_found_wherever_it_stands():
     picture = Image.new("RGB", (8, 8))
-    turn = lambda *parts: Sample((Message("user", parts), Message("assistant", ("a",))))
+
+    def turn(*parts):
+        return Sample((Message("user", parts), Message("assistant", ("a",))))
+
     assert question_of(turn(picture, "\nwhat is it?")) == "what is it?"
     assert question_of(turn("what is it?", picture)) == "what is it?"
     assert question_of(turn(picture)) == ""
@@ -333,11 +339,11 @@ def home(tmp_path_factory, config, tokenizer):
 
     Image.new("RGB", (32, 32), "red").save(root / "a.png")
     (root / "bad.png").write_bytes(b"\x89PNG broken")
-    ask = lambda image, question, answer, **more: {
-        "image": image,
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-        **more,
-    }
+
+    def ask(image, question, answer, **more):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"image": image, "conversations": turns, **more}
+
     rows = [ask("a.png", f"<image>\nwhat is number {i}?", str(i % 3)) for i in range(6)]
     rows += [ask("a.png", "<image>", "red"), ask("a.png", "what?\n<image>", "red")]
     rows += [ask("bad.png", "<image>\nwhat?", "red"), ask("gone.png", "<image>\nwhat?", "red")]
