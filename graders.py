@@ -134,14 +134,19 @@ FONTS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operat
 
 
 def plain(text: str) -> str:
-    """Without what only dresses an answer: math signs, fonts, LaTeX spacing, a final stop, case."""
+    """Without what only dresses an answer: math signs, fonts, LaTeX spacing, a final stop, case.
+
+    Spaces around signs say nothing and go; those between words and numbers stay.
+    """
+    return re.sub(r"(?<=[-+*/^=<>,;:()\[\]{}]) | (?=[-+*/^=<>,;:()\[\]{}\\])", "", _spaced(text))
+
+
+def _spaced(text: str) -> str:
+    """`plain` with its spaces: 1, 000 is not 1,000."""
     text = without_fonts(undressed(text))
     text = re.sub(r"\^\{?\\circ\}?|°", "", text)
     text = text.replace("\\$", "").rstrip(". ").lower()
-
-    # spaces around signs say nothing; those between words and numbers do
-    text = " ".join(text.split())
-    return re.sub(r"(?<=[-+*/^=<>,;:()\[\]{}]) | (?=[-+*/^=<>,;:()\[\]{}])", "", text)
+    return " ".join(text.split())
 
 
 def without_fonts(text: str) -> str:
@@ -166,7 +171,7 @@ def undressed(text: str) -> str:
         before = text
         text = text.strip().strip("$").removesuffix("\\")
         text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.DOTALL)
-        text = re.sub(r"^(\*\*|`|\"|')(.*)\1$", r"\2", text, flags=re.DOTALL)
+        text = re.sub(r"^(\*{1,3}|_{1,3}|`|\"|')(.*)\1$", r"\2", text, flags=re.DOTALL)
         text = boxed(text) or text if text.startswith(BOX) and text.endswith("}") else text
         if text == before:
             break
@@ -194,21 +199,23 @@ def number(text: str) -> Fraction | None:
 
 def _written_number(text: str) -> tuple[Fraction, bool] | None:
     """(value, whether it was written as a percentage)."""
-    text = plain(text)
+    text = _spaced(text)
     if len(text) > 4 * LONGEST_NUMBER:
         return None
 
-    # what may stand around a number
+    # what may stand around a number, or around its parts
     percent = bool(re.search(r"(?:%| per ?cent)$", text))
     text = re.sub(r"(?:%| per ?cent)$", "", text).rstrip()
-    text = re.sub(r"^[$€£¥](?=[\d.])", "", text)
-    text = re.sub(r"^\((.*)\)$|^\{(.*)\}$", r"\1\2", text)
+    text = re.sub(r"^[$€£¥] ?(?=[\d.])", "", text)
+    text = re.sub(r"^([+-]?)(?:\((.*)\)|\{(.*)\})$", r"\1\2\3", text)
+    text = re.sub(rf"(?<![\d.)}}])\(({SIGN}{DECIMAL})\)(?!\d)", r"\1", text)
 
-    # \frac{1}{2} is 1/2, and after a digit the rest of a mixed number; 1,000 is a number, 1,2 a list
+    # 1,000 is a number, 1,2 a list; \frac{1}{2} is 1/2, and behind a digit part of a mixed number
+    text = re.sub(
+        r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", ""), text
+    )
     text = re.sub(rf"(?<=\d)\\frac ?{HALF} ?{HALF}", r" \1\2/\3\4", text)
     text = re.sub(rf"\\frac ?{HALF} ?{HALF}", r"\1\2/\3\4", text)
-    if re.fullmatch(rf"{SIGN}\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?", text, re.ASCII):
-        text = text.replace(",", "")
     if len(text) > LONGEST_NUMBER:
         return None
 
@@ -290,7 +297,7 @@ def choice_letter(text: str) -> str | None:
     """
     text = without_fonts(undressed(text))
     bare = " ".join(text.lower().split())
-    alone = re.fullmatch(r"\(?\[?([a-z])\]?[).:]?", bare)
+    alone = re.fullmatch(r"\(?\[?\{?([a-z])\}?\]?[).:,;、]?", bare)
     if alone:
         return alone[1].upper()
 
@@ -392,7 +399,7 @@ def same_answer(said: str | None, truth: str | None) -> bool:
     if re.fullmatch(r"\(?\[?[a-z]\]?[).:]?", plain(truth)):
         return choice_letter(said) == choice_letter(truth)
     if number(truth) is not None:
-        value = re.sub(r"^[a-z]=", "", plain(said))
+        value = re.sub(r"^[a-z] ?= ?", "", _spaced(said))
         return bool(numbers_equal(value, truth) or text_equal(said, truth))
     return bool(text_equal(said, truth))
 
@@ -715,6 +722,7 @@ def _latex(text: str) -> str:
     text = re.sub(r"\\(?:begin|end)\{(?:cases|aligned|align\*?|array)\}(?:\{[lcr|]*\})?", " ", text)
     if "\\begin" not in text:  # rows of a system, not of a matrix
         text = text.replace("\\\\", ",").replace("&", "").strip(" ,")
+    text = re.sub(r" ?\\mid(?![a-zA-Z]) ?", "|", text)
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     for name, sign in RELATION_SIGNS.items():
         ending = r"(?![a-zA-Z])" if name.startswith("\\") else ""
@@ -827,6 +835,8 @@ class _Comparison:
         true_terms, true_signs = _sides(b)
         if signs and true_signs:
             return self.relations((terms, signs), (true_terms, true_signs))
+        if bool(group) != bool(true_group) and not signs and not true_signs:
+            return False
         if signs:
             return self.assigned(terms, signs, b, depth - 1)
         if true_signs:
