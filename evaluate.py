@@ -439,10 +439,16 @@ def blind_chance(samples: list[Sample], grader: str = "") -> float:
     spoken = [Counter(t).most_common(1)[0][0] if t else "" for t in truths]
     said_by = Counter(spoken)
 
+    graded: dict[tuple, float] = {}  # the same pairs come up again and again
+
     def worth(answer: str, i: int, known: Counter) -> float:
         """Of an answer on sample i, if any other sample has it."""
-        others = known[answer] - (spoken[i] == answer)
-        return grade(answer, truths[i], names[i]) if others else 0.0
+        if known[answer] == (spoken[i] == answer):
+            return 0.0
+        pair = (answer, tuple(truths[i]), names[i])
+        if pair not in graded:
+            graded[pair] = grade(answer, truths[i], names[i])
+        return graded[pair]
 
     # the same answer to every question
     constant = ""

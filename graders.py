@@ -32,6 +32,7 @@ To add one: a function (said, truth) -> float and a line in GRADERS. Several acc
 best score of any; only "vqa" counts how many annotators agree.
 """
 
+import functools
 import importlib.util
 import re
 from collections import Counter
@@ -133,6 +134,7 @@ HALVES = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "�
 FONTS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)"
 
 
+@functools.lru_cache(2048)  # the same few truths are read again and again
 def plain(text: str) -> str:
     """Without what only dresses an answer: math signs, fonts, LaTeX spacing, a final stop, case.
 
@@ -197,6 +199,7 @@ def number(text: str) -> Fraction | None:
     return None if value is None else value[0]
 
 
+@functools.lru_cache(2048)
 def _written_number(text: str) -> tuple[Fraction, bool] | None:
     """(value, whether it was written as a percentage)."""
     text = _spaced(text)
