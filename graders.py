@@ -45,11 +45,15 @@ from infra.judge import JUDGE
 
 BOX = "\\boxed{"
 
-LONGEST_ANSWER = 20_000  # characters; more is no answer, and would only cost time
-LONGEST = 1000  # characters of a box that are looked at
-LONGEST_NUMBER = 40  # characters of a number
-LONGEST_EXPRESSION = 300  # characters of an expression
-LONGEST_READING = 4000  # characters of a text that is compared letter by letter
+# Limits in characters. A whole answer: more is none, and would only cost time.
+LONGEST_ANSWER = 20_000
+# What is looked at of a box.
+LONGEST_BOX = 1000
+# A number, and an expression.
+LONGEST_NUMBER = 40
+LONGEST_EXPRESSION = 300
+# A text that is compared letter by letter.
+LONGEST_READING = 4000
 
 
 # ------------------------------------------------------------------------------ what a text says
@@ -63,10 +67,12 @@ def boxed(text: str) -> str | None:
     """
     if text.count(BOX) != 1:
         return None
+
+    # from the opening brace to the one that closes it
     start = text.index(BOX) + len(BOX)
     depth = 1
     escaped = False
-    for i, c in enumerate(text[start : start + LONGEST], start):
+    for i, c in enumerate(text[start : start + LONGEST_BOX], start):
         # \{ and \} are printed braces
         if not escaped:
             depth += (c == "{") - (c == "}")
@@ -83,6 +89,7 @@ def split_think(text: str) -> tuple[str | None, str]:
     the end where it never comes; before a </think> that nothing opened all was thought, too (some
     prompts open the chain themselves).
     """
+    # the form that the format reward asks for
     stripped = text.lstrip()
     well_formed = (
         text.count("<think>") == 1
@@ -93,6 +100,7 @@ def split_think(text: str) -> tuple[str | None, str]:
         chain, _, answer = stripped[len("<think>") :].partition("</think>")
         return chain, answer
 
+    # any other one: collect what lies outside
     thinking = False
     said = ""
     for piece in re.split("(</?think>)", text):
@@ -114,40 +122,50 @@ def final_answer(text: str) -> str:
 
 # Full-width ASCII, as Chinese keyboards type it, and other signs that have a plain twin.
 NARROW = {0xFF01 + i: 0x21 + i for i in range(94)} | {
-    0x3000: " ",  # the spaces of Chinese, of French and of typesetting
+    # the spaces of Chinese, of French and of typesetting
+    0x3000: " ",
     0x00A0: " ",
     0x202F: " ",
     0x2009: " ",
-    0x2212: "-",  # minus, and dashes that stand for it
+    # minus, and dashes that stand for it
+    0x2212: "-",
     0xFE63: "-",
     0x2013: "-",
+    # quotes and the Chinese full stop
     0x2018: "'",
     0x2019: "'",
     0x201C: '"',
     0x201D: '"',
     0x3002: ".",
+    # signs of arithmetic
     0x00D7: "\\times ",
     0x00B7: "\\cdot ",
     0x00F7: "/",
 }
-HALVES = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+# Commands that only choose a font.
 FONTS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)"
 
 
-@functools.lru_cache(2048)  # the same few truths are read again and again
-def plain(text: str) -> str:
-    """Without what only dresses an answer: math signs, fonts, LaTeX spacing, a final stop, case.
+# Beside these a space says nothing; between words and numbers it does.
+PARTING = r"-+*/^=<>,;:()\[\]{}"
 
-    Spaces around signs say nothing and go; those between words and numbers stay.
-    """
-    return re.sub(r"(?<=[-+*/^=<>,;:()\[\]{}]) | (?=[-+*/^=<>,;:()\[\]{}\\])", "", _spaced(text))
+
+# The same few truths are read again and again.
+@functools.lru_cache(2048)
+def plain(text: str) -> str:
+    """Without what only dresses an answer: math signs, fonts, spacing, a final stop, case."""
+    return re.sub(rf"(?<=[{PARTING}]) | (?=[{PARTING}\\])", "", _spaced(text))
 
 
 def _spaced(text: str) -> str:
     """`plain` with its spaces: 1, 000 is not 1,000."""
     text = without_fonts(undressed(text))
     text = re.sub(r"\^\{?\\circ\}?|°", "", text)
-    text = text.replace("\\$", "").rstrip(". ").lower()
+    text = text.replace("\\$", "").rstrip(". ")
+
+    # case says nothing in words, but \Delta is not \delta
+    text = re.sub(r"(\\[a-zA-Z]+)|([^\\]+)", lambda m: m[1] or m[2].lower(), text)
     return " ".join(text.split())
 
 
@@ -158,23 +176,27 @@ def without_fonts(text: str) -> str:
 
 def undressed(text: str) -> str:
     """Without math delimiters, quotes, emphasis and spacing commands; case and words stay."""
+    # signs that keyboards and typesetters use for plain ones; 1½ is 1 1/2
     text = text.translate(NARROW).strip()
-    for mark in HALVES.keys() & set(text):
-        text = re.sub(rf"(?<=\d){mark}", f" {HALVES[mark]}", text).replace(mark, HALVES[mark])
+    for mark in FRACTIONS.keys() & set(text):
+        text = re.sub(rf"(?<=\d){mark}", f" {FRACTIONS[mark]}", text)
+        text = text.replace(mark, FRACTIONS[mark])
 
+    # commands that only move or size what they stand beside
     text = re.sub(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])", "", text)
     text = re.sub(r"\{\\,\}|(?<!\\)\\[,;!:]", "", text)
     text = re.sub(r"\\(?:quad|qquad)(?![a-zA-Z])|(?<!\\)\\ |~", " ", text)
-    text = text.replace("{,}", ",").replace("\\%", "%").replace("\\{}", "")
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = text.replace("{,}", ",").replace("\\%", "%")
 
-    # from the outside in: $5$, \(5\), **5**, "5", and a full stop between two of them
+    # from the outside in: $5$, \(5\), **5**, "5", \boxed{5}, and a full stop between two of them
     for _ in range(4):
         before = text
         text = text.strip().strip("$").removesuffix("\\")
         text = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", text, flags=re.DOTALL)
         text = re.sub(r"^(\*{1,3}|_{1,3}|`|\"|')(.*)\1$", r"\2", text, flags=re.DOTALL)
-        text = boxed(text) or text if text.startswith(BOX) and text.endswith("}") else text
+        if text.startswith(BOX) and text.endswith("}"):
+            text = boxed(text) or text
         if text == before:
             break
         text = text.rstrip(".")
@@ -185,7 +207,8 @@ def undressed(text: str) -> str:
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 SIGN = r"[+-]? ?"
-HALF = r"(?:\{([^{}]*)\}|(\d))"  # of a fraction: in braces, or one digit
+# Of a fraction: in braces, or one digit.
+HALF = r"(?:\{([^{}]*)\}|(\d))"
 POWER_OF_TEN = r"(?:\\times|\\cdot|\*) ?10\^(?:\{([+-]?\d{1,3})\}|([+-]?\d{1,3}))"
 
 
@@ -213,15 +236,17 @@ def _written_number(text: str) -> tuple[Fraction, bool] | None:
     text = re.sub(r"^([+-]?)(?:\((.*)\)|\{(.*)\})$", r"\1\2\3", text)
     text = re.sub(rf"(?<![\d.)}}])\(({SIGN}{DECIMAL})\)(?!\d)", r"\1", text)
 
-    # 1,000 is a number, 1,2 a list; \frac{1}{2} is 1/2, and behind a digit part of a mixed number
-    text = re.sub(
-        r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", ""), text
-    )
+    # 1,000 is a number, 1,2 a list
+    thousands = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
+    text = re.sub(thousands, lambda match: match[0].replace(",", ""), text)
+
+    # \frac{1}{2} is 1/2, and behind a digit part of a mixed number
     text = re.sub(rf"(?<=\d)\\frac ?{HALF} ?{HALF}", r" \1\2/\3\4", text)
     text = re.sub(rf"\\frac ?{HALF} ?{HALF}", r"\1\2/\3\4", text)
     if len(text) > LONGEST_NUMBER:
         return None
 
+    # the first reading that fits
     for read in (_decimal, _ratio, _scientific):
         value = read(text)
         if value is not None:
@@ -280,12 +305,15 @@ def numbers_equal(said: str, truth: str) -> float:
 
 # --------------------------------------------------------------------------------------- letters
 
-DRESSED = r"\(([a-z])\)|([a-z])[).:]"  # an option's letter in its usual dress: (b), b), b., b:
+# An option's letter in its usual dress: (b), b), b., b:
+DRESSED = r"\(([a-z])\)|([a-z])[).:]"
+# Named by a sentence: "the answer is B", "Option (b)".
 ANNOUNCED = re.compile(
     r"(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice|选项|答案|选)\s*"
     r"(?:is|are|would be|should be|为|是|选)?\s*:?\s*(?:(?:the )?option\s+)?[*\"'$]*"
     r"(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:,;*\"'$]|\s*(?:\n|because|since|as\b|\()))",
 )
+# Another letter beside the first: "or C", ", C", "/C".
 SECOND_GUESS = re.compile(
     r"(?:\bor\b|\band\b|[/,;&])\s*\(?[a-z](?:\)|(?=\s*$|\s*[.,;:/&?!]|\s+(?:or|and)\b))",
     re.IGNORECASE,
@@ -300,6 +328,8 @@ def choice_letter(text: str) -> str | None:
     """
     text = without_fonts(undressed(text))
     bare = " ".join(text.lower().split())
+
+    # the letter alone
     alone = re.fullmatch(r"\(?\[?\{?([a-z])\}?\]?[).:,;、]?", bare)
     if alone:
         return alone[1].upper()
@@ -330,6 +360,8 @@ def choice_in_sentence(text: str) -> str | None:
     letter = choice_letter(text)
     if letter:
         return letter
+
+    # not where another letter, or a denial, makes its meaning doubtful
     text = without_fonts(undressed(text))
     if DENIAL.search(text) or SECOND_GUESS.search(text):
         return None
@@ -357,7 +389,7 @@ def choices_equal(said: str, truth: str) -> float:
 
 
 def yes_or_no(text: str) -> str | None:
-    """ "yes" or "no", by POPE's reading of the first sentence; None for neither (POPE: a yes).
+    """A yes or a no, by POPE's reading of the first sentence; None for neither (POPE: a yes).
 
     Its script (arXiv 2305.10355) takes everything that holds no "No", "not" or "no" for a yes. That
     is kept in `evaluate.yes_no_scores`; a grader that pays for any words at all would be found out.
@@ -444,7 +476,8 @@ def vqa_accuracy(said: str, annotators: list[str]) -> float:
     normalised unless all annotators said the same. The script takes ten annotators; with fewer
     than four all who are left must agree, a lone one exactly (our choice).
     """
-    answer = " ".join(said.replace("\n", " ").replace("\t", " ").split())
+    # one spelling for all, where the annotators differ
+    answer = " ".join(said.split())
     truths = list(annotators)
     if len(set(truths)) > 1:
         truths = [_vqa_punctuation(truth) for truth in truths]
@@ -452,6 +485,7 @@ def vqa_accuracy(said: str, annotators: list[str]) -> float:
     if len(truths) < 2:
         return float(bool(truths) and _vqa_words(answer) == _vqa_words(truths[0]) != "")
 
+    # against each annotator's colleagues
     needed = min(3, len(truths) - 1)
     scores = []
     for i in range(len(truths)):
@@ -530,6 +564,7 @@ def _as_float(text: str) -> float | None:
 
 # ----------------------------------------------------------------------------------------- boxes
 
+# A number of a box, four of them, and two corners in brackets.
 COORDINATE = r"[+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})"
 BETWEEN = r"\s*[,;\s]\s*"
 FOUR = BETWEEN.join([f"({COORDINATE})"] * 4)
@@ -543,6 +578,8 @@ def box_of(text: str) -> tuple[float, float, float, float] | None:
     decimals, and words beside them.
     """
     text = text[:400].translate(NARROW)
+
+    # four numbers in one pair of brackets, or two corners in a pair each; two boxes are two guesses
     for pattern in (rf"[\[(]\s*{FOUR}\s*[\])]", rf"{CORNERS}\s*,?\s*{CORNERS}"):
         written = re.findall(pattern, text, re.ASCII)
         if len(written) > 1:
@@ -550,6 +587,7 @@ def box_of(text: str) -> tuple[float, float, float, float] | None:
         if written:
             return _corners(written[0])
 
+    # else the only four numbers of the text; the 2 of bbox_2d is none
     numbers = re.findall(rf"(?<![\w.]){COORDINATE}(?![\w.]*\w)", text, re.ASCII)
     return _corners(numbers) if len(numbers) == 4 else None
 
@@ -568,11 +606,18 @@ def box_iou(said: str, truth: str) -> float:
     b = box_of(truth)
     if a is None or b is None:
         return 0.0
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    shared = width * height
-    areas = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b))
-    return shared / (areas - shared)
+
+    # what lies in both, and in either
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    both = _area(a) + _area(b)
+    return shared / (both - shared)
+
+
+def _area(box: tuple[float, float, float, float]) -> float:
+    x0, y0, x1, y1 = box
+    return (x1 - x0) * (y1 - y0)
 
 
 def boxes_overlap(said: str, truth: str) -> float:
@@ -597,6 +642,7 @@ def _phrases(text: str) -> list[str]:
     return [plain(phrase) for phrase in text.split(",") if plain(phrase)]
 
 
+# Words by what they name. What is in none of the three lists names an object.
 RELATIONS = frozenset(
     "above across against along among around at atop before behind below beneath beside between by "
     "east front held holding in inside into left near next north northeast northwest of off on onto "
@@ -646,7 +692,6 @@ def caption_elements(caption: str) -> dict[str, set[str]]:
     """The words of a caption that name something, by kind."""
     elements: dict[str, set[str]] = {kind: set() for kind in DETAIL_WEIGHTS}
     for word in re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]", caption.lower()):
-        stem = word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "su" else word
         if word in UNSAID:
             continue
         if word in RELATIONS:
@@ -654,12 +699,15 @@ def caption_elements(caption: str) -> dict[str, set[str]]:
         elif word in ATTRIBUTES or word.isdigit():
             elements["attributes"].add(word)
         else:
-            elements["objects"].add(stem)
+            # cups are a cup; glass and bus stay
+            plural = len(word) > 3 and word[-1] == "s" and word[-2] not in "su"
+            elements["objects"].add(word[:-1] if plural else word)
     return elements
 
 
 # ------------------------------------------------------------------------------------- expressions
 
+# What may stand behind a number and say only in what it counts.
 UNITS = frozenset(
     "mm cm dm km m in ft yd mi mg g kg lb oz ms s sec min h hr day days l ml cl hz khz mhz n j kj w "
     "kw v a k pa kpa mol rad deg degree degrees inch inches foot feet meter meters metre metres "
@@ -667,23 +715,33 @@ UNITS = frozenset(
     "hours gram grams kilogram kilograms liter liters litre litres dollar dollars cent cents euro "
     "euros percent unit units square cubic".split()
 )
+# Signs of relations in one spelling, and as they read from the other end.
 RELATION_SIGNS = {
     "\\leq": "<=",
     "\\le": "<=",
+    "≤": "<=",
     "\\geq": ">=",
     "\\ge": ">=",
+    "≥": ">=",
     "\\lt": "<",
     "\\gt": ">",
+    "\\neq": "!=",
+    "\\ne": "!=",
+    "≠": "!=",
+    "\\in": "\\in",
 }
-RELATION_SIGNS |= {"\\neq": "!=", "\\ne": "!=", "≤": "<=", "≥": ">=", "≠": "!=", "\\in": "\\in"}
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
-MOST_PIECES = 12  # of a list, a set or a system
-MOST_ASKED = 16  # questions to math-verify about one answer
+SIGNS = r"(?<![<>!=])=(?!=)|<=|>=|!=|<|>|\\in(?![a-zA-Z])"
+# What parts alternatives, members of a list or a system, and pieces of a union.
 OR = r"\\text\{ ?or ?\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])"
 AND = r",|;|\\text\{ ?and ?\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\land(?![a-zA-Z])"
 UNION = r"\\cup(?![a-zA-Z])|∪"
-SIGNS = r"(?<![<>!=])=(?!=)|<=|>=|!=|<|>|\\in(?![a-zA-Z])"
-SYMBOL = r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\(\w\))?"  # x, \theta, x_1, f(x)
+BRACKET = r"\\?[()\[\]{}]"
+# What a value may be assigned to: x, \theta, x_1, f(x).
+SYMBOL = r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\(\w\))?"
+# Members of a list, a set or a system; questions to math-verify about one answer.
+MOST_PIECES = 12
+MOST_ASKED = 16
 
 
 def symbolic_grading_available() -> bool:
@@ -714,6 +772,8 @@ def expressions_equal(said: str, truth: str) -> float:
     b = _latex(truth)
     if _without_spaces(a) == _without_spaces(b) or text_equal(said, truth):
         return 1.0
+
+    # too long to compare, or two formulas in one answer
     if max(len(a), len(b)) > LONGEST_EXPRESSION or "$" in a:
         return 0.0
     return float(_Comparison().structures(a, b))
@@ -722,9 +782,13 @@ def expressions_equal(said: str, truth: str) -> float:
 def _latex(text: str) -> str:
     """One way to write what LaTeX can write in several."""
     text = undressed(text).rstrip(". ")
+
+    # a system is a list of equations; the rows of a matrix stay
     text = re.sub(r"\\(?:begin|end)\{(?:cases|aligned|align\*?|array)\}(?:\{[lcr|]*\})?", " ", text)
-    if "\\begin" not in text:  # rows of a system, not of a matrix
+    if "\\begin" not in text:
         text = text.replace("\\\\", ",").replace("&", "").strip(" ,")
+
+    # one name for each sign
     text = re.sub(r" ?\\mid(?![a-zA-Z]) ?", "|", text)
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     for name, sign in RELATION_SIGNS.items():
@@ -743,9 +807,11 @@ def _split(text: str, separator: str) -> list[str]:
     depth = 0
     pieces = [""]
     at = 0
-    for match in re.finditer(rf"({separator})|\\?[()\[\]{{}}]", text):
+    for match in re.finditer(f"({separator})|{BRACKET}", text):
         pieces[-1] += text[at : match.start()]
         at = match.end()
+
+        # a separator outside of brackets begins a piece; all else belongs to the present one
         if match[1] and depth == 0:
             pieces.append("")
             continue
@@ -785,9 +851,10 @@ def _sides(text: str) -> tuple[list[str], list[str]]:
     terms = _split(text, SIGNS)
     signs = []
     depth = 0
-    for mark in re.finditer(rf"({SIGNS})|\\?[()\[\]{{}}]", text):
+    for mark in re.finditer(f"({SIGNS})|{BRACKET}", text):
         if mark[1]:
-            signs += [mark[1]] * (depth == 0)
+            if depth == 0:
+                signs.append(mark[1])
         else:
             depth += 1 if mark[0][-1] in "([{" else -1
     return terms, signs
@@ -799,13 +866,18 @@ def _unit_of(text: str) -> tuple[str, str, bool]:
     match = re.fullmatch(pattern, text)
     if not match or number(match[1]) is None:
         return text, "", False
-    word = (match[2] or match[3] or "").strip()
+
+    # letters behind a number may be variables, words in a font may not
+    count, in_font, bare, power = match.groups()
+    word = (in_font or bare or "").strip()
     known = all(part.lower() in UNITS for part in re.findall("[a-zA-Z]+", word))
-    if match[3] and not known:
+    if bare and not known:
         return text, "", False
+    sure = known and (in_font is not None or len(word) > 1)
+
+    # metres is metre, ^{2} is ^2
     name = word.removesuffix("s") if len(word) > 3 else word
-    sure = known and (match[2] is not None or len(word) > 1)
-    return match[1], name + re.sub("[{}]", "", match[4] or ""), sure
+    return count, name + re.sub("[{}]", "", power or ""), sure
 
 
 class _Comparison:
@@ -834,19 +906,23 @@ class _Comparison:
         if group and true_group:
             return self.groups(group, true_group, depth - 1)
 
+        # two relations, one and a value that it may assign, or none
         terms, signs = _sides(a)
         true_terms, true_signs = _sides(b)
         if signs and true_signs:
             return self.relations((terms, signs), (true_terms, true_signs))
-        if bool(group) != bool(true_group) and not signs and not true_signs:
-            return False
         if signs:
             return self.assigned(terms, signs, b, depth - 1)
         if true_signs:
             return self.assigned(true_terms, true_signs, a, depth - 1)
+
+        # a set is none of its members
+        if group or true_group:
+            return False
         return self.terms(a, b)
 
     def any_order(self, pieces: list[str], true_pieces: list[str], depth: int) -> bool:
+        """As many pieces, and a partner for each."""
         if len(pieces) != len(true_pieces) or len(pieces) > MOST_PIECES:
             return False
         left = list(true_pieces)
@@ -862,6 +938,7 @@ class _Comparison:
         return True
 
     def groups(self, group, true_group, depth: int) -> bool:
+        """Members in the same kind of brackets: of a set in any order, else each in its place."""
         brackets, members = group
         true_brackets, true_members = true_group
         if brackets != true_brackets or max(len(members), len(true_members)) > MOST_PIECES:
@@ -873,6 +950,7 @@ class _Comparison:
         return all(self.structures(a, b, depth) for a, b in zip(members, true_members))
 
     def relations(self, relation, true_relation) -> bool:
+        """(terms, signs) of two: the same, the same from the other end, or rearranged."""
         terms, signs = relation
         true_terms, true_signs = true_relation
         if len(terms) != len(signs) + 1 or len(true_terms) != len(true_signs) + 1:
@@ -907,6 +985,7 @@ class _Comparison:
         if _without_spaces(a) == _without_spaces(b):
             return True
 
+        # in the same unit, or one of them without
         a, unit, sure = _unit_of(a)
         b, true_unit, true_sure = _unit_of(b)
         if unit and true_unit and unit != true_unit:
@@ -918,11 +997,13 @@ class _Comparison:
         if set(re.findall(FONTS + r"\{[^{}]*\}", a)) != set(re.findall(FONTS + r"\{[^{}]*\}", b)):
             return False
 
+        # what can be computed exactly is decided here
         if same_answer(a, b):
             return True
-        values = arithmetic(plain(a)), arithmetic(plain(b))
-        if None not in values:
-            return values[0] == values[1]
+        value = arithmetic(plain(a))
+        true_value = arithmetic(plain(b))
+        if value is not None and true_value is not None:
+            return value == true_value
         if number(a) is not None and number(b) is not None:
             return False
         return self.asked(a, b)
@@ -944,13 +1025,18 @@ def would_take_long(expression: str) -> bool:
     The judge's limits hold for all others; this only saves their time for what shows itself.
     """
     text = re.sub(r"[{} ]", "", expression.replace("**", "^"))
-    tower = re.search(r"\^[-+(]*[\d.]+\^", text) is not None
-    large_power = re.search(r"\^[-+(]*\d{4,}", text) is not None
-    letters = re.sub(r"\\[a-zA-Z]+", "", text)
-    product = re.search(r"\d{3}!|!!", text) is not None
-    of_numbers = ")!" in text and re.search("[a-zA-Z]", letters) is None
-    depth = max(expression.count(opening) for opening in "([{")
-    return tower or large_power or product or of_numbers or depth > 30
+
+    # powers of powers, and by numbers of four digits
+    tower = re.search(r"\^[-+(]*[\d.]+\^", text)
+    large_power = re.search(r"\^[-+(]*\d{4,}", text)
+
+    # factorials of three digits, of factorials, and of what is computed from numbers alone
+    product = re.search(r"\d{3}!|!!", text)
+    letters = re.search("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text))
+    of_numbers = ")!" in text and not letters
+
+    nested = max(expression.count(opening) for opening in "([{") > 30
+    return bool(tower or large_power or product or of_numbers or nested)
 
 
 def _distinct(members: list[str]) -> list[str]:
@@ -964,6 +1050,7 @@ def arithmetic(text: str) -> Fraction | None:
     None for anything else, and for whatever would take long (a tower of powers, deep brackets),
     which is refused before it is computed.
     """
+    # LaTeX in signs
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
     for name, sign in (("\\cdot", "*"), ("\\times", "*"), ("\\div", "/"), ("{", "("), ("}", ")")):
         text = text.replace(name, sign)
@@ -972,7 +1059,8 @@ def arithmetic(text: str) -> Fraction | None:
         return None
     try:
         return _Arithmetic(tokens).value()
-    except (ArithmeticError, ValueError, IndexError):  # by zero, a stray sign, an early end
+    except (ArithmeticError, ValueError, IndexError):
+        # divided by zero, a stray sign, an early end
         return None
 
 
@@ -987,7 +1075,8 @@ class _Arithmetic:
         atom    := number | "(" sum ")"
     """
 
-    MOST_BITS = 4096  # of numerator and denominator together
+    # of numerator and denominator together
+    MOST_BITS = 4096
 
     def __init__(self, tokens: list[str]):
         self.tokens = tokens
@@ -1067,17 +1156,21 @@ def vqa_alone(said: str, truth: str) -> float:
 
 
 GRADERS: dict[str, Callable[[str, str], float]] = {
+    # short answers
     "auto": auto,
     "text": text_equal,
     "exact": exact_match,
+    # mathematics
     "number": numbers_equal,
     "symbolic": expressions_equal,
     "list": lists_equal,
+    # benchmarks
     "mcq": choices_equal,
     "yesno": yes_no_equal,
     "vqa": vqa_alone,
     "anls": anls,
     "relaxed": relaxed_equal,
+    # pictures: places and descriptions
     "box": boxes_overlap,
     "iou": box_iou,
     "phrases": phrase_f1,
@@ -1110,8 +1203,7 @@ def _truth_text(truth) -> str:
         return "yes" if truth else "no"
     if isinstance(truth, float) and truth.is_integer():
         truth = int(truth)
-    text = str(truth).strip()
-    return boxed(text) or text
+    return final_answer(str(truth))
 
 
 def grade(said: str | None, truth, grader: str = "auto") -> float:
