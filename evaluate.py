@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Literal
 
 import torch
+from tqdm import tqdm
 
 from data.encode import Encoder, with_thinking
 from data.readers import Folder
@@ -57,10 +59,15 @@ from scale import parallel
 from tokenizer import Tokenizer
 from vlm import SailVL
 
-PREFILL_TOKENS = 1 << 16  # of the prompts and answers of one batch: what its keys and values cost
-WINDOW = 2048  # samples that are encoded, and sorted by length, together
-WINDOW_BYTES = 1 << 28  # of their pixels
-Z = 1.96  # standard errors on each side of a 95 % interval
+# Tokens of the prompts and answers that run together: what their keys and values cost.
+PREFILL_TOKENS = 1 << 16
+# Samples that are encoded, and sorted by length, together; and bytes of their pixels.
+WINDOW = 2048
+WINDOW_BYTES = 1 << 28
+# Standard errors on each side of a 95 % interval.
+Z = 1.96
+# Commonest answers that a blind player tries.
+CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,14 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval after Wilson (JASA 22, 1927): inside [0, 1], and right for few samples."""
         a = self.accuracy
-        n = self.n
-        center = (a + Z * Z / (2 * n)) / (1 + Z * Z / n)
-        half = Z / (1 + Z * Z / n) * math.sqrt(a * (1 - a) / n + Z * Z / (4 * n * n))
-        return max(0.0, center - half), min(1.0, center + half)
+        z2_n = Z * Z / self.n
+
+        # the share is pulled towards one half, and its error never reaches zero
+        center = a + z2_n / 2
+        half = math.sqrt(z2_n * (a * (1 - a) + z2_n / 4))
+        low = (center - half) / (1 + z2_n)
+        high = (center + half) / (1 + z2_n)
+        return max(0.0, low), min(1.0, high)
 
 
 @dataclass(frozen=True)
@@ -103,18 +114,24 @@ class Graded:
 # ------------------------------------------------------------------------------- what a sample asks
 
 
+def question_texts(sample: Sample) -> list[str]:
+    """What the last question says in words, part by part; of a picture alone, nothing."""
+    for message in reversed(sample.messages):
+        if message.role == "user":
+            return [p for p in message.parts if isinstance(p, str) and p.strip()]
+    return []
+
+
 def question_of(sample: Sample) -> str:
-    """The last question in words: its last line that is no option; of a picture alone, nothing."""
-    user = next((m for m in reversed(sample.messages) if m.role == "user"), None)
-    texts = [p for p in user.parts if isinstance(p, str) and p.strip()] if user else []
+    """The last question's last line that is no option: what samples are grouped and shown by."""
+    texts = question_texts(sample)
     if not texts:
         return sample.facts.get("question", "")
 
     lines = [line.strip() for line in texts[-1].strip().split("\n") if line.strip()]
-    options = options_of(texts[-1])
-    if options:
+    if options_of(texts[-1]):
         asked = [line for line in lines if not re.match(r"\(?[A-Z][).:]\s|Answer with", line)]
-        return asked[-1] if asked else lines[-1]
+        lines = asked or lines
     return lines[-1]
 
 
@@ -124,9 +141,7 @@ def family_of(sample: Sample) -> str:
 
 def question_options(sample: Sample) -> dict[str, str]:
     """The options of the last question, as lines of its text: letter -> text."""
-    user = next((m for m in reversed(sample.messages) if m.role == "user"), None)
-    texts = [part for part in user.parts if isinstance(part, str)] if user else []
-    return options_of("\n".join(texts))
+    return options_of("\n".join(question_texts(sample)))
 
 
 def evaluation_grader(sample: Sample) -> str:
@@ -134,6 +149,8 @@ def evaluation_grader(sample: Sample) -> str:
     name = grader_of(sample.facts)
     if name != "auto" or sample.facts.get("grader"):
         return name
+
+    # options make it multiple choice, a truth of yes or no a yes-no question
     truths = accepted_truths(sample.facts.get("answer"))
     if len(truths) == 1 and choice_letter(truths[0]) in question_options(sample):
         return "mcq"
@@ -156,14 +173,21 @@ def score_of(said: str, sample: Sample, finished: bool, think: bool, grader: str
 
 
 def named_option(answer: str, options: dict[str, str]) -> str:
-    """The letter of the one option whose words an answer says, when it names no letter itself."""
-    if choice_in_sentence(answer) in options:
-        return ""
+    """The letter of the one option whose words an answer says; none if it names a letter itself."""
     words = plain(answer)
-    exact = [letter for letter, text in options.items() if plain(text) == words]
-    inside = [letter for letter, text in options.items() if plain(text) and plain(text) in words]
+    texts = {letter: plain(text) for letter, text in options.items() if plain(text)}
+    exact = [letter for letter, text in texts.items() if text == words and len(text) > 1]
     if len(exact) == 1:
         return exact[0]
+    if choice_in_sentence(answer) in options:
+        return ""
+
+    # in a sentence: one option's words and no other's
+    inside = [
+        letter
+        for letter, text in texts.items()
+        if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", words)
+    ]
     return inside[0] if len(inside) == 1 else ""
 
 
@@ -248,29 +272,32 @@ def answer_stream(
 
     Samples that cannot be encoded go to `bad`; without such a list they raise BadSample.
     """
-    was_training = model.training
-    model.eval()
     tries = decoding.tries
     done = 0
-    for places, prompts in encoded_windows(encoder, samples, decoding.think, bad):
-        if decoding.swap:
-            prompts = swapped(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for places, prompts in encoded_windows(encoder, samples, decoding.think, bad):
+            if decoding.swap:
+                prompts = swapped(prompts)
 
-        lengths = [(len(ids) + decoding.max_new) * tries for ids, _ in prompts]
-        for part in bounded_batches(lengths, decoding.batch, decoding.tokens):
-            answers = generate(
-                model,
-                [prompts[i] for i in part],
-                encoder.tokenizer.end,
-                decoding.max_new,
-                tries,
-                decoding.temperature,
-                seed=decoding.seed + done,
-            )
-            done += len(part)
-            for row, i in enumerate(part):
-                yield places[i], answers[row * tries : (row + 1) * tries]
-    model.train(was_training)
+            # prompts of like length, as many as the keys and values have room for
+            lengths = [(len(ids) + decoding.max_new) * tries for ids, _ in prompts]
+            for part in bounded_batches(lengths, decoding.batch, decoding.tokens):
+                answers = generate(
+                    model,
+                    [prompts[i] for i in part],
+                    encoder.tokenizer.end,
+                    decoding.max_new,
+                    tries,
+                    decoding.temperature,
+                    seed=decoding.seed + done,
+                )
+                done += len(part)
+                for row, i in enumerate(part):
+                    yield places[i], answers[row * tries : (row + 1) * tries]
+    finally:
+        model.train(was_training)
 
 
 def encoded_windows(encoder: Encoder, samples: list[Sample], think: bool, bad) -> Iterator:
@@ -282,17 +309,22 @@ def encoded_windows(encoder: Encoder, samples: list[Sample], think: bool, bad) -
         try:
             asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
             prompt = encoder.prompt(asked)
-        except Exception as error:  # whatever a decoder raises costs this sample
+        except Exception as error:
+            # whatever a decoder raises costs this sample
             if bad is None:
                 raise
             bad.append(_fault_of(error, sample))
             continue
+
+        # a window is full by its number or by its pixels
         places.append(place)
         prompts.append(prompt)
         pixels += sum(image.nbytes for image in prompt[1])
         if len(prompts) == WINDOW or pixels > WINDOW_BYTES:
             yield places, prompts
-            places, prompts, pixels = [], [], 0
+            places = []
+            prompts = []
+            pixels = 0
     if prompts:
         yield places, prompts
 
@@ -305,8 +337,9 @@ def _fault_of(error: Exception, sample: Sample) -> BadSample:
 
 def bounded_batches(lengths: list[int], most: int, tokens: int) -> Iterator[list[int]]:
     """Places in parts of at most `most` and, padded to the longest, `tokens` (one always fits)."""
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     part: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):  # alike in length
+    for place in by_length:
         if part and (len(part) == most or (len(part) + 1) * lengths[place] > tokens):
             yield part
             part = []
@@ -317,6 +350,7 @@ def bounded_batches(lengths: list[int], most: int, tokens: int) -> Iterator[list
 
 def swapped(prompts: list) -> list:
     """Each prompt with the images of the next one that has as many of the same sizes."""
+    # only pictures of the same sizes take as many tokens
     groups = defaultdict(list)
     for i, (_, images) in enumerate(prompts):
         groups[tuple(image.shape for image in images)].append(i)
@@ -349,6 +383,7 @@ def evaluate(
     those of the samples. A sample that cannot be used costs that sample: it is counted in `faults`,
     or else in a warning. Raises ValueError when none is left.
     """
+    # what can be graded
     counted = Faults() if faults is None else faults
     kept = []
     for sample in samples:
@@ -357,12 +392,15 @@ def evaluate(
         except BadSample as fault:
             counted.add(fault)
 
+    # asked, and graded where there is an answer
     answers = ask(model, encoder, kept, think, max_new, swap=swap, faults=counted)
     graded = []
     for sample, answer in zip(kept, answers):
         if answer is not None:
             said = text_of(answer, encoder.tokenizer)
             graded.append(graded_sample(sample, said, answer.finished, think, grader))
+
+    # nobody asked for the faults: say them
     if faults is None and counted.counts:
         logging.getLogger(__name__).warning("not graded:\n%s", counted.report())
     if not graded:
@@ -402,6 +440,7 @@ def summary(
     for g in graded:
         groups[group(g)].append(g)
 
+    # each group against what a blind player gets there
     scores = {}
     for name, members in groups.items():
         accuracy = sum(g.score for g in members) / len(members)
@@ -412,9 +451,6 @@ def summary(
     mean_accuracy = sum(s.accuracy for s in scores.values()) / len(scores)
     mean_chance = sum(s.chance for s in scores.values()) / len(scores)
     return scores | {"overall": Score(mean_accuracy, mean_chance, len(graded))}
-
-
-CANDIDATES = 20  # commonest answers that a blind player tries
 
 
 def blind_chance(samples: list[Sample], grader: str = "") -> float:
@@ -434,12 +470,14 @@ def blind_chance(samples: list[Sample], grader: str = "") -> float:
     if not samples:
         return 0.0
     truths = [accepted_truths(s.facts.get("answer")) for s in samples]
-    names = [grader or evaluation_grader(s) for s in samples]
-    names = ["auto" if name == "symbolic" else name for name in names]  # one text against another
     spoken = [Counter(t).most_common(1)[0][0] if t else "" for t in truths]
-    said_by = Counter(spoken)
 
-    graded: dict[tuple, float] = {}  # the same pairs come up again and again
+    # of two truths it is enough to know whether they are the same text
+    names = [grader or evaluation_grader(s) for s in samples]
+    names = ["auto" if name == "symbolic" else name for name in names]
+
+    # the same pairs come up again and again
+    graded: dict[tuple, float] = {}
 
     def worth(answer: str, i: int, known: Counter) -> float:
         """Of an answer on sample i, if any other sample has it."""
@@ -450,29 +488,31 @@ def blind_chance(samples: list[Sample], grader: str = "") -> float:
             graded[pair] = grade(answer, truths[i], names[i])
         return graded[pair]
 
-    # the same answer to every question
+    # the first player: one answer to everything
+    said_by = Counter(spoken)
     constant = ""
-    best = 0.0
+    first = 0.0
     for answer, _ in said_by.most_common(CANDIDATES):
         total = sum(worth(answer, i, said_by) for i in range(len(samples)))
-        if total > best:
-            constant, best = answer, total
+        if total > first:
+            constant = answer
+            first = total
 
-    # each question's own answer
+    # the second: to each question its own
     by_question = defaultdict(list)
     for i, sample in enumerate(samples):
         by_question[question_of(sample)].append(i)
     second = 0.0
     for places in by_question.values():
         known = Counter(spoken[i] for i in places)
-        commonest = known.most_common(1)[0][1]
-        near = [a for a, n in known.most_common(CANDIDATES) if n >= commonest - commonest**0.5]
+        most = known.most_common(1)[0][1]
+        if most == 1:
+            second += sum(worth(constant, i, said_by) for i in places)
+            continue
+        alike = [a for a, n in known.most_common(CANDIDATES) if n >= most - math.sqrt(most)]
         for i in places:
-            if commonest == 1:
-                second += worth(constant, i, said_by)
-            else:
-                second += sum(worth(answer, i, known) for answer in near) / len(near)
-    return max(best, second) / len(samples)
+            second += sum(worth(answer, i, known) for answer in alike) / len(alike)
+    return max(first, second) / len(samples)
 
 
 def yes_no_scores(said: list[str], truths: list[str]) -> dict[str, float]:
@@ -481,12 +521,14 @@ def yes_no_scores(said: list[str], truths: list[str]) -> dict[str, float]:
     As its script reads answers (arXiv 2305.10355; github.com/AoiDragon/POPE): of the first sentence,
     whatever holds no "No", "not" or "no" is a yes. A ratio of nothing to nothing is 0.
     """
+    # what was said, and what is so
     predicted = []
     for text in said:
         words = text.split(".")[0].replace(",", "").split(" ")
         predicted.append(not {"No", "not", "no"} & set(words))
     actual = [truth.strip().lower() == "yes" for truth in truths]
 
+    # the four cells of the table, and what follows from them
     pairs = Counter(zip(predicted, actual, strict=True))
     true_yes = pairs[True, True]
     precision = true_yes / max(1, sum(predicted))
@@ -524,18 +566,23 @@ def rotations(sample: Sample) -> list[Sample]:
     if letter not in options:
         return [sample]
 
-    letters = list(options)
-    place = next(
-        i for i in reversed(range(len(sample.messages))) if sample.messages[i].role == "user"
-    )
+    # the message that asks
+    roles = [message.role for message in sample.messages]
+    place = len(roles) - 1 - roles[::-1].index("user")
+    user = sample.messages[place]
+
     rotated = []
+    letters = list(options)
     for shift in range(len(letters)):
-        moved = {old: options[letters[(i + shift) % len(letters)]] for i, old in enumerate(letters)}
-        answer = letters[(letters.index(letter) - shift) % len(letters)]
-        user = sample.messages[place]
-        parts = tuple(with_options(p, moved) if isinstance(p, str) else p for p in user.parts)
+        # each letter gets the words that stood `shift` places further on
+        turned = letters[shift:] + letters[:shift]
+        words = {letter: options[old] for letter, old in zip(letters, turned)}
+        parts = tuple(with_options(p, words) if isinstance(p, str) else p for p in user.parts)
         messages = list(sample.messages)
         messages[place] = replace(user, parts=parts)
+
+        # the truth went with its words
+        answer = letters[turned.index(letter)]
         facts = sample.facts | {"answer": answer, "circle": sample.origin}
         origin = f"{sample.origin}/{shift}"
         rotated.append(replace(sample, messages=tuple(messages), facts=facts, origin=origin))
@@ -558,11 +605,22 @@ def whole_circles(graded: list[Graded]) -> list[Graded]:
     """
     circles = defaultdict(list)
     for number, g in enumerate(graded):
+        # rotated here, rotated in the file, or a question of its own
         facts = g.sample.facts
         index = str(facts.get("index", ""))
-        of_file = int(index) % 1_000_000 if index.isdigit() else None
-        circles[facts.get("circle", number if of_file is None else of_file)].append(g)
-    return [replace(c[0], score=min(g.score for g in c)) for c in circles.values()]
+        if "circle" in facts:
+            circle = facts["circle"]
+        elif index.isdigit():
+            circle = int(index) % 1_000_000
+        else:
+            circle = f"sample {number}"
+        circles[circle].append(g)
+
+    merged = []
+    for members in circles.values():
+        worst = min(g.score for g in members)
+        merged.append(replace(members[0], score=worst))
+    return merged
 
 
 # --------------------------------------------------------------------------------------- the command
@@ -577,9 +635,7 @@ class EvaluateOptions:
     images: Path | None = None  # where image paths start; none: beside the file
     think: bool = False  # ask for a chain of thought; then only the box counts
     grader: str = ""  # in place of those of the rows; a key of graders.GRADERS
-    circular: bool = (
-        False  # multiple choice: right only if right with the options in every rotation
-    )
+    circular: bool = False  # multiple choice: right only if right in every order of its options
     swap: bool = False  # the control: every question with another one's pictures
     answers: Path | None = None  # write answers here as they come; the next run goes on from there
     limit: int = 0  # 0: all samples
@@ -599,6 +655,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
     if options.tries > 1 and options.temperature <= 0:
         raise ValueError("--tries needs --temperature: greedy answers are all the same")
 
+    # the model and the file
     ranks = parallel.start()
     device = checked_device(options.device or ranks.device)
     model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
@@ -617,7 +674,13 @@ def evaluate_files(options: EvaluateOptions) -> None:
     if not samples:
         raise ValueError(f"{options.data}: no sample can be graded\n{folder.faults.report()}")
 
+    # what the scores will depend on, before they take their time
     form = prompt_form(encoder, samples, options.think)
+    note = symbolic_note({options.grader or evaluation_grader(sample) for sample in samples})
+    if ranks.main:
+        print(f"prompt: {_printable(form)}", note, sep="\n" if note else "", flush=True)
+
+    # ask
     decoding = Decoding(
         options.think,
         options.max_new,
@@ -629,12 +692,17 @@ def evaluate_files(options: EvaluateOptions) -> None:
     )
     file = AnswerFile(options.answers, answer_settings(options, form), ranks.rank)
     said = ask_resumably(model, encoder, samples, decoding, file, folder.faults)
+
+    # grade: of several tries the mean counts, and how many of them are right
     graded = []
     passed = []
     for sample, answers in zip(samples, said):
         if not answers:
             continue
-        tried = [graded_sample(sample, *a, options.think, options.grader) for a in answers]
+        tried = [
+            graded_sample(sample, text, finished, options.think, options.grader)
+            for text, finished in answers
+        ]
         scores = [g.score for g in tried]
         graded.append(replace(tried[0], score=sum(scores) / len(scores)))
         passed.append(sum(score >= 1 for score in scores))
@@ -642,7 +710,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
         raise ValueError(f"{options.data}: no sample can be asked\n{folder.faults.report()}")
 
     if ranks.main:
-        print(report_text(options, form, graded, passed, folder.faults), flush=True)
+        print(report_text(options, graded, passed, folder.faults), flush=True)
     parallel.stop()
 
 
@@ -662,13 +730,14 @@ def prompt_form(encoder: Encoder, samples: list[Sample], think: bool) -> str:
         try:
             asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
             ids, _ = encoder.prompt(asked)
-        except Exception:  # counted when it is asked
+        except Exception:
+            # counted when it is asked
             continue
         text = encoder.tokenizer.decode(ids)
-        mark = re.escape(encoder.tokenizer.decode([encoder.tokenizer.image]))
-        return re.sub(
-            f"(?:{mark}){{2,}}", lambda m: f"{len(re.findall(mark, m[0]))} visual tokens", text
-        )
+        mark = encoder.tokenizer.decode([encoder.tokenizer.image])
+        for count in sorted(map(len, re.findall(f"(?:{re.escape(mark)})+", text)), reverse=True):
+            text = text.replace(mark * (count // len(mark)), f"{count // len(mark)} visual tokens")
+        return text
     return ""
 
 
@@ -681,6 +750,7 @@ def ask_resumably(
     faults: Faults,
 ) -> list[list[tuple[str, bool]]]:
     """[(text, finished), ...] for each sample, empty where it could not be asked; on every rank."""
+    # all ranks must agree on what is left to ask
     rank, size = parallel.place()
     known = parallel.gather([file.known if rank == 0 else {}])[0]
     names = [sample_name(sample) for sample in samples]
@@ -688,16 +758,20 @@ def ask_resumably(
     if known and rank == 0:
         print(f"{len(samples) - len(todo)} of {len(samples)} answers are in {file.path}")
 
+    # this rank's share, each answer on disk as soon as it is there
     mine = todo[rank::size]
     bad: list[BadSample] = []
     new: dict[str, list[tuple[str, bool]]] = {}
     stream = answer_stream(model, encoder, [samples[i] for i in mine], decoding, bad)
-    for place, answers in stream:
+    for place, answers in tqdm(
+        stream, total=len(mine), desc="asked", disable=None if rank == 0 else True
+    ):
         i = mine[place]
         texts = [(text_of(answer, encoder.tokenizer), answer.finished) for answer in answers]
         new[names[i]] = texts
         file.write(names[i], samples[i], texts)
 
+    # everybody's
     for fault in parallel.gather(bad):
         faults.add(fault)
     for part in parallel.gather([new]):
@@ -751,11 +825,11 @@ class AnswerFile:
 
         # begin the file, or go on behind its last whole line
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.read_bytes() if self.path.is_file() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
-        if not whole:
-            whole = json.dumps({"settings": settings}, ensure_ascii=False).encode() + b"\n"
-        self.path.write_bytes(whole)
+        if self.path.is_file():
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, whole)
+        if not self.path.is_file() or not whole:
+            self._append({"settings": settings})
 
     def _read(self, path: Path, settings: dict) -> None:
         for number, line in enumerate(path.read_text("utf-8").splitlines()):
@@ -763,6 +837,8 @@ class AnswerFile:
                 row = json.loads(line)
             except ValueError:
                 continue
+
+            # the head must be that of this run, the rest are answers
             if "settings" in row:
                 changed = [k for k in settings if row["settings"].get(k) != settings[k]]
                 if changed:
@@ -784,6 +860,9 @@ class AnswerFile:
             "truth": accepted_truths(sample.facts.get("answer")),
             "said": said,
         }
+        self._append(row)
+
+    def _append(self, row: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -792,33 +871,32 @@ class AnswerFile:
 
 
 def report_text(
-    options: EvaluateOptions, form: str, graded: list[Graded], passed: list[int], faults: Faults
+    options: EvaluateOptions, graded: list[Graded], passed: list[int], faults: Faults
 ) -> str:
     """The scores as lines: by family, by category, and what belongs to some kinds of questions."""
-    questions = whole_circles(graded) if options.circular else graded
-    lines = [f"prompt: {_printable(form)}"]
-    note = symbolic_note({g.grader for g in graded})
-    if note:
-        lines.append(note)
+    lines = []
+    questions = graded
     if options.circular:
-        lines.append(
-            f"circular: {len(graded)} rotations of {len(questions)} questions; all must be right"
-        )
+        questions = whole_circles(graded)
+        lines.append(f"circular: {len(graded)} orders of the options of {len(questions)} questions")
 
-    # no blind player is right in all rotations
+    # nobody who does not look is right in every order
     blind = not options.circular
     lines += score_lines("family", summary(questions, chance=blind), questions, group_of)
     if any(category_of(g) for g in questions):
-        lines += score_lines(
-            "category", summary(questions, category_of, blind), questions, category_of
-        )
+        by_category = summary(questions, category_of, blind)
+        lines += score_lines("category", by_category, questions, category_of)
 
+    # figures of one kind of question
     yes_no = [g for g in graded if g.grader == "yesno"]
     if yes_no:
-        figures = yes_no_scores([g.said for g in yes_no], [g.truth for g in yes_no])
+        said = [final_answer(g.said) for g in yes_no]
+        figures = yes_no_scores(said, [plain(g.truth.split(" | ")[0]) for g in yes_no])
         lines.append("POPE   " + "  ".join(f"{name} {v:.1%}" for name, v in figures.items()))
     if any(g.grader in ("box", "iou") for g in graded):
         lines.append(f"boxes: coordinates as the truth's, {coordinate_scale(graded)}")
+
+    # several answers to each question
     if options.tries > 1:
         for k in [k for k in (1, 2, 4, 8, 16, 32) if k <= options.tries]:
             mean = sum(pass_at_k(options.tries, c, k) for c in passed) / len(passed)
@@ -834,17 +912,18 @@ def category_of(graded: Graded) -> str:
 
 def score_lines(title: str, scores: dict[str, Score], graded: list[Graded], group) -> list[str]:
     """A table with a 95 % interval, the blind player's score and the graders of each line."""
-    graders = defaultdict(Counter)
+    rules: dict[str, dict] = defaultdict(dict)
     for g in graded:
-        graders[group(g)][g.grader] += 1
+        rules[group(g)][g.grader] = True
+
     width = max(14, *(len(_printable(name)) for name in scores))
     lines = [f"{title:{width}s}   score   95 % interval    chance       n  graded by"]
     for name, s in scores.items():
         low, high = s.interval
-        rules = ", ".join(graders[name]) if name in graders else f"mean over {len(scores) - 1}"
+        graded_by = ", ".join(rules[name]) if name in rules else f"mean over {len(scores) - 1}"
         lines.append(
             f"{_printable(name):{width}s}  {s.accuracy:6.1%}  {low:6.1%} - {high:6.1%}  "
-            f"{s.chance:6.1%}  {s.n:6d}  {rules}"
+            f"{s.chance:6.1%}  {s.n:6d}  {graded_by}"
         )
     return lines
 
