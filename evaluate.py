@@ -922,7 +922,7 @@ def score_lines(title: str, scores: dict[str, Score], graded: list[Graded], grou
         low, high = s.interval
         graded_by = ", ".join(rules[name]) if name in rules else f"mean over {len(scores) - 1}"
         lines.append(
-            f"{_printable(name):{width}s}  {s.accuracy:6.1%}  {low:6.1%} - {high:6.1%}  "
+            f"{_printable(name) or '(none named)':{width}s}  {s.accuracy:6.1%}  {low:6.1%} - {high:6.1%}  "
             f"{s.chance:6.1%}  {s.n:6d}  {graded_by}"
         )
     return lines

