@@ -54,6 +54,7 @@ from graders import (
     symbolic_note,
 )
 from infra.cli import command
+from infra.judge import JUDGE
 from rewards import answer_reward
 from scale import parallel
 from tokenizer import Tokenizer
@@ -901,6 +902,10 @@ def report_text(
         for k in [k for k in (1, 2, 4, 8, 16, 32) if k <= options.tries]:
             mean = sum(pass_at_k(options.tries, c, k) for c in passed) / len(passed)
             lines.append(f"pass@{k} {mean:.1%}  (of {options.tries} answers to each question)")
+
+    # what was lost on the way
+    if JUDGE.lost:
+        lines.append(f"{JUDGE.lost} expressions took too long to compare and count as wrong")
     if faults.counts:
         lines.append(_printable(faults.report()))
     return "\n".join(lines)

@@ -750,11 +750,17 @@ def symbolic_grading_available() -> bool:
 
 
 def symbolic_note(grader_names) -> str:
-    """A sentence for a run's first lines and its log when it grades symbolically without math-verify."""
-    if "symbolic" not in grader_names or symbolic_grading_available():
+    """For a run's first lines and its log: a sentence if it grades symbolically without math-verify.
+
+    Starts the judge where one is needed, so that what keeps it from starting is known at once.
+    """
+    if "symbolic" not in grader_names:
         return ""
+    if symbolic_grading_available() and JUDGE.ask("x", "x") is not None:
+        return ""
+    reason = f"cannot be started: {JUDGE.broken}" if JUDGE.broken else "is missing"
     return (
-        "math-verify is missing: symbolic answers are graded by exact arithmetic and by their text, "
+        f"math-verify {reason}; symbolic answers are graded by exact arithmetic and by their text, "
         "so equal expressions may count as wrong (pip install math-verify)"
     )
 

@@ -645,6 +645,7 @@ def test_a_judge_that_cannot_start_is_reported_once(caplog, monkeypatch):
     assert caplog.text.count("cannot be started") == 1 and "antlr 4.7" in caplog.text
     monkeypatch.setattr(graders, "JUDGE", broken)
     assert not graders.symbolic_grading_available()
+    assert "cannot be started: RuntimeError: antlr 4.7" in graders.symbolic_note({"symbolic"})
     assert grade("(x+1)^2", "x^2+2x+1", "symbolic") == 0 and grade("2^3", "8", "symbolic") == 1
     assert Judge(("/no/such/python",)).ask("x", "x") is None
     monkeypatch.setattr(judge, "PATIENCE", 0.3)
