@@ -15,8 +15,8 @@ pictures between samples drops the accuracy to that level.
     torchrun --nproc-per-node 8 evaluate.py --model runs/mine --data pope.tsv
 
 Rows are LLaVA's, VLMEvalKit's or one's own (data/readers.py). `facts` of a row may name its
-`grader`, `family` and `category`; without a grader, options make it multiple choice, and a truth of
-yes or no a yes-no question. What every grader means, and where it is defined: graders.py.
+`grader`, `family` and `category`; without a grader, options make it multiple choice, a truth of yes
+or no a yes-no question, ten annotators' answers VQA. What every grader means, and where it is defined: graders.py.
 
 Sources: SAIL-VL2 section 6.1 evaluates with VLMEvalKit (arXiv 2407.11691). Our choices: exact rules in
 place of a judge model, 95 % intervals after Wilson, the mean over families as the overall score.
@@ -151,12 +151,15 @@ def evaluation_grader(sample: Sample) -> str:
     if name != "auto" or sample.facts.get("grader"):
         return name
 
-    # options make it multiple choice, a truth of yes or no a yes-no question
+    # options make it multiple choice, a truth of yes or no a yes-no question, and truths that
+    # repeat each other come from annotators
     truths = accepted_truths(sample.facts.get("answer"))
     if len(truths) == 1 and choice_letter(truths[0]) in question_options(sample):
         return "mcq"
     if truths and all(plain(truth) in ("yes", "no") for truth in truths):
         return "yesno"
+    if len(truths) > 3 and len(set(truths)) < len(truths):
+        return "vqa"
     return "auto"
 
 

@@ -47,7 +47,7 @@ BOX = "\\boxed{"
 
 # Limits in characters. A whole answer: more is none, and would only cost time.
 LONGEST_ANSWER = 20_000
-# What is looked at of a box.
+# What is looked at of a box, \boxed{} or of coordinates.
 LONGEST_BOX = 1000
 # A number, and an expression.
 LONGEST_NUMBER = 40
@@ -566,7 +566,7 @@ def _as_float(text: str) -> float | None:
 
 # A number of a box, four of them, and two corners in brackets.
 COORDINATE = r"[+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})"
-BETWEEN = r"\s*[,;\s]\s*"
+BETWEEN = r"(?:\s*[,;]\s*|\s+)"
 FOUR = BETWEEN.join([f"({COORDINATE})"] * 4)
 CORNERS = rf"\(\s*({COORDINATE}){BETWEEN}({COORDINATE})\s*\)"
 
@@ -577,7 +577,7 @@ def box_of(text: str) -> tuple[float, float, float, float] | None:
     Read are four numbers, [x0, y0, x1, y1], (x0,y0),(x1,y1) and {"bbox_2d": [...]}, with signs and
     decimals, and words beside them.
     """
-    text = text[:400].translate(NARROW)
+    text = text[:LONGEST_BOX].translate(NARROW)
 
     # four numbers in one pair of brackets, or two corners in a pair each; two boxes are two guesses
     for pattern in (rf"[\[(]\s*{FOUR}\s*[\])]", rf"{CORNERS}\s*,?\s*{CORNERS}"):

@@ -213,6 +213,8 @@ def test_a_question_is_found_wherever_it_stands():
         (asked("q\n(A) cat\n(B) dog", "(B)"), "mcq"),
         (asked("q", "B"), "auto"),
         (asked("is it?", "Yes"), "yesno"),
+        (asked("what?", ["red"] * 6 + ["crimson"] * 4), "vqa"),
+        (asked("what?", ["red", "crimson"]), "auto"),
         (asked("is it?\nA. yes\nB. no", "B", grader="auto"), "auto"),
     ],
 )
