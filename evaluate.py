@@ -15,8 +15,11 @@ pictures between samples drops the accuracy to that level.
     torchrun --nproc-per-node 8 evaluate.py --model runs/mine --data pope.tsv
 
 Rows are LLaVA's, VLMEvalKit's or one's own (data/readers.py). `facts` of a row may name its
-`grader`, `family` and `category`; without a grader, options make it multiple choice, a truth of yes
-or no a yes-no question, ten annotators' answers VQA. What every grader means, and where it is defined: graders.py.
+`grader`, `family` and `category`. Without a grader, options make it multiple choice, a truth of yes
+or no a yes-no question, and several annotators' answers VQA. What every grader means, and where it
+is defined: graders.py.
+
+Simplified: no judge model, so an answer in a long sentence is found by rules or not at all.
 
 Sources: SAIL-VL2 section 6.1 evaluates with VLMEvalKit (arXiv 2407.11691). Our choices: exact rules in
 place of a judge model, 95 % intervals after Wilson, the mean over families as the overall score.
