@@ -496,11 +496,12 @@ def vqa_accuracy(said: str, annotators: list[str]) -> float:
 
 def _vqa_punctuation(text: str) -> str:
     """Signs go, or become a space between two letters; a stop stays inside a number."""
-    inside_number = re.search(r"\d,\d", text) is not None
+    thousands = re.search(r"\d,\d", text)
+    cleaned = text
     for sign in ';/[]"{}()=+\\_-><@`,?!':
         at_an_edge = f"{sign} " in text or f" {sign}" in text
-        text = text.replace(sign, "" if at_an_edge or inside_number else " ")
-    return re.sub(r"\.(?!\d)", "", text)
+        cleaned = cleaned.replace(sign, "" if at_an_edge or thousands else " ")
+    return re.sub(r"\.(?!\d)", "", cleaned)
 
 
 def _vqa_words(text: str) -> str:
