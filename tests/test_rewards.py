@@ -257,6 +257,7 @@ def test_mixed_and_product_rewards():
     "chain,box,think",
     [
         ("1 west red ring, 2 east red ring.", "2", 1),
+        ("west red ring.", "west red ring", 1),
         ("west red ring.", "2", 0),
         ("", "2", 0),
         (" , .", "2", 0),
@@ -344,3 +345,11 @@ def test_a_reward_that_is_no_number_has_no_verdict_or_is_an_error():
     for wrong in (1.0, None, {}, {"answer": 1.0}, {"reward": "high"}, {"reward": [1]}):
         with pytest.raises(ValueError, match="a reward function returned"):
             rewards.checked_parts(wrong)
+
+
+def test_a_judge_is_not_asked_about_no_chain():
+    def judge(prompt):
+        raise AssertionError("there is nothing to judge")
+
+    for text in ("\\boxed{2}", "<think> </think>\\boxed{2}", "<think>a"):
+        assert rewards.judged_think_reward(text, "how many?", judge) == 0
