@@ -312,6 +312,8 @@ def test_a_caption_is_graded_by_its_phrases_inside_the_box():
         ("it is a half, so 1/2", "0.5", 1),
         ("the ring is red, so I say red", "\\text{Red}", 1),
         ("the second option, so B", "B", 1),
+        ("it is 5", "5", 1),
+        ("just 5", "5", 0),
         ("there is no dog anywhere", "no", 1),
         ("two apples and three pears make 6.", "5", 0),
         ("5.", "5", 0),
