@@ -249,6 +249,9 @@ def test_mixed_and_product_rewards():
     invented = FULL.replace("ring, 2", "cube, 2")
     assert rewards.parts(invented, FACTS, True) == {"answer": 1.0, "think": 0.0, "format": 1.0}
     assert rewards.product(rewards.parts(FULL, FACTS, True)) == 1.0
+    assert rewards.COMBINE["verifiable"](rewards.parts(FULL, FACTS, True)) == 1.0
+    assert rewards.verifiable({"answer": 1.0, "format": 0.0}) == 0.0
+    assert rewards.verifiable({"answer": 0.5, "format": 1.0}) == 0.5
     assert rewards.product(rewards.parts(invented, FACTS, True)) == pytest.approx(0.1)
     assert rewards.mixed_reward(FULL, FACTS, False) == pytest.approx(0.2)
 
