@@ -1,27 +1,77 @@
 """Grading: what a model answers on held-out scenes or a held-out file, family by family.
 
-What it teaches: an accuracy means nothing without its chance level and its error. Chance here is the best blind strategy:
-always give the commonest true answer to that very question. The image matters if swapping pictures between samples drops
-the accuracy to that level.
+What it teaches: an accuracy means nothing without its chance level, its error, and the question as
+it was put. Chance here is what a player gets who never looks at the picture but knows the test:
+always the commonest answer, to the family or to that very question. The image matters if swapping
+pictures between samples drops the accuracy to that level.
+
+    Sample --Encoder.prompt--> batches of bounded size --generate--> text_of --graders.grade--> Score
+                                       |                                ^
+                                       +---- --answers FILE, as they come: the next run goes on there
 
     python evaluate.py --model runs/toy/final --data held_out.jsonl --images dir/
+    python evaluate.py --model runs/mine --data MMBench_DEV_EN.tsv --circular --answers mmbench.jsonl
+    python evaluate.py --model runs/mine --data docvqa.jsonl --grader anls --device cuda --dtype bfloat16
+    torchrun --nproc-per-node 8 evaluate.py --model runs/mine --data pope.tsv
+
+Rows are LLaVA's, VLMEvalKit's or one's own (data/readers.py). `facts` of a row may name its
+`grader`, `family` and `category`. Without a grader, options make it multiple choice, a truth of yes
+or no a yes-no question, and several annotators' answers VQA. What every grader means, and where it
+is defined: graders.py.
+
+Simplified: no judge model, so an answer in a long sentence is found by rules or not at all.
+
+Sources: SAIL-VL2 section 6.1 evaluates with VLMEvalKit (arXiv 2407.11691). Our choices: exact rules in
+place of a judge model, 95 % intervals after Wilson, the mean over families as the overall score.
 """
 
+import hashlib
+import json
+import logging
 import math
-import sys
+import os
+import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable, Iterator, Literal
+
+import torch
+from tqdm import tqdm
 
 from data.encode import Encoder, with_thinking
 from data.readers import Folder
-from data.sample import BadSample, Sample
+from data.sample import BadSample, Faults, Sample
 from generate import Answer, generate, load_model
-from graders import box_iou, phrase_f1, same_answer
+from graders import (
+    GRADERS,
+    accepted_truths,
+    box_of,
+    choice_in_sentence,
+    choice_letter,
+    final_answer,
+    grade,
+    grader_of,
+    options_of,
+    plain,
+    symbolic_note,
+)
+from infra.cli import command
+from infra.judge import JUDGE
 from rewards import answer_reward
 from scale import parallel
 from tokenizer import Tokenizer
 from vlm import SailVL
+
+# Tokens of the prompts and answers that run together: what their keys and values cost.
+PREFILL_TOKENS = 1 << 16
+# Samples that are encoded, and sorted by length, together; and bytes of their pixels.
+WINDOW = 2048
+WINDOW_BYTES = 1 << 28
+# Standard errors on each side of a 95 % interval.
+Z = 1.96
+# Commonest answers that a blind player tries.
+CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -38,10 +88,23 @@ class Score:
         a = min(max(self.accuracy, 1 / (2 * self.n)), 1 - 1 / (2 * self.n))
         return math.sqrt(a * (1 - a) / self.n)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval after Wilson (JASA 22, 1927): inside [0, 1], and right for few samples."""
+        a = self.accuracy
+        z2_n = Z * Z / self.n
+
+        # the share is pulled towards one half, and its error never reaches zero
+        center = a + z2_n / 2
+        half = math.sqrt(z2_n * (a * (1 - a) + z2_n / 4))
+        low = (center - half) / (1 + z2_n)
+        high = (center + half) / (1 + z2_n)
+        return max(0.0, low), min(1.0, high)
+
 
 @dataclass(frozen=True)
 class Graded:
-    """One graded sample, for tables and for the report."""
+    """One graded sample, for tables and for the report. grader: the rule that gave the score."""
 
     family: str
     question: str
@@ -49,39 +112,122 @@ class Graded:
     said: str
     score: float
     sample: Sample
+    grader: str = "auto"
 
 
-def grade(family: str, said: str, truth: str) -> float:
-    """Right or wrong; captions by F1 over their phrases, boxes by an overlap of at least one half."""
-    if family == "caption":
-        return phrase_f1(said, truth)
-    if family == "grounding":
-        return float(box_iou(said, truth) >= 0.5)
-    return float(same_answer(said, truth))
+# ------------------------------------------------------------------------------- what a sample asks
 
 
-def blind_chance(samples: list[Sample]) -> float:
-    """Accuracy without looking: give the commonest answer that the *other* samples with this very question have (or, when
-    there is none, that the whole family has)."""
-    by_question, family = defaultdict(Counter), Counter()
-    for s in samples:
-        by_question[question_of(s)][s.facts["answer"]] += 1
-        family[s.facts["answer"]] += 1
-    hits = 0.0
-    for s in samples:
-        truth, seen = s.facts["answer"], by_question[question_of(s)]
-        others = seen - Counter([truth]) or family - Counter([truth])
-        hits += grade(family_of(s), others.most_common(1)[0][0], truth) if others else 0.0
-    return hits / len(samples)
+def question_texts(sample: Sample) -> list[str]:
+    """What the last question says in words, part by part; of a picture alone, nothing."""
+    for message in reversed(sample.messages):
+        if message.role == "user":
+            return [p for p in message.parts if isinstance(p, str) and p.strip()]
+    return []
 
 
 def question_of(sample: Sample) -> str:
-    parts = sample.messages[-2].parts
-    return parts[-1].strip().split("\n")[-1]
+    """The last question's last line that is no option: what samples are grouped and shown by."""
+    texts = question_texts(sample)
+    if not texts:
+        return sample.facts.get("question", "")
+
+    lines = [line.strip() for line in texts[-1].strip().split("\n") if line.strip()]
+    if options_of(texts[-1]):
+        asked = [line for line in lines if not re.match(r"\(?[A-Z][).:]\s|Answer with", line)]
+        lines = asked or lines
+    return lines[-1]
 
 
 def family_of(sample: Sample) -> str:
     return sample.facts.get("family", sample.task)
+
+
+def question_options(sample: Sample) -> dict[str, str]:
+    """The options of the last question, as lines of its text: letter -> text."""
+    return options_of("\n".join(question_texts(sample)))
+
+
+def evaluation_grader(sample: Sample) -> str:
+    """The grader of a sample: what its facts or its family say, else by the form of the question."""
+    name = grader_of(sample.facts)
+    if name != "auto" or sample.facts.get("grader"):
+        return name
+
+    # options make it multiple choice, a truth of yes or no a yes-no question, and truths that
+    # repeat each other come from annotators
+    truths = accepted_truths(sample.facts.get("answer"))
+    if len(truths) == 1 and choice_letter(truths[0]) in question_options(sample):
+        return "mcq"
+    if truths and all(plain(truth) in ("yes", "no") for truth in truths):
+        return "yesno"
+    if len(truths) > 3 and len(set(truths)) < len(truths):
+        return "vqa"
+    return "auto"
+
+
+def score_of(said: str, sample: Sample, finished: bool, think: bool, grader: str = "") -> float:
+    """What one completion is worth. Cut off: nothing. With `think` only a well-formed box counts."""
+    name = grader or evaluation_grader(sample)
+    truth = sample.facts.get("answer")
+    if think:
+        return answer_reward(said, truth, finished, name)
+
+    answer = final_answer(said)
+    if name == "mcq":
+        answer = named_option(answer, question_options(sample)) or answer
+    return grade(answer, truth, name) if finished else 0.0
+
+
+def named_option(answer: str, options: dict[str, str]) -> str:
+    """The letter of the one option whose words an answer says; none if it names a letter itself."""
+    words = plain(answer)
+    texts = {letter: plain(text) for letter, text in options.items() if plain(text)}
+    exact = [letter for letter, text in texts.items() if text == words and len(text) > 1]
+    if len(exact) == 1:
+        return exact[0]
+    if choice_in_sentence(answer) in options:
+        return ""
+
+    # in a sentence: one option's words and no other's
+    inside = [
+        letter
+        for letter, text in texts.items()
+        if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", words)
+    ]
+    return inside[0] if len(inside) == 1 else ""
+
+
+def usable(sample: Sample) -> Sample:
+    """The sample. Raises BadSample when it cannot be graded: no question, or no truth."""
+    if not any(message.role == "user" for message in sample.messages):
+        raise BadSample("no question", f"{sample.origin}: no user turn")
+    if sample.messages[-1].role != "assistant":
+        raise BadSample("no answer", f"{sample.origin}: it does not end with an answer")
+    if not accepted_truths(sample.facts.get("answer")):
+        raise BadSample("no truth", f"{sample.origin}: facts hold no `answer` to grade by")
+    return sample
+
+
+# ------------------------------------------------------------------------------------------- asking
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made: `tries` of at most `max_new` tokens for each sample.
+
+    At most `batch` prompts, and as many as fit into `tokens` with their answers, run together. swap:
+    every sample gets the images of another one (same count and sizes).
+    """
+
+    think: bool = False
+    max_new: int = 48
+    temperature: float = 0.0
+    seed: int = 0
+    swap: bool = False
+    batch: int = 512
+    tokens: int = PREFILL_TOKENS
+    tries: int = 1
 
 
 def ask(
@@ -94,53 +240,133 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     swap: bool = False,
-) -> list[Answer]:
-    """Answers to the last question of each sample, on every rank; each rank works out its share. `swap` gives each sample
-    the images of another one (same count)."""
+    tokens: int = PREFILL_TOKENS,
+    faults: Faults | None = None,
+) -> list[Answer | None]:
+    """Answers to the last question of each sample, on every rank; each rank works out its share.
+
+    `swap` gives each sample the images of another one (same count). At most `batch` prompts, and as
+    many as fit into `tokens` with their answers, run together. A sample that cannot be encoded
+    raises BadSample; with `faults` it is counted there and its answer is None.
+    """
     rank, size = parallel.place()
-    everything, samples = samples, samples[rank::size]
-    prompts = [
-        encoder.prompt(with_thinking(s, encoder.tokenizer.think_prompt) if think else s)
-        for s in samples
-    ]
-    if swap:
-        prompts = swapped(prompts)
-    order = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i][0])
-    )  # rows of a batch alike in length
-    answers: list[Answer | None] = [None] * len(prompts)
-    was = model.training
-    model.eval()
-    for at in range(0, len(order), batch):
-        part = order[at : at + batch]
-        for i, a in zip(
-            part,
-            generate(
-                model,
-                [prompts[i] for i in part],
-                encoder.tokenizer.end,
-                max_new,
-                temperature=temperature,
-                seed=seed + at,
-            ),
-        ):
-            answers[i] = a
-    model.train(was)
-    whole: list[Answer | None] = [None] * len(everything)
+    mine = samples[rank::size]
+    answers: list[Answer | None] = [None] * len(mine)
+    bad = None if faults is None else []
+    decoding = Decoding(think, max_new, temperature, seed, swap, batch, tokens)
+    for place, tried in answer_stream(model, encoder, mine, decoding, bad):
+        answers[place] = tried[0]
+
+    # every rank gets all answers, and counts all faults
+    if faults is not None:
+        for fault in parallel.gather(bad):
+            faults.add(fault)
+    whole: list[Answer | None] = [None] * len(samples)
     for r, part in enumerate(parallel.gather([answers])):
         whole[r::size] = part
     return whole
 
 
+@torch.no_grad()
+def answer_stream(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    decoding: Decoding,
+    bad: list[BadSample] | None = None,
+) -> Iterator[tuple[int, list[Answer]]]:
+    """(place of the sample, its `tries` answers) as they come, on this rank alone.
+
+    Samples that cannot be encoded go to `bad`; without such a list they raise BadSample.
+    """
+    tries = decoding.tries
+    done = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for places, prompts in encoded_windows(encoder, samples, decoding.think, bad):
+            if decoding.swap:
+                prompts = swapped(prompts)
+
+            # prompts of like length, as many as the keys and values have room for
+            lengths = [(len(ids) + decoding.max_new) * tries for ids, _ in prompts]
+            for part in bounded_batches(lengths, decoding.batch, decoding.tokens):
+                answers = generate(
+                    model,
+                    [prompts[i] for i in part],
+                    encoder.tokenizer.end,
+                    decoding.max_new,
+                    tries,
+                    decoding.temperature,
+                    seed=decoding.seed + done,
+                )
+                done += len(part)
+                for row, i in enumerate(part):
+                    yield places[i], answers[row * tries : (row + 1) * tries]
+    finally:
+        model.train(was_training)
+
+
+def encoded_windows(encoder: Encoder, samples: list[Sample], think: bool, bad) -> Iterator:
+    """(places, prompts) of some neighbouring samples at a time: their pixels fit into memory."""
+    places: list[int] = []
+    prompts: list = []
+    pixels = 0
+    for place, sample in enumerate(samples):
+        try:
+            asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
+            prompt = encoder.prompt(asked)
+        except Exception as error:
+            # whatever a decoder raises costs this sample
+            if bad is None:
+                raise
+            bad.append(_fault_of(error, sample))
+            continue
+
+        # a window is full by its number or by its pixels
+        places.append(place)
+        prompts.append(prompt)
+        pixels += sum(image.nbytes for image in prompt[1])
+        if len(prompts) == WINDOW or pixels > WINDOW_BYTES:
+            yield places, prompts
+            places = []
+            prompts = []
+            pixels = 0
+    if prompts:
+        yield places, prompts
+
+
+def _fault_of(error: Exception, sample: Sample) -> BadSample:
+    if isinstance(error, BadSample):
+        return error
+    return BadSample("not encoded", f"{sample.origin}: {type(error).__name__} {error}"[:300])
+
+
+def bounded_batches(lengths: list[int], most: int, tokens: int) -> Iterator[list[int]]:
+    """Places in parts of at most `most` and, padded to the longest, `tokens` (one always fits)."""
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    part: list[int] = []
+    for place in by_length:
+        if part and (len(part) == most or (len(part) + 1) * lengths[place] > tokens):
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
+
+
 def swapped(prompts: list) -> list:
     """Each prompt with the images of the next one that has as many of the same sizes."""
+    # only pictures of the same sizes take as many tokens
     groups = defaultdict(list)
     for i, (_, images) in enumerate(prompts):
-        groups[tuple(a.shape for a in images)].append(i)
+        groups[tuple(image.shape for image in images)].append(i)
+
     out = list(prompts)
     for group in groups.values():
-        for i, j in zip(group, group[1:] + group[:1]):
-            out[i] = (prompts[i][0], prompts[j][1])
+        for i, neighbour in zip(group, group[1:] + group[:1]):
+            ids, _ = prompts[i]
+            out[i] = (ids, prompts[neighbour][1])
     return out
 
 
@@ -155,72 +381,577 @@ def evaluate(
     think: bool = False,
     swap: bool = False,
     max_new: int = 48,
+    grader: str = "",
+    faults: Faults | None = None,
 ) -> tuple[dict[str, Score], list[Graded]]:
     """Score per family (plus "overall", the mean over families) and every graded sample.
 
-    With `think` the model is asked to think, and only a well-formed box counts.
+    With `think` the model is asked to think, and only a well-formed box counts. `grader` replaces
+    those of the samples. A sample that cannot be used costs that sample: it is counted in `faults`,
+    or else in a warning. Raises ValueError when none is left.
     """
-    tokenizer, graded = encoder.tokenizer, []
-    for s, a in zip(samples, ask(model, encoder, samples, think, max_new, swap=swap)):
-        said, truth, family = text_of(a, tokenizer), s.facts["answer"], family_of(s)
-        score = (
-            answer_reward(said, truth, a.finished)
-            if think
-            else grade(family, said, truth) * a.finished
-        )
-        graded.append(Graded(family, question_of(s), truth, said, score, s))
+    # what can be graded
+    counted = Faults() if faults is None else faults
+    kept = []
+    for sample in samples:
+        try:
+            kept.append(usable(sample))
+        except BadSample as fault:
+            counted.add(fault)
+
+    # asked, and graded where there is an answer
+    answers = ask(model, encoder, kept, think, max_new, swap=swap, faults=counted)
+    graded = []
+    for sample, answer in zip(kept, answers):
+        if answer is not None:
+            said = text_of(answer, encoder.tokenizer)
+            graded.append(graded_sample(sample, said, answer.finished, think, grader))
+
+    # nobody asked for the faults: say them
+    if faults is None and counted.counts:
+        logging.getLogger(__name__).warning("not graded:\n%s", counted.report())
+    if not graded:
+        raise ValueError(f"none of {len(samples)} samples can be graded\n{counted.report()}")
     return summary(graded), graded
 
 
-def summary(graded: list[Graded]) -> dict[str, Score]:
+def graded_sample(
+    sample: Sample, said: str, finished: bool, think: bool, grader: str = ""
+) -> Graded:
+    return Graded(
+        family_of(sample),
+        question_of(sample),
+        " | ".join(accepted_truths(sample.facts.get("answer"))),
+        said,
+        score_of(said, sample, finished, think, grader),
+        sample,
+        grader or evaluation_grader(sample),
+    )
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+
+def group_of(graded: Graded) -> str:
+    """The line of the table that a sample belongs to: its family, or "text" without a picture."""
+    return "text" if graded.sample.task == "text" else graded.family
+
+
+def summary(
+    graded: list[Graded], group: Callable[[Graded], str] = group_of, chance: bool = True
+) -> dict[str, Score]:
+    """Score of each group, and "overall": the mean over groups. Raises ValueError for no samples."""
+    if not graded:
+        raise ValueError("nothing was graded, so there is no score")
     groups = defaultdict(list)
     for g in graded:
-        groups["text" if g.sample.task == "text" else g.family].append(g)
-    scores = {
-        f: Score(
-            sum(g.score for g in group) / len(group),
-            blind_chance([g.sample for g in group]),
-            len(group),
-        )
-        for f, group in groups.items()
+        groups[group(g)].append(g)
+
+    # each group against what a blind player gets there
+    scores = {}
+    for name, members in groups.items():
+        accuracy = sum(g.score for g in members) / len(members)
+        grader = Counter(g.grader for g in members).most_common(1)[0][0]
+        blind = blind_chance([g.sample for g in members], grader) if chance else 0.0
+        scores[name] = Score(accuracy, blind, len(members))
+
+    mean_accuracy = sum(s.accuracy for s in scores.values()) / len(scores)
+    mean_chance = sum(s.chance for s in scores.values()) / len(scores)
+    return scores | {"overall": Score(mean_accuracy, mean_chance, len(graded))}
+
+
+def blind_chance(samples: list[Sample], grader: str = "") -> float:
+    """Score of the best player who knows the test but never looks.
+
+    Two players are tried, and the better one counts:
+
+        one answer     the same to every question: the best of the commonest ones
+        by question    for each question its commonest answer; where several are about as common
+                       (within a standard error) any of them, so that a tie is no knowledge; where a
+                       question has no answer twice, the answer of the first player
+
+    An answer is worth something on a sample only if another sample has it, too: a player cannot know
+    what is said once. So distinct answers give nothing, four equal ones a quarter, and always saying
+    "right" what share of "right" there is.
+    """
+    if not samples:
+        return 0.0
+    truths = [accepted_truths(s.facts.get("answer")) for s in samples]
+    spoken = [Counter(t).most_common(1)[0][0] if t else "" for t in truths]
+
+    # of two truths it is enough to know whether they are the same text
+    names = [grader or evaluation_grader(s) for s in samples]
+    names = ["auto" if name == "symbolic" else name for name in names]
+
+    # the same pairs come up again and again
+    graded: dict[tuple, float] = {}
+
+    def worth(answer: str, i: int, known: Counter) -> float:
+        """Of an answer on sample i, if any other sample has it."""
+        if known[answer] == (spoken[i] == answer):
+            return 0.0
+        pair = (answer, tuple(truths[i]), names[i])
+        if pair not in graded:
+            graded[pair] = grade(answer, truths[i], names[i])
+        return graded[pair]
+
+    # the first player: one answer to everything
+    said_by = Counter(spoken)
+    constant = ""
+    first = 0.0
+    for answer, _ in said_by.most_common(CANDIDATES):
+        total = sum(worth(answer, i, said_by) for i in range(len(samples)))
+        if total > first:
+            constant = answer
+            first = total
+
+    # the second: to each question its own
+    by_question = defaultdict(list)
+    for i, sample in enumerate(samples):
+        by_question[question_of(sample)].append(i)
+    second = 0.0
+    for places in by_question.values():
+        known = Counter(spoken[i] for i in places)
+        most = known.most_common(1)[0][1]
+        if most == 1:
+            second += sum(worth(constant, i, said_by) for i in places)
+            continue
+        alike = [a for a, n in known.most_common(CANDIDATES) if n >= most - math.sqrt(most)]
+        for i in places:
+            second += sum(worth(answer, i, known) for answer in alike) / len(alike)
+    return max(first, second) / len(samples)
+
+
+def yes_no_scores(said: list[str], truths: list[str]) -> dict[str, float]:
+    """POPE's figures, "yes" being the positive: accuracy, precision, recall, F1, share of yes.
+
+    As its script reads answers (arXiv 2305.10355; github.com/AoiDragon/POPE): of the first sentence,
+    whatever holds no "No", "not" or "no" is a yes. A ratio of nothing to nothing is 0.
+    """
+    # what was said, and what is so
+    predicted = []
+    for text in said:
+        words = text.split(".")[0].replace(",", "").split(" ")
+        predicted.append(not {"No", "not", "no"} & set(words))
+    actual = [truth.strip().lower() == "yes" for truth in truths]
+
+    # the four cells of the table, and what follows from them
+    pairs = Counter(zip(predicted, actual, strict=True))
+    true_yes = pairs[True, True]
+    precision = true_yes / max(1, sum(predicted))
+    recall = true_yes / max(1, sum(actual))
+    return {
+        "accuracy": (true_yes + pairs[False, False]) / max(1, len(actual)),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if true_yes else 0.0,
+        "yes": sum(predicted) / max(1, len(actual)),
     }
-    mean = [
-        sum(getattr(s, key) for s in scores.values()) / len(scores)
-        for key in ("accuracy", "chance")
-    ]
-    return scores | {"overall": Score(*mean, sum(s.n for s in scores.values()))}
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that one of k answers is right, from `correct` right ones of n: 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises ValueError unless 0 < k <= n.
+    """
+    if not 0 < k <= n or not 0 <= correct <= n:
+        raise ValueError(f"pass@{k} of {n} answers with {correct} right does not exist")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+# ------------------------------------------------------------------------------- circular evaluation
+
+
+def rotations(sample: Sample) -> list[Sample]:
+    """A multiple-choice question with its options moved round by 0, 1, ... places; else itself.
+
+    Source: CircularEval of MMBench, arXiv 2307.06281, section 4.
+    """
+    options = question_options(sample)
+    truths = accepted_truths(sample.facts.get("answer"))
+    letter = choice_letter(truths[0]) if len(truths) == 1 else None
+    if letter not in options:
+        return [sample]
+
+    # the message that asks
+    roles = [message.role for message in sample.messages]
+    place = len(roles) - 1 - roles[::-1].index("user")
+    user = sample.messages[place]
+
+    rotated = []
+    letters = list(options)
+    for shift in range(len(letters)):
+        # each letter gets the words that stood `shift` places further on
+        turned = letters[shift:] + letters[:shift]
+        words = {letter: options[old] for letter, old in zip(letters, turned)}
+        parts = tuple(with_options(p, words) if isinstance(p, str) else p for p in user.parts)
+        messages = list(sample.messages)
+        messages[place] = replace(user, parts=parts)
+
+        # the truth went with its words
+        answer = letters[turned.index(letter)]
+        facts = sample.facts | {"answer": answer, "circle": sample.origin}
+        origin = f"{sample.origin}/{shift}"
+        rotated.append(replace(sample, messages=tuple(messages), facts=facts, origin=origin))
+    return rotated
+
+
+def with_options(text: str, options: dict[str, str]) -> str:
+    """A question with other words behind its options' letters."""
+
+    def line(match: re.Match) -> str:
+        return match[1] + options.get(match[2], match[3])
+
+    return re.sub(r"^([ \t]*\(?([A-Z])[).:][ \t]*)(\S.*?)[ \t]*$", line, text, flags=re.MULTILINE)
+
+
+def whole_circles(graded: list[Graded]) -> list[Graded]:
+    """One for each question: right only if it was right in every rotation.
+
+    Rows of a benchmark that is rotated already say so by their index: 1000241 belongs to 241.
+    """
+    circles = defaultdict(list)
+    for number, g in enumerate(graded):
+        # rotated here, rotated in the file, or a question of its own
+        facts = g.sample.facts
+        index = str(facts.get("index", ""))
+        if "circle" in facts:
+            circle = facts["circle"]
+        elif index.isdigit():
+            circle = int(index) % 1_000_000
+        else:
+            circle = f"sample {number}"
+        circles[circle].append(g)
+
+    merged = []
+    for members in circles.values():
+        worst = min(g.score for g in members)
+        merged.append(replace(members[0], score=worst))
+    return merged
+
+
+# --------------------------------------------------------------------------------------- the command
 
 
 @dataclass
-class Options:
-    """Grade a model on a held-out LLaVA file (exact match of the last answer)."""
+class EvaluateOptions:
+    """Grade a model on a held-out file: LLaVA, VLMEvalKit's TSV, or rows of one's own."""
 
     data: Path
     model: Path = Path("runs/toy/final")
-    images: Path | None = None
-    think: bool = False
+    images: Path | None = None  # where image paths start; none: beside the file
+    think: bool = False  # ask for a chain of thought; then only the box counts
+    grader: str = ""  # in place of those of the rows; a key of graders.GRADERS
+    circular: bool = False  # multiple choice: right only if right in every order of its options
+    swap: bool = False  # the control: every question with another one's pictures
+    answers: Path | None = None  # write answers here as they come; the next run goes on from there
     limit: int = 0  # 0: all samples
-    max_new: int = 48
+    max_new: int = 48  # tokens of an answer
+    tries: int = 1  # answers to each question, for pass@k (needs a temperature)
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+    tokens: int = PREFILL_TOKENS  # of prompts and answers that run together: bounds the memory
+    device: str = ""  # cpu, cuda, npu, mps; none: the rank's
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def main(o: Options) -> int:
-    model, tokenizer = load_model(o.model)
-    folder = Folder(o.data, o.images)
-    encoder, usable = Encoder(tokenizer, model.config, folder.root), []
-    for s in folder.first(o.limit):
+def evaluate_files(options: EvaluateOptions) -> None:
+    """Ask, grade and print. Raises ValueError and OSError for what a user can mend."""
+    if options.grader and options.grader not in GRADERS:
+        raise ValueError(f"--grader {options.grader!r}: choose from {', '.join(GRADERS)}")
+    if options.tries > 1 and options.temperature <= 0:
+        raise ValueError("--tries needs --temperature: greedy answers are all the same")
+
+    # the model and the file
+    ranks = parallel.start()
+    device = checked_device(options.device or ranks.device)
+    model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
+    folder = Folder(options.data, options.images)
+    encoder = Encoder(tokenizer, model.config, folder.root)
+
+    # what can be asked
+    samples = []
+    for sample in folder.first(options.limit):
         try:
-            encoder.prompt(s)
-            usable.append(s)
-        except BadSample as e:
-            folder.faults.add(e)
-    scores, _ = evaluate(model, encoder, usable, o.think, max_new=o.max_new)
-    for family, s in scores.items():
-        print(f"{family:14s} {s.accuracy:6.1%} +- {s.error:.1%}   chance {s.chance:6.1%}   n {s.n}")
-    print(folder.faults.report())
-    return 0
+            usable(sample)
+        except BadSample as fault:
+            folder.faults.add(fault)
+            continue
+        samples += rotations(sample) if options.circular else [sample]
+    if not samples:
+        raise ValueError(f"{options.data}: no sample can be graded\n{folder.faults.report()}")
+
+    # what the scores will depend on, before they take their time
+    form = prompt_form(encoder, samples, options.think)
+    note = symbolic_note({options.grader or evaluation_grader(sample) for sample in samples})
+    if ranks.main:
+        print(f"prompt: {_printable(form)}", note, sep="\n" if note else "", flush=True)
+
+    # ask
+    decoding = Decoding(
+        options.think,
+        options.max_new,
+        options.temperature,
+        options.seed,
+        options.swap,
+        tokens=options.tokens,
+        tries=options.tries,
+    )
+    file = AnswerFile(options.answers, answer_settings(options, form), ranks.rank)
+    said = ask_resumably(model, encoder, samples, decoding, file, folder.faults)
+
+    # grade: of several tries the mean counts, and how many of them are right
+    graded = []
+    passed = []
+    for sample, answers in zip(samples, said):
+        if not answers:
+            continue
+        tried = [
+            graded_sample(sample, text, finished, options.think, options.grader)
+            for text, finished in answers
+        ]
+        scores = [g.score for g in tried]
+        graded.append(replace(tried[0], score=sum(scores) / len(scores)))
+        passed.append(sum(score >= 1 for score in scores))
+    if not graded:
+        raise ValueError(f"{options.data}: no sample can be asked\n{folder.faults.report()}")
+
+    if ranks.main:
+        print(report_text(options, graded, passed, folder.faults), flush=True)
+    parallel.stop()
+
+
+def checked_device(name: str) -> str:
+    """The name. Raises ValueError when nothing can be put there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ValueError(f"--device {name}: not available here ({reason})") from error
+    return name
+
+
+def prompt_form(encoder: Encoder, samples: list[Sample], think: bool) -> str:
+    """The first prompt that can be made, as the model reads it; runs of visual tokens counted."""
+    for sample in samples:
+        try:
+            asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
+            ids, _ = encoder.prompt(asked)
+        except Exception:
+            # counted when it is asked
+            continue
+        text = encoder.tokenizer.decode(ids)
+        mark = encoder.tokenizer.decode([encoder.tokenizer.image])
+        for count in sorted(map(len, re.findall(f"(?:{re.escape(mark)})+", text)), reverse=True):
+            text = text.replace(mark * (count // len(mark)), f"{count // len(mark)} visual tokens")
+        return text
+    return ""
+
+
+def ask_resumably(
+    model: SailVL,
+    encoder: Encoder,
+    samples: list[Sample],
+    decoding: Decoding,
+    file: "AnswerFile",
+    faults: Faults,
+) -> list[list[tuple[str, bool]]]:
+    """[(text, finished), ...] for each sample, empty where it could not be asked; on every rank."""
+    # all ranks must agree on what is left to ask
+    rank, size = parallel.place()
+    known = parallel.gather([file.known if rank == 0 else {}])[0]
+    names = [sample_name(sample) for sample in samples]
+    todo = [i for i, name in enumerate(names) if name not in known]
+    if known and rank == 0:
+        print(f"{len(samples) - len(todo)} of {len(samples)} answers are in {file.path}")
+
+    # this rank's share, each answer on disk as soon as it is there
+    mine = todo[rank::size]
+    bad: list[BadSample] = []
+    new: dict[str, list[tuple[str, bool]]] = {}
+    stream = answer_stream(model, encoder, [samples[i] for i in mine], decoding, bad)
+    for place, answers in tqdm(
+        stream, total=len(mine), desc="asked", disable=None if rank == 0 else True
+    ):
+        i = mine[place]
+        texts = [(text_of(answer, encoder.tokenizer), answer.finished) for answer in answers]
+        new[names[i]] = texts
+        file.write(names[i], samples[i], texts)
+
+    # everybody's
+    for fault in parallel.gather(bad):
+        faults.add(fault)
+    for part in parallel.gather([new]):
+        known |= part
+    return [[tuple(answer) for answer in known.get(name, [])] for name in names]
+
+
+def sample_name(sample: Sample) -> str:
+    """A sample's name in a file of answers: where it lies, and a digest of what it asks."""
+    texts = [part for m in sample.messages for part in m.parts if isinstance(part, str)]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+    return f"{sample.origin}#{digest}"
+
+
+def answer_settings(options: EvaluateOptions, form: str) -> dict:
+    """What an answer depends on: another of these, and old answers must not be taken for new ones."""
+    names = ("think", "swap", "max_new", "tries", "temperature", "seed", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    return {"model": weights_digest(options.model), "prompt": form} | settings
+
+
+def weights_digest(directory: Path) -> str:
+    """Of the names, sizes, heads and tails of the weight files: another checkpoint has another one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            digest.update(f.read(1 << 16))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+class AnswerFile:
+    """JSON lines: first the settings, then one answered sample each. Without a path nothing is kept.
+
+    Rank 0 writes FILE, rank 1 FILE.rank1 and so on; all of them are read. A line that was cut off by
+    a kill is dropped. Raises ValueError when FILE was made with other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: dict, rank: int):
+        self.known: dict[str, list[tuple[str, bool]]] = {}
+        self.path = None
+        if path is None:
+            return
+        self.path = path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+        for part in [path, *sorted(path.parent.glob(f"{path.name}.rank*"))]:
+            if part.is_file():
+                self._read(part, settings)
+
+        # begin the file, or go on behind its last whole line
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, whole)
+        if not self.path.is_file() or not whole:
+            self._append({"settings": settings})
+
+    def _read(self, path: Path, settings: dict) -> None:
+        for number, line in enumerate(path.read_text("utf-8").splitlines()):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+
+            # the head must be that of this run, the rest are answers
+            if "settings" in row:
+                changed = [k for k in settings if row["settings"].get(k) != settings[k]]
+                if changed:
+                    raise ValueError(
+                        f"--answers {path}: its answers were made with another {', '.join(changed)}; "
+                        "name another file, or remove this one"
+                    )
+            elif number == 0:
+                raise ValueError(f"--answers {path}: not a file of answers; name another one")
+            else:
+                self.known[row["name"]] = row["said"]
+
+    def write(self, name: str, sample: Sample, said: list[tuple[str, bool]]) -> None:
+        if self.path is None:
+            return
+        row = {
+            "name": name,
+            "question": question_of(sample),
+            "truth": accepted_truths(sample.facts.get("answer")),
+            "said": said,
+        }
+        self._append(row)
+
+    def _append(self, row: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def report_text(
+    options: EvaluateOptions, graded: list[Graded], passed: list[int], faults: Faults
+) -> str:
+    """The scores as lines: by family, by category, and what belongs to some kinds of questions."""
+    lines = []
+    questions = graded
+    if options.circular:
+        questions = whole_circles(graded)
+        lines.append(f"circular: {len(graded)} orders of the options of {len(questions)} questions")
+
+    # nobody who does not look is right in every order
+    blind = not options.circular
+    lines += score_lines("family", summary(questions, chance=blind), questions, group_of)
+    if any(category_of(g) for g in questions):
+        by_category = summary(questions, category_of, blind)
+        lines += score_lines("category", by_category, questions, category_of)
+
+    # figures of one kind of question
+    yes_no = [g for g in graded if g.grader == "yesno"]
+    if yes_no:
+        said = [final_answer(g.said) for g in yes_no]
+        figures = yes_no_scores(said, [plain(g.truth.split(" | ")[0]) for g in yes_no])
+        lines.append("POPE   " + "  ".join(f"{name} {v:.1%}" for name, v in figures.items()))
+    if any(g.grader in ("box", "iou") for g in graded):
+        lines.append(f"boxes: coordinates as the truth's, {coordinate_scale(graded)}")
+
+    # several answers to each question
+    if options.tries > 1:
+        for k in [k for k in (1, 2, 4, 8, 16, 32) if k <= options.tries]:
+            mean = sum(pass_at_k(options.tries, c, k) for c in passed) / len(passed)
+            lines.append(f"pass@{k} {mean:.1%}  (of {options.tries} answers to each question)")
+
+    # what was lost on the way
+    if JUDGE.lost:
+        lines.append(f"{JUDGE.lost} expressions took too long to compare and count as wrong")
+    if faults.counts:
+        lines.append(_printable(faults.report()))
+    return "\n".join(lines)
+
+
+def category_of(graded: Graded) -> str:
+    return str(graded.sample.facts.get("category") or "")
+
+
+def score_lines(title: str, scores: dict[str, Score], graded: list[Graded], group) -> list[str]:
+    """A table with a 95 % interval, the blind player's score and the graders of each line."""
+    rules: dict[str, dict] = defaultdict(dict)
+    for g in graded:
+        rules[group(g)][g.grader] = True
+
+    width = max(14, *(len(_printable(name)) for name in scores))
+    lines = [f"{title:{width}s}   score   95 % interval    chance       n  graded by"]
+    for name, s in scores.items():
+        low, high = s.interval
+        graded_by = ", ".join(rules[name]) if name in rules else f"mean over {len(scores) - 1}"
+        lines.append(
+            f"{_printable(name) or '(none named)':{width}s}  {s.accuracy:6.1%}  {low:6.1%} - {high:6.1%}  "
+            f"{s.chance:6.1%}  {s.n:6d}  {graded_by}"
+        )
+    return lines
+
+
+def coordinate_scale(graded: list[Graded]) -> str:
+    """In words, from the largest coordinate among the truths."""
+    boxes = [box_of(g.truth) for g in graded if g.grader in ("box", "iou")]
+    largest = max((abs(v) for box in boxes if box for v in box), default=0.0)
+    if largest <= 1:
+        return "0 to 1"
+    return "0 to 1000" if largest <= 1000 else f"pixels, up to {largest:g}"
+
+
+def _printable(text: str) -> str:
+    """Without control characters: what comes from data or a model must not steer a terminal."""
+    return "".join(c if c.isprintable() else "\\n" if c == "\n" else " " for c in text)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
+    command(evaluate_files)

@@ -1,14 +1,13 @@
-"""Rewards: what each of many completions that try to be paid for nothing earns, graders, and a time limit that holds in threads."""
+"""Rewards: what each of many completions that try to be paid for nothing earns, and how parts combine."""
 
-import importlib.util
-import threading
+import math
 import time
 
 import pytest
 
 import graders
 import rewards
-from graders import GRADERS, arithmetic, boxed, expressions_equal, lists_equal, number, same_answer
+from graders import GRADERS, arithmetic, boxed, lists_equal, number, same_answer
 from rewards import answer_reward, format_reward
 
 T = "<think>a</think>"
@@ -63,17 +62,21 @@ VERDICTS = [  # completion, truth, answer reward, format reward
     ("<think>\\boxed{3}</think>\\boxed{4}", "4", 1, 0),
     ("<think>\\boxed{3}</think>\\boxed{4}", "3", 0, 0),
     ("\\boxed{3}<think>a</think>\\boxed{4}", "3", 0, 0),
-    ("<think>\\boxed{3}", "3", 1, 0),
+    ("<think>\\boxed{3}", "3", 0, 0),  # still thinking
     # think tags
     ("<think></think>\\boxed{3}", "3", 1, 0),
     ("<think> \n</think>\\boxed{3}", "3", 1, 0),
     ("<think>a<think>b</think>\\boxed{3}", "3", 1, 0),
     ("a<think>b</think>\\boxed{3}", "3", 1, 0),
     ("<think>a</think></think>\\boxed{3}", "3", 1, 0),
-    ("</think>a<think>\\boxed{3}", "3", 1, 0),
+    ("</think>a<think>\\boxed{3}", "3", 0, 0),
+    ("a</think>\\boxed{3}", "3", 1, 0),
+    ("\\boxed{4}</think>\\boxed{3}", "3", 1, 0),
     ("<think>a</think><think>b</think>\\boxed{3}", "3", 1, 0),
     ("<Think>a</Think>\\boxed{3}", "3", 1, 0),
-    ("<think>a\\boxed{3}", "3", 1, 0),
+    ("<think>a\\boxed{3}", "3", 0, 0),
+    ("\\boxed{3}<think>a", "3", 1, 0),
+    ("\\boxed{3}<think>a</think>\\boxed{4}", "4", 0, 0),
     (T + "\\boxed{<think>3}", "3", 0, 0),
     # several guesses in one box
     (T + "\\boxed{3 or 4}", "3", 0, 1),
@@ -226,75 +229,7 @@ def test_arithmetic_is_exact_and_refuses_what_would_take_long(text, value):
     assert arithmetic(text) == (None if value is None else Fraction(value))
 
 
-@pytest.mark.parametrize(
-    "installed",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                not importlib.util.find_spec("math_verify"), reason="math-verify is not installed"
-            ),
-        ),
-    ],
-)
-def test_expressions_are_equal_with_and_without_math_verify(installed, monkeypatch):
-    if not installed:
-        monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
-    for a, b in (
-        ("\\frac{1}{2}", "0.5"),
-        ("2^3", "8"),
-        ("x + 1", "x+1"),
-        ("\\frac{2}{4}", "\\frac{1}{2}"),
-        ("x = 3", "3"),
-    ):
-        assert expressions_equal(a, b) == 1, (a, b)
-    for a, b in (
-        ("3 or 4", "3"),
-        ("3, 4", "3"),
-        ("3$ or $4", "3"),
-        ("3=3", "3"),
-        ("4 = 3", "3"),
-        ("x", "y"),
-        ("9^9^9^9", "1"),
-        ("", ""),
-    ):
-        assert expressions_equal(a, b) == 0, (a, b)
-    if installed:
-        assert (
-            expressions_equal("(x+1)^2", "x^2+2x+1") == 1
-            and expressions_equal("\\sqrt{8}", "2\\sqrt{2}") == 1
-        )
-
-
-def hang(pipe):
-    """Stands in for a judge that is handed an expression it never finishes."""
-    pipe.send("ready")
-    while True:
-        answer, truth = pipe.recv()
-        time.sleep(600 if answer == "slow" else 0)
-        pipe.send(answer == truth)
-
-
-def test_an_answer_that_takes_too_long_is_wrong_and_the_next_is_judged_also_from_threads(
-    monkeypatch,
-):
-    monkeypatch.setattr(graders, "verify", hang)
-    judge, verdicts = graders.Judge(), {}
-
-    def ask(answer):
-        verdicts[answer] = judge.ask(answer, "x", 1.0)
-
-    threads = [threading.Thread(target=ask, args=(a,)) for a in ("x", "slow", "y")]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(120)
-    assert verdicts == {"x": True, "slow": False, "y": False} and judge.ask("x", "x", 5.0)
-    judge.stop()
-
-
-# ------------------------------------------------------------------------------------------------------------------ mixed
+# ------------------------------------------------------------------------------------------ mixed
 
 FACTS = {
     "answer": "2",
@@ -314,9 +249,10 @@ def test_mixed_and_product_rewards():
     invented = FULL.replace("ring, 2", "cube, 2")
     assert rewards.parts(invented, FACTS, True) == {"answer": 1.0, "think": 0.0, "format": 1.0}
     assert rewards.product(rewards.parts(FULL, FACTS, True)) == 1.0
-    assert rewards.product(rewards.parts(invented, FACTS, True)) == pytest.approx(
-        0.1
-    )  # a lucky guess keeps its format only
+    assert rewards.COMBINE["verifiable"](rewards.parts(FULL, FACTS, True)) == 1.0
+    assert rewards.verifiable({"answer": 1.0, "format": 0.0}) == 0.0
+    assert rewards.verifiable({"answer": 0.5, "format": 1.0}) == 0.5
+    assert rewards.product(rewards.parts(invented, FACTS, True)) == pytest.approx(0.1)
     assert rewards.mixed_reward(FULL, FACTS, False) == pytest.approx(0.2)
 
 
@@ -324,6 +260,7 @@ def test_mixed_and_product_rewards():
     "chain,box,think",
     [
         ("1 west red ring, 2 east red ring.", "2", 1),
+        ("west red ring.", "west red ring", 1),
         ("west red ring.", "2", 0),
         ("", "2", 0),
         (" , .", "2", 0),
@@ -354,7 +291,11 @@ def test_a_chain_says_what_is_true_and_what_it_answers(chain, box, think):
 )
 def test_a_judges_reply_is_read_strictly(reply, verdict):
     asked = []
-    judge = lambda prompt: asked.append(prompt) or reply
+
+    def judge(prompt):
+        asked.append(prompt)
+        return reply
+
     assert rewards.judged_think_reward(FULL, "how many?", judge) == verdict
     assert "how many?" in asked[0] and "east red ring" in asked[0]
     mixed = rewards.weighted(rewards.parts(FULL, FACTS, True, judge))
@@ -365,3 +306,55 @@ def test_a_caption_is_graded_by_its_phrases_inside_the_box():
     facts = {"family": "caption", "answer": "red ring, blue cube", "chain": ""}
     assert rewards.parts("<think>x</think>\\boxed{blue cube, red ring}", facts, True)["answer"] == 1
     assert rewards.parts("<think>x</think>blue cube, red ring", facts, True)["answer"] == 0
+
+
+@pytest.mark.parametrize(
+    "chain,box,think",
+    [
+        ("two apples and three pears make 5.", "5", 1),
+        ("it is a half, so 1/2", "0.5", 1),
+        ("the ring is red, so I say red", "\\text{Red}", 1),
+        ("the second option, so B", "B", 1),
+        ("it is 5", "5", 1),
+        ("just 5", "5", 0),
+        ("there is no dog anywhere", "no", 1),
+        ("two apples and three pears make 6.", "5", 0),
+        ("5.", "5", 0),
+        ("well 5 " + "and so on " * 60, "5", 0),
+        ("there are 15 of them", "5", 0),
+    ],
+)
+def test_without_a_reference_a_chain_must_come_to_its_answer(chain, box, think):
+    """Rows that people have hold a truth and no chain: product must not pay right and wrong alike."""
+    facts = {"answer": box}
+    text = f"<think>{chain}</think>\\boxed{{{box}}}"
+    assert rewards.think_reward(text, facts) == think
+    assert rewards.product(rewards.parts(text, facts, True)) == pytest.approx(0.9 * think + 0.1)
+    wrong = rewards.parts(text, {"answer": "other"}, True)
+    assert rewards.product(wrong) == pytest.approx(0.1)
+
+
+def test_several_truths_and_no_truth():
+    text = T + "\\boxed{crimson}"
+    assert rewards.answer_reward(text, ["red", "Crimson"], True) == 1
+    assert rewards.answer_reward(text, None, True) == 0 == rewards.answer_reward(text, [], True)
+    assert rewards.parts(text, {}, True)["answer"] == 0
+    assert rewards.answer_reward(T + "\\boxed{5}", 5, True) == 1
+
+
+def test_a_reward_that_is_no_number_has_no_verdict_or_is_an_error():
+    checked = rewards.checked_parts({"reward": math.inf, "other": None, "fine": 1})
+    assert math.isnan(checked["reward"]) and math.isnan(checked["other"]) and checked["fine"] == 1.0
+    assert math.isnan(rewards.checked_parts({"reward": math.nan})["reward"])
+    assert rewards.checked_parts({"reward": True}) == {"reward": 1.0}
+    for wrong in (1.0, None, {}, {"answer": 1.0}, {"reward": "high"}, {"reward": [1]}):
+        with pytest.raises(ValueError, match="a reward function returned"):
+            rewards.checked_parts(wrong)
+
+
+def test_a_judge_is_not_asked_about_no_chain():
+    def judge(prompt):
+        raise AssertionError("there is nothing to judge")
+
+    for text in ("\\boxed{2}", "<think> </think>\\boxed{2}", "<think>a"):
+        assert rewards.judged_think_reward(text, "how many?", judge) == 0
