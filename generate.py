@@ -20,7 +20,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -267,9 +267,10 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     start: list[int] = (),
+    each_step: Callable[[], None] | None = None,
 ) -> list[Answer]:
     """Whole answers, `samples` per prompt, in prompt order. Arguments and errors are those of
-    `stream`."""
+    `stream`; `each_step` is called after every token, and may raise to end a long work."""
     # write each step into a table of all answers
     B = len(prompts) * samples
     device = model.language_model.lm_head.weight.device
@@ -279,6 +280,8 @@ def generate(
     for t, (rows, picked, score) in enumerate(steps):
         table[rows, t] = picked
         scores[rows, t] = score
+        if each_step is not None:
+            each_step()
 
     # and cut each row where its answer ends
     stops = stop_tokens(end)

@@ -34,7 +34,7 @@ import tyro
 from torch import Tensor
 
 from curation.chains import Blend
-from data.encode import Encoder, with_thinking
+from data.encode import Encoder, chain_of, truth_of, with_thinking
 from data.images import normalise
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
@@ -42,12 +42,14 @@ from data.stream import Documents, Mapped
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import evaluate
 from generate import load_model
+from graders import grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
+from infra.identity import data_identity
 from infra.plan import describe, plan_of, refuse_unused, steps_of
 from objective import PatchPredictor
 from packing import Batches
-from rollout import PATIENCE, Reward, Rollouts, oddities
+from rollout import Reward, Rollouts, oddities
 from scale import parallel
 from scale.parallel import Ranks
 from stage import BaseStage, RLStage, Stage
@@ -55,6 +57,7 @@ from tokenizer import Tokenizer, train_bpe
 from train import Run, train
 from vlm import PRESETS, SailVL
 
+PATIENCE = 1000  # samples in a row without a usable picture: a stage on images gives up
 THINK = (
     "think first."  # the toy's request to think: the released sentence is longer than its answers
 )
@@ -112,7 +115,10 @@ def answers(setup: Setup, stage: BaseStage):
 
 def chains(setup: Setup, stage: BaseStage):
     """Questions asked to think, answered by their chains; samples without one are passed over."""
-    return Mapped(answers(setup, stage), AskedToThink(setup.encoder.tokenizer.think_prompt))
+    ask = AskedToThink(setup.encoder.tokenizer.think_prompt)
+    return Mapped(
+        answers(setup, stage), ask, "a chain of thought (<think>...</think>, facts.chain)"
+    )
 
 
 def fusion(setup: Setup, stage: Stage):
@@ -120,12 +126,15 @@ def fusion(setup: Setup, stage: Stage):
     harvest = setup.harvest
     if harvest is None:
         harvest = reference_chains(setup, stage)
-    return Blend(answers(setup, stage), harvest, stage.think, stage.seed)
+    direct = Mapped(answers(setup, stage), without_thinking)
+    return Blend(direct, harvest, stage.think, stage.seed)
 
 
 def questions(setup: Setup, stage: BaseStage):
     """Samples whose answer can be verified: a truth is enough."""
-    return Mapped(answers(setup, stage), verifiable)
+    return Mapped(
+        answers(setup, stage), verifiable, "a truth to grade by (facts.answer, an answer)"
+    )
 
 
 SAMPLES: dict[str, Callable] = {
@@ -143,12 +152,27 @@ class AskedToThink:
     think_prompt: str
 
     def __call__(self, sample: Sample) -> Sample | None:
-        has_chain = sample.facts.get("chain") or any(m.think for m in sample.messages)
-        return with_thinking(sample, self.think_prompt) if has_chain else None
+        return with_thinking(sample, self.think_prompt) if chain_of(sample) else None
+
+
+def without_thinking(sample: Sample) -> Sample:
+    """A sample as a direct answer: a chain in its last turn is left out, and the box around the truth."""
+    last = sample.messages[-1]
+    if last.think is None:
+        return sample
+    truth = truth_of(sample)
+    said = truth if isinstance(truth, str) else truth[0]
+    direct = replace(last, think=None, parts=(said,))
+    return replace(sample, messages=(*sample.messages[:-1], direct))
 
 
 def verifiable(sample: Sample) -> Sample | None:
-    return sample if sample.facts.get("answer") else None
+    """A sample whose answer can be graded, with its truth among the facts."""
+    try:
+        truth = truth_of(sample)
+    except BadSample:
+        return None
+    return replace(sample, facts=sample.facts | {"answer": truth})
 
 
 def reference_chains(setup: Setup, stage: BaseStage, most: int = 400) -> list[Sample]:
@@ -203,6 +227,11 @@ def rollouts(setup: Setup, stage: RLStage, samples) -> tuple[SailVL, Rollouts]:
     for sentence in oddities(stage, setup.model.config.text.num_experts):
         warnings.warn(sentence, stacklevel=2)
 
+    # What grades: a run without the symbolic grader says so
+    note = symbolic_note(grader_names(setup, stage))
+    if note and setup.ranks.main:
+        print(note)
+
     # The KL penalty measures against the model as it is now
     encoder = replace(setup.encoder, root=setup.source.root)
     reference = copy.deepcopy(setup.model).requires_grad_(False) if stage.kl else None
@@ -218,6 +247,12 @@ def patches(setup: Setup, stage: Stage, samples) -> tuple[PatchPredictor, Iterat
     predictor.to(setup.ranks.device)
     encoder = replace(setup.encoder, root=setup.source.root)
     return predictor, pixel_batches(encoder, stage, samples, setup.ranks, setup.faults)
+
+
+def grader_names(setup: Setup, stage: RLStage) -> set[str]:
+    """The graders that the first questions of a stage name."""
+    samples = islice(answers(setup, stage), 16)
+    return {grader_of(sample.facts) for sample in samples}
 
 
 FEEDS: dict[str, Callable] = {
@@ -351,6 +386,8 @@ class RunOptions:
     check_every: int = 0  # steps between checks on held-out samples; 0: never
     held_out: Path | None = None  # data to check on; none: held-out scenes of the drawn world
     tracker: str = ""  # module to log to as well: wandb, trackio, tensorboard
+    grace: float = 8.0  # seconds from SIGTERM to the end of a step, at least
+    timeout: float = 1800.0  # seconds that ranks wait for the slowest one
     row: tyro.conf.Fixed[str] = ""  # of the recipe: the word on the command line
 
 
@@ -363,7 +400,7 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     options, defaults = stage_from_words(options_class, recipes)
     with one_line_errors():
         # Everything that a stage needs; what it leaves to the model and the data; where it lives
-        ranks = parallel.start()
+        ranks = parallel.start(options.timeout)
         torch.manual_seed(options.stage.seed)
         setup = set_up(options, ranks)
         options = settled(options, defaults, setup)
@@ -424,6 +461,9 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
         checker(options, setup) if options.check_every else None,
         options.check_every,
         options.tracker,
+        tokenizer=setup.encoder.tokenizer,
+        data_identity=data_identity(path for path, _ in setup.source.files) if options.data else "",
+        grace=options.grace,
     )
 
 

@@ -33,9 +33,10 @@ from attention import Segments
 from data.encode import Encoder, with_thinking
 from data.images import normalise
 from data.sample import BadSample, Faults, Sample
-from data.stream import Walk
+from data.stream import EndOfStream, Patience, as_stream, read_sample
 from evaluate import text_of
 from generate import Answer, generate
+from infra.stopping import check_stop
 from objective import score
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
@@ -47,8 +48,6 @@ from vlm import SailVL
 
 # (completion, sample, finished) -> parts, "reward" among them
 Reward = Callable[[str, Sample, bool], dict[str, float]]
-
-PATIENCE = 1000  # records in a row that a stage may find no use for
 
 
 def oddities(stage: RLStage, experts: int = 0) -> list[str]:
@@ -255,15 +254,22 @@ def rollout(
 
     # Answers and what they earn
     prompts = [group.prompt for group in asked_groups]
-    end = encoder.tokenizer.end
     answers = generate(
-        model, prompts, end, stage.max_new, stage.group, stage.temperature, seed=seed
+        model,
+        prompts,
+        encoder.tokenizer.ends,
+        stage.max_new,
+        stage.group,
+        stage.temperature,
+        seed=seed,
+        each_step=check_stop,
     )
     for answer in answers:
         group = asked_groups[answer.prompt]
         text = text_of(answer, encoder.tokenizer)
         group.answers.append(answer)
-        group.parts.append(reward(text, group.sample, answer.finished))
+        group.parts.append(rewards.checked_parts(reward(text, group.sample, answer.finished)))
+        check_stop()
     return groups
 
 
@@ -277,8 +283,11 @@ class Rollouts:
     same on all, is plain JSON, and fits any number of ranks.
 
     stream: samples by number (data/stream.py), or any iterator of samples. Ends when the stream does.
-    Raises ValueError when PATIENCE records in a row are of no use.
+    Raises ValueError when too many records in a row are of no use. Told to stop, it stops in the middle
+    of its work, and the step before it is what a resumed run begins with.
     """
+
+    interruptible = True
 
     def __init__(
         self,
@@ -301,7 +310,7 @@ class Rollouts:
         # What samples, from what, and who rewards
         self.model = model
         self.encoder = encoder
-        self.stream = stream if hasattr(stream, "__getitem__") else Walk(stream)
+        self.stream = as_stream(stream)
         self.stage = stage
         self.ranks = ranks
         self.reward = reward
@@ -354,28 +363,16 @@ class Rollouts:
     def draw(self, wanted: int) -> list[tuple[int, Sample]]:
         """The next usable samples and their numbers; fewer when the stream ends."""
         drawn: list[tuple[int, Sample]] = []
-        idle = 0  # numbers in a row with nothing under them
+        patience = Patience(self.faults)
         while len(drawn) < wanted:
+            number = self.next_number
             try:
-                item = self.stream[self.next_number]
-            except IndexError:
+                sample = read_sample(self.stream, number)
+            except EndOfStream:
                 break
             self.next_number += 1
-            if isinstance(item, Sample):
-                drawn.append((self.next_number - 1, item))
-                idle = 0
-                continue
-
-            # Nothing under this number
-            if isinstance(item, BadSample):
-                self.faults.add(item)
-            idle += 1
-            if idle >= PATIENCE:
-                raise ValueError(
-                    f"stage {self.stage.name}: {idle} records in a row are of no use to it; it needs "
-                    "questions with a verifiable truth: facts.answer, or a last assistant turn\n"
-                    f"{self.faults.report()}"
-                )
+            if patience.accepts(sample, number, self.stream):
+                drawn.append((number, sample))
         return drawn
 
     def sample(self, wanted: int) -> list[Group]:

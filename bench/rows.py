@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 from tyro.conf import Positional
 
+from bench.packing_rules import Size, example_sizes, naive
 from data.encode import Encoder
 from data.images import normalise
 from data.readers import Folder
 from data.sample import Document, Faults
 from data.stream import Documents, Drawn
 from data.world import World
-from bench.packing_rules import Size, example_sizes, naive
 from packing import Batches, Rows, collate
 from recipe import new_model
 from tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import math
 from collections import Counter
 from dataclasses import asdict, fields
 
-from data.sample import BadSample, Sample
+from data.sample import Document
+from data.stream import EndOfStream, read_document
 from stage import PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
@@ -173,13 +174,11 @@ def mean_length(setup, stage: BaseStage) -> float:
     stream = setup.source.stream(stage.mixture, stage.seed, stage.turns)
     for number in range(PROBED):
         try:
-            sample = stream[number]
-            if isinstance(sample, Sample):
-                lengths.append(len(setup.encoder(sample)))
-        except BadSample:
-            continue  # counted when its turn comes
-        except IndexError:
+            document = read_document(stream, setup.encoder, number)
+        except EndOfStream:
             break
+        if isinstance(document, Document):  # faults are counted when their turn comes
+            lengths.append(len(document))
     return sum(lengths) / max(len(lengths), 1)
 
 
