@@ -40,7 +40,9 @@ ADAPTER = ("adapter",)
 EYES = ("vision", "adapter")
 
 
-def toy(name: str, trains: tuple[str, ...], mixture: dict[str, float], steps: int, **more) -> Stage:
+def toy_stage(
+    name: str, trains: tuple[str, ...], mixture: dict[str, float], steps: int, **more
+) -> Stage:
     """A stage of the toy: rows of 512 tokens, four a step, under Muon."""
     return Stage(name, trains, mixture, steps=steps, rows=4, **({"lr": 5e-3} | more))
 
@@ -49,15 +51,15 @@ BROAD = {"schedule": "wsd", "weighting": "sqrt"}  # for stages on many kinds of 
 SEARCH = {"adalrs": True, "adalrs_k": 12, "adalrs_window": (0.0, 0.7)}
 
 TOY: dict[str, BaseStage] = {
-    "language": toy("language", ("llm",), TEXT, 150, lr=1e-2, **BROAD),
-    "image": toy("image", ("vision",), {"caption": 1.0}, 30, objective="next_patch"),
-    "vit1": toy("vit1", ADAPTER, CAPTION, 30),
-    "vit2": toy("vit2", EYES, CAPTION, 60),
-    "vit3": toy("vit3", ALL, EVERYTHING, 90, **BROAD),
-    "basic": toy(
+    "language": toy_stage("language", ("llm",), TEXT, 150, lr=1e-2, **BROAD),
+    "image": toy_stage("image", ("vision",), {"caption": 1.0}, 30, objective="next_patch"),
+    "vit1": toy_stage("vit1", ADAPTER, CAPTION, 30),
+    "vit2": toy_stage("vit2", EYES, CAPTION, 60),
+    "vit3": toy_stage("vit3", ALL, EVERYTHING, 90, **BROAD),
+    "basic": toy_stage(
         "basic", ADAPTER, CAPTION, 120, lr=1e-4, optimizer="adamw", schedule="constant", **SEARCH
     ),
-    "multitask": toy("multitask", ALL, EVERYTHING, 540, **BROAD),
+    "multitask": toy_stage("multitask", ALL, EVERYTHING, 540, **BROAD),
 }
 
 # --------------------------------------------------------------------------------------- the paper
@@ -83,7 +85,7 @@ MULTITASK = {
 }
 
 
-def paper(
+def paper_stage(
     name: str,
     trains: tuple[str, ...],
     mixture: dict[str, float],
@@ -118,22 +120,22 @@ def paper(
 
 
 PAPER: dict[str, BaseStage] = {
-    "vit1": paper("vit1", ADAPTER, STAGE1, 8.0e6, 1920, 2e-4),
-    "vit2": paper("vit2", EYES, STAGE2, 14.7e6, 512, 2e-5),
-    "vit3": paper("vit3", ALL, STAGE3, 36.5e6, 512, 1e-5),
-    "basic": paper("basic", ADAPTER, STAGE1, 64e6, 2048, 2e-4, adalrs=True),
-    "multitask": paper("multitask", ALL, MULTITASK, 180e6, 2048, 2e-5),
+    "vit1": paper_stage("vit1", ADAPTER, STAGE1, 8.0e6, 1920, 2e-4),
+    "vit2": paper_stage("vit2", EYES, STAGE2, 14.7e6, 512, 2e-5),
+    "vit3": paper_stage("vit3", ALL, STAGE3, 36.5e6, 512, 1e-5),
+    "basic": paper_stage("basic", ADAPTER, STAGE1, 64e6, 2048, 2e-4, adalrs=True),
+    "multitask": paper_stage("multitask", ALL, MULTITASK, 180e6, 2048, 2e-5),
 }
 
 # The first SAIL-VL, 2B and 8B: samples, batch and rate as printed; tokens 131B and 524B for the 2B.
 CAPTION_OCR = {"caption": 0.6, "ocr": 0.4}  # shares: ours
 V1: dict[str, BaseStage] = {
-    "align": paper("align", ADAPTER, CAPTION_OCR, 64e6, 1920, 1e-4),
-    "advance": paper("advance", EYES, CAPTION_OCR, 256e6, 2048, 4e-5),
+    "align": paper_stage("align", ADAPTER, CAPTION_OCR, 64e6, 1920, 1e-4),
+    "advance": paper_stage("advance", EYES, CAPTION_OCR, 256e6, 2048, 4e-5),
 }
 V1_8B: dict[str, BaseStage] = {
-    "align": paper("align", ADAPTER, CAPTION_OCR, 10e6, 512, 1e-3),
-    "advance": paper("advance", EYES, CAPTION_OCR, 16e6, 2048, 4e-5),
+    "align": paper_stage("align", ADAPTER, CAPTION_OCR, 10e6, 512, 1e-3),
+    "advance": paper_stage("advance", EYES, CAPTION_OCR, 16e6, 2048, 4e-5),
 }
 RECIPES = {"toy": TOY, "paper": PAPER, "v1": V1, "v1-8b": V1_8B}
 

@@ -46,7 +46,7 @@ from graders import grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
 from infra.identity import data_identity
-from infra.plan import describe, plan_of, refuse_unused, steps_of
+from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
 from objective import PatchPredictor
 from packing import Batches
 from rollout import Reward, Rollouts, oddities
@@ -58,9 +58,8 @@ from train import Run, train
 from vlm import PRESETS, SailVL
 
 PATIENCE = 1000  # samples in a row without a usable picture: a stage on images gives up
-THINK = (
-    "think first."  # the toy's request to think: the released sentence is longer than its answers
-)
+# The toy's request to think: the released sentence is longer than its answers.
+THINK = "think first."
 
 
 # ----------------------------------------------------------------------------------------- setup
@@ -166,7 +165,7 @@ def without_thinking(sample: Sample) -> Sample:
     return replace(sample, messages=(*sample.messages[:-1], direct))
 
 
-def verifiable(sample: Sample) -> Sample | None:
+def with_truth(sample: Sample) -> Sample | None:
     """A sample whose answer can be graded, with its truth among the facts."""
     try:
         truth = truth_of(sample)
@@ -430,7 +429,7 @@ def stage_from_words(
         for name, stage in stages.items():
             word = name if scale == "toy" else f"{scale}:{name}"
             defaults = options_class(stage=stage, row=word)
-            choices[word] = (f"{options_class.__doc__}\n\n{describe(stage)}", defaults)
+            choices[word] = (f"{options_class.__doc__}\n\n{describe_stage(stage)}", defaults)
 
     # The rest of the command line overrides the row
     options = parse_subcommand(choices)

@@ -33,14 +33,14 @@ from stage import ALL, BaseStage, RLStage
 QUESTIONS = dict.fromkeys(REASONING, 1.0)
 
 
-def toy(name: str, steps: int, lr: float, **more) -> RLStage:
+def toy_rl(name: str, steps: int, lr: float, **more) -> RLStage:
     """48 questions x 8 answers for two updates under Muon."""
     return RLStage(name, ALL, QUESTIONS, steps=steps, lr=lr, prompts=48, turns=1, tries=1, **more)
 
 
 TOY: dict[str, BaseStage] = {
-    "verifiable": toy("verifiable", 104, 1e-3, seed=21),
-    "mixed": toy("mixed", 32, 5e-4, seed=22, reward="mixed"),
+    "verifiable": toy_rl("verifiable", 104, 1e-3, seed=21),
+    "mixed": toy_rl("mixed", 32, 5e-4, seed=22, reward="mixed"),
 }
 
 # --------------------------------------------------------------------------------------- the paper
@@ -48,7 +48,7 @@ TOY: dict[str, BaseStage] = {
 # A call of `generate` has one prompt, so that 8 rows of 20,480 cached tokens (2B: 19 GB) are the most.
 
 
-def paper(name: str, questions: int, **more) -> RLStage:
+def paper_rl(name: str, questions: int, **more) -> RLStage:
     """One epoch over so many questions."""
     prompts = 256
     updates = 8
@@ -75,8 +75,8 @@ def paper(name: str, questions: int, **more) -> RLStage:
 
 
 PAPER: dict[str, BaseStage] = {
-    "verifiable": paper("verifiable", 50_000),
-    "mixed": paper("mixed", 100_000, reward="mixed"),
+    "verifiable": paper_rl("verifiable", 50_000),
+    "mixed": paper_rl("mixed", 100_000, reward="mixed"),
 }
 RECIPES = {"toy": TOY, "paper": PAPER}
 

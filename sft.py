@@ -83,7 +83,7 @@ TOY: dict[str, BaseStage] = {
 # frames has over 4,096 tokens: phase 4 is counted with 3200 a sample.
 
 
-def paper(
+def paper_phase(
     name: str,
     tokens: float,
     batch: int,
@@ -117,19 +117,21 @@ HALF_VIDEO = {"image": 1.0, "video": 1.0}
 AS_PRINTED = {"lr": 1e-6, "weighting": "sequence"}  # Eq. 2 and 3
 
 PAPER: dict[str, BaseStage] = {
-    "sft1": paper("sft1", 42e9, 512, 2000, 8192),
-    "sft2": paper("sft2", 40e9, 512, 2000, 8192),
-    "sft3": paper("sft3", 16e9, 512, 2000, 8192),
-    "sft4": paper("sft4", 70e9, 512, 3200, 16384, mixture=HALF_VIDEO),
-    "long-cot": paper("long-cot", 0.4e9, 1024, 1000, 20480, 8, samples="chains", **AS_PRINTED),
-    "fusion": paper("fusion", 1e9, 1024, 1000, 20480, 8, samples="fusion", **AS_PRINTED),
+    "sft1": paper_phase("sft1", 42e9, 512, 2000, 8192),
+    "sft2": paper_phase("sft2", 40e9, 512, 2000, 8192),
+    "sft3": paper_phase("sft3", 16e9, 512, 2000, 8192),
+    "sft4": paper_phase("sft4", 70e9, 512, 3200, 16384, mixture=HALF_VIDEO),
+    "long-cot": paper_phase(
+        "long-cot", 0.4e9, 1024, 1000, 20480, 8, samples="chains", **AS_PRINTED
+    ),
+    "fusion": paper_phase("fusion", 1e9, 1024, 1000, 20480, 8, samples="fusion", **AS_PRINTED),
 }
 
 # The first SAIL-VL (its Tables 2 and 3): 21M, 12M and 3.5M samples, batch 512, 1e-5, one epoch.
 V1: dict[str, BaseStage] = {
-    "knowledge": paper("knowledge", 21e6 * 2000, 512, 2000, 8192),
-    "instruction": paper("instruction", 12e6 * 2000, 512, 2000, 8192),
-    "preference": paper("preference", 3.5e6 * 2000, 512, 2000, 8192),
+    "knowledge": paper_phase("knowledge", 21e6 * 2000, 512, 2000, 8192),
+    "instruction": paper_phase("instruction", 12e6 * 2000, 512, 2000, 8192),
+    "preference": paper_phase("preference", 3.5e6 * 2000, 512, 2000, 8192),
 }
 RECIPES = {"toy": TOY, "paper": PAPER, "v1": V1}
 

@@ -1,1 +1,1 @@
-"""What every training code needs and no paper is about: weights on disk, checkpoints, the log, configurations."""
+"""What every training code needs and no paper is about: weights, checkpoints, the log, command lines."""

@@ -16,7 +16,7 @@ from stage import PARTS, BaseStage, RLStage
 PROBED = 64  # samples that are encoded to estimate the mean length
 
 
-def describe(stage: BaseStage) -> str:
+def describe_stage(stage: BaseStage) -> str:
     """One line: what the stage trains, on what."""
     tasks = ", ".join(f"{task} {weight:g}" for task, weight in stage.mixture.items()) or "all tasks"
     return f"{stage.objective} on {stage.samples} ({tasks}); trains {', '.join(stage.trains)}"
@@ -97,7 +97,7 @@ def why_unused(option: str) -> str:
 def plan_of(setup, options) -> list[str]:
     """The lines printed before the first step: options, data, work, memory."""
     stage = options.stage
-    lines = ["options", *option_table(options), f"stage {stage.name}: {describe(stage)}"]
+    lines = ["options", *option_table(options), f"stage {stage.name}: {describe_stage(stage)}"]
     lines += data_lines(setup, options)
     lines += work_lines(setup, stage)
     random_parts = sorted(set(PARTS) - set(stage.trains))
