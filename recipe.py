@@ -132,7 +132,7 @@ def fusion(setup: Setup, stage: Stage):
 def questions(setup: Setup, stage: BaseStage):
     """Samples whose answer can be verified: a truth is enough."""
     return Mapped(
-        answers(setup, stage), verifiable, "a truth to grade by (facts.answer, an answer)"
+        answers(setup, stage), with_truth, "a truth to grade by (facts.answer, an answer)"
     )
 
 
