@@ -556,7 +556,7 @@ class Ladder:
                             "images": [self.picture(p) for p in pictures],
                         }
                     )
-        report.write(o.out / "report.html", results, self.runs, cards, drawn, load, results["swap"])
+        report.write_report(o.out / "report.html", results, self.runs, cards, drawn, load, results["swap"])
         self.table(results)
 
     def picture(self, part):
