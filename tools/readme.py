@@ -48,14 +48,14 @@ READING = {
 
 # The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
 ROOMS = {
-    "data": "sample images tiling containers stream readers encode show world",
-    "infra": "cli config weights checkpoint journal",
+    "data": "sample images tiling containers mixture stream readers encode show world",
+    "infra": "cli plan config weights checkpoint stopping identity journal tracker judge text device",
     "scale": "parallel",
     "kernels": "moe_triton bench offline",
-    "bench": "step rows decoding rollouts",
-    "claims": "rates algorithms posttraining alignment",
-    "curation": "balance chains difficulty",
-    "tools": "report picture readme real lock",
+    "bench": "step rows packing_rules decoding rollouts",
+    "claims": "rates alignment calibration posttraining algorithms",
+    "curation": "balance chains difficulty free_response asking rows",
+    "tools": "report ladder picture readme real lock",
     "tests": "",
     "requirements": "",
 }
@@ -253,9 +253,9 @@ def rung_table() -> str:
     every = ("vision", "adapter", "llm")
     peak = f"{ladder['peak_memory_gib']:.1f} GiB"
     toy_time = f"{ladder['total_seconds']:.0f} s on {ladder['cores']} cores"
-    ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 ...`"
-    basic = "`pretrain.py --scale paper --stage basic --recompute`"
-    full = "`torchrun --nproc-per-node 8 sft.py --scale paper --recompute`"
+    ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 --image a.jpg --prompt ...`"
+    basic = "`python pretrain.py paper:basic --model start --data my.jsonl`"
+    full = "`torchrun --nproc-per-node 8 sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`"
 
     def gib(amount: float) -> str:
         return f"{amount:.1f} GiB" if amount < 10 else f"{amount:.0f} GiB"
@@ -291,7 +291,7 @@ def rung_table() -> str:
         ),
         (
             "one GPU of 80 GB",
-            "`sft.py --model SAIL-VL2-2B --recompute`",
+            "`python sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`",
             f"{gib(training_gib('SAIL-VL2-2B', every))} + activations",
             "train all of the 2B model",
             "computed",
