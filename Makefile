@@ -47,6 +47,8 @@ readme: $(VENV)/core      ## 10 s     regenerate what README.md and RESULTS.md c
 lock: $(VENV)/test $(VENV)/check ## 10 s     solve requirements/ anew: requirements/lock.txt, versions and hashes
 	$(PIP) uv
 	$(PY) -m tools.lock
+	$(PIP) --no-deps --require-hashes -r requirements/lock.txt
+	$(PY) -m tools.lock --licences
 
 clean:           ## 1 s      remove the environment and all runs
 	rm -rf $(VENV) runs real

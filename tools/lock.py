@@ -5,7 +5,8 @@ needed and why; the lock says what was tested, for Python 3.11 and later on any 
 
     core + check + test + oracle, less torch, and what torch itself needs -> uv -> requirements/lock.txt
 
-    python -m tools.lock              # write requirements/lock.txt and requirements/licences.md
+    python -m tools.lock              # write requirements/lock.txt
+    python -m tools.lock --licences   # requirements/licences.md, once the lock is installed
 
 PyTorch is not in it: the wheels for CPUs and for each kind of GPU have one version and different
 hashes, so it is pinned by version (the Makefile's TORCH) and installed first and alone. `make lock`
@@ -17,7 +18,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from infra.cli import command
 from tools.readme import ROOT, markdown_table
@@ -35,6 +35,7 @@ class LockOptions:
     """Solve the requirements anew and write the lock."""
 
     python: str = "3.11"  # the oldest version that the lock is for
+    licences: bool = False  # do not solve; list the licences of what is locked and installed
 
 
 def needs_of_torch() -> list[str]:
@@ -96,18 +97,21 @@ def licence_table(lock: str) -> str:
         try:
             rows.append((name, metadata.version(name).partition("+")[0], licence_of(name)))
         except metadata.PackageNotFoundError:
-            rows.append((name, "", "not installed where this was written"))
+            rows.append((name, "", "only on other platforms"))
     return markdown_table("package | version | licence as it states it", "lll", rows)
 
 
 def write_lock(options: LockOptions) -> None:
-    """requirements/lock.txt, and licences.md beside it."""
-    lock = solve(options.python)
-    home = Path(ROOT / "requirements")
-    (home / "lock.txt").write_text(lock)
-    title = "# Licences of what the tests run with\n\nWritten by `make lock`.\n\n"
-    (home / "licences.md").write_text(title + licence_table(lock) + "\n")
-    print(f"requirements/lock.txt: {len(locked_names(lock))} packages")
+    """requirements/lock.txt, or licences.md beside it."""
+    lock = ROOT / "requirements" / "lock.txt"
+    if options.licences:
+        title = "# Licences of what the tests run with\n\nWritten by `make lock`.\n\n"
+        table = licence_table(lock.read_text())
+        lock.with_name("licences.md").write_text(title + table + "\n")
+        return
+
+    lock.write_text(solve(options.python))
+    print(f"requirements/lock.txt: {len(locked_names(lock.read_text()))} packages")
 
 
 if __name__ == "__main__":
