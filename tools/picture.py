@@ -20,8 +20,9 @@ from pathlib import Path
 from PIL import Image
 
 from infra.cli import command
+from infra.text import printable
 from tools.readme import ROOT, replace_block
-from tools.report import el, line, svg, visible, word
+from tools.report import el, line, svg, word
 
 LADDER = ROOT / "figures" / "ladder.json"
 ASKED = ("charts", "spatial", "counting", "arithmetic")  # families of the answers
@@ -150,10 +151,10 @@ def ask_final(run: Path) -> tuple[Image.Image, str]:
     thinking = ask(model, encoder, samples, think=True, max_new=64)
     lines = []
     for i, sample in enumerate(samples):
-        question = visible(question_of(sample))
-        lines.append(f"{i + 1}  {question}   (truth: {visible(sample.facts['answer'])})")
-        lines.append(f"   directly:  {visible(text_of(direct[i], tokenizer))}")
-        lines.append(f"   thinking:  {visible(text_of(thinking[i], tokenizer))}")
+        question = printable(question_of(sample))
+        lines.append(f"{i + 1}  {question}   (truth: {printable(sample.facts['answer'])})")
+        lines.append(f"   directly:  {printable(text_of(direct[i], tokenizer))}")
+        lines.append(f"   thinking:  {printable(text_of(thinking[i], tokenizer))}")
     return side_by_side(pictures), "\n".join(lines)
 
 

@@ -8,20 +8,21 @@ pictures and answers to read.
 
 Plain string building: `el` makes one element; `loss_chart`, `bar_chart` and `heat` make the three
 kinds of figure; `report.css` names every colour once, light and dark. A section without data is
-left out. Same data, same bytes. Text from data or a model loses its control characters and is
-escaped; the page's own policy forbids scripts and anything from a network.
+left out. Same data, same bytes. In text from data or a model control characters are spelled
+out and markup is escaped; the page's own policy forbids scripts and anything from a network.
 """
 
 import base64
 import io
 import math
-import unicodedata
 from html import escape
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from PIL import Image
+
+from infra.text import printable
 
 # A loss chart: its width and the ends of its axis, in px.
 SMALL = 340
@@ -38,33 +39,15 @@ SIGNS = {
 }
 # What the page may load: pictures that stand in it, its own style, nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# Characters that turn the direction of what follows.
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 CSS = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------ elements
 
 
-def visible(text: object) -> str:
-    """The text without what a page must not hold: control, direction and half characters become a mark.
-
-    A tab or a new line becomes a space. The result is not escaped.
-    """
-    kept = []
-    for character in str(text):
-        if character in "\t\n\r":
-            kept.append(" ")
-        elif unicodedata.category(character) in ("Cc", "Cs") or character in DIRECTIONS:
-            kept.append("\N{REPLACEMENT CHARACTER}")
-        else:
-            kept.append(character)
-    return "".join(kept)
-
-
 def safe(text: object) -> str:
     """Text from anywhere, as it may stand inside an element or an attribute."""
-    return escape(visible(text))
+    return escape(printable(text, lines=True))
 
 
 def el(name: str, *inside: str, tip: str = "", **attributes: object) -> str:
@@ -475,7 +458,7 @@ def answer_card(graded: dict) -> str:
     return el("div", pictures, el("div", text), cls="card many" if len(images) > 1 else "card")
 
 
-def answer_cards(graded: list[dict]) -> str:
+def answers_by_family(graded: list[dict]) -> str:
     """The cards, family by family."""
     families: dict[str, str] = {}
     for one in graded:
@@ -642,7 +625,7 @@ def write_report(
     answers = section(
         "Answers",
         "Held-out samples as they come, not chosen. A number instead of a sign is a partial score.",
-        answer_cards(graded),
+        answers_by_family(graded),
     )
 
     page = html_page(
