@@ -37,6 +37,17 @@ def test_the_tables_of_stages_and_machines_are_what_the_code_says():
     assert readme.rung_table() in text_of("README.md"), "run `make readme`"
 
 
+def test_the_papers_tokens_are_met():
+    import pretrain
+    import sft
+
+    for name, stage in (pretrain.PAPER | sft.PAPER).items():
+        printed = re.fullmatch(r"([\d.]+)B", readme.PRINTED_TOKENS.get(name, ""))
+        if printed:
+            tokens = stage.steps * stage.rows * stage.length / 1e9
+            assert tokens == pytest.approx(float(printed[1]), rel=0.03), name
+
+
 def test_a_file_without_a_place_in_the_reading_order_is_an_error(monkeypatch):
     shorter = {title: names[1:] for title, names in readme.READING.items()}
     monkeypatch.setattr(readme, "READING", shorter)

@@ -65,6 +65,21 @@ ROOM_NOTES = {
     "requirements": "What to install: open lists with a reason a line, and one lock with hashes.",
 }
 
+# Tokens that the paper prints (Table 3, sections 4.2.2 to 4.2.5).
+PRINTED_TOKENS = {
+    "vit3": "121B with vit1 and vit2",
+    "basic": "128B",
+    "multitask": "360B",
+    "sft1": "42B",
+    "sft2": "40B",
+    "sft3": "16B",
+    "sft4": "70B",
+    "long-cot": "0.4B",
+    "fusion": "1B",
+    "verifiable": "0.1B",
+    "mixed": "0.2B",
+}
+
 # Block of RESULTS.md: the table that a run wrote, and which of its columns are shown.
 TABLES = {
     "adalrs": (
@@ -171,7 +186,16 @@ def stage_rate(stage) -> str:
     """The peak rate, and whether AdaLRS searches from it."""
     if stage is None:
         return ""
-    return f"{stage.lr:.0e}" + (", AdaLRS" if stage.adalrs else "")
+    return f"{stage.lr:.0e}" + (", AdaLRS" if getattr(stage, "adalrs", False) else "")
+
+
+def stage_tokens(name: str, stage) -> str:
+    """Tokens of a stage on packed rows, and in brackets what the paper prints for it."""
+    printed = PRINTED_TOKENS.get(name, "")
+    if stage is None or not hasattr(stage, "rows"):
+        return f"({printed})" if printed and stage else ""
+    billions = stage.steps * stage.rows * stage.length / 1e9
+    return f"{billions:.1f}B" + (f" ({printed})" if printed else "")
 
 
 def mixture_of(paper, toy) -> str:
@@ -200,15 +224,16 @@ def stage_table() -> str:
                     " + ".join(toy.trains),
                     mixture_of(paper, toy),
                     stage_size(paper),
+                    stage_tokens(name, paper),
                     stage_rate(paper),
                     stage_size(toy),
                     stage_rate(toy),
                 )
             )
     return markdown_table(
-        "stage | trains | on | paper scale: steps x rows x tokens | rate"
-        " | toy: steps x rows x tokens | rate",
-        "lllrrrr",
+        "stage | trains | on | paper scale: steps x rows x length | tokens (printed) | rate"
+        " | toy: steps x rows x length | rate",
+        "lllrrrrr",
         rows,
     )
 
@@ -216,41 +241,40 @@ def stage_table() -> str:
 # ----------------------------------------------------------------------------------- the rungs
 
 
-def parameters_by_part(preset: str) -> dict[str, int]:
+def parameters_by_module(preset: str) -> dict[str, int]:
     """Parameters of the real modules, built without memory on the meta device."""
     import torch
 
-    from train import PARTS
     from vlm import PRESETS, SailVL
 
     with torch.device("meta"):
         model = SailVL(PRESETS[preset])
     counts = {}
-    for part, module in PARTS.items():
-        counts[part] = sum(p.numel() for p in getattr(model, module).parameters())
+    for name, module in model.named_children():
+        counts[name] = sum(p.numel() for p in module.parameters())
     return counts
 
 
-def training_gib(preset: str, trains: tuple[str, ...]) -> float:
+def training_gib(preset: str, adapter_only: bool = False) -> float:
     """GiB of one copy in training.
 
     fp32 weights are 4 bytes a parameter; what trains has a gradient (4) and AdamW's moments (8) too.
     """
     total = 0
-    for part, count in parameters_by_part(preset).items():
-        total += count * (16 if part in trains else 4)
+    for module, count in parameters_by_module(preset).items():
+        trains = module == "mlp1" or not adapter_only
+        total += count * (16 if trains else 4)
     return total / 2**30
 
 
 def inference_gib(preset: str) -> float:
     """GiB of the weights in bf16."""
-    return 2 * sum(parameters_by_part(preset).values()) / 2**30
+    return 2 * sum(parameters_by_module(preset).values()) / 2**30
 
 
 def rung_table() -> str:
     """From a laptop to a cluster: command, memory, what to expect, and how it is known."""
     ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
-    every = ("vision", "adapter", "llm")
     peak = f"{ladder['peak_memory_gib']:.1f} GiB"
     toy_time = f"{ladder['total_seconds']:.0f} s on {ladder['cores']} cores"
     ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 --image a.jpg --prompt ...`"
@@ -285,29 +309,29 @@ def rung_table() -> str:
         (
             "one GPU of 24 GB",
             basic,
-            f"{gib(training_gib('SAIL-VL2-2B', ('adapter',)))} + activations",
+            f"{gib(training_gib('SAIL-VL2-2B', adapter_only=True))} + activations",
             "train the 2B model's adapter",
             "computed",
         ),
         (
             "one GPU of 80 GB",
             "`python sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`",
-            f"{gib(training_gib('SAIL-VL2-2B', every))} + activations",
+            f"{gib(training_gib('SAIL-VL2-2B'))} + activations",
             "train all of the 2B model",
             "computed",
         ),
         (
             "one node, 8 x 80 GB",
             full,
-            f"{gib(training_gib('SAIL-VL2-2B', every))} a GPU + activations",
+            f"{gib(training_gib('SAIL-VL2-2B'))} a GPU + activations",
             "the same, eight rows at once: every rank holds a whole copy",
             "computed",
         ),
         (
             "cluster",
             "none yet",
-            f"8B: {gib(training_gib('SAIL-VL2-8B', every))} a copy, "
-            f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B', every))}",
+            f"8B: {gib(training_gib('SAIL-VL2-8B'))} a copy, "
+            f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}",
             "a copy exceeds a GPU, and weights are not sharded here",
             "computed",
         ),
