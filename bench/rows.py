@@ -56,7 +56,7 @@ class RowsOptions:
 # ----------------------------------------------------------------------------------------- time
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
+def processor_seconds(work: Callable[[], object]) -> float:
     """CPU seconds that a call takes."""
     began = time.process_time()
     work()
@@ -71,7 +71,7 @@ def medians_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            seconds[name].append(cpu_seconds(work))
+            seconds[name].append(processor_seconds(work))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -188,7 +188,7 @@ def compare_vision(options: RowsOptions) -> None:
 
     def row_seconds(row: list[Size]) -> float:
         pixels = [images[id(size)][0] for size in row if size.vision]
-        return cpu_seconds(lambda: vit(pixels)) if pixels else 0.0
+        return processor_seconds(lambda: vit(pixels)) if pixels else 0.0
 
     with torch.no_grad():
         for name, rows in rules.items():

@@ -121,7 +121,7 @@ def draw_ladder(ladder: dict) -> str:
 # ---------------------------------------------------------------------------------- the answers
 
 
-def side_by_side(pictures: list[Image.Image], side: int = 128, gap: int = 16) -> Image.Image:
+def picture_row(pictures: list[Image.Image], side: int = 128, gap: int = 16) -> Image.Image:
     """Square pictures in a row, enlarged pixel by pixel."""
     sheet = Image.new("RGB", (len(pictures) * (side + gap) - gap, side), "white")
     for i, picture in enumerate(pictures):
@@ -155,7 +155,7 @@ def ask_final(run: Path) -> tuple[Image.Image, str]:
         lines.append(f"{i + 1}  {question}   (truth: {printable(sample.facts['answer'])})")
         lines.append(f"   directly:  {printable(text_of(direct[i], tokenizer))}")
         lines.append(f"   thinking:  {printable(text_of(thinking[i], tokenizer))}")
-    return side_by_side(pictures), "\n".join(lines)
+    return picture_row(pictures), "\n".join(lines)
 
 
 def write_answers(run: Path) -> None:

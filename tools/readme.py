@@ -198,7 +198,7 @@ def stage_tokens(name: str, stage) -> str:
     return f"{billions:.1f}B" + (f" ({printed})" if printed else "")
 
 
-def mixture_of(paper, toy) -> str:
+def mixture_text(paper, toy) -> str:
     """What a stage trains on: the paper's shares, or the toy's tasks."""
     if paper and paper.mixture:
         total = sum(paper.mixture.values())
@@ -222,7 +222,7 @@ def stage_table() -> str:
                 (
                     f"`{recipe.__name__}.py` {name}",
                     " + ".join(toy.trains),
-                    mixture_of(paper, toy),
+                    mixture_text(paper, toy),
                     stage_size(paper),
                     stage_tokens(name, paper),
                     stage_rate(paper),

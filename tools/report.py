@@ -380,7 +380,7 @@ def stage_rows(stages: list[dict]) -> str:
 # -------------------------------------------------------------------------- what is in the page
 
 
-def packed_rows(rows: list[list[tuple[int, bool | None]]]) -> str:
+def drawn_rows(rows: list[list[tuple[int, bool | None]]]) -> str:
     """Every row of a packed batch as a bar, every document as a rectangle."""
     kinds = {
         True: ("blue", "with image"),
@@ -614,7 +614,7 @@ def write_report(
     batch = section(
         "A packed batch",
         "One row a line, one rectangle a document, in tokens. No document sees another.",
-        packed_rows(packed) if packed else "",
+        drawn_rows(packed) if packed else "",
     )
     load = section(
         "Expert load",
