@@ -1,47 +1,89 @@
 # Every target sets up what it needs: a virtual environment with PyTorch first and alone (other packages would pull a
-# newer one), then the rest.
+# newer one), then the rest. LOCKED=1 installs the versions and hashes of requirements/lock.txt.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+PIP    := $(VENV)/bin/pip install --quiet
+TORCH  := torch==2.13.0
 MODEL  ?= dense
 SEED   ?= 0
 RANKS  ?= 2
+LOCKED ?=
 LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help toy real test readme clean
+.PHONY: help env toy real check test test-slow test-all readme lock clean
 
-help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+help:            ## this list (times on two cores, without the first installation)
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-toy: $(VENV)/core         ## the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
+env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1: the tested versions, with hashes)
+
+toy: $(VENV)/core         ## 8 min    the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
 	$(LADDER) --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
 
-real: $(VENV)/real        ## the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
+real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 
-test: $(VENV)/test        ## the quick suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
+check: $(VENV)/check      ## 1 s      lint, import order, line length, format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
-readme: $(VENV)/core      ## regenerate the README's measured parts from runs/ and the tree
+test: $(VENV)/test        ## 3 min    the quick suite
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/test   ## 10 min   the tests that take more than a few seconds each
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/test    ## 13 min   every test
+	$(PYTEST)
+
+readme: $(VENV)/core      ## 10 s     regenerate what README.md and RESULTS.md claim, from runs/ and the tree
+	$(PY) -m tools.picture
 	$(PY) -m tools.readme
 
-clean:           ## remove the environment and all runs
+lock: $(VENV)/test $(VENV)/check ## 10 s     solve requirements/ anew: requirements/lock.txt, versions and hashes
+	$(PIP) uv
+	$(PY) -m tools.lock
+	$(PIP) --no-deps --require-hashes -r requirements/lock.txt
+	$(PY) -m tools.lock --licences
+
+clean:           ## 1 s      remove the environment and all runs
 	rm -rf $(VENV) runs real
 
-$(VENV)/core: requirements/core.txt
+# ---------------------------------------------------------------------------------------------------------- environments
+
+$(VENV)/torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet -r requirements/core.txt
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	touch $@
+
+ifeq ($(LOCKED),)
+$(VENV)/core: $(VENV)/torch requirements/core.txt
+	$(PIP) -r requirements/core.txt
+	touch $@
+
+$(VENV)/check: requirements/check.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/check.txt
 	touch $@
 
 $(VENV)/test: $(VENV)/core requirements/test.txt requirements/oracle.txt
-	$(VENV)/bin/pip install --quiet -r requirements/test.txt
-	$(VENV)/bin/pip install --quiet --no-deps -r requirements/oracle.txt
+	$(PIP) -r requirements/test.txt
+	$(PIP) --no-deps -r requirements/oracle.txt
+	touch $@
+else
+$(VENV)/lock: $(VENV)/torch requirements/lock.txt
+	$(PIP) --no-deps --require-hashes -r requirements/lock.txt
 	touch $@
 
+$(VENV)/core $(VENV)/check $(VENV)/test: $(VENV)/lock
+	touch $@
+endif
+
 $(VENV)/real: $(VENV)/core requirements/real.txt
-	$(VENV)/bin/pip install --quiet --no-deps -r requirements/real.txt
-	$(VENV)/bin/pip install --quiet scikit-learn
+	$(PIP) --no-deps -r requirements/real.txt
+	$(PIP) scikit-learn
 	touch $@

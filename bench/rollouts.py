@@ -1,38 +1,43 @@
-"""How fast are rollouts, and a whole GRPO step? Against transformers' generate and TRL's trainer, with the same tiny weights.
+"""How fast are rollouts, and a whole GRPO step? Against transformers' generate and TRL's trainer.
+
+What it teaches: where an RL step's time goes, and what a prompt that runs once for its whole group
+is worth. Both sides have the same tiny weights: the language model is Qwen3 under its published
+names, so transformers loads the very file.
+
+    rollout   prompts -> sampled ids            ours: generate.generate    theirs: Qwen3ForCausalLM.generate
+    step      rollout, reward, loss, AdamW      ours: rl.Rollouts, train   theirs: trl.GRPOTrainer.train
 
     pip install --no-deps -r requirements/trl.txt
     python -m bench.rollouts --model runs/toy/long-cot
 
-The language model is Qwen3 under its published names, so transformers loads the very weights. Prompts are the world's
-described pictures (text only: TRL has no class for our vision side), `--prompts` of them, `--group` samples each at
-temperature 1, at most `--max-new` tokens. One process, the same threads for all; each pair is measured in turn, `--repeats`
-times, and the best time of each counts.
-
-    rollout   prompts -> sampled ids                        ours: generate.generate      theirs: Qwen3ForCausalLM.generate
-    step      rollout, reward, loss, backward, AdamW        ours: rl.Rollouts, train     theirs: trl.GRPOTrainer.train
+Prompts are the world's described pictures (text only: TRL has no class for our vision side),
+`--prompts` of them, `--group` samples each at temperature 1, at most `--max-new` tokens. One process,
+the same threads for all; each pair is measured in turn, `--repeats` times, and the best counts.
 """
 
 import cProfile
 import itertools
 import pstats
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
-import tyro
 
 import rl
 from data.encode import Encoder
+from data.sample import Sample
 from data.world import REASONING, World
 from generate import generate, load_model
+from infra.cli import command
 from train import train
+from vlm import SailVL
 
 
 @dataclass
-class Options:
+class RolloutOptions:
     """Race our rollouts and GRPO steps against transformers and TRL on the same weights."""
 
     model: Path = Path("runs/toy/long-cot")
@@ -44,65 +49,94 @@ class Options:
     profile: bool = False  # print where our step spends its time
 
 
-def described(n: int):
+def described_questions(n: int) -> list[Sample]:
     """n reasoning questions about pictures in words, none in pixels."""
-    stream = World().stream(dict.fromkeys(REASONING, 1.0) | {"text": 1.0}, 0, 1)
-    return [s for s in itertools.islice((s for s in stream if s.facts["chain"]), n)]
+    mixture = dict.fromkeys(REASONING, 1.0) | {"text": 1.0}
+    stream = World().stream(mixture, 0, 1)
+    with_chain = (sample for sample in stream if sample.facts["chain"])
+    return list(itertools.islice(with_chain, n))
 
 
-def qwen3(model):
+def qwen3_of(model: SailVL):
     """transformers' Qwen3 with our weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    c = model.config.text
-    config = Qwen3Config(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        head_dim=c.head_dim,
-        num_key_value_heads=c.num_key_value_heads,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tie_word_embeddings,
+    text = model.config.text
+    published = Qwen3Config(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        head_dim=text.head_dim,
+        num_key_value_heads=text.num_key_value_heads,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=text.rope_theta,
+        tie_word_embeddings=text.tie_word_embeddings,
         max_position_embeddings=4096,
         attention_bias=False,
     )
-    theirs = Qwen3ForCausalLM(config)
+    theirs = Qwen3ForCausalLM(published)
     theirs.load_state_dict(model.language_model.state_dict(), strict=True)
     return theirs.eval()
 
 
-def best(repeats: int, *calls) -> list[float]:
-    """Best seconds of each call, in turn, so that other load meets all alike. A call may return the seconds that count."""
-    seconds = [[] for _ in calls]
+def best_in_turn(repeats: int, *calls: Callable[[], float | None]) -> list[float]:
+    """Best seconds of each call, in turn, so that other load meets all alike.
+
+    A call may return the seconds that count.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for times, call in zip(seconds, calls):
             began = time.perf_counter()
-            own = call()
-            times.append(own or time.perf_counter() - began)
+            counted = call()
+            times.append(counted or time.perf_counter() - began)
     return [min(times) for times in seconds]
 
 
-def rollout(o: Options, model, theirs, encoder: Encoder, samples) -> None:
+def thinking_prompts(encoder: Encoder, samples: list[Sample]) -> list[tuple]:
+    """The questions as prompts that ask for thinking."""
+    request = encoder.tokenizer.think_prompt
+    return [encoder.prompt(rl.with_thinking(sample, request)) for sample in samples]
+
+
+# -------------------------------------------------------------------------------------- rollout
+
+
+def race_rollouts(
+    options: RolloutOptions, model: SailVL, theirs, encoder: Encoder, samples: list[Sample]
+) -> None:
+    """Sample groups with both; print seconds and tokens a second."""
     tokenizer = encoder.tokenizer
-    prompts = [encoder.prompt(rl.with_thinking(s, tokenizer.think_prompt)) for s in samples]
+    prompts = thinking_prompts(encoder, samples)
+
+    # transformers pads at the left.
     longest = max(len(ids) for ids, _ in prompts)
-    ids = torch.tensor([[tokenizer.pad] * (longest - len(p)) + p for p, _ in prompts])
+    ids = torch.tensor([[tokenizer.pad] * (longest - len(p)) + p for p, _ in prompts])  # (N, T)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in prompts])
-    with torch.no_grad():  # the same function before it is raced
-        ours = model(torch.tensor([prompts[0][0]]))
-        torch.testing.assert_close(
-            theirs(torch.tensor([prompts[0][0]])).logits, ours, rtol=1e-3, atol=1e-3
+
+    # The same function before it is raced.
+    first = torch.tensor([prompts[0][0]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(first).logits, model(first), rtol=1e-3, atol=1e-3)
+
+    tokens = {}
+    seeds = itertools.count()
+
+    def sample_ours() -> None:
+        answers = generate(
+            model,
+            prompts,
+            tokenizer.end,
+            options.max_new,
+            options.group,
+            temperature=1.0,
+            seed=next(seeds),
         )
-    counts = {}
+        tokens["ours"] = sum(len(answer.ids) for answer in answers)
 
-    def we(seed=itertools.count()):
-        answers = generate(model, prompts, tokenizer.end, o.max_new, o.group, 1.0, seed=next(seed))
-        counts["ours"] = sum(len(a.ids) for a in answers)
-
-    def they():
+    def sample_theirs() -> None:
         out = theirs.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -110,122 +144,149 @@ def rollout(o: Options, model, theirs, encoder: Encoder, samples) -> None:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=o.max_new,
-            num_return_sequences=o.group,
+            max_new_tokens=options.max_new,
+            num_return_sequences=options.group,
             eos_token_id=tokenizer.end,
             pad_token_id=tokenizer.pad,
         )
-        counts["transformers"] = int((out[:, longest:] != tokenizer.pad).sum())
+        tokens["theirs"] = int((out[:, longest:] != tokenizer.pad).sum())
 
-    a, b = best(o.repeats, we, they)
+    ours, other = best_in_turn(options.repeats, sample_ours, sample_theirs)
     print(
-        f"rollout, {o.prompts} x {o.group}: ours {a:.2f} s ({counts['ours'] / a:.0f} tokens a second), transformers {b:.2f} s "
-        f"({counts['transformers'] / b:.0f}): {b / a:.1f} times",
+        f"rollout, {options.prompts} x {options.group}: "
+        f"ours {ours:.2f} s ({tokens['ours'] / ours:.0f} tokens a second), "
+        f"transformers {other:.2f} s ({tokens['theirs'] / other:.0f}): {other / ours:.1f} times",
         flush=True,
     )
 
 
-def step(o: Options, model, theirs, encoder: Encoder, samples) -> None:
-    from datasets import Dataset
+# ----------------------------------------------------------------------------------------- step
+
+
+def spelled(ids: list[int]) -> str:
+    """A word per id, so that TRL's round trip through text changes no id."""
+    return " ".join(f"t{i}" for i in ids)
+
+
+def word_tokenizer(encoder: Encoder, vocabulary: int):
+    """transformers' tokenizer of the words that `spelled` writes."""
     from tokenizers import Tokenizer as Words
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
+
+    words = Words(WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = encoder.tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"t{tokenizer.end}", pad_token=f"t{tokenizer.pad}"
+    )
+
+
+def train_with_trl(
+    options: RolloutOptions, theirs, encoder: Encoder, samples: list[Sample], vocabulary: int
+) -> float:
+    """GRPO steps of TRL's trainer; returns its seconds, without making it."""
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = encoder.tokenizer
-    spelled = lambda ids: " ".join(
-        f"t{i}" for i in ids
-    )  # a word per id, so that TRL's text round trip changes no id
-    words = Words(
-        WordLevel({f"t{i}": i for i in range(model.config.text.vocab_size)}, unk_token="t0")
-    )
-    words.pre_tokenizer = WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"t{tokenizer.end}", pad_token=f"t{tokenizer.pad}"
-    )
-    data = [
-        {
-            "prompt": spelled(encoder.prompt(rl.with_thinking(s, tokenizer.think_prompt))[0]),
-            "row": i,
-        }
-        for i, s in enumerate(samples)
-    ]
+    prompts = thinking_prompts(encoder, samples)
+    rows = [{"prompt": spelled(ids), "row": i} for i, (ids, _) in enumerate(prompts)]
 
-    def reward(completions, row, completion_ids, **_):
-        texts = [tokenizer.decode([i for i in ids if i != tokenizer.end]) for ids in completion_ids]
-        return [rl.reward_of(t, samples[r], True, "verifiable") for t, r in zip(texts, row)]
+    def reward(completions, row, completion_ids, **_) -> list[float]:
+        rewards = []
+        for ids, i in zip(completion_ids, row):
+            text = tokenizer.decode([token for token in ids if token != tokenizer.end])
+            rewards.append(rl.reward_of(text, samples[i], True, "verifiable"))
+        return rewards
 
-    def they() -> float:
-        with tempfile.TemporaryDirectory() as out:
-            config = GRPOConfig(
-                output_dir=out,
-                per_device_train_batch_size=o.prompts * o.group,
-                num_generations=o.group,
-                max_completion_length=o.max_new,
-                max_steps=o.steps,
-                temperature=1.0,
-                beta=0.0,
-                learning_rate=1e-5,
-                loss_type="dapo",
-                logging_steps=1000,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                disable_tqdm=True,
-            )
-            trainer = GRPOTrainer(
-                model=theirs,
-                reward_funcs=reward,
-                args=config,
-                train_dataset=Dataset.from_list(data),
-                processing_class=wrapped,
-            )
-            return trainer.train().metrics["train_runtime"]  # without making the trainer
-
-    def we():
-        stage = rl.RLStage(
-            "step",
-            ("llm",),
-            steps=o.steps,
-            lr=1e-5,
-            optimizer="adamw",
-            schedule="constant",
-            prompts=o.prompts,
-            group=o.group,
-            updates=1,
-            max_new=o.max_new,
-            overlong=0,
-            dynamic=False,
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out,
+            per_device_train_batch_size=options.prompts * options.group,
+            num_generations=options.group,
+            max_completion_length=options.max_new,
+            max_steps=options.steps,
+            temperature=1.0,
+            beta=0.0,
+            learning_rate=1e-5,
+            loss_type="dapo",
+            logging_steps=1000,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
         )
-        train(
-            model,
-            stage,
-            rl.Rollouts(model, encoder, itertools.cycle(samples), stage),
-            rl.policy(stage),
+        trainer = GRPOTrainer(
+            model=theirs,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=word_tokenizer(encoder, vocabulary),
         )
+        return trainer.train().metrics["train_runtime"]
 
-    if o.profile:
-        with cProfile.Profile() as p:
-            we()
-        pstats.Stats(p).sort_stats("cumulative").print_stats(30)
-    a, b = best(o.repeats, we, they)
+
+def train_with_ours(
+    options: RolloutOptions, model: SailVL, encoder: Encoder, samples: list[Sample]
+) -> None:
+    """The same GRPO steps here."""
+    stage = rl.RLStage(
+        "step",
+        ("llm",),
+        steps=options.steps,
+        lr=1e-5,
+        optimizer="adamw",
+        schedule="constant",
+        prompts=options.prompts,
+        group=options.group,
+        updates=1,
+        max_new=options.max_new,
+        overlong=0,
+        dynamic=False,
+    )
+    rollouts = rl.Rollouts(model, encoder, itertools.cycle(samples), stage)
+    train(model, stage, rollouts, rl.policy(stage))
+
+
+def race_grpo(
+    options: RolloutOptions, model: SailVL, theirs, encoder: Encoder, samples: list[Sample]
+) -> None:
+    """GRPO steps with both; print seconds a step."""
+    vocabulary = model.config.text.vocab_size
+
+    def ours() -> None:
+        train_with_ours(options, model, encoder, samples)
+
+    def trl() -> float:
+        return train_with_trl(options, theirs, encoder, samples, vocabulary)
+
+    if options.profile:
+        with cProfile.Profile() as profile:
+            ours()
+        pstats.Stats(profile).sort_stats("cumulative").print_stats(30)
+
+    our_time, their_time = best_in_turn(options.repeats, ours, trl)
     print(
-        f"GRPO step, {o.prompts} x {o.group}: ours {a / o.steps:.2f} s, TRL {b / o.steps:.2f} s: {b / a:.1f} times",
+        f"GRPO step, {options.prompts} x {options.group}: ours {our_time / options.steps:.2f} s, "
+        f"TRL {their_time / options.steps:.2f} s: {their_time / our_time:.1f} times",
         flush=True,
     )
 
 
-def main(o: Options) -> int:
-    model, tokenizer = load_model(o.model)
-    encoder, samples = Encoder(tokenizer, model.config, max_length=512), described(o.prompts)
-    theirs = qwen3(model)
-    rollout(o, model, theirs, encoder, samples)
-    step(o, model, theirs, encoder, samples)
-    return 0
+def bench_rollouts(options: RolloutOptions) -> None:
+    """Rollouts, then whole steps."""
+    model, tokenizer = load_model(options.model)
+    encoder = Encoder(tokenizer, model.config, max_length=512)
+    samples = described_questions(options.prompts)
+    theirs = qwen3_of(model)
+
+    race_rollouts(options, model, theirs, encoder, samples)
+    race_grpo(options, model, theirs, encoder, samples)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
+    command(bench_rollouts)

@@ -1,44 +1,42 @@
-"""The training step against transformers: one process, one machine, the same tokens, the same optimizer.
+"""The training step against transformers: one process, the same tokens, the same optimizer.
 
-What it teaches: where a step's time goes, and what not computing costs: logits only where there is a label, attention per
-document instead of a masked square, an RMSNorm with its backward written out. transformers is used as its documentation
-says for packed rows: SDPA attention, position ids that restart, and a block-diagonal mask; its fast paths for packing need a GPU.
+What it teaches: where a step's time goes, and what not computing costs: logits only where there is
+a label, attention per document instead of a masked square, an RMSNorm with its backward written out.
+transformers is used as its documentation says for packed rows: SDPA attention, position ids that
+restart, and a block-diagonal mask; its fast paths for packing need a GPU.
 
-    python -m bench.step                  # tokens per second of both, ratio; the ten most expensive operations
-    python -m bench.step --memory True    # peak memory of the loss at a vocabulary of 151,936
+    two packed rows -> loss, backward, clip, AdamW (ours, theirs, in turn) -> tokens a CPU second
+
+    python -m bench.step             # tokens per second of both, ratio; the ten most expensive operations
+    python -m bench.step --memory    # peak memory of the loss at a vocabulary of 151,936
+
+Legend: R rows, T tokens a row, P labelled positions.
 """
 
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
-import tyro
+from torch import Tensor
 
 from attention import Segments, attend_inside
+from infra.cli import command
 from llm import LLM, LLMConfig
 from vlm import token_logprobs
 
-DOCUMENTS = (
-    24,
-    96,
-    40,
-    64,
-    128,
-    32,
-    80,
-    48,
-) * 4  # tokens of each document: two packed rows of 1024; its last 3/8 are the answer
 ROW = 1024
+DOCUMENTS = (24, 96, 40, 64, 128, 32, 80, 48) * 4  # tokens of each: two packed rows of 1024
+Loss = Callable[[], Tensor]
 
 
 @dataclass
-class Options:
-    """Tokens per second of one training step of a small Qwen3 (4 layers of width 256), ours and transformers'."""
+class StepOptions:
+    """Tokens per second of one training step of a small Qwen3 (4 layers of width 256), ours and theirs."""
 
     vocabulary: int = 4096
     steps: int = 15  # of each, alternating; the median counts
@@ -46,27 +44,44 @@ class Options:
     memory: bool = False  # only the loss's peak memory
 
 
-def ours(config: LLMConfig, ids, labels):
+# ----------------------------------------------------------------------------------- two models
+
+
+def packed_tokens(vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Random ids (R, T) and labels (R, T): the last three eighths of each document are its answer."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, ROW), generator=generator)
+    in_answer = torch.cat([torch.arange(n) >= n - 3 * n // 8 for n in DOCUMENTS]).view(ids.shape)
+    labels = torch.where(in_answer, ids.roll(-1, 1), -100)
+    return ids, labels
+
+
+def our_model(config: LLMConfig, ids: Tensor, labels: Tensor) -> tuple[LLM, Loss]:
+    """Our language model and its loss on these rows."""
     model = LLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    segments = Segments.of(DOCUMENTS)
-    attend, positions, at = (
-        attend_inside(segments, causal=True),
-        segments.positions(),
-        (labels.reshape(-1) >= 0).nonzero()[:, 0],
-    )
 
-    def loss():
-        hidden = model(model.embed(ids.reshape(-1)), positions, attend).index_select(0, at)
-        return -token_logprobs(hidden, model.lm_head.weight, labels.reshape(-1)[at]).mean()
+    segments = Segments.of(DOCUMENTS)
+    attend = attend_inside(segments, causal=True)
+    positions = segments.positions()
+    at = (labels.reshape(-1) >= 0).nonzero()[:, 0]  # (P,)
+    targets = labels.reshape(-1)[at]
+
+    def loss() -> Tensor:
+        hidden = model(model.embed(ids.reshape(-1)), positions, attend)  # (R*T, C)
+        hidden = hidden.index_select(0, at)  # (P, C)
+        return -token_logprobs(hidden, model.lm_head.weight, targets).mean()
 
     return model, loss
 
 
-def theirs(config: LLMConfig, ids, labels, like: LLM):
+def their_model(
+    config: LLMConfig, ids: Tensor, labels: Tensor, ours: LLM
+) -> tuple[torch.nn.Module, Loss]:
+    """transformers' Qwen3 with the same weights, and its loss on the same rows."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    c = Qwen3Config(
+    published = Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -80,24 +95,29 @@ def theirs(config: LLMConfig, ids, labels, like: LLM):
         attn_implementation="sdpa",
         use_cache=False,
     )
-    model = Qwen3ForCausalLM(c)
-    model.load_state_dict(like.state_dict())
-    document = (
-        torch.arange(len(DOCUMENTS)).repeat_interleave(torch.tensor(DOCUMENTS)).view(ids.shape)
-    )
-    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).view(ids.shape)
-    mask = (document[:, None, :, None] == document[:, None, None]) & torch.ones(
-        ROW, ROW
-    ).tril().bool()  # (2, 1, ROW, ROW)
+    model = Qwen3ForCausalLM(published)
+    model.load_state_dict(ours.state_dict())
 
-    def loss():
+    # A token may look at earlier ones of its own document.
+    lengths = torch.tensor(DOCUMENTS)
+    document = torch.arange(len(DOCUMENTS)).repeat_interleave(lengths).view(ids.shape)  # (R, T)
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).view(ids.shape)
+    same = document[:, None, :, None] == document[:, None, None]
+    mask = same & torch.ones(ROW, ROW).tril().bool()  # (R, 1, T, T)
+
+    def loss() -> Tensor:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-        return F.cross_entropy(logits.float().view(-1, config.vocab_size), labels.reshape(-1))
+        logits = logits.float().view(-1, config.vocab_size)  # (R*T, V)
+        return F.cross_entropy(logits, labels.reshape(-1))
 
     return model, loss
 
 
-def step(model, loss, optimizer) -> float:
+# ---------------------------------------------------------------------------------------- speed
+
+
+def training_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> float:
+    """One step; returns its loss."""
     optimizer.zero_grad()
     value = loss()
     value.backward()
@@ -106,91 +126,119 @@ def step(model, loss, optimizer) -> float:
     return float(value.detach())
 
 
-def speed(o: Options) -> None:
-    torch.set_num_threads(o.threads)
+def race_steps(options: StepOptions) -> None:
+    """Both models step in turn: print losses, tokens a second, and where the time goes."""
+    torch.set_num_threads(options.threads)
     config = LLMConfig(
-        o.vocabulary, 256, 512, 4, 8, 4, 32, rope_theta=1e4, tie_word_embeddings=False
+        options.vocabulary, 256, 512, 4, 8, 4, 32, rope_theta=1e4, tie_word_embeddings=False
     )
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(o.vocabulary, (2, ROW), generator=g)
-    answer = torch.cat([torch.arange(n) >= n - 3 * n // 8 for n in DOCUMENTS]).view(ids.shape)
-    labels = torch.where(answer, ids.roll(-1, 1), -100)
-    model, loss = ours(config, ids, labels)
-    other, other_loss = theirs(config, ids, labels, model)
-    runs = {"ours": (model, loss), "transformers": (other, other_loss)}
-    optimizers = {
-        name: torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
-        for name, (m, _) in runs.items()
-    }
+    ids, labels = packed_tokens(options.vocabulary)
+    ours, our_loss = our_model(config, ids, labels)
+    theirs, their_loss = their_model(config, ids, labels, ours)
+
+    runs = {}
+    for name, model, loss in (("ours", ours, our_loss), ("transformers", theirs, their_loss)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        runs[name] = (model, loss, optimizer)
+
+    # In turn, so that other load meets both alike.
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     losses: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(o.steps):
-        for name, (m, l) in runs.items():
+    for _ in range(options.steps):
+        for name, run in runs.items():
             began = time.process_time()
-            losses[name].append(step(m, l, optimizers[name]))
+            losses[name].append(training_step(*run))
             seconds[name].append(time.process_time() - began)
-    gap = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["transformers"]))
+
+    # The same model, to rounding, all along.
+    gaps = [abs(a - b) / b for a, b in zip(losses["ours"], losses["transformers"])]
+    parameters = sum(p.numel() for p in ours.parameters())
     print(
-        f"{o.steps} steps each of {ids.numel()} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"losses {losses['ours'][0]:.4f} -> {losses['ours'][-1]:.4f}, largest relative difference {gap:.1e}"
+        f"{options.steps} steps each of {ids.numel()} tokens, {parameters / 1e6:.1f} M parameters; "
+        f"losses {losses['ours'][0]:.4f} -> {losses['ours'][-1]:.4f}, "
+        f"largest relative difference {max(gaps):.1e}"
     )
-    median = {name: statistics.median(s[2:]) for name, s in seconds.items()}
-    for name, s in median.items():
-        print(f"{name:14s} {ids.numel() / s:8.0f} tokens per CPU second")
+
+    # The first two steps of each warm up.
+    median = {name: statistics.median(times[2:]) for name, times in seconds.items()}
+    for name, time_a_step in median.items():
+        print(f"{name:14s} {ids.numel() / time_a_step:8.0f} tokens per CPU second")
     print(f"ratio {median['transformers'] / median['ours']:.2f}\n")
-    for name, (m, l) in runs.items():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            for _ in range(3):
-                step(m, l, optimizers[name])
-        events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
-        total = sum(e.self_cpu_time_total for e in events)
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}"
-                for e in events[:10]
-            )
-        )
+    for name, run in runs.items():
+        print(f"{name}: {dearest_operations(run)}")
 
 
-def peak(chunked: bool, n: int, vocabulary: int, width: int, out) -> None:
+def dearest_operations(run: tuple) -> str:
+    """The ten operations that take most of three steps, with their shares."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            training_step(*run)
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+
+    shares = []
+    for event in events[:10]:
+        share = event.self_cpu_time_total / total
+        shares.append(f"{event.key.removeprefix('aten::')} {share:.0%}")
+    return ", ".join(shares)
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def loss_memory(
+    chunked: bool, positions: int, vocabulary: int, width: int, answer: multiprocessing.Queue
+) -> None:
     """In a process of its own: MiB that the loss and its backward pass take beyond inputs and gradients."""
     torch.set_num_threads(1)
-    hidden, head = (
-        torch.randn(n, width, requires_grad=True),
-        torch.randn(vocabulary, width, requires_grad=True),
-    )
-    labels = torch.randint(vocabulary, (n,))
-    hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
-    spare = torch.zeros_like(head)  # the head's gradient before it is added: both ways need it
+    hidden = torch.randn(positions, width, requires_grad=True)  # (P, C)
+    head = torch.randn(vocabulary, width, requires_grad=True)  # (V, C)
+    labels = torch.randint(vocabulary, (positions,))
+    hidden.grad = torch.zeros_like(hidden)
+    head.grad = torch.zeros_like(head)
+
+    # Both ways need the head's gradient once more before it is added: it does not count.
+    spare = torch.zeros_like(head)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     del spare
+
     if chunked:
-        (-token_logprobs(hidden, head, labels).mean()).backward()
+        loss = -token_logprobs(hidden, head, labels).mean()
     else:
-        F.cross_entropy((hidden @ head.T).float(), labels).backward()
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        loss = F.cross_entropy((hidden @ head.T).float(), labels)
+    loss.backward()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.put((after - before) / 1024)
 
 
-def memory(n: int = 2048, vocabulary: int = 151936, width: int = 256) -> None:
-    found, context = {}, multiprocessing.get_context("spawn")
+def compare_loss_memory(positions: int = 2048, vocabulary: int = 151936, width: int = 256) -> None:
+    """Print what whole logits take, and what ours does."""
+    context = multiprocessing.get_context("spawn")
+    peak = {}
     for chunked in (False, True):
-        out = context.Queue()
-        child = context.Process(target=peak, args=(chunked, n, vocabulary, width, out))
+        answer = context.Queue()
+        child = context.Process(
+            target=loss_memory, args=(chunked, positions, vocabulary, width, answer)
+        )
         child.start()
-        found[chunked] = out.get()
+        peak[chunked] = answer.get()
         child.join()
-    logits = n * vocabulary * 4 / 2**20
+
+    logits = positions * vocabulary * 4 / 2**20
     print(
-        f"{n} positions, vocabulary {vocabulary}: whole logits are {logits:.0f} MiB\npeak of loss and backward: whole "
-        f"{found[False]:.0f} MiB, chunked {found[True]:.0f} MiB = {found[True] / logits:.3f} of whole logits"
+        f"{positions} positions, vocabulary {vocabulary}: whole logits are {logits:.0f} MiB\n"
+        f"peak of loss and backward: whole {peak[False]:.0f} MiB, chunked {peak[True]:.0f} MiB "
+        f"= {peak[True] / logits:.3f} of whole logits"
     )
 
 
-def main(o: Options) -> int:
-    memory() if o.memory else speed(o)
-    return 0
+def bench_step(options: StepOptions) -> None:
+    """Speed, or the loss's memory."""
+    if options.memory:
+        compare_loss_memory()
+    else:
+        race_steps(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
+    command(bench_step)

@@ -1,32 +1,40 @@
-"""Does RL work here, and which part of it does the work? Every algorithm on the toy, over seeds: one table, one figure.
+"""Does RL work here, and which part of it does the work? Every algorithm on the toy, over seeds.
 
-    python -m claims.algorithms --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot      # everything
-    python -m claims.algorithms --model runs/toy/long-cot --only learn hack --seeds 1            # some of it
+What it teaches: a gain is believed when a control does not have it. So beside five algorithms there
+is a reward that is a coin toss, one that pays for the wrong thing, and DAPO less each of its parts.
+
+    checkpoint -> measure, train, measure (a row of rows.jsonl) -> table.md, figure.svg
+
+    python -m claims.algorithms --model runs/toy/long-cot --moe-model runs/toy-moe/long-cot   # everything
+    python -m claims.algorithms --model runs/toy/long-cot --only learn hack --seeds 1         # some of it
 
 Groups of runs, all from the same checkpoint; all but the ablations with the same number of updates:
     learn     five algorithms, dense and MoE: pass@1 on held-out questions before and after
     control   a reward that is a coin toss: whatever is gained here is not learned
-    ablate    DAPO, eight updates in two passes over a rollout batch as in the paper, less each of its four parts: with the toy's two
-              updates a ratio hardly leaves 1, and a clip has nothing to do. Twice as many updates, each half as large
+    ablate    DAPO, eight updates in two passes over a rollout batch as in the paper, less each of its
+              four parts: with the toy's two updates a ratio hardly leaves 1, and a clip has nothing to
+              do. Twice as many updates, each half as large
     replay    GRPO on the MoE with the sampling policy's experts: what GSPO does without
     hack      DAPO paid by a weak extractor, judged by it and by ours
 
-Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows too easy.
-Finished runs stand in rows.jsonl and are not run again, so the command can be stopped, repeated, and shared out by --kinds; rows
-of other options are refused. A run's seed changes its questions and its sampling, not the held-out set. Legend: pass@1 is the mean over 4 sampled chains a question at temperature
-1, pass@4 how often one of them is right, greedy the accuracy of the likeliest chain; entropy is the mean of -log p over the
-tokens of those samples, of held-out questions too: that of the training batch depends on which groups an algorithm keeps.
+Without --moe-model the dense checkpoint is upcycled: its experts start equal, which makes the MoE rows
+too easy. Finished runs stand in rows.jsonl and are not run again, so the command can be stopped,
+repeated, and shared out by --kinds; rows of other options are refused. A run's seed changes its
+questions and its sampling, not the held-out set.
+
+Legend: pass@1 is the mean over 4 sampled chains a question at temperature 1, pass@4 how often one of
+them is right, greedy the accuracy of the likeliest chain; entropy is the mean of -log p over the tokens
+of those samples, of held-out questions too: that of the training batch depends on which groups an
+algorithm keeps.
 """
 
 import json
 import re
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import tyro
+from typing import Callable
 
 import rl
 from data.encode import Encoder
@@ -35,11 +43,14 @@ from data.world import REASONING, World
 from evaluate import ask, evaluate, text_of
 from generate import load_model
 from graders import same_answer
+from infra.cli import command
 from rewards import answer_reward
 from tools import report
 from vlm import PRESETS
 
+GROUPS = ("learn", "control", "ablate", "replay", "hack")
 LEARN = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+DYNAMIC = ("dapo", "cispo")  # who samples dynamically in its own paper
 CHAINS = 4  # sampled for each held-out question
 EPISODE = {"updates": 8, "passes": 2}  # of an ablation
 WITHOUT = {
@@ -48,15 +59,16 @@ WITHOUT = {
     "dynamic sampling": {"dynamic": False},
     "soft overlong": {"overlong": 0},
 }
+CURVES = ("reward", "entropy", "clipped", "spread", "spread_sequence", "rerouted")
 
 
 @dataclass
-class Options:
+class AlgorithmsOptions:
     """Train the toy by RL in every way, over seeds."""
 
     model: Path = Path("runs/toy/long-cot")  # where every dense run starts
     moe_model: Path | None = None  # where every MoE run starts; none: the dense model, upcycled
-    only: tuple[str, ...] = ("learn", "control", "ablate", "replay", "hack")
+    only: tuple[str, ...] = GROUPS
     names: tuple[str, ...] = ()  # of these groups only the runs with these names, e.g. dapo
     kinds: tuple[str, ...] = ("dense", "moe")  # and of those only these
     seeds: int = 5
@@ -65,152 +77,269 @@ class Options:
     out: Path = Path("runs/bench-rl")
 
 
-def weak(text: str, sample: Sample, finished: bool) -> dict[str, float]:
-    """What not to do: paid when the truth stands anywhere in the completion. Naming everything is then the best policy."""
-    said, truth = re.findall(r"[\w.]+", text), sample.facts["answer"]
+@dataclass(frozen=True)
+class Trial:
+    """One kind of run, before seeds: `change` is what differs from rl.TOY's stage."""
+
+    group: str
+    name: str
+    kind: str  # dense or moe
+    change: dict
+
+    def is_row(self, row: dict, seed: int) -> bool:
+        """Whether a finished row is this trial with this seed."""
+        return (row["name"], row["kind"], row["seed"]) == (self.name, self.kind, seed)
+
+
+# --------------------------------------------------------------------------------- what is run
+
+
+def own_settings(algorithm: str) -> dict:
+    """An algorithm as its paper has it."""
+    return {"algorithm": algorithm, "dynamic": algorithm in DYNAMIC}
+
+
+def planned_trials(options: AlgorithmsOptions) -> list[Trial]:
+    """Every trial that the options ask for. Raises ValueError for an unknown group."""
+    unknown = set(options.only) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"--only {sorted(unknown)[0]}: choose from {', '.join(GROUPS)}")
+
+    dapo = own_settings("dapo")
+    trials = []
+    for kind in ("dense", "moe"):
+        for name in LEARN:
+            trials.append(Trial("learn", name, kind, own_settings(name)))
+    trials.append(Trial("control", "dapo, random reward", "dense", dapo | {"reward": "random"}))
+    trials.append(Trial("ablate", "dapo, 8 updates", "dense", dapo | EPISODE))
+    for part, change in WITHOUT.items():
+        trials.append(Trial("ablate", f"the same less {part}", "dense", dapo | EPISODE | change))
+    replayed = own_settings("grpo") | {"replay": True}
+    trials.append(Trial("replay", "grpo, routing replayed", "moe", replayed))
+    trials.append(Trial("hack", "dapo, weak extractor", "dense", dapo))
+
+    return [
+        trial
+        for trial in trials
+        if trial.group in options.only
+        and trial.kind in options.kinds
+        and (not options.names or trial.name in options.names)
+    ]
+
+
+def weak_reward(text: str, sample: Sample, finished: bool) -> dict[str, float]:
+    """What not to do: paid when the truth stands anywhere in the completion.
+
+    Naming everything is then the best policy.
+    """
+    truth = sample.facts["answer"]
+    words = re.findall(r"[\w.]+", text)
     return {
-        "reward": float(any(same_answer(word, truth) for word in said)),
+        "reward": float(any(same_answer(word, truth) for word in words)),
         "answer": answer_reward(text, truth, finished),
     }
 
 
-def plan(o: Options) -> list[tuple[str, str, str, dict]]:
-    """(group, name, dense or moe, what differs from rl.TOY) of every run, before seeds."""
-    own = lambda name: {
-        "algorithm": name,
-        "dynamic": name in ("dapo", "cispo"),
-    }  # who uses dynamic sampling in its own paper
-    runs = [("learn", name, kind, own(name)) for kind in ("dense", "moe") for name in LEARN]
-    runs += [("control", "dapo, random reward", "dense", own("dapo") | {"reward": "random"})]
-    runs += [("ablate", "dapo, 8 updates", "dense", own("dapo") | EPISODE)]
-    runs += [
-        ("ablate", f"the same less {part}", "dense", own("dapo") | EPISODE | change)
-        for part, change in WITHOUT.items()
-    ]
-    runs += [("replay", "grpo, routing replayed", "moe", own("grpo") | {"replay": True})]
-    runs += [("hack", "dapo, weak extractor", "dense", own("dapo"))]
-    unknown = set(o.only) - {group for group, *_ in runs}
-    if unknown:
-        raise ValueError(
-            f"--only {sorted(unknown)[0]}: choose from {', '.join(dict.fromkeys(g for g, *_ in runs))}"
-        )
-    return [
-        run
-        for run in runs
-        if run[0] in o.only and run[2] in o.kinds and (not o.names or run[1] in o.names)
-    ]
+def load_start(options: AlgorithmsOptions, kind: str):
+    """The checkpoint of a kind, fresh: a model and its tokenizer."""
+    if kind == "dense":
+        return load_model(options.model)
+    if options.moe_model:
+        return load_model(options.moe_model)
+
+    model, tokenizer = load_model(options.model)
+    experts = replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)
+    return model.to_moe(experts), tokenizer
 
 
-def start(o: Options, kind: str):
-    """The checkpoint of a kind, fresh."""
-    if kind == "moe" and o.moe_model is None:
-        model, tokenizer = load_model(o.model)
-        return model.to_moe(
-            replace(PRESETS["toy-moe"].text, vocab_size=model.config.text.vocab_size)
-        ), tokenizer
-    return load_model(o.moe_model if kind == "moe" else o.model)
+# ------------------------------------------------------------------------------------ one run
 
 
-def measure(model, encoder: Encoder, held: list[Sample]) -> dict:
-    """pass@1 (all and by family), pass@4, greedy accuracy, the weak reward, mean length and entropy, on held-out questions."""
-    right, wanted, answers = [], [], []
-    for seed in range(CHAINS):
+def policy_scores(model, encoder: Encoder, held_out: list[Sample]) -> dict:
+    """On held-out questions: pass@1 (all, by family), pass@4, greedy, weak reward, length, entropy."""
+    right = []  # a list a chain: the reward of every question
+    weak = []
+    answers = []
+    for chain in range(CHAINS):
         drawn = ask(
-            model, encoder, held, think=True, max_new=64, temperature=1.0, seed=1 + 1000 * seed
+            model,
+            encoder,
+            held_out,
+            think=True,
+            max_new=64,
+            temperature=1.0,
+            seed=1 + 1000 * chain,
         )
-        texts = [text_of(a, encoder.tokenizer) for a in drawn]
-        right.append(
-            [answer_reward(t, s.facts["answer"], a.finished) for t, s, a in zip(texts, held, drawn)]
-        )
-        wanted += [weak(t, s, a.finished)["reward"] for t, s, a in zip(texts, held, drawn)]
+        rewards = []
+        for answer, sample in zip(drawn, held_out):
+            text = text_of(answer, encoder.tokenizer)
+            rewards.append(answer_reward(text, sample.facts["answer"], answer.finished))
+            weak.append(weak_reward(text, sample, answer.finished)["reward"])
+        right.append(rewards)
         answers += drawn
-    mean = [statistics.mean(r) for r in zip(*right)]
-    by = {
-        f: statistics.mean(r for r, s in zip(mean, held) if s.facts["family"] == f)
-        for f in REASONING
-    }
+
+    # Over the chains of each question.
+    means = [statistics.mean(of_question) for of_question in zip(*right)]
+    best = [max(of_question) for of_question in zip(*right)]
+    families = {}
+    for family in REASONING:
+        own = [m for m, sample in zip(means, held_out) if sample.facts["family"] == family]
+        families[family] = statistics.mean(own)
+
+    greedy, _ = evaluate(model, encoder, held_out, think=True, max_new=64)
+    tokens = sum(len(answer.ids) for answer in answers)
+    logprobs = sum(sum(answer.logprobs) for answer in answers)
     return {
-        "pass@1": statistics.mean(by.values()),
-        "families": by,
-        f"pass@{CHAINS}": statistics.mean(max(r) for r in zip(*right)),
-        "greedy": evaluate(model, encoder, held, think=True, max_new=64)[0]["overall"].accuracy,
-        "weak": statistics.mean(wanted),
-        "length": statistics.mean(len(a.ids) for a in answers),
-        "entropy": -sum(sum(a.logprobs) for a in answers) / sum(len(a.ids) for a in answers),
+        "pass@1": statistics.mean(families.values()),
+        "families": families,
+        f"pass@{CHAINS}": statistics.mean(best),
+        "greedy": greedy["overall"].accuracy,
+        "weak": statistics.mean(weak),
+        "length": tokens / len(answers),
+        "entropy": -logprobs / tokens,
     }
 
 
-def settings(o: Options, kind: str) -> dict:
+def shared_settings(options: AlgorithmsOptions, kind: str) -> dict:
     """What runs of one table must share."""
+    moe_start = kind == "moe" and options.moe_model
     return {
-        "model": str(o.moe_model if kind == "moe" and o.moe_model else o.model),
-        "effort": o.effort,
-        "samples": o.samples,
+        "model": str(options.moe_model if moe_start else options.model),
+        "effort": options.effort,
+        "samples": options.samples,
     }
 
 
-def done(o: Options) -> list[dict]:
+def finished_rows(options: AlgorithmsOptions) -> list[dict]:
     """The rows so far. Raises ValueError for a row that other options made."""
-    path = o.out / "rows.jsonl"
-    rows = [json.loads(line) for line in open(path)] if path.is_file() else []
-    for r in rows:
-        if r.get("of") != (wanted := settings(o, r["kind"])):
+    path = options.out / "rows.jsonl"
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        wanted = shared_settings(options, row["kind"])
+        if row.get("of") != wanted:
             raise ValueError(
-                f"{path}: {r['name']} ({r['kind']}), seed {r['seed']} was run with {r.get('of')}, not {wanted}; choose another --out"
+                f"{path}: {row['name']} ({row['kind']}), seed {row['seed']} was run with "
+                f"{row.get('of')}, not {wanted}; choose another --out"
             )
     return rows
 
 
-def one(
-    o: Options,
-    group: str,
-    name: str,
-    kind: str,
-    change: dict,
+def run_trial(
+    options: AlgorithmsOptions,
+    trial: Trial,
     seed: int,
-    held: list[Sample],
+    held_out: list[Sample],
     before: dict | None,
 ) -> dict:
-    """One run: measure, train, measure. `before`: the first measurement, where another run from this checkpoint has it."""
-    model, tokenizer = start(o, kind)
+    """One run: measure, train, measure.
+
+    `before`: the first measurement, where another run from this checkpoint has it.
+    """
+    model, tokenizer = load_start(options, trial.kind)
     encoder = Encoder(tokenizer, model.config, max_length=512)
-    stage = replace(rl.TOY["verifiable"], **change)
-    steps = round(stage.steps * o.effort * (2 if group == "ablate" else 1))
-    stage = replace(stage, steps=max(2, steps), seed=stage.seed + 1000 * seed)
-    before = before or measure(model, encoder, held)
+
+    # The toy's stage, with what this trial changes.
+    stage = replace(rl.TOY["verifiable"], **trial.change)
+    twice = 2 if trial.group == "ablate" else 1
+    steps = max(2, round(stage.steps * options.effort * twice))
+    stage = replace(stage, steps=steps, seed=stage.seed + 1000 * seed)
+
+    before = before or policy_scores(model, encoder, held_out)
     began = time.time()
-    run = rl.run(model, stage, World(), encoder, reward=weak if "weak" in name else None)
-    curves = {
-        key: [row[key] for row in run.log]
-        for key in ("reward", "entropy", "clipped", "spread", "spread_sequence", "rerouted")
-        if key in run.log[0]
-    }
+    reward = weak_reward if trial.group == "hack" else None
+    run = rl.run(model, stage, World(), encoder, reward=reward)
+
+    logged = [key for key in CURVES if key in run.log[0]]
     return {
-        "group": group,
-        "name": name,
-        "kind": kind,
+        "group": trial.group,
+        "name": trial.name,
+        "kind": trial.kind,
         "seed": seed,
         "steps": stage.steps,
-        "of": settings(o, kind),
+        "of": shared_settings(options, trial.kind),
         "seconds": time.time() - began,
         "before": before,
-        "after": measure(model, encoder, held),
-        "curves": curves,
+        "after": policy_scores(model, encoder, held_out),
+        "curves": {key: [step[key] for step in run.log] for key in logged},
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
+# ----------------------------------------------------------------------------------- the table
 
 
-def spread(values: list[float]) -> str:
+def in_points(values: list[float]) -> str:
     """mean +- standard error, in points."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{100 * statistics.mean(values):+5.1f} +- {100 * error:3.1f}"
 
 
-def table(rows: list[dict]) -> str:
+def grouped_rows(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Rows of one trial together, in the order of the groups."""
+
+    def place(row: dict) -> tuple:
+        return GROUPS.index(row["group"]), row["kind"], row["name"], row["seed"]
+
+    grouped: dict[tuple[str, str], list[dict]] = {}
+    for row in sorted(rows, key=place):
+        grouped.setdefault((row["name"], row["kind"]), []).append(row)
+    return grouped
+
+
+class TrialRows:
+    """The rows of one trial, over seeds, as the cells of a table."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def mean(self, get: Callable[[dict], float]) -> float:
+        """Mean over seeds of a number of each row."""
+        return statistics.mean(get(row) for row in self.rows)
+
+    def gain(self, get: Callable[[dict], float]) -> str:
+        """What a measurement gained, in points."""
+        return in_points([get(row["after"]) - get(row["before"]) for row in self.rows])
+
+    def moved(self, key: str, digits: int) -> str:
+        """A measurement before and after."""
+        before = self.mean(lambda row: row["before"][key])
+        after = self.mean(lambda row: row["after"][key])
+        return f"{before:.{digits}f} -> {after:.{digits}f}"
+
+    def last(self, key: str) -> float:
+        """Mean of a curve over its last eight updates."""
+        return self.mean(lambda row: statistics.mean(row["curves"][key][-8:]))
+
+    def cells(self, name: str, kind: str) -> list[str]:
+        """One line of the table."""
+        by_family = [self.gain(lambda m, f=family: m["families"][f]) for family in REASONING]
+        clipped = self.mean(lambda row: statistics.mean(row["curves"]["clipped"]))
+        spread = f"{self.last('spread'):.3f} / {self.last('spread_sequence'):.3f}"
+        if "rerouted" in self.rows[0]["curves"]:
+            spread += f"; {100 * self.last('rerouted'):.1f} % rerouted"
+        return [
+            name,
+            kind,
+            str(len(self.rows)),
+            f"{100 * self.mean(lambda row: row['before']['pass@1']):.1f}",
+            f"{100 * self.mean(lambda row: row['after']['pass@1']):.1f}",
+            self.gain(lambda m: m["pass@1"]),
+            *by_family,
+            self.gain(lambda m: m[f"pass@{CHAINS}"]),
+            self.gain(lambda m: m["greedy"]),
+            self.gain(lambda m: m["weak"]),
+            self.moved("length", 1),
+            self.moved("entropy", 3),
+            f"{100 * clipped:.2f} %",
+            spread,
+            f"{self.mean(lambda row: row['seconds']):.0f}",
+        ]
+
+
+def algorithm_table(rows: list[dict]) -> str:
     """Markdown: one line per kind of run, means over its seeds."""
-    heads = (
+    heads = [
         "run",
         "model",
         "seeds",
@@ -226,38 +355,16 @@ def table(rows: list[dict]) -> str:
         "clipped",
         "spread token / sequence",
         "seconds",
-    )
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    grouped: dict[tuple, list[dict]] = {}
-    order = ("learn", "control", "ablate", "replay", "hack")
-    for r in sorted(rows, key=lambda r: (order.index(r["group"]), r["kind"], r["name"], r["seed"])):
-        grouped.setdefault((r["name"], r["kind"]), []).append(r)
-    mean = lambda group, get: statistics.mean(get(r) for r in group)
-    gain = lambda group, get: spread([get(r["after"]) - get(r["before"]) for r in group])
-    for (name, kind), g in grouped.items():
-        last = lambda key: mean(g, lambda r: statistics.mean(r["curves"][key][-8:]))
-        moved = f"; {100 * last('rerouted'):.1f} % rerouted" if "rerouted" in g[0]["curves"] else ""
-        cells = (
-            name,
-            kind,
-            str(len(g)),
-            f"{100 * mean(g, lambda r: r['before']['pass@1']):.1f}",
-            f"{100 * mean(g, lambda r: r['after']['pass@1']):.1f}",
-            gain(g, lambda m: m["pass@1"]),
-            *(gain(g, lambda m: m["families"][f]) for f in REASONING),
-            gain(g, lambda m: m[f"pass@{CHAINS}"]),
-            gain(g, lambda m: m["greedy"]),
-            gain(g, lambda m: m["weak"]),
-            f"{mean(g, lambda r: r['before']['length']):.1f} -> {mean(g, lambda r: r['after']['length']):.1f}",
-            f"{mean(g, lambda r: r['before']['entropy']):.3f} -> {mean(g, lambda r: r['after']['entropy']):.3f}",
-            f"{100 * mean(g, lambda r: statistics.mean(r['curves']['clipped'])):.2f} %",
-            f"{last('spread'):.3f} / {last('spread_sequence'):.3f}{moved}",
-            f"{mean(g, lambda r: r['seconds']):.0f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+    for (name, kind), group in grouped_rows(rows).items():
+        lines.append("| " + " | ".join(TrialRows(group).cells(name, kind)) + " |")
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------- the figure
+
+# Every curve of the figure.
 COLORS = {
     "grpo": "#2b6693",
     "dr_grpo": "#b27318",
@@ -267,80 +374,89 @@ COLORS = {
     "grpo, routing replayed": "#6a6963",
     "dapo, 8 updates": "#2c7a4b",
     "the same less clip-higher": "#b23a31",
-}  # every curve of the figure
+}
+FIGURE_STYLE = (
+    "text { font: 10px sans-serif } .e { text-anchor: end } line { stroke: #ddd } "
+    "polyline { fill: none; stroke-width: 1.5 }"
+)
 
 
-def figure(rows: list[dict]) -> str:
-    """SVG, means over seeds, smoothed: sampled reward over the updates by algorithm (dense, MoE), and the batch's entropy with
-    and without clip-higher."""
+def mean_curve(rows: list[dict], key: str, name: str, kind: str) -> list[float]:
+    """A curve of one trial, mean over its seeds, smoothed; empty without rows."""
+    seeds = [row["curves"][key] for row in rows if (row["name"], row["kind"]) == (name, kind)]
+    if not seeds:
+        return []
+    means = [statistics.mean(values) for values in zip(*seeds)]
+    return list(report.smooth(means))
 
-    def curve(key: str, name: str, kind: str) -> list[float]:
-        seeds = [r["curves"][key] for r in rows if (r["name"], r["kind"]) == (name, kind)]
-        return (
-            list(report.smooth([statistics.mean(values) for values in zip(*seeds)]))
-            if seeds
-            else []
-        )
 
-    clip = [name for name in COLORS if "8 updates" in name or "the same" in name]
+def algorithm_figure(rows: list[dict]) -> str:
+    """SVG: sampled reward over the updates by algorithm; entropy with and without clip-higher."""
+    clip_higher = [name for name in COLORS if "8 updates" in name or "the same" in name]
+    entropy = "entropy of DAPO with eight updates, nats a token"
     panels = [
         ("reward, dense", "reward", "dense", LEARN),
         ("reward, MoE", "reward", "moe", (*LEARN, "grpo, routing replayed")),
-        ("entropy of DAPO with eight updates, nats a token", "entropy", "dense", clip),
+        (entropy, "entropy", "dense", clip_higher),
     ]
-    out, y = "", 24.0
+    classes = {name: f"c{i}" for i, name in enumerate(COLORS)}
+
+    out = ""
+    top = 24.0
     for title, key, kind, names in panels:
-        lines = {name: c for name in names if (c := curve(key, name, kind))}
-        if lines:
-            classes = {name: f"c{list(COLORS).index(name)}" for name in lines}
-            body, _ = report.axes(
-                title,
-                [(c, classes[name]) for name, c in lines.items()],
-                len(next(iter(lines.values()))) - 1,
-                y,
-                130,
-            )
-            out += body + "".join(
-                report.word(name, 345, y + 10 + 14 * i, classes[name])
-                for i, name in enumerate(lines)
-            )
-            y += 175
-    style = (
-        "text { font: 10px sans-serif } .e { text-anchor: end } line { stroke: #ddd } polyline { fill: none; stroke-width: 1.5 }"
-        + "".join(
-            f" polyline.c{i} {{ stroke: {c} }} text.c{i} {{ fill: {c} }}"
-            for i, c in enumerate(COLORS.values())
-        )
-    )
-    picture = report.svg(480, y, "RL on the toy", report.el("style", style), out)
-    return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        curves = {name: mean_curve(rows, key, name, kind) for name in names}
+        curves = {name: curve for name, curve in curves.items() if curve}
+        if not curves:
+            continue
+        lines = [(curve, classes[name]) for name, curve in curves.items()]
+        steps = len(lines[0][0]) - 1
+        out += report.axes(title, lines, steps, top, 130)[0]
+        for i, name in enumerate(curves):
+            out += report.word(name, 345, top + 10 + 14 * i, classes[name])
+        top += 175
+
+    style = FIGURE_STYLE
+    for i, color in enumerate(COLORS.values()):
+        style += f" polyline.c{i} {{ stroke: {color} }} text.c{i} {{ fill: {color} }}"
+    drawing = report.svg(480, top, "RL on the toy", report.el("style", style), out)
+    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
-def main(o: Options) -> int:
-    o.out.mkdir(parents=True, exist_ok=True)
+# ----------------------------------------------------------------------------------------- all
+
+
+def append_row(path: Path, row: dict) -> None:
+    """A row is one write: another process may add its own."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def compare_algorithms(options: AlgorithmsOptions) -> None:
+    """Every trial that is not done yet, seeds outermost; then the table and the figure."""
+    options.out.mkdir(parents=True, exist_ok=True)
     world = World()
-    held = [s for f in REASONING for s in world.held_out(f, o.samples)]
-    for seed in range(o.seeds):
-        for group, name, kind, change in plan(o):
-            rows = done(o)
-            if any((r["name"], r["kind"], r["seed"]) == (name, kind, seed) for r in rows):
+    held_out = [s for family in REASONING for s in world.held_out(family, options.samples)]
+
+    for seed in range(options.seeds):
+        for trial in planned_trials(options):
+            rows = finished_rows(options)
+            if any(trial.is_row(row, seed) for row in rows):
                 continue
-            before = next((r["before"] for r in rows if r["kind"] == kind), None)
-            r = one(o, group, name, kind, change, seed, held, before)
-            with open(
-                o.out / "rows.jsonl", "ab", buffering=0
-            ) as f:  # a row is one write: another process may add its own
-                f.write(json.dumps(r).encode() + b"\n")
+            before = next((row["before"] for row in rows if row["kind"] == trial.kind), None)
+            row = run_trial(options, trial, seed, held_out, before)
+            append_row(options.out / "rows.jsonl", row)
             print(
-                f"{name} ({kind}), seed {seed}: pass@1 {r['before']['pass@1']:.3f} -> {r['after']['pass@1']:.3f} in {r['seconds']:.0f} s",
+                f"{trial.name} ({trial.kind}), seed {seed}: pass@1 {row['before']['pass@1']:.3f} "
+                f"-> {row['after']['pass@1']:.3f} in {row['seconds']:.0f} s",
                 flush=True,
             )
-    rows = done(o)
-    (o.out / "table.md").write_text(table(rows) + "\n")
-    (o.out / "figure.svg").write_text(figure(rows))
-    print(table(rows) + f"\n\n{o.out / 'table.md'}, {o.out / 'figure.svg'}")
-    return 0
+
+    rows = finished_rows(options)
+    table = algorithm_table(rows)
+    (options.out / "table.md").write_text(table + "\n")
+    (options.out / "figure.svg").write_text(algorithm_figure(rows))
+    print(f"{table}\n\n{options.out / 'table.md'}, {options.out / 'figure.svg'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
+    command(compare_algorithms)

@@ -63,6 +63,7 @@ def page(tmp_path):
     return section.replace("--device cuda --dtype bfloat16", "--dtype bfloat16")
 
 
+@pytest.mark.slow
 def test_every_command_and_line_of_the_page_runs_and_other_tools_read_the_result(page, tmp_path):
     shell, python, parts = re.findall(r"```(?:python)?\n(.*?)```", page, re.DOTALL)
     printed = []

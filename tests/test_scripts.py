@@ -199,7 +199,3 @@ def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
         "--max-new",
         "4",
     )
-
-
-def test_the_readme_table_of_files_is_up_to_date():
-    run("-m", "tools.readme", "--check", "True")

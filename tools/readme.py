@@ -1,252 +1,553 @@
-"""Regenerate what README.md claims: lines per file, the recipe, and tables of the last `make toy`, `make real` and benches.
+"""Regenerate what README.md and RESULTS.md claim: the tree, the recipe, memory, tables of runs.
 
-Text between `<!-- name -->` and `<!-- /name -->` is replaced; everything else is left alone. `--check` changes nothing and
-fails when the file table is out of date (the suite runs it). The figures that it shows are copied into figures/.
+What it teaches: a number in prose goes stale unless a command writes it. Text between
+`<!-- name -->` and `<!-- /name -->` is a block: it is written anew from the tree, the code or the
+newest run. A block whose run is not here keeps what it says; everything else is left alone.
+
+    files, recipes, presets -> files, stages, rungs               -> README.md
+    figures/ladder.json     -> rungs (what was measured)          -> README.md
+    runs/.../results.json   -> toy, real, experts                 -> RESULTS.md
+    runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
+
+    python -m tools.readme           # write both pages
+    python -m tools.readme --check   # change nothing; fail when the table of files is out of date
 """
 
 import ast
 import json
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
+
+from infra.cli import command
 
 ROOT = Path(__file__).parents[1]
-FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a bench drew it
-TABLES = {  # block of README.md: the file that a bench wrote, and which of its columns
+FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a run drew it
+
+# The order in which a reader of the paper opens the files at the top level.
+READING = {
+    "The model": ("attention", "llm", "moe", "vit", "adapter", "vlm"),
+    "From samples to rows": ("tokenizer", "packing"),
+    "The loop": ("stage", "objective", "optim", "adalrs", "train"),
+    "The recipe": (
+        "recipe",
+        "pretrain",
+        "sft",
+        "soup",
+        "policy_losses",
+        "graders",
+        "rewards",
+        "rollout",
+        "rl",
+        "calibrate",
+    ),
+    "Use": ("generate", "evaluate", "toy"),
+}
+
+# The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
+ROOMS = {
+    "data": "sample images tiling containers mixture stream readers encode show world",
+    "infra": "cli plan config weights checkpoint stopping identity journal tracker judge text device",
+    "scale": "parallel",
+    "kernels": "moe_triton bench offline",
+    "bench": "step rows packing_rules decoding rollouts",
+    "claims": "rates alignment calibration posttraining algorithms",
+    "curation": "balance chains difficulty free_response asking rows",
+    "tools": "report ladder picture readme real lock",
+    "tests": "",
+    "requirements": "",
+}
+ROOM_NOTES = {
+    "kernels": "The MoE layer on a GPU, in Triton: routing, grouped products, a backward without y.",
+    "tests": "The suite behind `make test`: a file here for a file there.",
+    "requirements": "What to install: open lists with a reason a line, and one lock with hashes.",
+}
+
+# Tokens that the paper prints (Table 3, sections 4.2.2 to 4.2.5).
+PRINTED_TOKENS = {
+    "vit3": "121B with vit1 and vit2",
+    "basic": "128B",
+    "multitask": "360B",
+    "sft1": "42B",
+    "sft2": "40B",
+    "sft3": "16B",
+    "sft4": "70B",
+    "long-cot": "0.4B",
+    "fusion": "1B",
+    "verifiable": "0.1B",
+    "mixed": "0.2B",
+}
+
+# Block of RESULTS.md: the table that a run wrote, and which of its columns are shown.
+TABLES = {
     "adalrs": (
         "runs/adalrs/table.md",
-        (
-            "method",
-            "start / best rate",
-            "quadratic",
-            "regression",
-            "language",
-            "connector",
-            "most steps",
-        ),
+        "method | start / best rate | quadratic | regression | language | connector | most steps",
     ),
-    "moe-cpu": ("runs/moe-cpu.md", ("implementation", "fp32", "bf16")),
+    "moe-cpu": ("runs/moe-cpu.md", "implementation | fp32 | bf16"),
     "calibration": (
         "runs/calibration.md",
-        ("design", "entropy of visual tokens", "entropy of text", "text loss", "exact answers"),
+        "design | entropy of visual tokens | entropy of text | text loss | exact answers",
     ),
     "rl": (
         "runs/bench-rl/table.md",
-        (
-            "run",
-            "model",
-            "seeds",
-            "pass@1 before",
-            "gain (points)",
-            "counting",
-            "charts",
-            "arithmetic",
-            "odd",
-            "pass@4 gain",
-            "length",
-            "entropy",
-            "clipped",
-        ),
+        "run | model | seeds | pass@1 before | gain (points) | counting | charts | arithmetic | odd"
+        " | pass@4 gain | length | entropy | clipped",
     ),
     "modes": (
         "runs/bench-sft/modes/modes.md",
-        (
-            "run",
-            "direct accuracy",
-            "direct length",
-            "direct that think",
-            "thinking accuracy",
-            "thinking length",
-            "thinking that think",
-        ),
+        "run | direct accuracy | direct length | direct that think"
+        " | thinking accuracy | thinking length | thinking that think",
     ),
-    "soup": ("runs/bench-sft/soup/soup.md", ("run", "rows", "overall", "distance")),
+    "soup": ("runs/bench-sft/soup/soup.md", "run | rows | overall | distance"),
     "curriculum": (
         "runs/bench-sft/curriculum/curriculum.md",
-        ("run", "rows", "tokens", "overall", "charts", "arithmetic", "odd", "video", "text"),
+        "run | rows | tokens | overall | charts | arithmetic | odd | video | text",
     ),
     "twins": (
         "runs/bench-sft/experts/experts.md",
-        ("run", "total", "active", "steps", "seconds", "overall"),
+        "run | total | active | steps | seconds | overall",
     ),
 }
 
 
-def files() -> str:
-    """Every Python file at the top: lines, and the first sentence of its docstring."""
+def markdown_table(heads: str, align: str, rows: list[tuple]) -> str:
+    """Heads as "a | b", alignment as one letter a column (l or r), then the rows."""
+    rules = {"l": "---", "r": "---:"}
+    lines = [f"| {heads} |", "|" + "|".join(rules[letter] for letter in align) + "|"]
+    for cells in rows:
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------- the files
+
+
+def first_sentence(path: Path) -> str:
+    """The first paragraph of a file's docstring, on one line."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ")
+
+
+def file_row(name: str) -> tuple[str, str]:
+    """A file at the top level: its link, and what it is."""
+    return f"[`{name}.py`]({name}.py)", first_sentence(ROOT / f"{name}.py")
+
+
+def room_row(room: str) -> tuple[str, str]:
+    """A folder: its link, what it is for, and its files in reading order."""
+    home = ROOT / room
+    init = home / "__init__.py"
+    note = first_sentence(init) if init.is_file() else ROOM_NOTES[room]
+
+    # Files that the order does not name come last.
+    present = [path.stem for path in home.glob("*.py") if path.stem != "__init__"]
+    order = ROOMS[room].split()
+    named = [stem for stem in order if stem in present]
+    others = sorted(set(present) - set(order)) if order else []
+    links = [f"[`{stem}`]({room}/{stem}.py)" for stem in named + others]
+    return f"[`{room}/`]({room})", " ".join([note, *links])
+
+
+def file_table() -> str:
+    """Every file at the top level in reading order, then the rooms.
+
+    Raises ValueError for a file without a place.
+    """
+    placed = {name for names in READING.values() for name in names}
+    missing = sorted({path.stem for path in ROOT.glob("*.py")} - placed)
+    if missing:
+        raise ValueError(f"{missing[0]}.py has no place in READING (tools/readme.py)")
+
     rows = []
-    for path in sorted(ROOT.glob("*.py")):
-        text = path.read_text()
-        first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append(f"| [`{path.name}`]({path.name}) | {len(text.splitlines())} | {first} |")
-    tests = sorted((ROOT / "tests").glob("*.py"))
-    lines = sum(len(p.read_text().splitlines()) for p in tests)
-    return "\n".join(
-        [
-            "| file | lines | what it teaches |",
-            "|---|---:|---|",
-            *rows,
-            f"| `tests/` | {lines} | {len(tests)} files; the suite behind `make test` |",
-        ]
+    for title, names in READING.items():
+        rows.append((f"**{title}**", ""))
+        rows += [file_row(name) for name in names if (ROOT / f"{name}.py").is_file()]
+    rows.append(("**Rooms**", ""))
+    rows += [room_row(room) for room in ROOMS if (ROOT / room).is_dir()]
+    return markdown_table("file | what it is", "ll", rows)
+
+
+# --------------------------------------------------------------------------------- the recipe
+
+
+def stage_size(stage) -> str:
+    """Steps x what a step holds: packed rows of tokens, or groups of completions."""
+    if stage is None:
+        return ""
+    if hasattr(stage, "prompts"):
+        return f"{stage.steps:,} x ({stage.prompts} prompts x {stage.group}) / {stage.updates}"
+    return f"{stage.steps:,} x {stage.rows} x {stage.length}"
+
+
+def stage_rate(stage) -> str:
+    """The peak rate, and whether AdaLRS searches from it."""
+    if stage is None:
+        return ""
+    return f"{stage.lr:.0e}" + (", AdaLRS" if getattr(stage, "adalrs", False) else "")
+
+
+def stage_tokens(name: str, stage) -> str:
+    """Tokens of a stage on packed rows, and in brackets what the paper prints for it."""
+    printed = PRINTED_TOKENS.get(name, "")
+    if stage is None or not hasattr(stage, "rows"):
+        return f"({printed})" if printed and stage else ""
+    billions = stage.steps * stage.rows * stage.length / 1e9
+    return f"{billions:.1f}B" + (f" ({printed})" if printed else "")
+
+
+def mixture_text(paper, toy) -> str:
+    """What a stage trains on: the paper's shares, or the toy's tasks."""
+    if paper and paper.mixture:
+        total = sum(paper.mixture.values())
+        return ", ".join(f"{task} {w / total:.2f}" for task, w in paper.mixture.items())
+    if len(toy.mixture) > 4:
+        return f"{len(toy.mixture)} tasks"
+    return ", ".join(toy.mixture)
+
+
+def stage_table() -> str:
+    """Every stage at both scales, from the recipes that run."""
+    import pretrain
+    import rl
+    import sft
+
+    rows = []
+    for recipe in (pretrain, sft, rl):
+        for name, toy in recipe.TOY.items():
+            paper = recipe.PAPER.get(name)
+            rows.append(
+                (
+                    f"`{recipe.__name__}.py` {name}",
+                    " + ".join(toy.trains),
+                    mixture_text(paper, toy),
+                    stage_size(paper),
+                    stage_tokens(name, paper),
+                    stage_rate(paper),
+                    stage_size(toy),
+                    stage_rate(toy),
+                )
+            )
+    return markdown_table(
+        "stage | trains | on | paper scale: steps x rows x length | tokens (printed) | rate"
+        " | toy: steps x rows x length | rate",
+        "lllrrrrr",
+        rows,
     )
 
 
-def ladder(run: str) -> str:
-    """The stages and final scores of a finished run."""
+# ----------------------------------------------------------------------------------- the rungs
+
+
+def parameters_by_module(preset: str) -> dict[str, int]:
+    """Parameters of the real modules, built without memory on the meta device."""
+    import torch
+
+    from vlm import PRESETS, SailVL
+
+    with torch.device("meta"):
+        model = SailVL(PRESETS[preset])
+    counts = {}
+    for name, module in model.named_children():
+        counts[name] = sum(p.numel() for p in module.parameters())
+    return counts
+
+
+def training_gib(preset: str, adapter_only: bool = False) -> float:
+    """GiB of one copy in training.
+
+    fp32 weights are 4 bytes a parameter; what trains has a gradient (4) and AdamW's moments (8) too.
+    """
+    total = 0
+    for module, count in parameters_by_module(preset).items():
+        trains = module == "mlp1" or not adapter_only
+        total += count * (16 if trains else 4)
+    return total / 2**30
+
+
+def inference_gib(preset: str) -> float:
+    """GiB of the weights in bf16."""
+    return 2 * sum(parameters_by_module(preset).values()) / 2**30
+
+
+def rung_table() -> str:
+    """From a laptop to a cluster: command, memory, what to expect, and how it is known."""
+    ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
+    peak = f"{ladder['peak_memory_gib']:.1f} GiB"
+    toy_time = f"{ladder['total_seconds']:.0f} s on {ladder['cores']} cores"
+    ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 --image a.jpg --prompt ...`"
+    basic = "`python pretrain.py paper:basic --model start --data my.jsonl`"
+    full = "`torchrun --nproc-per-node 8 sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`"
+
+    def gib(amount: float) -> str:
+        return f"{amount:.1f} GiB" if amount < 10 else f"{amount:.0f} GiB"
+
+    rows = [
+        (
+            "laptop, two cores",
+            "`make toy`",
+            peak,
+            f"{toy_time}; overall {ladder['overall']:.1%}",
+            f"measured {ladder['date']}",
+        ),
+        (
+            "Mac",
+            "`make toy`",
+            "as the laptop",
+            "runs on the CPU cores; MPS is not used",
+            "not tried",
+        ),
+        (
+            "one GPU of 8 GB",
+            ask,
+            f"{gib(inference_gib('SAIL-VL2-2B'))}, cache and activations beside it",
+            "ask the released 2B model",
+            "computed",
+        ),
+        (
+            "one GPU of 24 GB",
+            basic,
+            f"{gib(training_gib('SAIL-VL2-2B', adapter_only=True))} + activations",
+            "train the 2B model's adapter",
+            "computed",
+        ),
+        (
+            "one GPU of 80 GB",
+            "`python sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`",
+            f"{gib(training_gib('SAIL-VL2-2B'))} + activations",
+            "train all of the 2B model",
+            "computed",
+        ),
+        (
+            "one node, 8 x 80 GB",
+            full,
+            f"{gib(training_gib('SAIL-VL2-2B'))} a GPU + activations",
+            "the same, eight rows at once: every rank holds a whole copy",
+            "computed",
+        ),
+        (
+            "cluster",
+            "none yet",
+            f"8B: {gib(training_gib('SAIL-VL2-8B'))} a copy, "
+            f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}",
+            "a copy exceeds a GPU, and weights are not sharded here",
+            "computed",
+        ),
+        (
+            "NPU",
+            "the GPU's commands",
+            "as the GPU's",
+            "devices are chosen through `torch.accelerator`; the Triton kernels are for CUDA",
+            "not tried",
+        ),
+    ]
+    return markdown_table(
+        "where | command | memory of weights and optimizer | what to expect | known how",
+        "lllll",
+        rows,
+    )
+
+
+# ---------------------------------------------------------------------------------- the runs
+
+
+def ladder_tables(run: str) -> str | None:
+    """The stages and final scores of a finished run; None when it is not here."""
     path = ROOT / "runs" / run / "results.json"
     if not path.is_file():
-        return f"(no {path.relative_to(ROOT)} yet: run `make {run}`)"
-    r = json.loads(path.read_text())
-    out = [
-        "| stage | seconds | graded by | before | after | chance | n |",
-        "|---|---:|---|---:|---:|---:|---:|",
-    ]
-    for s in r["stages"]:
-        out.append(
-            f"| {s['name']} | {s['seconds']:.0f} | {s['metric']} | {s['before']:.3f} | **{s['after']:.3f}** | "
-            f"{s['chance']:.3f} | {s['samples']} |"
-        )
-    out += [
-        "",
-        "| family | final accuracy | standard error | chance (best blind answer) | images swapped | n |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for family, s in r["final"].items():
-        swapped = r["swap"].get(family, {}).get("swapped")
-        out.append(
-            f"| {family} | **{s['accuracy']:.1%}** | {s['error']:.1%} | {s['chance']:.1%} | "
-            f"{'' if swapped is None else f'{swapped:.1%}'} | {s['n']} |"
-        )
-    a, m = r["adalrs"], r["modes"]
-    out += [
-        "",
-        f"{r['total_seconds']:.0f} seconds on {r['cores']} cores, peak memory {r['peak_memory_gib']:.1f} GiB, torch {r['versions']['torch']}, seed {r['seed']}. AdaLRS moved "
-        f"the rate from {a['start_lr']:.1e} to {a['final_lr']:.1e} in {len(a['decisions'])} decisions ({a['extra_steps']} extra "
-        f"steps): loss {a['loss']:.3f}, against {a['fixed_rate_loss']:.3f} at the fixed rate. Rows at least "
-        f"{r['packing']['filled']:.1%} full. By default {m['direct_thinks']:.0%} of reasoning answers think (accuracy "
-        f"{m['direct_accuracy']:.1%}); asked to, {m['think_thinks']:.0%} do ({m['think_accuracy']:.1%}).",
-    ]
-    return "\n".join(out)
+        return None
+    results = json.loads(path.read_text())
 
-
-def stages() -> str:
-    """The recipe of pre-training at both scales, from the tables that run."""
-    import pretrain
-
-    out = [
-        "| stage | trains | on | paper scale: steps x rows x tokens | rate | toy: steps x rows x tokens | rate |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    size = lambda s: f"{s.steps:,} x {s.rows} x {s.length}" if s else ""
-    rate = lambda s: f"{s.lr:.0e}{', AdaLRS' if s.adalrs else ''}" if s else ""
-    for name, toy in pretrain.TOY.items():
-        paper = pretrain.PAPER.get(name)
-        mixture = (
-            ", ".join(
-                f"{task} {w / sum(paper.mixture.values()):.2f}" for task, w in paper.mixture.items()
+    stages = []
+    for s in results["stages"]:
+        stages.append(
+            (
+                s["name"],
+                f"{s['seconds']:.0f}",
+                s["metric"],
+                f"{s['before']:.3f}",
+                f"**{s['after']:.3f}**",
+                f"{s['chance']:.3f}",
+                s["samples"],
             )
-            if paper
-            else f"{len(toy.mixture)} tasks"
-            if len(toy.mixture) > 3
-            else ", ".join(toy.mixture)
         )
-        out.append(
-            f"| {name} | {' + '.join(toy.trains)} | {mixture} | {size(paper)} | {rate(paper)} | {size(toy)} | {rate(toy)} |"
+
+    families = []
+    for family, s in results["final"].items():
+        swapped = results["swap"].get(family, {}).get("swapped")
+        families.append(
+            (
+                family,
+                f"**{s['accuracy']:.1%}**",
+                f"{s['error']:.1%}",
+                f"{s['chance']:.1%}",
+                "" if swapped is None else f"{swapped:.1%}",
+                s["n"],
+            )
         )
-    return "\n".join(out)
 
-
-def picked(path: str, columns: tuple[str, ...]) -> str:
-    """These columns of a markdown table that a bench left under runs/."""
-    if not (ROOT / path).is_file():
-        return f"(no {path} yet)"
-    rows = [
-        [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in (ROOT / path).read_text().splitlines()
-        if line.startswith("|")
+    parts = [
+        markdown_table(
+            "stage | seconds | graded by | before | after | chance | n", "lrlrrrr", stages
+        ),
+        markdown_table(
+            "family | final accuracy | standard error | chance (best blind answer)"
+            " | images swapped | n",
+            "lrrrrr",
+            families,
+        ),
+        ladder_sentences(results),
     ]
-    at = [rows[0].index(c) for c in columns]
+    return "\n\n".join(parts)
+
+
+def ladder_sentences(results: dict) -> str:
+    """What a run took, what AdaLRS did, and when the model thinks."""
+    search = results["adalrs"]
+    modes = results["modes"]
+    return (
+        f"{results['total_seconds']:.0f} seconds on {results['cores']} cores, peak memory "
+        f"{results['peak_memory_gib']:.1f} GiB, torch {results['versions']['torch']}, "
+        f"seed {results['seed']}. AdaLRS moved the rate from {search['start_lr']:.1e} to "
+        f"{search['final_lr']:.1e} in {len(search['decisions'])} decisions "
+        f"({search['extra_steps']} extra steps): loss {search['loss']:.3f}, against "
+        f"{search['fixed_rate_loss']:.3f} at the fixed rate. Rows at least "
+        f"{results['packing']['filled']:.1%} full. By default {modes['direct_thinks']:.0%} of "
+        f"reasoning answers think (accuracy {modes['direct_accuracy']:.1%}); asked to, "
+        f"{modes['think_thinks']:.0%} do ({modes['think_accuracy']:.1%})."
+    )
+
+
+def run_table(path: str, columns: str) -> str | None:
+    """These columns of a markdown table that a run left; None when it is not here."""
+    if not (ROOT / path).is_file():
+        return None
+    rows = []
+    for line in (ROOT / path).read_text().splitlines():
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+
+    at = [rows[0].index(column) for column in columns.split(" | ")]
     return "\n".join("| " + " | ".join(row[i] for i in at) + " |" for row in rows)
 
 
-def experts() -> str:
-    """Dense and MoE ladders until the soup: size, training time, score, and the score after as many seconds as the dense one took."""
-    out = [
-        "| ladder | parameters | active for a token | seconds of training until the soup | overall there | overall after the dense one's seconds |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+def scores_until_soup(results: dict) -> tuple[float, list[tuple[float, float]]]:
+    """Seconds until the soup, and (seconds, overall accuracy) after each stage that was graded."""
+    spent = 0.0
+    curve = []
+    for stage in results["stages"]:
+        spent += stage["seconds"]
+        scores = results["families_after"].get(stage["name"])
+        if scores:
+            curve.append((spent, scores["overall"]))
+        if stage["name"] == "soup":
+            break
+    return spent, curve
+
+
+def expert_ladders() -> str | None:
+    """Dense and MoE ladders until the soup: size, seconds, score; the score after the dense one's seconds."""
+    rows = []
     limit = 0.0
     for run in ("toy", "toy-moe"):
         path = ROOT / "runs" / run / "results.json"
         if not path.is_file():
-            continue
-        r, spent, curve = (
-            json.loads(path.read_text()),
-            0.0,
-            [],
-        )  # (seconds, overall accuracy) after each stage
-        for s in r["stages"]:
-            spent += s["seconds"]
-            if s["name"] in r["families_after"]:
-                curve.append((spent, r["families_after"][s["name"]]["overall"]))
-            if s["name"] == "soup":
-                break
+            return None
+        results = json.loads(path.read_text())
+        spent, curve = scores_until_soup(results)
         limit = limit or spent
-        p, then = r["parameters"], [score for seconds, score in curve if seconds <= limit][-1]
-        out.append(
-            f"| `runs/{run}` | {p['total'] / 1e6:.2f} M | {p['active'] / 1e6:.2f} M | {spent:.0f} | {curve[-1][1]:.1%} | **{then:.1%}** |"
+
+        in_time = [score for seconds, score in curve if seconds <= limit]
+        parameters = results["parameters"]
+        rows.append(
+            (
+                f"`runs/{run}`",
+                f"{parameters['total'] / 1e6:.2f} M",
+                f"{parameters['active'] / 1e6:.2f} M",
+                f"{spent:.0f}",
+                f"{curve[-1][1]:.1%}",
+                f"**{in_time[-1]:.1%}**",
+            )
         )
-    return "\n".join(out)
+    return markdown_table(
+        "ladder | parameters | active for a token | seconds of training until the soup"
+        " | overall there | overall after the dense one's seconds",
+        "lrrrrr",
+        rows,
+    )
 
 
-def rewrite(text: str) -> str:
-    for name, value in (
-        ("files", files()),
-        ("stages", stages()),
-        ("experts", experts()),
-        ("toy", ladder("toy")),
-        ("real", ladder("real")),
-        *((name, picked(path, columns)) for name, (path, columns) in TABLES.items()),
-    ):
-        text, n = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda m: m[1] + value + "\n" + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-        assert n == 1, f"README.md has {n} blocks named {name}, wanted one"
-    return text
+# --------------------------------------------------------------------------------- the pages
+
+
+def results_blocks() -> dict[str, str | None]:
+    """Every block of RESULTS.md; None where the run is not here."""
+    blocks = {
+        "toy": ladder_tables("toy"),
+        "real": ladder_tables("real"),
+        "experts": expert_ladders(),
+    }
+    for name, (path, columns) in TABLES.items():
+        blocks[name] = run_table(path, columns)
+    return blocks
+
+
+def readme_blocks() -> dict[str, str | None]:
+    """Every block of README.md."""
+    return {"files": file_table(), "stages": stage_table(), "rungs": rung_table()}
+
+
+PAGES: dict[str, Callable[[], dict[str, str | None]]] = {
+    "README.md": readme_blocks,
+    "RESULTS.md": results_blocks,
+}
+
+
+def replace_block(text: str, name: str, value: str, page: str) -> str:
+    """The page's text with one block written anew. Raises ValueError unless there is exactly one."""
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    found = len(block.findall(text))
+    if found != 1:
+        raise ValueError(f"{page} has {found} blocks named {name}, wanted one")
+    return block.sub(lambda match: f"{match[1]}{value}\n{match[2]}", text)
+
+
+def rewrite_page(page: str) -> None:
+    """Write the blocks of one page anew, but for those whose run is not here."""
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8")
+    for name, value in PAGES[page]().items():
+        if value is None:
+            print(f"{page}: block {name} is kept, its run is not here")
+        else:
+            text = replace_block(text, name, value, page)
+    path.write_text(text, encoding="utf-8")
 
 
 @dataclass
-class Options:
-    """Regenerate the measured parts of README.md."""
+class ReadmeOptions:
+    """Regenerate the measured parts of README.md and RESULTS.md."""
 
     check: bool = False  # only compare the table of files; fail when it differs
 
 
-def main(o: Options) -> int:
-    path = ROOT / "README.md"
-    old = path.read_text()
-    if o.check:
-        fresh = files() in old
-        print(
-            "README.md is up to date"
-            if fresh
-            else "README.md: the table of files is out of date; run `make readme`"
-        )
+def write_pages(options: ReadmeOptions) -> int:
+    """Write both pages and copy figures, or check the table of files."""
+    if options.check:
+        fresh = file_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+        state = "is up to date" if fresh else "is out of date; run `make readme`"
+        print(f"README.md: the table of files {state}")
         return 0 if fresh else 1
-    path.write_text(rewrite(old))
+
+    for page in PAGES:
+        rewrite_page(page)
     for name, source in FIGURES.items():
         if (ROOT / source).is_file():
-            (ROOT / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / source, ROOT / name)
     return 0
 
 
 if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff,))))
+    command(write_pages)
