@@ -18,7 +18,7 @@ heads, G key/value heads, D head size, V words.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
 
@@ -324,6 +324,7 @@ def load_model(
             "it is another model's tokenizer"
         )
     model.image_token_id = tokenizer.image
+    model.config = replace(model.config, image_token_id=tokenizer.image)
     return model.eval(), tokenizer
 
 

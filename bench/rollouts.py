@@ -5,7 +5,7 @@ is worth. Both sides have the same tiny weights: the language model is Qwen3 und
 names, so transformers loads the very file.
 
     rollout   prompts -> sampled ids            ours: generate.generate    theirs: Qwen3ForCausalLM.generate
-    step      rollout, reward, loss, AdamW      ours: rl.Rollouts, train   theirs: trl.GRPOTrainer.train
+    step      rollout, reward, loss, AdamW      ours: Rollouts, train      theirs: trl.GRPOTrainer.train
 
     pip install --no-deps -r requirements/trl.txt
     python -m bench.rollouts --model runs/toy/long-cot
@@ -26,12 +26,14 @@ from typing import Callable
 
 import torch
 
-import rl
-from data.encode import Encoder
+from data.encode import Encoder, with_thinking
 from data.sample import Sample
+from data.stream import Drawn
 from data.world import REASONING, World
 from generate import generate, load_model
 from infra.cli import command
+from rollout import Rollouts, reward_of
+from stage import RLStage
 from train import train
 from vlm import SailVL
 
@@ -98,7 +100,7 @@ def best_in_turn(repeats: int, *calls: Callable[[], float | None]) -> list[float
 def thinking_prompts(encoder: Encoder, samples: list[Sample]) -> list[tuple]:
     """The questions as prompts that ask for thinking."""
     request = encoder.tokenizer.think_prompt
-    return [encoder.prompt(rl.with_thinking(sample, request)) for sample in samples]
+    return [encoder.prompt(with_thinking(sample, request)) for sample in samples]
 
 
 # -------------------------------------------------------------------------------------- rollout
@@ -198,7 +200,7 @@ def train_with_trl(
         rewards = []
         for ids, i in zip(completion_ids, row):
             text = tokenizer.decode([token for token in ids if token != tokenizer.end])
-            rewards.append(rl.reward_of(text, samples[i], True, "verifiable"))
+            rewards.append(reward_of(text, samples[i], True, "verifiable"))
         return rewards
 
     with tempfile.TemporaryDirectory() as out:
@@ -234,9 +236,10 @@ def train_with_ours(
     options: RolloutOptions, model: SailVL, encoder: Encoder, samples: list[Sample]
 ) -> None:
     """The same GRPO steps here."""
-    stage = rl.RLStage(
+    stage = RLStage(
         "step",
         ("llm",),
+        algorithm="dapo",
         steps=options.steps,
         lr=1e-5,
         optimizer="adamw",
@@ -248,8 +251,8 @@ def train_with_ours(
         overlong=0,
         dynamic=False,
     )
-    rollouts = rl.Rollouts(model, encoder, itertools.cycle(samples), stage)
-    train(model, stage, rollouts, rl.policy(stage))
+    questions = Drawn(lambda n: samples[n % len(samples)])
+    train(model, stage, Rollouts(model, encoder, questions, stage))
 
 
 def race_grpo(

@@ -44,6 +44,7 @@ from evaluate import ask, evaluate, text_of
 from generate import load_model
 from graders import same_answer
 from infra.cli import command
+from recipe import Setup, fit
 from rewards import answer_reward
 from tools import report
 from vlm import PRESETS
@@ -59,7 +60,7 @@ WITHOUT = {
     "dynamic sampling": {"dynamic": False},
     "soft overlong": {"overlong": 0},
 }
-CURVES = ("reward", "entropy", "clipped", "spread", "spread_sequence", "rerouted")
+CURVES = ("reward", "entropy", "clip_fraction", "spread", "spread_sequence", "rerouted")
 
 
 @dataclass
@@ -249,7 +250,7 @@ def run_trial(
     before = before or policy_scores(model, encoder, held_out)
     began = time.time()
     reward = weak_reward if trial.group == "hack" else None
-    run = rl.run(model, stage, World(), encoder, reward=reward)
+    run = fit(Setup(model, encoder, World(), reward=reward), stage)
 
     logged = [key for key in CURVES if key in run.log[0]]
     return {
@@ -314,7 +315,7 @@ class TrialRows:
     def cells(self, name: str, kind: str) -> list[str]:
         """One line of the table."""
         by_family = [self.gain(lambda m, f=family: m["families"][f]) for family in REASONING]
-        clipped = self.mean(lambda row: statistics.mean(row["curves"]["clipped"]))
+        clipped = self.mean(lambda row: statistics.mean(row["curves"]["clip_fraction"]))
         spread = f"{self.last('spread'):.3f} / {self.last('spread_sequence'):.3f}"
         if "rerouted" in self.rows[0]["curves"]:
             spread += f"; {100 * self.last('rerouted'):.1f} % rerouted"

@@ -33,16 +33,16 @@ import sft
 from curation.chains import rejection_sample
 from data.encode import Encoder
 from data.sample import Sample
-from data.world import REASONING, World
+from data.world import GRADED, PHASES, REASONING, World
 from evaluate import ask, evaluate, question_of, text_of
 from generate import load_model
 from graders import same_answer, split_think
 from infra.cli import command
 from infra.weights import write_json
+from recipe import Setup, fit
 from rewards import answer_reward
 from soup import average, distance, greedy
-from toy import GRADED
-from train import Stage
+from stage import BaseStage, Stage
 from vlm import PRESETS, SailVL
 
 PARTS = ("curriculum", "soup", "experts", "modes")
@@ -109,9 +109,9 @@ class Comparisons:
         steps = max(2, round(stage.steps * self.options.effort))
         return replace(stage, steps=steps, seed=stage.seed + 1000 * seed)
 
-    def train(self, subject: Subject, stage: Stage) -> None:
-        """A supervised stage on the drawn world, in place."""
-        sft.run_stage(subject.model, stage, self.world, subject.encoder)
+    def train(self, subject: Subject, stage: BaseStage, **more) -> None:
+        """A stage on the drawn world, in place."""
+        fit(Setup(subject.model, subject.encoder, self.world, **more), stage)
 
     def scores(self, subject: Subject) -> dict[str, float]:
         """Accuracy by family and overall, direct answers."""
@@ -132,7 +132,7 @@ class Comparisons:
         weighed by their steps: those two differ in order only (and in momentum, which begins anew
         with each phase).
         """
-        phases = [self.stage(sft.TOY, name, seed) for name in sft.PHASES]
+        phases = [self.stage(sft.TOY, name, seed) for name in PHASES]
         ends = list(accumulate(phase.steps for phase in phases))
         whole = ends[-1]
         under_one_schedule = []
@@ -244,26 +244,24 @@ class Comparisons:
         Both modes are graded after each.
         """
         subject = self.load("soup")
-        model = subject.model
-        encoder = subject.encoder
         lines = self.both_modes(subject, "SFT", seed)
 
         stage = self.stage(sft.TOY, "long-cot", seed)
         longer = replace(stage, steps=round(stage.steps * self.options.chains))
-        sft.long_cot(model, longer, self.world, encoder)
+        self.train(subject, longer)
         lines += self.both_modes(subject, "long CoT", seed)
 
-        rl.run(model, self.stage(rl.TOY, "verifiable", seed), self.world, encoder)
+        self.train(subject, self.stage(rl.TOY, "verifiable", seed))
         lines += self.both_modes(subject, "verifiable RL", seed)
 
         # Fusion learns from the policy's own right chains.
         stage = self.stage(sft.TOY, "fusion", seed)
         questions = self.reasoning_questions(400, stage.seed + 5)
-        harvest = rejection_sample(model, encoder, questions, seed=seed)
-        sft.fusion(model, stage, self.world, harvest, encoder)
+        harvest = rejection_sample(subject.model, subject.encoder, questions, seed=seed)
+        self.train(subject, stage, harvest=harvest)
         lines += self.both_modes(subject, "think-fusion", seed)
 
-        rl.run(model, self.stage(rl.TOY, "mixed", seed), self.world, encoder)
+        self.train(subject, self.stage(rl.TOY, "mixed", seed))
         lines += self.both_modes(subject, "mixed RL", seed)
         (self.options.out / f"transcripts-{seed}.txt").write_text("\n".join(lines) + "\n")
 

@@ -122,7 +122,7 @@ def finish(ladder, seconds: float) -> None:
 
     write_json(options.out / "results.json", results)
     cards = answer_cards(ladder, thinking)
-    report.write(
+    report.write_report(
         options.out / "report.html", results, ladder.runs, cards, rows, load, results["swap"]
     )
     print_tables(ladder, results)
