@@ -1,40 +1,54 @@
 """Readers: every dataset is messages with text and image parts, in another spelling.
 
-What it teaches: a format is two questions. Where does a record lie (the container), and what does it say (its fields)? The
-container answers with byte spans, which are all that is kept in memory: 32 bytes a record, shared by all worker processes. The
-fields become one `Sample`. Nothing is fetched from the network and nothing outside the images' folder is opened.
+What it teaches: a format is two questions. Where does a record lie (containers.py), and what does it say (its fields, here)?
+The first is answered by spans, which are all that is kept in memory: 32 bytes a record, shared by all worker processes. By the
+second, fields become one `Sample`. Nothing is fetched from the network, nothing outside the images' folder is opened, and
+whatever is wrong with a record is a counted fault of that record.
 
-    container                        fields
-    .json .jsonl   an item, a line   conversations   LLaVA, ShareGPT, Qwen-VL, InternVL, MiniMind-V
-    .tar           files of a name   messages        OpenAI, Hugging Face, LLaMA-Factory
-    .parquet       a row             texts           FineVision and the_cauldron (turns), OBELICS (interleaved)
-    .tsv           a line            prompt          verl's RL rows, with reward_model.ground_truth
-                                     question        VLMEvalKit, image in base64, options A to D
-                                     txt, json       captions and idl-wds pages inside .tar
+    record --fields_of--> {field: value} --reader by field--> messages + truth --to_sample--> Sample
 
-A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's meta JSON. A mixture file:
+    a record with     is read as                                         of
+    conversations     turns of from/value or role/content                LLaVA, ShareGPT, Qwen-VL, InternVL, MiniMind-V
+    messages          turns; content a text with marks, or typed parts   OpenAI, Hugging Face, LLaMA-Factory
+    texts             turns of user/assistant; texts and images in turn  FineVision, the_cauldron; OBELICS
+    prompt            turns, with reward_model.ground_truth              verl's RL rows
+    question          image, options, answer or several answers          VLMEvalKit, VQA sets, a person's own rows
+    txt, json         captions, conversations, pages inside a .tar       WebDataset, img2dataset, idl-wds
 
-    {"datasets": {"ocr": {"data": "ocr/*.tar", "weight": 2.0, "max_tiles": 12}, "chat": {"data": "chat.jsonl", "images": "photos"}}}
+    beside them: task (to mix and count by), facts {answer, chain, family, grader, category}; of a turn: weight, loss or train
+    (0 or false: not learned), reasoning_content (the chain of thought, as is <think>...</think> in the text)
 
-Simplified: a shard must be a file that can be sought in; a parquet reader reads whole row groups, so keep them small (Hugging
-Face writes 100 rows of images); text containers are parsed once at the start, to find faults and tasks.
+A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's meta JSON (mixture.py).
+
+The truth is the last assistant turn, or what the record says apart from it; what follows that turn is not asked. Simplified: a
+shard must be a file that can be sought in; a parquet reader reads whole row groups, so keep them small (Hugging Face writes 100
+rows of images); text containers are parsed once at the start, to find faults and tasks.
 """
 
 import base64
-import binascii
-import glob
 import re
 from array import array
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.containers import CHEAP, PICTURES, SPANS, fields_of, strict_json
+from data.containers import (
+    CHEAP,
+    PICTURES,
+    RECORD_FIELDS,
+    Span,
+    decode_text,
+    fields_of,
+    spans_of,
+    strict_json,
+)
+from data.mixture import Dataset, files_of, mixture_of, unread_files
 from data.sample import THINKING, BadSample, Faults, Message, Sample, Video
 from data.stream import Drawn, Order
+from graders import boxed
 
 ROLES = {
     "human": "user",
@@ -43,430 +57,735 @@ ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "system",
 }
-DESCRIBE, READ = (
-    "Describe the picture.",
-    "Read the text in the picture.",
-)  # our questions to captions and pages without one
-WRONG = (
-    ValueError,
-    RecursionError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)  # what malformed fields raise
+# the types of a message's parts, as they are called here and there
+PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "input_video": "video",
+    "thinking": "thinking",
+    "reasoning": "thinking",
+}
+CHAINS = ("reasoning_content", "reasoning", "thinking")  # fields of a turn that hold its chain
+SUPERVISED = ("weight", "loss", "train", "learn")  # fields of a turn that say whether it is learned
+
+DESCRIBE = "Describe the picture."  # our questions to captions and pages without one
+READ = "Read the text in the picture."
+LETTER = "\nAnswer with the letter."
+
+MAX_TEXT = 1 << 20  # characters of a turn: a quarter of a million tokens
+
+# The first characters of a JPEG, PNG, GIF and WebP in base64.
+BASE64_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
 
-# ------------------------------------------------------------------------------------------------------------ containers
+# ---------------------------------------------------------------------------------------------- pictures and values
 
 
-# ---------------------------------------------------------------------------------------------------------------- fields
-
-
-def image_source(value):
-    """An image as datasets spell it: path, bytes, {bytes, path}, {url: ...}, data URL. Returns bytes or a Path."""
+def image_source(value) -> bytes | Path:
+    """An image as datasets spell it: path, bytes, {bytes, path}, {url: ...}, data URL, base64. Raises TypeError for others."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path") or value.get("url") or value.get("image")
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         raise TypeError(f"an image cannot be {type(value).__name__}")
     if value.startswith("data:"):
         return base64.b64decode(value.partition(",")[2], validate=True)
+    if len(value) > 64 and value.startswith(BASE64_PICTURES):
+        return base64.b64decode("".join(value.split()), validate=True)
     if re.match(r"https?://", value):
         raise BadSample("remote image", value[:100])
     return Path(value)
 
 
+def video_source(value) -> Video:
+    if isinstance(value, list):
+        return Video(tuple(image_source(frame) for frame in value))
+    return Video(image_source(value))
+
+
 def listed(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    """One or several of something, without those that a table leaves empty: null, or a struct of nulls."""
+    if value is None or value == "":
+        return []
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if not (isinstance(v, dict) and all(x is None for x in v.values()))]
 
 
-def dialogue(turns: list[tuple[str, str]], images: list, videos: list = ()) -> tuple[Message, ...]:
-    """Turns of (role, text) with <image> and <video> marks in the user's texts, and what the marks stand for, in order."""
+def images_in(row: dict) -> list:
+    """The images of a row, under the names that datasets give them."""
+    for key in ("image", "images", "image_bytes"):
+        images = listed(row.get(key))
+        if images:
+            return [image for image in images if image is not None]
+    return []
+
+
+def videos_in(row: dict) -> list:
+    if row.get("videos"):
+        return listed(row["videos"])
+    return [row["video"]] if row.get("video") else []
+
+
+def rows_of(value) -> list:
+    """A list of objects; Hugging Face's sequences store it as an object of lists, older files as JSON text."""
+    if isinstance(value, str):
+        value = strict_json(value)
+    if not isinstance(value, dict):
+        return value
+    lengths = {len(column) for column in value.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"columns of {sorted(lengths)} values")
+    return [dict(zip(value, cells)) for cells in zip(*value.values())]
+
+
+def text_of_value(value) -> str:
+    """A truth as text: 5 and 5.0 are "5". Raises BadSample for what is no truth."""
+    if isinstance(value, str):
+        inside = boxed(value)
+        return value if inside is None else inside
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    raise BadSample("no answer", f"the truth is {type(value).__name__}, wanted a text or a number")
+
+
+def accepted_texts(value) -> str | list[str]:
+    """A truth, or a list of accepted ones (every annotator's counts, so repetitions stay). Raises BadSample for none."""
+    if not isinstance(value, (list, tuple)):
+        text = text_of_value(value)
+        if not text.strip():
+            raise BadSample("no answer", "the truth is empty")
+        return text
+    texts = [text_of_value(one) for one in value if one is not None and one != ""]
+    if not texts:
+        raise BadSample("no answer", "the list of accepted answers is empty")
+    return texts if len(texts) > 1 else texts[0]
+
+
+def first_text(truth: str | list[str]) -> str:
+    """What an assistant would say: the commonest of the accepted answers, the first of those."""
+    return truth if isinstance(truth, str) else Counter(truth).most_common(1)[0][0]
+
+
+# --------------------------------------------------------------------------------------------------- turns to messages
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What somebody says: in a user's text <image> and <video> mark where the pictures stand."""
+
+    role: str
+    text: str
+    think: str | None = None
+    learn: bool = True
+
+
+def turn_of(said: dict, text: str, think: str | None = None) -> Turn:
+    """A turn with what its fields say of it: role, chain, and whether it is learned. Raises KeyError, TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"what a turn says is {type(text).__name__}")
+    role = ROLES[said.get("from") or said["role"]]
+    chains = [said[key] for key in CHAINS if isinstance(said.get(key), str) and said[key]]
+    think = think or (chains[0] if chains else None)
+    flags = [said[key] for key in SUPERVISED if said.get(key) is not None]
+    if not all(isinstance(flag, (bool, int, float)) for flag in flags):
+        raise TypeError(f"{', '.join(SUPERVISED)} of a turn must be a number or a truth value")
+    return Turn(role, text, think if role == "assistant" else None, all(flags))
+
+
+def dialogue(turns: list[Turn], images: list, videos: list = ()) -> tuple[Message, ...]:
+    """Turns with marks, and what the marks stand for, in order. What follows the last assistant turn is left out.
+
+    Raises BadSample when marks and pictures do not agree, a turn is empty, or nobody answers.
+    """
     queues = {
-        "<image>": [image_source(i) for i in images],
-        "<video>": [video_source(v) for v in videos],
+        "<image>": [image_source(image) for image in images],
+        "<video>": [video_source(video) for video in videos],
     }
-    asked = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    asked = [i for i, turn in enumerate(turns) if turn.role == "user"]
     for mark, queue in queues.items():
-        count = sum(turns[i][1].count(mark) for i in asked)
-        if count == 0 and len(queue) == 1 and asked:  # a lone image without a mark goes first
-            turns[asked[0]], count = ("user", f"{mark}\n{turns[asked[0]][1]}"), 1
+        count = sum(turns[i].text.count(mark) for i in asked)
+        if count == 0 and len(queue) == 1 and asked:
+            # a lone image without a mark goes first
+            first = turns[asked[0]]
+            turns[asked[0]] = replace(first, text=f"{mark}\n{first.text}")
+            count = 1
         if count != len(queue):
             raise BadSample("wrong placeholder count", f"{count} {mark} marks for {len(queue)}")
-    messages = []
-    for role, text in turns:
-        text.encode()  # refuses lone surrogates
-        think = None
-        if role == "assistant" and (m := THINKING.fullmatch(text)):
-            think, text = m.groups()
-        if not text.strip() and think is None:
-            raise BadSample(
-                "empty answer" if role == "assistant" else "empty question",
-                "a turn without text or image",
-            )
-        pieces = re.split("(<image>|<video>)", text) if role == "user" else [text]
-        messages.append(
-            Message(role, tuple(queues[p].pop(0) if p in queues else p for p in pieces if p), think)
-        )
-    return answered(tuple(messages))
 
-
-def video_source(value) -> Video:
-    return Video(
-        tuple(image_source(v) for v in value) if isinstance(value, list) else image_source(value)
-    )
-
-
-def answered(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    if not any(m.role == "assistant" for m in messages):
+    messages = [message_of(turn, queues) for turn in turns]
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
         raise BadSample("no answer", "no assistant turn")
-    return messages
+    return tuple(messages[: answers[-1] + 1])
+
+
+def message_of(turn: Turn, queues: dict[str, list]) -> Message:
+    """The turn as a message; its marks take the next of their queues."""
+    if len(turn.text) > MAX_TEXT:
+        raise BadSample("oversized record", f"a turn of {len(turn.text)} characters: split it")
+    turn.text.encode()  # refuses lone surrogates
+    text = turn.text
+    think = turn.think
+    if turn.role == "assistant":
+        chain = THINKING.fullmatch(text)
+        if chain:
+            think = think or chain[1]
+            text = chain[2]
+    if not text.strip() and think is None:
+        kind = "answer" if turn.role == "assistant" else "question"
+        raise BadSample(f"empty {kind}", "a turn without text or image")
+
+    parts = []
+    pieces = re.split("(<image>|<video>)", text) if turn.role == "user" else [text]
+    for piece in pieces:
+        if piece in queues:
+            parts.append(queues[piece].pop(0))
+        elif piece:
+            parts.append(piece)
+    return Message(turn.role, tuple(parts), think, turn.learn)
+
+
+# ----------------------------------------------------------------------------------------------------------- readers
 
 
 def from_conversations(row: dict) -> tuple[Message, ...]:
-    said = (
-        strict_json(row["conversations"])
-        if isinstance(row["conversations"], str)
-        else row["conversations"]
-    )
-    turns = [
-        (ROLES[t.get("from") or t["role"]], t["value"] if "value" in t else t["content"])
-        for t in said
-    ]
+    """LLaVA and its relatives; Qwen-VL writes its images into the text: Picture 1: <img>red.png</img>."""
+    turns = []
+    for said in rows_of(row["conversations"]):
+        turns.append(turn_of(said, said["value"] if "value" in said else said["content"]))
     if isinstance(row.get("system"), str) and row["system"]:
-        turns.insert(0, ("system", row["system"]))
-    images = next((row[k] for k in ("image", "images", "image_bytes") if row.get(k)), None)
-    videos = row.get("videos") if "videos" in row else [row["video"]] if row.get("video") else []
-    return dialogue(turns, listed(images), listed(videos))
+        turns.insert(0, Turn("system", row["system"]))
+
+    images = images_in(row)
+    if not images and not any("<image>" in turn.text for turn in turns):
+        turns, images = inline_images(turns)
+    return dialogue(turns, images, videos_in(row))
+
+
+def inline_images(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
+    """Qwen-VL's <img>path</img> in users' turns, as marks and the paths."""
+    images = []
+    marked = []
+    for turn in turns:
+        if turn.role == "user":
+            images += re.findall(r"<img>([^<>\n]+)</img>", turn.text)
+            turn = replace(turn, text=re.sub(r"<img>[^<>\n]+</img>", "<image>", turn.text))
+        marked.append(turn)
+    return marked, images
 
 
 def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
-    """Content is a text with marks, or a list of typed parts; a part without a value of its own takes the next of `images`."""
-    if all(isinstance(m["content"], str) for m in row[field]):
-        return dialogue(
-            [(ROLES[m["role"]], m["content"]) for m in row[field]],
-            listed(row.get("images")),
-            listed(row.get("videos")),
-        )
-    spare, turns, images, videos = listed(row.get("images")), [], [], []
-    for m in row[field]:
+    """Content is a text with marks, or a list of typed parts; a part without a value of its own takes the next image."""
+    said = rows_of(row[field])
+    spare = images_in(row)
+    spare_videos = videos_in(row)
+    typed = [m for m in said if m.get("content") is not None and not isinstance(m["content"], str)]
+    parts = [typed_part(part) for m in typed for part in rows_of(m["content"])]
+    pictured = any(kind in ("image", "video") for kind, _ in parts)
+    if not pictured and (spare or spare_videos or not typed):
+        # only texts: their marks stand for the row's images
+        turns = [turn_of(m, *joined(m["content"])) for m in said]
+        return dialogue(turns, spare, spare_videos)
+
+    turns = []
+    images = []
+    videos = []
+    for m in said:
         text = ""
-        for part in (
-            [{"type": "text", "text": m["content"]}]
-            if isinstance(m["content"], str)
-            else m["content"]
-        ):
-            if part["type"] == "text":
-                text += re.sub(
-                    "<(?=(image|video)>)", "< ", part["text"]
-                )  # here a mark would be only words
-            elif part["type"] == "video":
-                text, _ = text + "<video>", videos.append(part.get("video") or part["path"])
+        chain = None
+        for kind, value in parts_of(m["content"]):
+            if kind == "text":
+                text += re.sub("<(?=(image|video)>)", "< ", value)  # a mark would be only words
+            elif kind == "thinking":
+                chain = (chain or "") + value
+            elif kind == "video":
+                text += "<video>"
+                videos.append(own_or_next(value, spare_videos))
             else:
-                own = next(
-                    (part[k] for k in ("image", "image_url", "path", "url") if part.get(k)), None
-                )
-                text, _ = text + "<image>", images.append(own if own is not None else spare.pop(0))
-        turns.append((ROLES[m["role"]], text))
-    return dialogue(turns, images + spare, videos)
+                text += "<image>"
+                images.append(own_or_next(value, spare))
+        turns.append(turn_of(m, text, chain))
+    return dialogue(turns, images + spare, videos + spare_videos)
+
+
+def own_or_next(value, spare: list):
+    """What a part holds itself, or the next of the row's pictures."""
+    if value is not None:
+        return value
+    if not spare:
+        raise BadSample(
+            "wrong placeholder count", "more parts of type image or video than there are"
+        )
+    return spare.pop(0)
+
+
+def parts_of(content) -> list[tuple[str, object]]:
+    """A message's content as (kind, value) of its parts."""
+    if content is None or isinstance(content, str):
+        return [("text", content or "")]
+    return [typed_part(part) for part in rows_of(content)]
+
+
+def joined(content) -> tuple[str, str | None]:
+    """Text and chain of a content without pictures."""
+    parts = parts_of(content)
+    chain = [value for kind, value in parts if kind == "thinking"]
+    return "".join(value for kind, value in parts if kind == "text"), "".join(chain) or None
+
+
+def typed_part(part) -> tuple[str, object]:
+    """(kind, value) of a part: text, image, video or thinking; a picture's value is None when it stands elsewhere.
+
+    Raises BadSample for a type that the reader does not know.
+    """
+    if isinstance(part, str):
+        return "text", part
+    name = part.get("type")
+    if name is None:  # some name a part by its only field
+        name = next((key for key, value in part.items() if value is not None), "nothing")
+    kind = PARTS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise BadSample("unknown part", f"a part of type {name!r}: known are {', '.join(PARTS)}")
+    fields = {
+        "text": ("text", "content"),
+        "thinking": ("thinking", "reasoning", "text", "content"),
+        "image": ("image", "image_url", "path", "url", "bytes"),
+        "video": ("video", "video_url", "path", "url"),
+    }[kind]
+    values = [part[key] for key in fields if part.get(key)]
+    value = values[0] if values else None
+    if kind in ("text", "thinking"):
+        if not isinstance(value or "", str):
+            raise TypeError(f"the text of a part is {type(value).__name__}")
+        return kind, value or ""
+    if kind == "video" and isinstance(value, dict):
+        value = value.get("url") or value.get("path")
+    return kind, value
 
 
 def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
-    """FineVision, the_cauldron: turns of {user, assistant}, rated 1 to 5 in FineVision; OBELICS: texts and images in turn."""
-    if all(t is None or isinstance(t, str) for t in row["texts"]):
-        pairs = list(zip(row["images"], row["texts"], strict=True))
-        if any((i is None) == (t is None) for i, t in pairs):
+    """FineVision, the_cauldron: turns of {user, assistant}, rated 1 to 5 in FineVision; OBELICS: texts and images in turn.
+
+    least: turns with a lower rating are left out.
+    """
+    texts = rows_of(row["texts"])
+    if all(text is None or isinstance(text, str) for text in texts):
+        return interleaved(row["images"], texts)
+
+    ratings = [row[key] for key in row if key.endswith("_ratings") and row[key]]
+    kept = []
+    for i, turn in enumerate(texts):
+        if all(rating[i] is None or rating[i] >= least for rating in ratings):
+            kept.append(turn)
+    if not kept:
+        raise BadSample("rated too low", f"no turn is rated {least} or more in everything")
+
+    images = listed(row.get("images"))
+    turns = []
+    for pair in kept:
+        for role in ("user", "assistant"):
+            turns.append(Turn(role, pair[role].replace("<image>", "")))
+    marks = "<image>" * len(images) + "\n" * bool(images)
+    turns[0] = replace(turns[0], text=marks + turns[0].text)
+    return dialogue(turns, images)
+
+
+def interleaved(images: list, texts: list) -> tuple[Message, ...]:
+    """A page of texts and images in turn: one assistant message."""
+    parts = []
+    for image, text in zip(images, texts, strict=True):
+        image = listed(image)
+        if bool(image) == (text is not None):
             raise BadSample(
                 "malformed record",
                 "an interleaved place holds an image or a text, not both and not none",
             )
-        return (Message("assistant", tuple(image_source(i) if t is None else t for i, t in pairs)),)
-    ratings = [row[k] for k in row if k.endswith("_ratings") and row[k]]
-    kept = [
-        t for i, t in enumerate(row["texts"]) if all(r[i] is None or r[i] >= least for r in ratings)
-    ]
-    if not kept:
-        raise BadSample("rated too low", f"no turn is rated {least} or more in everything")
-    images = listed(row.get("images"))
-    turns = [(role, t[role].replace("<image>", "")) for t in kept for role in ("user", "assistant")]
-    turns[0] = ("user", "<image>" * len(images) + "\n" * bool(images) + turns[0][1])
-    return dialogue(turns, images)
+        parts.append(image_source(image[0]) if text is None else text)
+    return (Message("assistant", tuple(parts)),)
+
+
+def from_prompt(row: dict) -> tuple[Message, ...]:
+    """verl: a prompt, and the truth that the reward knows."""
+    answer = {"role": "assistant", "content": first_text(truth_beside(row))}
+    return from_messages(row | {"prompt": [*rows_of(row["prompt"]), answer]}, "prompt")
 
 
 def from_question(row: dict) -> tuple[Message, ...]:
-    options = "".join(f"\n{k}. {row[k]}" for k in "ABCDEFGH" if row.get(k))
+    """A question about one or several images, or none; with options, when the row has some."""
+    options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
     hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
-    ask = f"{hint}{row['question']}{options}" + "\nAnswer with the letter." * bool(options)
-    image = base64.b64decode(row["image"], validate=True) if row.get("image") else row["image_path"]
-    return (
-        Message("user", (image_source(image), "\n" + ask)),
-        *dialogue([("assistant", row["answer"])], []),
-    )
+    asked = f"{hint}{question_in(row)}{options}" + LETTER * bool(options)
+    images = images_in(row)
+    if images and "<image>" not in asked:
+        asked = "<image>" * len(images) + "\n" + asked
+    answer = row.get("multiple_choice_answer") or first_text(truth_beside(row))
+    return dialogue([Turn("user", asked), Turn("assistant", answer)], images)
+
+
+def question_in(row: dict) -> str:
+    question = row.get("question") or row.get("problem")
+    if not isinstance(question, str):
+        raise TypeError(f"a question cannot be {type(question).__name__}")
+    return question
+
+
+def options_of(row: dict) -> dict[str, str]:
+    """Options by their letters: columns A, B, ... of a table, or a list under `choices` or `options`."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    several = listed(row.get("choices") or row.get("options"))
+    if several:
+        return {letter: text_of_value(option) for letter, option in zip(letters, several)}
+    columns = {letter: row[letter] for letter in letters if row.get(letter) not in (None, "")}
+    return {letter: text_of_value(option) for letter, option in columns.items()}
 
 
 def from_tar_fields(row: dict) -> tuple[Message, ...]:
-    """Files of one key. A JSON sidecar may hold a conversation, a caption, or the pages of a document (idl-wds)."""
-    images = [row[k] for k in row if k in PICTURES]
-    side = strict_json(row["json"].decode("utf-8")) if "json" in row else {}
-    for known, read in (("conversations", from_conversations), ("messages", from_messages)):
-        if known in side:
-            return read(side | {"images": images, "image": None})
+    """Files of one key. A JSON sidecar may hold a record, a caption, or the pages of a document (idl-wds)."""
+    images = [row[kind] for kind in row if kind in PICTURES]
+    side = sidecar(row)
+    field = field_of(side)
+    if field and (field != "prompt" or "reward_model" in side):  # else the prompt of a picture
+        return read_messages(side | {"images": images, "image": None})
     if not images:
         raise BadSample(
             "no picture",
             f"{row['__key__']} has none of {', '.join(PICTURES)} (PDF and TIFF are not rendered)",
         )
+    asked = DESCRIBE
     if "pages" in side:
-        page = side["pages"][0]  # pdfa: lines under "lines"; idl: at the page itself
-        ask, answer = READ, "\n".join(page.get("lines", page)["text"])
+        page = side["pages"][0]
+        lines = page.get("lines", page)  # pdfa has its lines under "lines", idl at the page itself
+        asked = READ
+        answer = "\n".join(lines["text"])
+    elif "txt" in row:
+        answer = decode_text(row["txt"]).replace("\r\n", "\n").strip()
     else:
-        ask, answer = DESCRIBE, row["txt"].decode("utf-8") if "txt" in row else side["caption"]
-    return dialogue([("user", "<image>\n" + ask), ("assistant", answer)], images[:1])
+        answer = side["caption"]
+    return dialogue([Turn("user", "<image>\n" + asked), Turn("assistant", answer)], images[:1])
 
 
-def to_sample(row: dict, origin: str, root: Path, d: "Dataset") -> Sample:
-    """Fields -> Sample. Raises BadSample."""
-    try:
-        facts = row.get("facts")
-        if "__key__" in row:
-            messages = from_tar_fields(row)
-        elif "conversations" in row:
-            messages = from_conversations(row)
-        elif "messages" in row:
-            messages = from_messages(row)
-        elif "texts" in row:
-            messages = from_texts(row, d.min_rating)
-        elif "prompt" in row:
-            facts = {"answer": str(row["reward_model"]["ground_truth"])}
-            messages = from_messages(
-                row
-                | {"prompt": [*row["prompt"], {"role": "assistant", "content": facts["answer"]}]},
-                "prompt",
-            )
-        elif "question" in row:
-            messages = from_question(row)
-        else:
-            raise KeyError(
-                f"none of conversations, messages, texts, prompt, question among {', '.join(map(str, row))[:100]}"
-            )
-        task = (
-            row.get("task") or d.task or (row.get("data_source") if "prompt" in row else "") or ""
-        )
-        if facts is None and "facts" not in row:
-            facts = {"answer": "".join(p for p in messages[-1].parts if isinstance(p, str))}
-        if not isinstance(task, str) or not isinstance(facts, dict):
-            raise TypeError("`task` must be a string and `facts` an object")
-    except BadSample as e:
-        raise BadSample(e.reason, f"{origin}: {e.args[1]}") from e
-    except (*WRONG, binascii.Error) as e:
-        raise BadSample("malformed record", f"{origin}: {type(e).__name__} {e}"[:300]) from e
-    return Sample(messages, task, origin, facts, root, d.max_tiles)
+def sidecar(row: dict) -> dict:
+    side = strict_json(decode_text(row["json"])) if "json" in row else {}
+    if not isinstance(side, dict):
+        raise TypeError("the .json of a sample must be an object")
+    return side
 
 
-# --------------------------------------------------------------------------------------------------------------- sources
+READERS = {
+    "conversations": from_conversations,
+    "messages": from_messages,
+    "texts": from_texts,
+    "prompt": from_prompt,
+    "question": from_question,
+    "problem": from_question,
+}
+assert tuple(READERS) == RECORD_FIELDS, "a format is known to both containers and readers"
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """One entry of a mixture. weight: how often it is drawn (0: by its size, times `repeat`); epochs: how often it may be read
-    (0: without end); cap: at most so many of its records, a share of them when below 1 (0: all), evenly spaced; max_tiles: for
-    all images of a sample together (0: as the model); min_rating: FineVision's turns below it are left out."""
-
-    data: str
-    images: str = ""
-    weight: float = 0.0
-    epochs: float = 0.0
-    cap: float = 0.0
-    repeat: float = 1.0
-    task: str = ""
-    max_tiles: int = 0
-    min_rating: int = 0
-
-    @cached_property
-    def files(self) -> list[Path]:
-        path = Path(self.data)
-        found = (
-            [p for p in path.iterdir() if p.suffix in SPANS]
-            if path.is_dir()
-            else [path]
-            if path.is_file()
-            else [Path(p) for p in glob.glob(self.data, recursive=True)]
-        )
-        if not found or any(p.suffix not in SPANS for p in found):
-            raise ValueError(
-                f"--data {self.data}: no such file, folder or pattern of {', '.join(SPANS)} files"
-            )
-        return sorted(found)
-
-    def root(self, file: Path) -> Path:
-        """Where the image paths of one of its files start."""
-        return Path(self.images) if self.images else file.parent
+def field_of(row: dict) -> str | None:
+    """The field by which a record is told, None when it has none; null is absent."""
+    return next((field for field in READERS if row.get(field) is not None), None)
 
 
-def mixture_of(path: Path, images=None) -> list[Dataset]:
-    """The datasets that a path stands for: those of a mixture file or an InternVL meta JSON, else the path itself."""
-    if path.suffix == ".json" and path.is_file():
-        with open(path, "rb") as f:
-            listed = f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{"
-        meta = {} if listed else read_meta(path)
-        if meta:
-            return meta
-    return [Dataset(str(path), str(images or ""))]
+def read_messages(row: dict, min_rating: int = 0) -> tuple[Message, ...]:
+    field = field_of(row)
+    if field is None:
+        names = ", ".join(map(str, row))[:100]
+        raise KeyError(f"none of {', '.join(READERS)} among {names}")
+    if field == "texts":
+        return from_texts(row, min_rating)
+    return READERS[field](row)
 
 
-def read_meta(path: Path) -> list[Dataset]:
-    try:
-        meta = strict_json(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return []  # JSON lines
-    known, here = {f.name for f in fields(Dataset)}, path.parent
-    if "datasets" in meta:
-        entries = meta["datasets"]
-        for name, entry in entries.items():
-            if wrong := set(entry) - known or {"data"} - set(entry):
-                raise ValueError(
-                    f"{path}: dataset {name!r}: {sorted(wrong)[0]!r} is unknown or missing; "
-                    f"keys are {', '.join(sorted(known))}"
-                )
-    elif meta and all(isinstance(e, dict) and "annotation" in e for e in meta.values()):
-        wanted = (
-            "root",
-            "annotation",
-            "repeat_time",
-            "max_dynamic_patch",
-            "length",
-            "data_augment",
-        )
-        for name, e in meta.items():
-            if wrong := set(e) - set(wanted):
-                raise ValueError(
-                    f"{path}: dataset {name!r}: unknown key {sorted(wrong)[0]!r}; keys are {', '.join(wanted)}"
-                )
-        entries = {}
-        for name, e in meta.items():
-            times = e.get("repeat_time", 1)  # below 1 it is a share
-            entries[name] = {
-                "data": e["annotation"],
-                "images": e.get("root", ""),
-                "max_tiles": e.get("max_dynamic_patch", 0),
-                "cap": times if times < 1 else 0,
-                "repeat": max(1.0, times),
-            }
-    else:
+# ------------------------------------------------------------------------------------------------------------- truth
+
+
+def truth_beside(row: dict) -> str | list[str] | None:
+    """The truth that a record states apart from its turns, None when it does not. Raises BadSample for one that is none."""
+    if field_of(row) == "prompt":
+        return accepted_texts(row["reward_model"]["ground_truth"])
+    if field_of(row) not in ("question", "problem"):
+        return None
+
+    answer = row.get("answer")
+    if answer is None or answer == "":
+        answer = annotators(row) or row.get("multiple_choice_answer")
+    options = options_of(row)
+    if answer is None or answer == []:
+        raise BadSample("no answer", "neither answer nor answers")
+    if options and not isinstance(answer, list):
+        return letter_of(answer, options)
+    return accepted_texts(answer)
+
+
+def annotators(row: dict) -> list:
+    """The answers of all annotators: texts, or objects with a text, as in VQAv2 and its successors."""
+    answers = row.get("answers")
+    if answers is None or answers == "":
         return []
-    return [
-        Dataset(
-            **(
-                e
-                | {"data": str(here / e["data"])}
-                | ({"images": str(here / e["images"])} if e.get("images") else {})
-            )
+    each = rows_of(answers) if isinstance(answers, (dict, list)) else [answers]
+    return [one["answer"] if isinstance(one, dict) else one for one in each]
+
+
+def letter_of(answer, options: dict[str, str]) -> str:
+    """The letter of the right option: given as itself, as the option's text, or as its place, from 0."""
+    text = text_of_value(answer).strip()
+    if text in options:
+        return text
+    for letter, option in options.items():
+        if option.strip() == text:
+            return letter
+    if text.isascii() and text.isdigit() and int(text[:9]) < len(options):
+        return list(options)[int(text)]
+    raise BadSample(
+        "no answer", f"the answer {text[:80]!r} is none of the options {', '.join(options)}"
+    )
+
+
+def facts_of(row: dict, messages: tuple[Message, ...]) -> dict:
+    """What grading knows: the record's own facts, and what can be told from the record. Raises TypeError, BadSample."""
+    facts = row["facts"] if "facts" in row else {}
+    if not isinstance(facts, dict):
+        raise TypeError("`facts` must be an object")
+    facts = {key: value for key, value in facts.items() if value is not None}
+    for key in ("family", "chain", "words", "grader", "question", "category"):
+        if not isinstance(facts.get(key, ""), str):
+            raise TypeError(f"`facts.{key}` must be a text")
+
+    # the truth: stated in the facts, beside the turns, or the last turn itself
+    last = messages[-1]
+    if facts.get("answer") not in (None, "", []):
+        facts["answer"] = accepted_texts(facts["answer"])
+    else:
+        said = "".join(part for part in last.parts if isinstance(part, str))
+        facts["answer"] = truth_beside(row) or text_of_value(said)
+    if last.think and "chain" not in facts:
+        facts["chain"] = last.think
+
+    if field_of(row) in ("question", "problem"):
+        facts.setdefault("question", question_in(row))
+        if isinstance(row.get("index"), (str, int)):
+            facts.setdefault("index", str(row["index"]))
+    if row.get("category") and isinstance(row["category"], str):
+        facts.setdefault("category", row["category"])
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------------------ sample
+
+
+def to_sample(row: dict, origin: str, root: Path, dataset: Dataset) -> Sample:
+    """Fields -> Sample. Raises BadSample, without its origin, and what malformed fields raise."""
+    if not isinstance(row, dict):
+        raise TypeError(f"a record must be an object, not {type(row).__name__}")
+    if "__key__" in row:
+        messages = from_tar_fields(row)
+        row = sidecar(row)
+    else:
+        messages = read_messages(row, dataset.min_rating)
+
+    task = row.get("task") or dataset.task
+    if not task and field_of(row) == "prompt":
+        task = row.get("data_source")
+    if not isinstance(task or "", str):
+        raise TypeError("`task` must be a text")
+    facts = facts_of(row, messages)
+    messages = tuple(with_frames(message, dataset) for message in messages)
+    return Sample(messages, task or "", origin, facts, root, dataset.max_tiles)
+
+
+def with_frames(message: Message, dataset: Dataset) -> Message:
+    """A message whose videos know how many of their frames the dataset wants."""
+    parts = []
+    for part in message.parts:
+        if isinstance(part, Video):
+            part = Video(part.source, dataset.max_frames, dataset.frames)
+        parts.append(part)
+    return replace(message, parts=tuple(parts))
+
+
+def read(path: Path, first: int, last: int, number: int, dataset: Dataset) -> Sample | BadSample:
+    """The record at a span. Whatever goes wrong is a fault of that record: nothing that a file holds can raise."""
+    origin = f"{path.name}:{number}"
+    try:
+        row = fields_of(path, first, last)
+        return to_sample(row, origin, dataset.root(path), dataset)
+    except BadSample as error:
+        return error.at(origin)
+    except Exception as error:
+        return BadSample.because(error, "malformed record", origin)
+
+
+def unconfined(sample: Sample) -> Sample:
+    """The sample with absolute image paths below the root of the file system: they may lead anywhere."""
+
+    def absolute(source):
+        if isinstance(source, Path):
+            return Path(sample.root, source).absolute()
+        if isinstance(source, tuple):
+            return tuple(map(absolute, source))
+        return (
+            replace(source, source=absolute(source.source)) if isinstance(source, Video) else source
         )
-        for e in entries.values()
-    ]
+
+    messages = (replace(m, parts=absolute(m.parts)) for m in sample.messages)
+    return replace(sample, messages=tuple(messages), root=Path(Path.cwd().anchor))
+
+
+# ------------------------------------------------------------------------------------------------------------ source
 
 
 class Folder:
     """A user's data as a source: `stream` for training, `first` to look at. Its records stay on disk; spans are kept.
 
-    Raises ValueError when nothing can be used. `faults` counts what the first look finds; the rest is counted when it is read.
+    images: the folder where image paths start, and which they may not leave (default: that of their file). strict: the first
+    fault is an error. allow_outside: image paths and a mixture file's paths may lead anywhere; nothing in a file can ask for it.
+
+    `faults` counts what the first look finds; the rest is counted when it is read. Raises ValueError when nothing can be used.
     """
 
-    def __init__(self, path, images=None, strict: bool = False):
-        self.path, self.faults = Path(path), Faults(strict)
-        self.datasets = mixture_of(self.path, images)
-        self.root = (
-            self.datasets[0].root(self.datasets[0].files[0]) if len(self.datasets) == 1 else None
-        )
-        self.files, spans, self.groups = [], array("q"), {}
-        for k, d in enumerate(self.datasets):
-            first, tasks, names = (
-                len(spans) // 4,
-                array("q"),
-                {},
-            )  # of each record its task, as a number
-            for file in d.files:
-                for span in SPANS[file.suffix](file):
-                    task = self.look(file, span, d)
-                    if task is not None:
-                        tasks.append(names.setdefault(task, len(names)))
-                        spans.extend((len(self.files), *span))
-                self.files.append((file, k))
-            most = int(d.cap if d.cap >= 1 else d.cap * len(tasks)) or len(tasks)
-            kept = torch.arange(min(most, len(tasks))) * len(tasks) // max(1, min(most, len(tasks)))
-            of = torch.from_numpy(np.array(tasks))[kept]
-            self.groups |= {
-                (k, task): first + kept[of == number]
-                for task, number in names.items()
-                if (of == number).any()
-            }
-        if not spans:
-            raise ValueError(f"{self.path}: 0 usable samples\n{self.faults.report()}")
-        self.spans = torch.from_numpy(np.array(spans)).view(
-            -1, 4
-        )  # tensors, so that worker processes share them
+    def __init__(self, path, images=None, strict: bool = False, allow_outside: bool = False):
+        self.path = Path(path)
+        self.faults = Faults(strict)
+        self.allow_outside = allow_outside
+        self.datasets = mixture_of(self.path, images, allow_outside)
+        self.files: list[tuple[Path, int]] = []  # of each shard its dataset
+        self.groups: dict[tuple[int, str], torch.Tensor] = {}  # (dataset, task) -> its records
+        spans = array("q")  # four numbers a record: shard, and its span there
+        for k in range(len(self.datasets)):
+            self.scan(k, spans)
 
-    def look(self, file: Path, span, d: Dataset) -> str | None:
+        if not self.groups:
+            raise ValueError(f"{self.path}: 0 usable samples\n{self.faults.report()}")
+        # tensors, so that worker processes share them
+        self.spans = torch.from_numpy(np.array(spans)).view(-1, 4)
+        self.root = None
+        if len(self.datasets) == 1:
+            self.root = self.datasets[0].root(self.files[0][0])
+
+    def scan(self, k: int, spans: array) -> None:
+        """Walk over the shards of dataset k: append the spans of its records, and group by task those that are kept."""
+        dataset = self.datasets[k]
+        if dataset.weight == 0 or dataset.repeat == 0:
+            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: a weight of 0"))
+            return
+        for fault in unread_files(dataset):
+            self.faults.add(fault)
+
+        first = len(spans) // 4
+        tasks = array("q")  # of each record its task, as a number
+        numbers: dict[str, int] = {}
+        for file in files_of(dataset):
+            for span in spans_of(file):
+                task = self.look(file, span, dataset)
+                if task is not None:
+                    tasks.append(numbers.setdefault(task, len(numbers)))
+                    spans.extend((len(self.files), *span))
+            self.files.append((file, k))
+
+        kept = self.kept(len(tasks), dataset)
+        task_of = torch.from_numpy(np.array(tasks))[kept]
+        for task, number in numbers.items():
+            mine = task_of == number
+            if mine.any():
+                self.groups[k, task] = first + kept[mine]
+
+    def look(self, file: Path, span: Span | BadSample, dataset: Dataset) -> str | None:
         """The task of a record, None when it cannot be used. Counts the fault."""
-        found = (
-            span
-            if isinstance(span, BadSample)
-            else read(file, *span, d)
-            if file.suffix in CHEAP
-            else None
-        )
+        found = span
+        if not isinstance(span, BadSample):
+            if file.suffix.lower() not in CHEAP:
+                return dataset.task
+            found = read(file, *span, dataset)
         if isinstance(found, BadSample):
             self.faults.add(found)
             return None
-        return found.task if found else d.task
+        return found.task
+
+    def kept(self, n: int, dataset: Dataset) -> torch.Tensor:
+        """Which of n records are used: all, or as many as `cap` says, evenly spaced."""
+        cap = n if dataset.cap is None else dataset.cap
+        limit = min(n, int(cap if cap >= 1 else cap * n))
+        share = f"epochs of {dataset.epochs:g}" if dataset.epochs else f"a cap of {cap:g}"
+        drawn = int(dataset.epochs * limit) if dataset.epochs else limit
+        if n and not drawn:
+            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: {share}, of {n} records"))
+            return torch.arange(0)
+        return torch.arange(limit) * n // max(1, limit)
 
     def __getitem__(self, i: int) -> Sample | BadSample:
         file, *span = self.spans[i].tolist()
         path, k = self.files[file]
-        return read(path, *span, self.datasets[k])
+        found = read(path, *span, self.datasets[k])
+        if self.allow_outside and isinstance(found, Sample):
+            return unconfined(found)
+        return found
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def first(self, most: int = 0) -> list[Sample]:
+    def tasks(self) -> dict[str, int]:
+        """How many records of each task there are to draw. Of a tar or parquet, the task is its dataset's."""
+        counts = Counter()
+        for (_, task), records in self.groups.items():
+            counts[task] += len(records)
+        return dict(counts)
+
+    def first(self, limit: int = 0) -> list[Sample]:
         """The first usable ones, or all: for grading and small files. Pixels stay on disk unless the container holds them."""
-        found: list[Sample] = []
+        usable: list[Sample] = []
         for i in range(len(self)):
-            if isinstance(sample := self[i], Sample):
-                found.append(sample)
+            found = self[i]
+            if isinstance(found, Sample):
+                usable.append(found)
             else:
-                self.faults.add(sample)
-            if len(found) == most:
+                self.faults.add(found)
+            if len(usable) == limit:
                 break
-        return found
+        return usable
 
     def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> "Picked":
         """Tasks named in the mixture are drawn by weight; data without any of those tasks is drawn by the datasets' weights.
-        `turns` is for sources that make their questions: a file has those that it has."""
-        tasks, keys = {t for _, t in self.groups}, list(self.groups)
-        if tasks & set(mixture):
-            parts = {
-                t: [k for k in keys if k[1] == t] for t in mixture if t in tasks and mixture[t] > 0
-            }
-            weights = [mixture[t] for t in parts]
-        else:
-            parts = {
-                k: found
-                for k in range(len(self.datasets))
-                if (found := [key for key in keys if key[0] == k])
-            }
-            weights = [
-                self.datasets[k].weight
-                or self.datasets[k].repeat * sum(len(self.groups[key]) for key in found)
-                for k, found in parts.items()
-            ]
-        records = [torch.cat([self.groups[key] for key in found]) for found in parts.values()]
-        epochs = [[self.datasets[k].epochs for k, _ in found] for found in parts.values()]
-        return Picked(
-            self, Order(records, weights, [max(e) if min(e) else 0 for e in epochs], seed)
-        )
+
+        `turns` is for sources that make their questions: a file has those that it has.
+        """
+        named = {task for _, task in self.groups} & set(mixture)
+        parts: dict = {}  # what is drawn as one -> its groups
+        for key in self.groups:
+            if not named:
+                parts.setdefault(key[0], []).append(key)
+            elif key[1] in named and mixture[key[1]] > 0:
+                parts.setdefault(key[1], []).append(key)
+        order = [task for task in mixture if task in parts] if named else list(parts)
+
+        records = []
+        weights = []
+        epochs = []
+        for name in order:
+            keys = parts[name]
+            records.append(torch.cat([self.groups[key] for key in keys]))
+            weights.append(mixture[name] if named else self.weight(name))
+            limits = [self.datasets[k].epochs for k, _ in keys]
+            epochs.append(max(limits) if min(limits) else 0)
+        return Picked(self, Order(records, weights, epochs, seed))
+
+    def weight(self, k: int) -> float:
+        """How often dataset k is drawn: as its mixture says, else by its size."""
+        dataset = self.datasets[k]
+        if dataset.weight is not None:
+            return dataset.weight
+        return dataset.repeat * sum(len(self.groups[key]) for key in self.groups if key[0] == k)
 
 
 class Picked(Drawn):
@@ -490,13 +809,3 @@ class Picked(Drawn):
                 self.folder.faults.add(found)
             elif found is not None:
                 return found
-
-
-def read(path: Path, a: int, b: int, number: int, d: Dataset) -> Sample | BadSample:
-    origin = f"{path.name}:{number}"
-    try:
-        return to_sample(fields_of(path, a, b), origin, d.root(path), d)
-    except BadSample as e:
-        return e
-    except (OSError, *WRONG) as e:
-        return BadSample("malformed record", f"{origin}: {type(e).__name__} {e}"[:300])

@@ -24,7 +24,7 @@ from data.encode import Encoder
 from data.images import frames_of, open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample, Video
-from data.show import Show, show_samples
+from data.show import ShowOptions, show_samples
 from data.stream import RUN, WINDOW, Documents, Order, Walk
 from data.world import World
 from packing import Batches
@@ -345,10 +345,10 @@ def test_a_video_becomes_numbered_frames(root, how, tokenizer, config):
     (root / "my.jsonl").write_text(json.dumps(row))
     encoder = Encoder(tokenizer, config, root)
     seen = encoder.unrolled(Folder(root / "my.jsonl")[0])
-    assert say(seen)[0][1] == "".join(f"Frame-{i}: <i>\n" for i in range(1, 9)) + "\nwhat?"
+    assert say(seen)[0][1] == "".join(f"Frame-{i}: <i>\n" for i in range(1, 13)) + "\nwhat?"
     reds = [p.getpixel((3, 3))[0] for p in seen.messages[0].parts if not isinstance(p, str)]
-    assert reds == [round(i * 11 / 7) * 20 for i in range(8)]
-    assert len(encoder(Folder(root / "my.jsonl")[0]).images) == 8
+    assert reds == [i * 20 for i in range(12)]
+    assert len(encoder(Folder(root / "my.jsonl")[0]).images) == 12
     for bad in ("../clip", "/etc", "none.gif"):
         with pytest.raises(BadSample, match="outside|missing"):
             frames_of(Video(Path(bad)), root, "here")
@@ -480,7 +480,7 @@ def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_
     ]
     (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl"}}}))
-    assert show_samples(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
+    assert show_samples(ShowOptions(root / "mix.json", show=1, check=True, out=root / "show")) == 0
     said = capsys.readouterr().out
     assert (
         "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.encode import Encoder
 from data.sample import Message, Sample
-from data.tiling import MAX_PATCHES, cut, fit_to_patches, grid_for, grids, second_grid, tiles
+from data.tiling import MAX_PATCHES, cut_tiles, fit_to_patches, grid_for, grids, second_grid, tiles
 from vlm import PRESETS
 
 RELEASED = SHARED / "released"
@@ -78,7 +78,7 @@ def test_the_second_pass_takes_the_nearest_grid_that_does_not_divide_the_first(s
     image = chart(*size)
     once, twice = tiles(image, most, side), tiles(image, most, side, msac=True)
     assert bits(twice) == bits(
-        once[:-1] + cut(image, second, side) + once[-1:]
+        once[:-1] + cut_tiles(image, second, side) + once[-1:]
     )  # the whole image stays last
     assert twice[-1].tobytes() == image.resize((side, side)).tobytes()
 
