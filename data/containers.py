@@ -1,9 +1,9 @@
 """Containers: where a record lies in a file, and that record's bytes as a dictionary of fields.
 
-What it teaches: random access needs no database. One walk over a file finds the place of every record, a *span* of three
-integers; from then on any process can fetch any record with one seek and one read. The walk looks only at what separates
-records (line ends, quotes, brackets, headers), so that damage inside a record is met when that record is read, and costs
-it alone.
+What it teaches: random access needs no database. One walk over a file finds the place of every
+record, a *span* of three integers; from then on any process can fetch any record with one seek and
+one read. The walk looks only at what separates records (line ends, quotes, brackets, headers), so
+that damage inside a record is met when that record is read, and costs it alone.
 
     file --spans_of--> (first byte, byte after the last, number), BadSample, ... --fields_of--> {"image": ..., "answer": ...}
 
@@ -13,9 +13,10 @@ it alone.
     .tar              neighbouring files of one key (WebDataset's rule), by their kinds; __key__ is the key
     .parquet          a row: (row group, row in the group, number)
 
-Damage that leaves other records readable is a BadSample in its place; a file that cannot be walked over raises ValueError
-naming it. Limits hold before memory is allocated, whatever a file claims of itself: our choice, all of them. Simplified:
-compressed files are not read (nothing can be sought in them), and a row group of a parquet file is decoded whole.
+Damage that leaves other records readable is a BadSample in its place; a file that cannot be walked
+over raises ValueError naming it. Limits hold before memory is allocated, whatever a file claims of
+itself: our choice, all of them. Simplified: compressed files are not read (nothing can be sought in
+them), and a row group of a parquet file is decoded whole.
 """
 
 import base64
@@ -50,11 +51,12 @@ TEXT = (*LINES, ".json", ".tsv")
 RECORD_FIELDS = ("conversations", "messages", "texts", "prompt", "question", "problem")
 
 
-# --------------------------------------------------------------------------------------------------------- any file
+# ---------------------------------------------------------------------------------- any file
 
 
 def spans_of(path: Path) -> Iterator[Span | BadSample]:
-    """The place of every record of a file, in order. Raises ValueError naming the file when it cannot be walked over."""
+    """The place of every record of a file, in order. Raises ValueError naming the file when it
+    cannot be walked over."""
     problem = unreadable(path)
     if problem:
         yield BadSample("damaged file", f"{path}: {problem}")
@@ -68,21 +70,23 @@ def spans_of(path: Path) -> Iterator[Span | BadSample]:
 
 
 def unreadable(path: Path) -> str:
-    """Why a file cannot be what its name says, judged by its first bytes; "" when nothing speaks against it."""
+    """Why a file cannot be what its name says, judged by its first bytes; "" when nothing speaks
+    against it."""
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer and not the data: run `git lfs pull`"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
         return "compressed: unpack it first, nothing can be sought in it"
-    wide = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
-    if path.suffix.lower() in TEXT and (wide or b"\0" in head):
+    wide = head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 4
+    if path.suffix.lower() in TEXT and wide:
         return "not UTF-8: convert it, for instance with `iconv -f UTF-16 -t UTF-8`"
     return ""
 
 
 def fields_of(path: Path, first: int, last: int) -> dict:
-    """The record at a span, as a dictionary. Raises BadSample or what a decoder raises when it cannot be read."""
+    """The record at a span, as a dictionary. Raises BadSample or what a decoder raises when it
+    cannot be read."""
     kind = path.suffix.lower()
     if kind == ".parquet":
         return parquet_fields(path, first, last)
@@ -100,9 +104,8 @@ def fields_of(path: Path, first: int, last: int) -> dict:
 
 def decode_text(raw: bytes) -> str:
     """UTF-8, or what its byte order mark says. Raises ValueError for anything else."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16")
-    return raw.decode("utf-8-sig")
+    code = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
+    return raw.decode(code).removeprefix("\ufeff")
 
 
 def text_start(path: Path) -> int:
@@ -117,11 +120,12 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-# ------------------------------------------------------------------------------------------------------------- JSON
+# ---------------------------------------------------------------------------------- JSON
 
 
 def strict_json(text: str):
-    """JSON without NaN and infinities, which would be numbers nobody wrote. Raises ValueError or RecursionError."""
+    """JSON without NaN and infinities, which would be numbers nobody wrote. Raises ValueError or
+    RecursionError."""
     values = text.count(",") + text.count("[") + text.count("{")
     if values > MAX_VALUES:
         raise BadSample("oversized record", f"about {values} values; the limit is {MAX_VALUES}")
@@ -138,7 +142,8 @@ def finite(digits: str) -> float:
 
 
 def json_spans(path: Path) -> Iterator[Span | BadSample]:
-    """Lines, items of lists, or whole objects: by how the file begins. Raises ValueError for a list that does not end."""
+    """Lines, items of lists, or whole objects: by how the file begins. Raises ValueError for a list
+    that does not end."""
     start = text_start(path)
     with open(path, "rb") as file:
         begins = first_sign(file, start)
@@ -178,7 +183,8 @@ def line_spans(path: Path, start: int) -> Iterator[Span | BadSample]:
 
 
 def bounded_lines(file: BinaryIO, start: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """(first byte, byte after the last, line) of each line from `start`; None for a line of over MAX_BYTES."""
+    """(first byte, byte after the last, line) of each line from `start`; None for a line of over
+    MAX_BYTES."""
     file.seek(start)
     while line := file.readline(MAX_BYTES + 1):
         end = start + len(line)
@@ -203,7 +209,8 @@ def list_items(line: bytes) -> list[tuple[int, int]]:
 
 
 def value_spans(path: Path, start: int, alone: bool = False) -> Iterator[Span | BadSample]:
-    """A record for each item of the lists and each object from `start`; with `alone` of the first of them only."""
+    """A record for each item of the lists and each object from `start`; with `alone` of the first
+    of them only."""
     number = 0
     with open(path, "rb") as file:
         for place in values_in(file, start, alone):
@@ -219,7 +226,8 @@ def value_spans(path: Path, start: int, alone: bool = False) -> Iterator[Span | 
 
 
 def values_in(file: BinaryIO, start: int, alone: bool = False) -> Iterator[tuple | None]:
-    """(first byte, byte after the last) of each item of the lists, and of each object, that follow one another in a file.
+    """(first byte, byte after the last) of each item of the lists, and of each object, that follow
+    one another in a file.
 
     None stands for text between them that is no JSON; (first, None) for a list or object that does not end.
     """
@@ -272,10 +280,11 @@ STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
-    """(place, sign, depth) of brackets, commas and opening quotes outside of strings, as far as they lie at depth 0 or 1.
+    """(place, sign, depth) of brackets, commas and opening quotes outside of strings, as far as
+    they lie at depth 0 or 1.
 
-    The depth is that outside of a bracket: [{"a": [1]}, 2] gives [ 0, { 1, } 1, "," 1, ] 0. Nothing is decoded, and only a block
-    of the file is held.
+    The depth is that outside of a bracket: [{"a": [1]}, 2] gives [ 0, { 1, } 1, "," 1, ] 0. Nothing
+    is decoded, and only a block of the file is held.
     """
     depth = 0
     inside = False  # a string
@@ -305,11 +314,12 @@ def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
         start += len(block)
 
 
-# ---------------------------------------------------------------------------------------- JSON that begins with an object
+# ------------------------------------------------------------------------------------ JSON that begins with an object
 
 
 class Leading(NamedTuple):
-    """The first object of a file: the byte after its end, its keys, and where its lists of objects begin."""
+    """The first object of a file: the byte after its end, its keys, and where its lists of objects
+    begin."""
 
     end: int
     keys: list[str]
@@ -325,51 +335,50 @@ def object_spans(path: Path, start: int) -> Iterator[Span | BadSample]:
         leading = leading_object(file, start)
         if leading is None:
             return line_spans(path, start)
+        alone = first_sign(file, leading.end) == b""
         file.seek(start)
         in_one_line = start + len(file.readline(MAX_BYTES)) >= leading.end
-        alone = first_sign(file, leading.end) == b""
+        file.seek(start)
+        parses = in_one_line or is_json(file.read(min(leading.end - start, MAX_BYTES + 1)))
     is_record = any(key in RECORD_FIELDS for key in leading.keys)
 
     if alone and leading.lists and not is_record:
         if len(leading.lists) > 1:
             names = ", ".join(sorted(leading.lists))[:200]
             raise ValueError(
-                f"{path}: an object around several lists ({names}): write the one that is meant to a file of its own"
+                f"{path}: an object around several lists ({names}): "
+                "write the one that is meant to a file of its own"
             )
         return value_spans(path, *leading.lists.values(), alone=True)
-    return line_spans(path, start) if in_one_line else value_spans(path, start)
+    # lines, and the first is broken: it found its end somewhere in the others
+    return value_spans(path, start) if parses and not in_one_line else line_spans(path, start)
+
+
+def is_json(raw: bytes) -> bool:
+    try:
+        strict_json(decode_text(raw))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def leading_object(file: BinaryIO, start: int) -> Leading | None:
-    """The first object of a file; None when it does not end or is no JSON: then these are lines, and the first is broken."""
+    """The first object of a file; None when it does not end: then these are lines, and the first is
+    broken."""
     key = ""
     keys = []
     lists = {}
-    end = None
     for place, sign, depth in structure(file, start):
         if depth == 0 and sign in "]}":
-            end = place + 1
-            break
+            return Leading(place + 1, keys, lists)
         if depth == 1 and sign == '"':
             key = key_at(file, place) or key
             keys.append(key)
         if depth == 1 and sign == "[" and first_sign(file, place + 1) == b"{":
             lists[key] = place
         if len(keys) > 1000:
-            return None
-    if end is None:
-        return None
-
-    # A large one is not parsed: it is a list with something around it, or line by line a fault.
-    if end - start <= MAX_BYTES:
-        file.seek(start)
-        try:
-            strict_json(decode_text(file.read(end - start)))
-        except BadSample:
-            pass
-        except (ValueError, RecursionError):
-            return None
-    return Leading(end, keys, lists)
+            break
+    return None
 
 
 def key_at(file: BinaryIO, place: int) -> str:
@@ -379,7 +388,7 @@ def key_at(file: BinaryIO, place: int) -> str:
     return found.group(1).decode("utf-8", "replace") if found else ""
 
 
-# -------------------------------------------------------------------------------------------------------------- TSV
+# ---------------------------------------------------------------------------------- TSV
 
 
 def table_spans(path: Path) -> Iterator[Span | BadSample]:
@@ -392,8 +401,8 @@ def table_spans(path: Path) -> Iterator[Span | BadSample]:
 
 
 def table_rows(path: Path) -> Iterator[Span | BadSample]:
-    """The rows that `csv.reader(delimiter="\\t")` gives, the header with number 0: a quote opens a cell only at its
-    beginning, and a quoted cell may hold line ends. Blank lines are no rows."""
+    """The rows that `csv.reader(delimiter="\\t")` gives, the header with number 0: a quote opens a
+    cell only at its beginning, and a quoted cell may hold line ends. Blank lines are no rows."""
     first = end = text_start(path)
     number = lines = 0
     quoted = False
@@ -469,8 +478,8 @@ def header_of(path: Path, stamp: tuple) -> list[str]:
 
 
 def table_fields(path: Path, raw: bytes) -> dict:
-    """A row by its header; cells that are left out at its end are empty. Instead of `image` it has `images`: bytes, and paths
-    as they are written. Raises ValueError."""
+    """A row by its header; cells that are left out at its end are empty. Instead of `image` it has
+    `images`: bytes, and paths as they are written. Raises ValueError."""
     row = cells_by_name(path, raw)
     pictures = listed_cell(row.pop("image", "")) or listed_cell(row.get("image_path", ""))
     row["images"] = [table_picture(path, picture) for picture in pictures]
@@ -489,7 +498,8 @@ LIST_ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")\s*(?:,|$)""")
 
 
 def listed_cell(cell: str) -> list[str]:
-    """A cell that may be a list as Python or JSON writes it: ['a', 'b']. Raises ValueError for one that is neither."""
+    """A cell that may be a list as Python or JSON writes it: ['a', 'b']. Raises ValueError for one
+    that is neither."""
     cell = cell.strip()
     if not (cell.startswith("[") and cell.endswith("]")):
         return [cell] if cell else []
@@ -506,8 +516,9 @@ def listed_cell(cell: str) -> list[str]:
 
 
 def table_picture(path: Path, text: str, hops: int = 8) -> bytes | str:
-    """A picture as VLMEvalKit's tables give it: base64, a path, or the index of the row that has it (circular evaluation asks
-    about one picture several times, and stores it once). Raises ValueError."""
+    """A picture as VLMEvalKit's tables give it: base64, a path, or the index of the row that has it
+    (circular evaluation asks about one picture several times, and stores it once). Raises
+    ValueError."""
     if text.startswith(("data:", "http:", "https:")) or is_picture(text):
         return text
     if len(text) > 64:  # VLMEvalKit's rule: what is shorter is an index
@@ -545,7 +556,7 @@ def table_index(path: Path, stamp: tuple) -> dict[str, tuple[int, int]]:
     return places
 
 
-# -------------------------------------------------------------------------------------------------------------- tar
+# ---------------------------------------------------------------------------------- tar
 
 
 class Member(NamedTuple):
@@ -558,8 +569,8 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO) -> Iterator[Member | str]:
-    """The files in a tar that can belong to samples; a string tells of damage, behind which the next header is searched
-    block by block. tarfile itself ends in silence there."""
+    """The files in a tar that can belong to samples; a string tells of damage, behind which the
+    next header is searched block by block. tarfile itself ends in silence there."""
     size = file.seek(0, io.SEEK_END)
     first = at = (
         0  # where the member begins (long names stand in headers before its own), and where we are
@@ -622,8 +633,8 @@ def name_in(body: bytes, kind: bytes) -> str:
 
 
 def is_noise(name: str) -> bool:
-    """Files that no sample is made of: hidden ones, what macOS and Windows leave behind, WebDataset's own notes, and names
-    without a kind."""
+    """Files that no sample is made of: hidden ones, what macOS and Windows leave behind,
+    WebDataset's own notes, and names without a kind."""
     *folders, base = name.split("/")
     if base.startswith(".") or "." not in base or "__MACOSX" in folders:
         return True
@@ -631,7 +642,8 @@ def is_noise(name: str) -> bool:
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the path up to the first dot of the file's name is the sample, the rest says what it is."""
+    """WebDataset's rule: the path up to the first dot of the file's name is the sample, the rest
+    says what it is."""
     folder, _, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
     return f"{folder}/{stem}", kind.lower()
@@ -661,7 +673,8 @@ def is_whole(names: Iterable[str], key) -> bool:
 
 
 def group_spans(path: Path) -> Iterator[Span | BadSample]:
-    """Neighbouring files of one key. Damage is one fault, together with the samples beside it that it leaves incomplete."""
+    """Neighbouring files of one key. Damage is one fault, together with the samples beside it that
+    it leaves incomplete."""
     group: list[Member] = []
     seen: set[str] = set()
     number = 0
@@ -691,7 +704,8 @@ def records_of(
 ) -> Iterator[Span | BadSample]:
     """The samples of a group of files: one, or several when their names have dots before the last one.
 
-    only_whole: beside damage, what lacks its picture or its text is part of the damage, and no fault of its own.
+    only_whole: beside damage, what lacks its picture or its text is part of the damage, and no
+    fault of its own.
     """
     key = key_of
     parts = [group]
@@ -728,7 +742,7 @@ def tar_fields(raw: bytes) -> dict:
     return fields | {"__key__": key(found[0].name)[0]}
 
 
-# ---------------------------------------------------------------------------------------------------------- parquet
+# ---------------------------------------------------------------------------------- parquet
 
 
 def parquet_file(path: Path):
@@ -792,7 +806,8 @@ def kept_bytes() -> int:
 
 
 def decode_group(path: Path, g: int):
-    """A row group as a table, decoded in small pieces, so that one that grows beyond all measure is given up in time."""
+    """A row group as a table, decoded in small pieces, so that one that grows beyond all measure is
+    given up in time."""
     from pyarrow import Table
 
     file = parquet_file(path)

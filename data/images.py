@@ -1,16 +1,18 @@
 """Pictures and videos: decoded safely, made RGB, and normalised for the ViT.
 
-What it teaches: a picture from elsewhere is a program in the language of its decoder. So few decoders are let near it, what
-its header promises is checked before a pixel is allocated (each frame of an animation has a header of its own), and whatever
-goes wrong is a fault of that one record. What is read is what the photographer saw: turned as the camera was held,
-transparent parts on white, 16-bit greys scaled and not clipped.
+What it teaches: a picture from elsewhere is a program in the language of its decoder. So few
+decoders are let near it, what its header promises is checked before a pixel is allocated (each
+frame of an animation has a header of its own), and whatever goes wrong is a fault of that one
+record. What is read is what the photographer saw: turned as the camera was held, transparent parts
+on white, 16-bit greys scaled and not clipped.
 
     path, bytes --inside root? --> header: format, size --> pixels --> turned by EXIF --> RGB --> tiling.py --> normalise
     Video: folder, list, animation --> which frames? --> each as above, in order of time
 
-Legend: N images, H x W pixels. Source: mean and deviation of the released preprocessor; 16 frames of a video, drawn at
-random: the paper's evaluation (Table 9); all limits are our choice. Simplified: of the EXIF block only the orientation is
-read; colour profiles are ignored; video files (MP4) are not decoded: extract their frames into a folder.
+Legend: N images, H x W pixels. Source: mean and deviation of the released preprocessor; 16 frames
+of a video, drawn at random: the paper's evaluation (Table 9); all limits are our choice.
+Simplified: of the EXIF block only the orientation is read; colour profiles are ignored; video files
+(MP4) are not decoded: extract their frames into a folder.
 """
 
 import io
@@ -53,14 +55,15 @@ TURNS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------- one picture
 
 
 def open_image(source, root: Path | None = None, origin: str = "") -> Image.Image:
     """A picture as RGB; of an animation the first frame.
 
-    source: a PIL image, a path (below `root`, if there is one) or a file's bytes. Raises BadSample for a path that leads out
-    of `root` and for a file that is missing, foreign, damaged or too large, and nothing else.
+    source: a PIL image, a path (below `root`, if there is one) or a file's bytes. Raises BadSample
+    for a path that leads out of `root` and for a file that is missing, foreign, damaged or too
+    large, and nothing else.
     """
     if isinstance(source, Image.Image):
         if source.mode == "RGB":
@@ -105,7 +108,8 @@ def brief(source) -> str:
 
 
 def path_inside(source, root: Path | None, origin: str) -> Path:
-    """The path of an image. Raises BadSample when it leads out of `root`: by `..`, by being absolute, or through a link."""
+    """The path of an image. Raises BadSample when it leads out of `root`: by `..`, by being
+    absolute, or through a link."""
     if root is None:
         return Path(source)
     path = Path(root, source)
@@ -123,7 +127,8 @@ def path_inside(source, root: Path | None, origin: str) -> Path:
 
 
 def check_size(image: Image.Image, where: str, limit: int = MAX_PIXELS) -> None:
-    """Raises BadSample for a picture (or the frame it stands at) that would take too much memory, or is a mere line."""
+    """Raises BadSample for a picture (or the frame it stands at) that would take too much memory,
+    or is a mere line."""
     width, height = image.size
     if width * height > limit:
         raise BadSample(
@@ -155,11 +160,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------ orientation
+# ---------------------------------------------------------------------------------- orientation
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera was held, 1 to 8; 1 when nothing readable says it. Never raises: it is no reason to lose a picture."""
+    """How the camera was held, 1 to 8; 1 when nothing readable says it. Never raises: it is no
+    reason to lose a picture."""
     found = orientation_in(image.info.get("exif"))
     if found is None:  # PNG and XMP have places of their own for it, which Pillow knows
         try:
@@ -170,8 +176,9 @@ def orientation(image: Image.Image) -> int:
 
 
 def orientation_in(block) -> int | None:
-    """The orientation that an EXIF block states. Its first directory alone is read, and of that one tag: the rest may be
-    broken. Layout: byte order, 42, place of the directory; there a count, and 12 bytes for each tag."""
+    """The orientation that an EXIF block states. Its first directory alone is read, and of that one
+    tag: the rest may be broken. Layout: byte order, 42, place of the directory; there a count, and
+    12 bytes for each tag."""
     if not isinstance(block, bytes):
         return None
     block = block.removeprefix(b"Exif\0\0")
@@ -190,11 +197,12 @@ def orientation_in(block) -> int | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------- videos
+# ---------------------------------------------------------------------------------- videos
 
 
 def frames_of(video: Video, root: Path | None, origin: str) -> list[Image.Image]:
-    """The frames that are taken of a video, RGB, in order of time. Raises BadSample when there is none, or a bad one."""
+    """The frames that are taken of a video, RGB, in order of time. Raises BadSample when there is
+    none, or a bad one."""
     with faults_only(video.source, origin):
         source = video.source
         if isinstance(source, Path):
@@ -240,7 +248,8 @@ def frames_of_files(
 
 
 def frames_of_animation(source, video: Video, root: Path | None, origin: str) -> list[Image.Image]:
-    """Frames of a GIF, WebP or PNG. All up to the last one that is taken must be decoded, so their number is limited."""
+    """Frames of a GIF, WebP or PNG. All up to the last one that is taken must be decoded, so their
+    number is limited."""
     where = f"{origin}: {brief(source)}"
     total = gif_frames(source, root, origin)
     with opened(source, root, origin) as image:
@@ -340,11 +349,12 @@ def skip_blocks(file: BinaryIO) -> None:
         file.seek(size[0], io.SEEK_CUR)
 
 
-# ------------------------------------------------------------------------------------------------------ for the ViT
+# ---------------------------------------------------------------------------------- for the ViT
 
 
 def normalise(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
-    """uint8 (H, W, 3) each -> (N, 3, H, W) float when all are equal in size, else a list of (3, H_i, W_i)."""
+    """uint8 (H, W, 3) each -> (N, 3, H, W) float when all are equal in size, else a list of (3,
+    H_i, W_i)."""
     mean = torch.tensor(MEAN)[:, None, None] * 255
     std = torch.tensor(STD)[:, None, None] * 255
     if len({image.shape for image in images}) == 1:

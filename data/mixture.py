@@ -1,8 +1,9 @@
 """Mixtures: which files a path stands for, and how often each dataset is drawn.
 
-What it teaches: a mixture file is written by hand, so every value in it is checked once, here, against the type of its field,
-and a mistake is a sentence with file, dataset, key and value. And it often comes with the data, from somebody else: then it is
-data itself, and must not decide which files of this machine are opened.
+What it teaches: a mixture file is written by hand, so every value in it is checked once, here,
+against the type of its field, and a mistake is a sentence with file, dataset, key and value. And it
+often comes with the data, from somebody else: then it is data itself, and must not decide which
+files of this machine are opened.
 
     --data path --mixture_of--> [Dataset, ...] --files--> shards (containers.py)
 
@@ -11,7 +12,8 @@ data itself, and must not decide which files of this machine are opened.
                              "chat": {"data": "chat.jsonl", "images": "photos", "epochs": 1, "cap": 0.5}}}
     meta.json  {"ocr": {"root": "photos", "annotation": "ocr.jsonl", "repeat_time": 0.5}}            InternVL's meta
 
-A folder stands for all shards in it and below it. What lies there and is neither a shard nor a picture is named as a fault.
+A folder stands for all shards in it and below it. What lies there and is neither a shard nor a
+picture is named as a fault.
 """
 
 import dataclasses
@@ -25,7 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from data.containers import SPANS, decode_text, is_noise, is_picture, unreadable
+from data.containers import (
+    SPANS,
+    decode_text,
+    first_sign,
+    is_noise,
+    is_picture,
+    text_start,
+    unreadable,
+)
 from data.sample import MAX_FRAMES, BadSample
 
 MAX_META = 1 << 24  # bytes of a mixture file: a larger one is data
@@ -40,11 +50,12 @@ MOVIES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 class Dataset:
     """One entry of a mixture.
 
-    data: a file, a folder of shards, or a pattern. images: the folder where its image paths start ("": beside the file).
-    weight: how often it is drawn (null: by its size, times `repeat`). epochs: how often it may be read (0: without end).
-    cap: at most so many of its records, a share of them when below 1 (null: all), evenly spaced. max_tiles: for all images of
-    a sample together (0: as the model). min_rating: FineVision's turns below it are left out. max_frames, frames: of a video,
-    and how they are chosen: random or even.
+    data: a file, a folder of shards, or a pattern. images: the folder where its image paths start
+    ("": beside the file). weight: how often it is drawn (null: by its size, times `repeat`).
+    epochs: how often it may be read (0: without end). cap: at most so many of its records, a share
+    of them when below 1 (null: all), evenly spaced. max_tiles: for all images of a sample together
+    (0: as the model). min_rating: FineVision's turns below it are left out. max_frames, frames: of
+    a video, and how they are chosen: random or even.
     """
 
     data: str
@@ -66,7 +77,8 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Meta:
-    """One entry of InternVL's meta JSON. repeat_time: below 1 it is a share. length and data_augment are not used."""
+    """One entry of InternVL's meta JSON. repeat_time: below 1 it is a share. length and
+    data_augment are not used."""
 
     annotation: str
     root: str = ""
@@ -86,13 +98,15 @@ class Meta:
         }
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------- reading
 
 
 def mixture_of(path: Path, images=None, allow_outside: bool = False) -> list[Dataset]:
-    """The datasets that a path stands for: those of a mixture file or an InternVL meta JSON, else the path itself.
+    """The datasets that a path stands for: those of a mixture file or an InternVL meta JSON, else
+    the path itself.
 
-    A mixture file's own paths must stay inside its folder, links followed, unless `allow_outside`. Raises ValueError.
+    A mixture file's own paths must stay inside its folder, links followed, unless `allow_outside`.
+    Raises ValueError.
     """
     entries = entries_of(path) if path.suffix.lower() == ".json" and path.is_file() else None
     if entries is None:
@@ -108,17 +122,25 @@ def mixture_of(path: Path, images=None, allow_outside: bool = False) -> list[Dat
                 if not allow_outside:
                     check_inside(values[key], path.parent, f'{where}: "{key}"')
         dataset = Dataset(**values)
+        try:
+            files = files_of(dataset)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         if not allow_outside:
-            for file in files_of(dataset):
+            for file in files:
                 check_inside(str(file), path.parent, f'{where}: "data"')
         datasets.append(dataset)
     return datasets
 
 
 def entries_of(path: Path) -> dict[str, Dataset | Meta] | None:
-    """The entries of a mixture file by name, None when the file is something else. Raises ValueError for wrong ones."""
+    """The entries of a mixture file by name, None when the file is something else. Raises
+    ValueError for wrong ones."""
     if path.stat().st_size > MAX_META or unreadable(path):
         return None
+    with open(path, "rb") as file:
+        if first_sign(file, text_start(path)) != b"{":
+            return None
     repeated: list[str] = []
 
     def note_repeated(pairs: list[tuple]) -> dict:
@@ -155,8 +177,8 @@ def entries_of(path: Path) -> dict[str, Dataset | Meta] | None:
 
 
 def checked_entry(kind: type, entry, where: str):
-    """An instance of a dataclass from a JSON object. Raises ValueError for a key that is unknown or missing, and for a value
-    that is not of its field's type, negative, or absurd."""
+    """An instance of a dataclass from a JSON object. Raises ValueError for a key that is unknown or
+    missing, and for a value that is not of its field's type, negative, or absurd."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {brief_json(entry)}, wanted an object")
     hints = typing.get_type_hints(kind)
@@ -212,7 +234,8 @@ def brief_json(value) -> str:
 
 
 def check_inside(path: str, folder: Path, where: str) -> None:
-    """Raises ValueError for a path that leads out of the folder: by `..`, by being absolute, or through a link."""
+    """Raises ValueError for a path that leads out of the folder: by `..`, by being absolute, or
+    through a link."""
     fixed = Path(os.path.normpath(path))
     while glob.has_magic(str(fixed)):  # of a pattern, the part before its first sign
         fixed = fixed.parent
@@ -226,7 +249,7 @@ def check_inside(path: str, folder: Path, where: str) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------- files
 
 
 def files_of(dataset: Dataset) -> list[Path]:
@@ -276,7 +299,8 @@ def is_shard(file: Path) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and below it, without hidden ones; links to folders are followed, each folder once."""
+    """All files in a folder and below it, without hidden ones; links to folders are followed, each
+    folder once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

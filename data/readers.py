@@ -1,9 +1,10 @@
 """Readers: every dataset is messages with text and image parts, in another spelling.
 
-What it teaches: a format is two questions. Where does a record lie (containers.py), and what does it say (its fields, here)?
-The first is answered by spans, which are all that is kept in memory: 32 bytes a record, shared by all worker processes. By the
-second, fields become one `Sample`. Nothing is fetched from the network, nothing outside the images' folder is opened, and
-whatever is wrong with a record is a counted fault of that record.
+What it teaches: a format is two questions. Where does a record lie (containers.py), and what does
+it say (its fields, here)? The first is answered by spans, which are all that is kept in memory: 32
+bytes a record, shared by all worker processes. By the second, fields become one `Sample`. Nothing
+is fetched from the network, nothing outside the images' folder is opened, and whatever is wrong
+with a record is a counted fault of that record.
 
     record --fields_of--> {field: value} --reader by field--> messages + truth --to_sample--> Sample
 
@@ -18,11 +19,13 @@ whatever is wrong with a record is a counted fault of that record.
     beside them: task (to mix and count by), facts {answer, chain, family, grader, category}; of a turn: weight, loss or train
     (0 or false: not learned), reasoning_content (the chain of thought, as is <think>...</think> in the text)
 
-A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's meta JSON (mixture.py).
+A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's
+meta JSON (mixture.py).
 
-The truth is the last assistant turn, or what the record says apart from it; what follows that turn is not asked. Simplified: a
-shard must be a file that can be sought in; a parquet reader reads whole row groups, so keep them small (Hugging Face writes 100
-rows of images); text containers are parsed once at the start, to find faults and tasks.
+The truth is the last assistant turn, or what the record says apart from it; what follows that turn
+is not asked. Simplified: a shard must be a file that can be sought in; a parquet reader reads whole
+row groups, so keep them small (Hugging Face writes 100 rows of images); text containers are parsed
+once at the start, to find faults and tasks.
 """
 
 import base64
@@ -86,11 +89,12 @@ MAX_TEXT = 1 << 20  # characters of a turn: a quarter of a million tokens
 BASE64_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
 
-# ---------------------------------------------------------------------------------------------- pictures and values
+# ------------------------------------------------------------------------------------ pictures and values
 
 
 def image_source(value) -> bytes | Path:
-    """An image as datasets spell it: path, bytes, {bytes, path}, {url: ...}, data URL, base64. Raises TypeError for others."""
+    """An image as datasets spell it: path, bytes, {bytes, path}, {url: ...}, data URL, base64.
+    Raises TypeError for others."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path") or value.get("url") or value.get("image")
     if isinstance(value, bytes):
@@ -136,7 +140,8 @@ def videos_in(row: dict) -> list:
 
 
 def rows_of(value) -> list:
-    """A list of objects; Hugging Face's sequences store it as an object of lists, older files as JSON text."""
+    """A list of objects; Hugging Face's sequences store it as an object of lists, older files as
+    JSON text."""
     if isinstance(value, str):
         value = strict_json(value)
     if not isinstance(value, dict):
@@ -160,7 +165,8 @@ def text_of_value(value) -> str:
 
 
 def accepted_texts(value) -> str | list[str]:
-    """A truth, or a list of accepted ones (every annotator's counts, so repetitions stay). Raises BadSample for none."""
+    """A truth, or a list of accepted ones (every annotator's counts, so repetitions stay). Raises
+    BadSample for none."""
     if not isinstance(value, (list, tuple)):
         text = text_of_value(value)
         if not text.strip():
@@ -177,7 +183,7 @@ def first_text(truth: str | list[str]) -> str:
     return truth if isinstance(truth, str) else Counter(truth).most_common(1)[0][0]
 
 
-# --------------------------------------------------------------------------------------------------- turns to messages
+# ------------------------------------------------------------------------------------ turns to messages
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,8 @@ class Turn:
 
 
 def turn_of(said: dict, text: str, think: str | None = None) -> Turn:
-    """A turn with what its fields say of it: role, chain, and whether it is learned. Raises KeyError, TypeError."""
+    """A turn with what its fields say of it: role, chain, and whether it is learned. Raises
+    KeyError, TypeError."""
     if not isinstance(text, str):
         raise TypeError(f"what a turn says is {type(text).__name__}")
     role = ROLES[said.get("from") or said["role"]]
@@ -204,7 +211,8 @@ def turn_of(said: dict, text: str, think: str | None = None) -> Turn:
 
 
 def dialogue(turns: list[Turn], images: list, videos: list = ()) -> tuple[Message, ...]:
-    """Turns with marks, and what the marks stand for, in order. What follows the last assistant turn is left out.
+    """Turns with marks, and what the marks stand for, in order. What follows the last assistant
+    turn is left out.
 
     Raises BadSample when marks and pictures do not agree, a turn is empty, or nobody answers.
     """
@@ -256,7 +264,7 @@ def message_of(turn: Turn, queues: dict[str, list]) -> Message:
     return Message(turn.role, tuple(parts), think, turn.learn)
 
 
-# ----------------------------------------------------------------------------------------------------------- readers
+# ---------------------------------------------------------------------------------- readers
 
 
 def from_conversations(row: dict) -> tuple[Message, ...]:
@@ -286,7 +294,8 @@ def inline_images(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
 
 
 def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
-    """Content is a text with marks, or a list of typed parts; a part without a value of its own takes the next image."""
+    """Content is a text with marks, or a list of typed parts; a part without a value of its own
+    takes the next image."""
     said = rows_of(row[field])
     spare = images_in(row)
     spare_videos = videos_in(row)
@@ -345,7 +354,8 @@ def joined(content) -> tuple[str, str | None]:
 
 
 def typed_part(part) -> tuple[str, object]:
-    """(kind, value) of a part: text, image, video or thinking; a picture's value is None when it stands elsewhere.
+    """(kind, value) of a part: text, image, video or thinking; a picture's value is None when it
+    stands elsewhere.
 
     Raises BadSample for a type that the reader does not know.
     """
@@ -375,7 +385,8 @@ def typed_part(part) -> tuple[str, object]:
 
 
 def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
-    """FineVision, the_cauldron: turns of {user, assistant}, rated 1 to 5 in FineVision; OBELICS: texts and images in turn.
+    """FineVision, the_cauldron: turns of {user, assistant}, rated 1 to 5 in FineVision; OBELICS:
+    texts and images in turn.
 
     least: turns with a lower rating are left out.
     """
@@ -451,7 +462,8 @@ def options_of(row: dict) -> dict[str, str]:
 
 
 def from_tar_fields(row: dict) -> tuple[Message, ...]:
-    """Files of one key. A JSON sidecar may hold a record, a caption, or the pages of a document (idl-wds)."""
+    """Files of one key. A JSON sidecar may hold a record, a caption, or the pages of a document
+    (idl-wds)."""
     images = [row[kind] for kind in row if kind in PICTURES]
     side = sidecar(row)
     field = field_of(side)
@@ -508,11 +520,12 @@ def read_messages(row: dict, min_rating: int = 0) -> tuple[Message, ...]:
     return READERS[field](row)
 
 
-# ------------------------------------------------------------------------------------------------------------- truth
+# ---------------------------------------------------------------------------------- truth
 
 
 def truth_beside(row: dict) -> str | list[str] | None:
-    """The truth that a record states apart from its turns, None when it does not. Raises BadSample for one that is none."""
+    """The truth that a record states apart from its turns, None when it does not. Raises BadSample
+    for one that is none."""
     if field_of(row) == "prompt":
         return accepted_texts(row["reward_model"]["ground_truth"])
     if field_of(row) not in ("question", "problem"):
@@ -554,7 +567,8 @@ def letter_of(answer, options: dict[str, str]) -> str:
 
 
 def facts_of(row: dict, messages: tuple[Message, ...]) -> dict:
-    """What grading knows: the record's own facts, and what can be told from the record. Raises TypeError, BadSample."""
+    """What grading knows: the record's own facts, and what can be told from the record. Raises
+    TypeError, BadSample."""
     facts = row["facts"] if "facts" in row else {}
     if not isinstance(facts, dict):
         raise TypeError("`facts` must be an object")
@@ -582,7 +596,7 @@ def facts_of(row: dict, messages: tuple[Message, ...]) -> dict:
     return facts
 
 
-# ------------------------------------------------------------------------------------------------------------ sample
+# ---------------------------------------------------------------------------------- sample
 
 
 def to_sample(row: dict, origin: str, root: Path, dataset: Dataset) -> Sample:
@@ -616,7 +630,8 @@ def with_frames(message: Message, dataset: Dataset) -> Message:
 
 
 def read(path: Path, first: int, last: int, number: int, dataset: Dataset) -> Sample | BadSample:
-    """The record at a span. Whatever goes wrong is a fault of that record: nothing that a file holds can raise."""
+    """The record at a span. Whatever goes wrong is a fault of that record: nothing that a file
+    holds can raise."""
     origin = f"{path.name}:{number}"
     try:
         row = fields_of(path, first, last)
@@ -643,16 +658,19 @@ def unconfined(sample: Sample) -> Sample:
     return replace(sample, messages=tuple(messages), root=Path(Path.cwd().anchor))
 
 
-# ------------------------------------------------------------------------------------------------------------ source
+# ---------------------------------------------------------------------------------- source
 
 
 class Folder:
-    """A user's data as a source: `stream` for training, `first` to look at. Its records stay on disk; spans are kept.
+    """A user's data as a source: `stream` for training, `first` to look at. Its records stay on
+    disk; spans are kept.
 
-    images: the folder where image paths start, and which they may not leave (default: that of their file). strict: the first
-    fault is an error. allow_outside: image paths and a mixture file's paths may lead anywhere; nothing in a file can ask for it.
+    images: the folder where image paths start, and which they may not leave (default: that of their
+    file). strict: the first fault is an error. allow_outside: image paths and a mixture file's
+    paths may lead anywhere; nothing in a file can ask for it.
 
-    `faults` counts what the first look finds; the rest is counted when it is read. Raises ValueError when nothing can be used.
+    `faults` counts what the first look finds; the rest is counted when it is read. Raises
+    ValueError when nothing can be used.
     """
 
     def __init__(self, path, images=None, strict: bool = False, allow_outside: bool = False):
@@ -675,7 +693,8 @@ class Folder:
             self.root = self.datasets[0].root(self.files[0][0])
 
     def scan(self, k: int, spans: array) -> None:
-        """Walk over the shards of dataset k: append the spans of its records, and group by task those that are kept."""
+        """Walk over the shards of dataset k: append the spans of its records, and group by task
+        those that are kept."""
         dataset = self.datasets[k]
         if dataset.weight == 0 or dataset.repeat == 0:
             self.faults.add(BadSample("nothing drawn", f"{dataset.data}: a weight of 0"))
@@ -736,14 +755,16 @@ class Folder:
         return len(self.spans)
 
     def tasks(self) -> dict[str, int]:
-        """How many records of each task there are to draw. Of a tar or parquet, the task is its dataset's."""
+        """How many records of each task there are to draw. Of a tar or parquet, the task is its
+        dataset's."""
         counts = Counter()
         for (_, task), records in self.groups.items():
             counts[task] += len(records)
         return dict(counts)
 
     def first(self, limit: int = 0) -> list[Sample]:
-        """The first usable ones, or all: for grading and small files. Pixels stay on disk unless the container holds them."""
+        """The first usable ones, or all: for grading and small files. Pixels stay on disk unless
+        the container holds them."""
         usable: list[Sample] = []
         for i in range(len(self)):
             found = self[i]
@@ -751,12 +772,13 @@ class Folder:
                 usable.append(found)
             else:
                 self.faults.add(found)
-            if len(usable) == limit:
+            if limit and len(usable) == limit:
                 break
         return usable
 
     def stream(self, mixture: dict[str, float], seed: int, turns: int = 0) -> "Picked":
-        """Tasks named in the mixture are drawn by weight; data without any of those tasks is drawn by the datasets' weights.
+        """Tasks named in the mixture are drawn by weight; data without any of those tasks is drawn
+        by the datasets' weights.
 
         `turns` is for sources that make their questions: a file has those that it has.
         """
@@ -789,7 +811,8 @@ class Folder:
 
 
 class Picked(Drawn):
-    """The stream of a folder: sample n is the record that the order has there; bad ones are passed over by `next`."""
+    """The stream of a folder: sample n is the record that the order has there; bad ones are passed
+    over by `next`."""
 
     def __init__(self, folder: Folder, order: Order):
         super().__init__(None)

@@ -1,8 +1,10 @@
-"""The shapes in which data travels: `Sample` as readers yield it, `Document` as the model takes it, and `Faults`.
+"""The shapes in which data travels: `Sample` as readers yield it, `Document` as the model takes it,
+and `Faults`.
 
-What it teaches: every dataset is a different spelling of one thing, messages with text and image parts. Agree on that thing
-once, and formats, pictures, tokens and packing know nothing of each other. What cannot be used is a value as well: a
-`BadSample` takes the place of the sample, says why, and is counted; it never ends a run, and is never lost without a word.
+What it teaches: every dataset is a different spelling of one thing, messages with text and image
+parts. Agree on that thing once, and formats, pictures, tokens and packing know nothing of each
+other. What cannot be used is a value as well: a `BadSample` takes the place of the sample, says
+why, and is counted; it never ends a run, and is never lost without a word.
 
     readers.py  one record of a file ----+                     +--> Document --> packing.py
     world.py    one drawn scene     -----+--> Sample --encode--+
@@ -29,9 +31,11 @@ LONGEST_DETAIL = 1000  # characters of a fault's message
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used: `reason` is a short class to count by, `detail` says where and what to do.
+    """A sample that cannot be used: `reason` is a short class to count by, `detail` says where and
+    what to do.
 
-    traceback: where the error behind it came from, "" when there is none. The detail is printable, whatever data it quotes.
+    traceback: where the error behind it came from, "" when there is none. The detail is printable,
+    whatever data it quotes.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -42,7 +46,8 @@ class BadSample(ValueError):
 
     @classmethod
     def because(cls, error: Exception, reason: str, origin: str) -> "BadSample":
-        """Any error as a fault of the record at `origin`; it keeps the error's traceback, for `Faults` to show the first."""
+        """Any error as a fault of the record at `origin`; it keeps the error's traceback, for
+        `Faults` to show the first."""
         kind = type(error).__name__
         fault = cls(reason, f"{origin}: {kind} {str(error)[:300]}")
         fault.traceback = "".join(traceback.format_exception(error, limit=-8))
@@ -62,8 +67,9 @@ class BadSample(ValueError):
 class Video:
     """source: a tuple of images, a folder of them (in natural order), or an animated GIF, WebP or PNG.
 
-    At most `max_frames` of its frames are taken. sampling: "random" draws them (paper, section 6: "randomly sampled"), in
-    order of time, the same ones for the same record (our choice); "even" spaces them evenly, the first and the last included.
+    At most `max_frames` of its frames are taken. sampling: "random" draws them (paper, section 6:
+    "randomly sampled"), in order of time, the same ones for the same record (our choice); "even"
+    spaces them evenly, the first and the last included.
     """
 
     source: object
@@ -73,9 +79,11 @@ class Video:
 
 @dataclass(frozen=True)
 class Message:
-    """role: system, user or assistant. parts: text (str), images (PIL image, path, or a file's bytes) and Videos.
+    """role: system, user or assistant. parts: text (str), images (PIL image, path, or a file's
+    bytes) and Videos.
 
-    think: the chain before the answer, None for none. learn: whether an assistant turn's answer is supervised.
+    think: the chain before the answer, None for none. learn: whether an assistant turn's answer is
+    supervised.
     """
 
     role: str
@@ -88,9 +96,10 @@ class Message:
 class Sample:
     """What every reader yields.
 
-    task: a label to count and mix by. origin: file and record, for messages. root: the folder where its image paths start,
-    and which they may not leave (None: the encoder's). max_tiles: for all of its images together (0: as many as the model
-    takes for each). facts: what grading needs to know and the model is never shown:
+    task: a label to count and mix by. origin: file and record, for messages. root: the folder where
+    its image paths start, and which they may not leave (None: the encoder's). max_tiles: for all of
+    its images together (0: as many as the model takes for each). facts: what grading needs to know
+    and the model is never shown:
 
         answer     the truth: a text, or a list of accepted texts
         chain      a reference chain of thought          family, category   what a score is reported by
@@ -109,9 +118,9 @@ class Sample:
 class Document:
     """A Sample as the model takes it.
 
-    ids (T,); labels (T,), already shifted, -100 where unsupervised; weights (T,); images: uint8 arrays (H, W, 3) in order,
-    every tile is an image of its own. number: its place in the stream; vision: the ViT's work for its images, which packing
-    shares out evenly (`ViTConfig.work`).
+    ids (T,); labels (T,), already shifted, -100 where unsupervised; weights (T,); images: uint8
+    arrays (H, W, 3) in order, every tile is an image of its own. number: its place in the stream;
+    vision: the ViT's work for its images, which packing shares out evenly (`ViTConfig.work`).
     """
 
     ids: np.ndarray

@@ -1,8 +1,10 @@
-"""See what the model will see, and count what it cannot use: `python -m data.show --data my.jsonl --images dir/`.
+"""See what the model will see, and count what it cannot use: `python -m data.show --data my.jsonl
+--images dir/`.
 
-What it teaches: most of what goes wrong in training has gone wrong in the data, and can be seen before it costs a
-GPU an hour. The text is printed with its special tokens, what is supervised in green; the tiles are written as
-pictures; and `--check` walks through everything that a run would read.
+What it teaches: most of what goes wrong in training has gone wrong in the data, and can be seen
+before it costs a GPU an hour. The text is printed with its special tokens, what is supervised in
+green; the tiles are written as pictures; and `--check` walks through everything that a run would
+read.
 
     --data --> Folder --> Sample --Encoder--> Document --> text in colour, tiles as PNG, lengths, tasks, faults
 
@@ -33,7 +35,8 @@ PLAIN = "\033[0m"
 
 @dataclass
 class ShowOptions:
-    """Show samples as the model will see them (supervised tokens in green), and count what cannot be used."""
+    """Show samples as the model will see them (supervised tokens in green), and count what cannot
+    be used."""
 
     data: Path  # JSON, JSONL, TSV, tar, parquet, a folder of them, or a mixture file: see data/readers.py
     images: Path | None = None  # folder of the images; default: beside the file

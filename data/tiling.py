@@ -1,15 +1,18 @@
-"""From an image of any size to what the ViT takes: square tiles, or the image itself at a size made of whole patches.
+"""From an image of any size to what the ViT takes: square tiles, or the image itself at a size made
+of whole patches.
 
-What it teaches: two answers to "my encoder was trained at 448 x 448". Fixed resolution cuts the image into a
-grid of tiles of that size, chosen by aspect ratio, and adds the whole image once more, small, for the view that
-tiles lose. Any resolution keeps the image whole and lets the encoder stretch its positions (vit.py).
+What it teaches: two answers to "my encoder was trained at 448 x 448". Fixed resolution cuts the
+image into a grid of tiles of that size, chosen by aspect ratio, and adds the whole image once more,
+small, for the view that tiles lose. Any resolution keeps the image whole and lets the encoder
+stretch its positions (vit.py).
 
     photo 1000 x 700, at most 10 tiles of 448:        any resolution, merge unit 28:
         grid 3 x 2 -> 6 tiles + thumbnail                 1008 x 700 pixels = 72 x 50 patches
         7 x 256 = 1792 visual tokens                      72 x 50 / 4 = 900 visual tokens
 
-Legend: sizes are (width, height), grids (columns, rows), images PIL's. Source: the released image processor,
-which this follows bit for bit (grid and pixels), and the team's evaluation code for many images and video.
+Legend: sizes are (width, height), grids (columns, rows), images PIL's. Source: the released image
+processor, which this follows bit for bit (grid and pixels), and the team's evaluation code for many
+images and video.
 """
 
 import math
@@ -65,7 +68,8 @@ def grid_for(
 def second_grid(
     width: int, height: int, first: tuple[int, int], max_tiles: int, tile: int, min_tiles: int = 1
 ) -> tuple[int, int]:
-    """The grid of the second pass: the nearest of those that do not divide the first one, so that new edges are cut."""
+    """The grid of the second pass: the nearest of those that do not divide the first one, so that
+    new edges are cut."""
     others = []
     for columns, rows in grids(max_tiles, min_tiles):
         if first[0] % columns or first[1] % rows:
@@ -97,9 +101,9 @@ def tiles(
 ) -> list[Image.Image]:
     """The tiles of the image, and the whole image as a last thumbnail when there is more than one.
 
-    msac: the tiles of a second grid go between the first ones and the last image (twice the tokens; off by
-    default in the released processor, on in the team's evaluation). Of a single tile, that tile stays last, as
-    in the released code.
+    msac: the tiles of a second grid go between the first ones and the last image (twice the tokens;
+    off by default in the released processor, on in the team's evaluation). Of a single tile, that
+    tile stays last, as in the released code.
     """
     grid = grid_for(*image.size, max_tiles, tile, min_tiles)
     first = cut_tiles(image, grid, tile)
@@ -143,9 +147,9 @@ def fit_to_patches(image: Image.Image, unit: int, max_patches: int, patch: int) 
 def tiles_of(image: Image.Image, config, images: int = 1, video: bool = False) -> list[Image.Image]:
     """One image of a sample as the ViT takes it, in order: the rules of the released code.
 
-    config: a VLMConfig. images: how many the sample has. Several share 64 tiles (up to 6 images this changes
-    nothing; the released processor alone gives each the full number, which runs past the context) and get no
-    second pass. A frame of a video is one tile.
+    config: a VLMConfig. images: how many the sample has. Several share 64 tiles (up to 6 images
+    this changes nothing; the released processor alone gives each the full number, which runs past
+    the context) and get no second pass. A frame of a video is one tile.
     """
     patch = config.vision.patch_size
     if config.any_resolution:
