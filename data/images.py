@@ -6,8 +6,9 @@ frame of an animation has a header of its own), and whatever goes wrong is a fau
 record. What is read is what the photographer saw: turned as the camera was held, transparent parts
 on white, 16-bit greys scaled and not clipped.
 
-    path, bytes --inside root? --> header: format, size --> pixels --> turned by EXIF --> RGB --> tiling.py --> normalise
+    path, bytes --inside root?--> header: format, size --> pixels --> turned by EXIF --> RGB
     Video: folder, list, animation --> which frames? --> each as above, in order of time
+    RGB --tiling.py--> tiles (H, W, 3) --normalise--> (N, 3, H, W)
 
 Legend: N images, H x W pixels. Source: mean and deviation of the released preprocessor; 16 frames
 of a video, drawn at random: the paper's evaluation (Table 9); all limits are our choice.
@@ -71,7 +72,7 @@ def open_image(source, root: Path | None = None, origin: str = "") -> Image.Imag
         with faults_only("image in memory", origin):
             return to_rgb(source)
     with faults_only(source, origin), opened(source, root, origin) as image:
-        return decode(image)
+        return decode_image(image)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def opened(source, root: Path | None, origin: str) -> Iterator[Image.Image]:
             raise BadSample("oversized image", f"{origin}: {path} has over {MAX_FILE} bytes")
         file = open(path, "rb")
     with file, Image.open(file, formats=FORMATS) as image:
-        check_size(image, f"{origin}: {brief(source)}")
+        check_pixels(image, f"{origin}: {brief(source)}")
         yield image
 
 
@@ -126,7 +127,7 @@ def path_inside(source, root: Path | None, origin: str) -> Path:
     )
 
 
-def check_size(image: Image.Image, where: str, limit: int = MAX_PIXELS) -> None:
+def check_pixels(image: Image.Image, where: str, limit: int = MAX_PIXELS) -> None:
     """Raises BadSample for a picture (or the frame it stands at) that would take too much memory,
     or is a mere line."""
     width, height = image.size
@@ -141,7 +142,7 @@ def check_size(image: Image.Image, where: str, limit: int = MAX_PIXELS) -> None:
         )
 
 
-def decode(image: Image.Image) -> Image.Image:
+def decode_image(image: Image.Image) -> Image.Image:
     """Pixels of the frame at which the picture stands, upright and RGB."""
     image.load()  # a PNG may state its orientation behind its pixels
     turn = TURNS.get(orientation(image))
@@ -241,9 +242,9 @@ def frames_of_files(
             frames.append(open_image(one))
             continue
         with opened(one, root, origin) as image:
-            check_size(image, f"{origin}: with {brief(one)} the video", min(MAX_PIXELS, left))
+            check_pixels(image, f"{origin}: with {brief(one)} the video", min(MAX_PIXELS, left))
             left -= image.width * image.height
-            frames.append(decode(image))
+            frames.append(decode_image(image))
     return frames
 
 
@@ -264,7 +265,7 @@ def frames_of_animation(source, video: Video, root: Path | None, origin: str) ->
         for i in range(wanted[-1] + 1):
             # A frame may be larger than the one before: its own header decides, before its pixels.
             image.seek(i)
-            check_size(image, f"{where}, frame {i}", min(MAX_PIXELS, left))
+            check_pixels(image, f"{where}, frame {i}", min(MAX_PIXELS, left))
             pixels = image.width * image.height
             decoded += pixels
             if decoded > MAX_DECODED:
@@ -273,7 +274,7 @@ def frames_of_animation(source, video: Video, root: Path | None, origin: str) ->
                 )
             if i in wanted:
                 left -= pixels
-                frames.append(decode(image))
+                frames.append(decode_image(image))
     return frames
 
 

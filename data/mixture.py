@@ -5,12 +5,15 @@ against the type of its field, and a mistake is a sentence with file, dataset, k
 often comes with the data, from somebody else: then it is data itself, and must not decide which
 files of this machine are opened.
 
-    --data path --mixture_of--> [Dataset, ...] --files--> shards (containers.py)
+    --data path --datasets_of--> [Dataset, ...] --files--> shards (containers.py)
 
-    my.jsonl   shards/   "shards/*.tar"          one dataset
+    my.jsonl   shards/   "shards/*.tar"      one dataset
+
     mix.json   {"datasets": {"ocr":  {"data": "ocr/*.tar", "weight": 2.0, "max_tiles": 12},
-                             "chat": {"data": "chat.jsonl", "images": "photos", "epochs": 1, "cap": 0.5}}}
-    meta.json  {"ocr": {"root": "photos", "annotation": "ocr.jsonl", "repeat_time": 0.5}}            InternVL's meta
+                             "chat": {"data": "chat.jsonl", "images": "photos", "cap": 0.5}}}
+
+    meta.json  {"ocr": {"root": "photos", "annotation": "ocr.jsonl", "repeat_time": 0.5}}
+               InternVL's form: a repeat_time below 1 is a share, above it a weight
 
 A folder stands for all shards in it and below it. What lies there and is neither a shard nor a
 picture is named as a fault.
@@ -27,8 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from data.containers import (
-    SPANS,
+from data.container_base import (
     decode_text,
     first_sign,
     is_noise,
@@ -36,6 +38,7 @@ from data.containers import (
     text_start,
     unreadable,
 )
+from data.containers import SPANS
 from data.sample import MAX_FRAMES, BadSample
 
 MAX_META = 1 << 24  # bytes of a mixture file: a larger one is data
@@ -101,7 +104,7 @@ class Meta:
 # ---------------------------------------------------------------------------------- reading
 
 
-def mixture_of(path: Path, images=None, allow_outside: bool = False) -> list[Dataset]:
+def datasets_of(path: Path, images=None, allow_outside: bool = False) -> list[Dataset]:
     """The datasets that a path stands for: those of a mixture file or an InternVL meta JSON, else
     the path itself.
 

@@ -8,16 +8,18 @@ with a record is a counted fault of that record.
 
     record --fields_of--> {field: value} --reader by field--> messages + truth --to_sample--> Sample
 
-    a record with     is read as                                         of
-    conversations     turns of from/value or role/content                LLaVA, ShareGPT, Qwen-VL, InternVL, MiniMind-V
-    messages          turns; content a text with marks, or typed parts   OpenAI, Hugging Face, LLaMA-Factory
-    texts             turns of user/assistant; texts and images in turn  FineVision, the_cauldron; OBELICS
-    prompt            turns, with reward_model.ground_truth              verl's RL rows
-    question          image, options, answer or several answers          VLMEvalKit, VQA sets, a person's own rows
-    txt, json         captions, conversations, pages inside a .tar       WebDataset, img2dataset, idl-wds
+    a record with     is read as                                of
+    conversations     turns of from/value or role/content       LLaVA, ShareGPT, Qwen-VL, InternVL
+    messages          turns; a text with marks, or typed parts  OpenAI, Hugging Face, LLaMA-Factory
+    texts             turns of user/assistant, rated            FineVision, the_cauldron
+                      texts and images in turn                  OBELICS
+    prompt            turns, and reward_model.ground_truth      verl's RL rows
+    question          image, options, one answer or several     VLMEvalKit, VQA sets, your own rows
+    txt, json         captions, records, pages inside a .tar    WebDataset, img2dataset, idl-wds
 
-    beside them: task (to mix and count by), facts {answer, chain, family, grader, category}; of a turn: weight, loss or train
-    (0 or false: not learned), reasoning_content (the chain of thought, as is <think>...</think> in the text)
+    beside them       task: to mix and count by; facts: answer, chain, family, grader, category
+    of a turn         weight, loss, train: 0 or false is not learned
+                      reasoning_content: the chain, as is <think>...</think> in the text
 
 A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's
 meta JSON (mixture.py).
@@ -38,17 +40,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.containers import (
-    CHEAP,
-    PICTURES,
-    RECORD_FIELDS,
-    Span,
-    decode_text,
-    fields_of,
-    spans_of,
-    strict_json,
-)
-from data.mixture import Dataset, files_of, mixture_of, unread_files
+from data.container_base import PICTURES, RECORD_FIELDS, Span, decode_text, strict_json
+from data.containers import CHEAP, fields_of, spans_of
+from data.mixture import Dataset, files_of, datasets_of, unread_files
 from data.sample import THINKING, BadSample, Faults, Message, Sample, Video
 from data.stream import Drawn, Order
 from graders import boxed
@@ -187,7 +181,7 @@ def first_text(truth: str | list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatTurn:
     """What somebody says: in a user's text <image> and <video> mark where the pictures stand."""
 
     role: str
@@ -196,7 +190,7 @@ class Turn:
     learn: bool = True
 
 
-def turn_of(said: dict, text: str, think: str | None = None) -> Turn:
+def chat_turn(said: dict, text: str, think: str | None = None) -> ChatTurn:
     """A turn with what its fields say of it: role, chain, and whether it is learned. Raises
     KeyError, TypeError."""
     if not isinstance(text, str):
@@ -207,10 +201,10 @@ def turn_of(said: dict, text: str, think: str | None = None) -> Turn:
     flags = [said[key] for key in SUPERVISED if said.get(key) is not None]
     if not all(isinstance(flag, (bool, int, float)) for flag in flags):
         raise TypeError(f"{', '.join(SUPERVISED)} of a turn must be a number or a truth value")
-    return Turn(role, text, think if role == "assistant" else None, all(flags))
+    return ChatTurn(role, text, think if role == "assistant" else None, all(flags))
 
 
-def dialogue(turns: list[Turn], images: list, videos: list = ()) -> tuple[Message, ...]:
+def dialogue(turns: list[ChatTurn], images: list, videos: list = ()) -> tuple[Message, ...]:
     """Turns with marks, and what the marks stand for, in order. What follows the last assistant
     turn is left out.
 
@@ -238,7 +232,7 @@ def dialogue(turns: list[Turn], images: list, videos: list = ()) -> tuple[Messag
     return tuple(messages[: answers[-1] + 1])
 
 
-def message_of(turn: Turn, queues: dict[str, list]) -> Message:
+def message_of(turn: ChatTurn, queues: dict[str, list]) -> Message:
     """The turn as a message; its marks take the next of their queues."""
     if len(turn.text) > MAX_TEXT:
         raise BadSample("oversized record", f"a turn of {len(turn.text)} characters: split it")
@@ -271,9 +265,9 @@ def from_conversations(row: dict) -> tuple[Message, ...]:
     """LLaVA and its relatives; Qwen-VL writes its images into the text: Picture 1: <img>red.png</img>."""
     turns = []
     for said in rows_of(row["conversations"]):
-        turns.append(turn_of(said, said["value"] if "value" in said else said["content"]))
+        turns.append(chat_turn(said, said["value"] if "value" in said else said["content"]))
     if isinstance(row.get("system"), str) and row["system"]:
-        turns.insert(0, Turn("system", row["system"]))
+        turns.insert(0, ChatTurn("system", row["system"]))
 
     images = images_in(row)
     if not images and not any("<image>" in turn.text for turn in turns):
@@ -281,7 +275,7 @@ def from_conversations(row: dict) -> tuple[Message, ...]:
     return dialogue(turns, images, videos_in(row))
 
 
-def inline_images(turns: list[Turn]) -> tuple[list[Turn], list[str]]:
+def inline_images(turns: list[ChatTurn]) -> tuple[list[ChatTurn], list[str]]:
     """Qwen-VL's <img>path</img> in users' turns, as marks and the paths."""
     images = []
     marked = []
@@ -304,7 +298,7 @@ def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
     pictured = any(kind in ("image", "video") for kind, _ in parts)
     if not pictured and (spare or spare_videos or not typed):
         # only texts: their marks stand for the row's images
-        turns = [turn_of(m, *joined(m["content"])) for m in said]
+        turns = [chat_turn(m, *joined(m["content"])) for m in said]
         return dialogue(turns, spare, spare_videos)
 
     turns = []
@@ -313,7 +307,7 @@ def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
     for m in said:
         text = ""
         chain = None
-        for kind, value in parts_of(m["content"]):
+        for kind, value in content_parts(m["content"]):
             if kind == "text":
                 text += re.sub("<(?=(image|video)>)", "< ", value)  # a mark would be only words
             elif kind == "thinking":
@@ -324,7 +318,7 @@ def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
             else:
                 text += "<image>"
                 images.append(own_or_next(value, spare))
-        turns.append(turn_of(m, text, chain))
+        turns.append(chat_turn(m, text, chain))
     return dialogue(turns, images + spare, videos + spare_videos)
 
 
@@ -339,7 +333,7 @@ def own_or_next(value, spare: list):
     return spare.pop(0)
 
 
-def parts_of(content) -> list[tuple[str, object]]:
+def content_parts(content) -> list[tuple[str, object]]:
     """A message's content as (kind, value) of its parts."""
     if content is None or isinstance(content, str):
         return [("text", content or "")]
@@ -348,7 +342,7 @@ def parts_of(content) -> list[tuple[str, object]]:
 
 def joined(content) -> tuple[str, str | None]:
     """Text and chain of a content without pictures."""
-    parts = parts_of(content)
+    parts = content_parts(content)
     chain = [value for kind, value in parts if kind == "thinking"]
     return "".join(value for kind, value in parts if kind == "text"), "".join(chain) or None
 
@@ -406,7 +400,7 @@ def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
     turns = []
     for pair in kept:
         for role in ("user", "assistant"):
-            turns.append(Turn(role, pair[role].replace("<image>", "")))
+            turns.append(ChatTurn(role, pair[role].replace("<image>", "")))
     marks = "<image>" * len(images) + "\n" * bool(images)
     turns[0] = replace(turns[0], text=marks + turns[0].text)
     return dialogue(turns, images)
@@ -434,14 +428,14 @@ def from_prompt(row: dict) -> tuple[Message, ...]:
 
 def from_question(row: dict) -> tuple[Message, ...]:
     """A question about one or several images, or none; with options, when the row has some."""
-    options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
+    options = "".join(f"\n{letter}. {text}" for letter, text in options_in(row).items())
     hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
     asked = f"{hint}{question_in(row)}{options}" + LETTER * bool(options)
     images = images_in(row)
     if images and "<image>" not in asked:
         asked = "<image>" * len(images) + "\n" + asked
     answer = row.get("multiple_choice_answer") or first_text(truth_beside(row))
-    return dialogue([Turn("user", asked), Turn("assistant", answer)], images)
+    return dialogue([ChatTurn("user", asked), ChatTurn("assistant", answer)], images)
 
 
 def question_in(row: dict) -> str:
@@ -451,7 +445,7 @@ def question_in(row: dict) -> str:
     return question
 
 
-def options_of(row: dict) -> dict[str, str]:
+def options_in(row: dict) -> dict[str, str]:
     """Options by their letters: columns A, B, ... of a table, or a list under `choices` or `options`."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     several = listed(row.get("choices") or row.get("options"))
@@ -484,7 +478,9 @@ def from_tar_fields(row: dict) -> tuple[Message, ...]:
         answer = decode_text(row["txt"]).replace("\r\n", "\n").strip()
     else:
         answer = side["caption"]
-    return dialogue([Turn("user", "<image>\n" + asked), Turn("assistant", answer)], images[:1])
+    return dialogue(
+        [ChatTurn("user", "<image>\n" + asked), ChatTurn("assistant", answer)], images[:1]
+    )
 
 
 def sidecar(row: dict) -> dict:
@@ -534,7 +530,7 @@ def truth_beside(row: dict) -> str | list[str] | None:
     answer = row.get("answer")
     if answer is None or answer == "":
         answer = annotators(row) or row.get("multiple_choice_answer")
-    options = options_of(row)
+    options = options_in(row)
     if answer is None or answer == []:
         raise BadSample("no answer", "neither answer nor answers")
     if options and not isinstance(answer, list):
@@ -566,7 +562,7 @@ def letter_of(answer, options: dict[str, str]) -> str:
     )
 
 
-def facts_of(row: dict, messages: tuple[Message, ...]) -> dict:
+def facts_in(row: dict, messages: tuple[Message, ...]) -> dict:
     """What grading knows: the record's own facts, and what can be told from the record. Raises
     TypeError, BadSample."""
     facts = row["facts"] if "facts" in row else {}
@@ -614,7 +610,7 @@ def to_sample(row: dict, origin: str, root: Path, dataset: Dataset) -> Sample:
         task = row.get("data_source")
     if not isinstance(task or "", str):
         raise TypeError("`task` must be a text")
-    facts = facts_of(row, messages)
+    facts = facts_in(row, messages)
     messages = tuple(with_frames(message, dataset) for message in messages)
     return Sample(messages, task or "", origin, facts, root, dataset.max_tiles)
 
@@ -677,7 +673,7 @@ class Folder:
         self.path = Path(path)
         self.faults = Faults(strict)
         self.allow_outside = allow_outside
-        self.datasets = mixture_of(self.path, images, allow_outside)
+        self.datasets = datasets_of(self.path, images, allow_outside)
         self.files: list[tuple[Path, int]] = []  # of each shard its dataset
         self.groups: dict[tuple[int, str], torch.Tensor] = {}  # (dataset, task) -> its records
         spans = array("q")  # four numbers a record: shard, and its span there

@@ -8,7 +8,7 @@ why, and is counted; it never ends a run, and is never lost without a word.
 
     readers.py  one record of a file ----+                     +--> Document --> packing.py
     world.py    one drawn scene     -----+--> Sample --encode--+
-                                         +--> BadSample -------+--> Faults: counts, first example, first traceback
+                                         +--> BadSample -------+--> Faults: counts, examples
 
 Legend: T tokens of a document, H x W pixels.
 """
@@ -101,9 +101,12 @@ class Sample:
     its images together (0: as many as the model takes for each). facts: what grading needs to know
     and the model is never shown:
 
-        answer     the truth: a text, or a list of accepted texts
-        chain      a reference chain of thought          family, category   what a score is reported by
-        question   the question without its options      grader             a key of graders.GRADERS; absent: "auto"
+        answer             the truth: a text, or a list of accepted texts
+        chain              a reference chain of thought
+        family, category   what a score is reported by
+        question           the question without its options
+        grader             a key of graders.GRADERS; absent: "auto"
+        index              a table's, by which rows of circular evaluation belong together
     """
 
     messages: tuple[Message, ...]

@@ -6,7 +6,7 @@ before it costs a GPU an hour. The text is printed with its special tokens, what
 green; the tiles are written as pictures; and `--check` walks through everything that a run would
 read.
 
-    --data --> Folder --> Sample --Encoder--> Document --> text in colour, tiles as PNG, lengths, tasks, faults
+    --data --> Folder --> Sample --Encoder--> Document --> text in colour, tiles, lengths, tasks, faults
 
 Whatever comes from the data is printed without control characters: a caption cannot steer the terminal.
 """
@@ -115,12 +115,12 @@ def show_samples(options: ShowOptions) -> int:
         tasks[printable(document.task) or "(none)"] += 1
 
     if options.check:
-        report(lengths, tasks)
+        print_summary(lengths, tasks)
     print(f"{folder.faults.counts.total()} faults\n{folder.faults.report()}")
     return os.EX_OK if lengths else os.EX_DATAERR
 
 
-def report(lengths: list[int], tasks: Counter) -> None:
+def print_summary(lengths: list[int], tasks: Counter) -> None:
     """How many samples there are, how long, of which tasks."""
     known = lengths or [0]
     tenth, half, nine_tenths = np.quantile(known, (0.1, 0.5, 0.9)).astype(int).tolist()

@@ -13,7 +13,6 @@ import random
 import struct
 import sys
 import tarfile
-import traceback
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -22,18 +21,25 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_data import record
-from test_readers import BLUE, RED, colors, encoded, root, say, tar  # noqa: F401 (a fixture)
+from test_readers import BLUE, RED, colors, encoded, say, tar
 
-from data import containers, images
+from data import container_json, container_tsv, containers, images
 from data.containers import fields_of, spans_of
 from data.encode import Encoder
-from data.images import frames_of, open_image, orientation
+from data.images import frames_of, open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample, Video
 from data.show import ShowOptions, show_samples
 
 ENCODED = {name: base64.b64encode(body).decode() for name, body in (("red", RED), ("blue", BLUE))}
 QA = {"question": "what?", "answer": "red"}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "blue.png").write_bytes(BLUE)
+    return tmp_path
 
 
 def written(root: Path, name: str, *rows) -> Path:
@@ -97,7 +103,7 @@ def test_random_tables_have_the_rows_that_the_csv_module_gives(root):
         (root / "my.tsv").write_bytes(text.encode())
         want = [r for r in csv.reader(io.StringIO(text, newline=""), delimiter="\t") if r][1:]
         found = [s for s in spans_of(root / "my.tsv") if not isinstance(s, BadSample)]
-        seen = [containers.cells_of((root / "my.tsv").read_bytes()[a:b]) for a, b, _ in found]
+        seen = [container_tsv.cells_of((root / "my.tsv").read_bytes()[a:b]) for a, b, _ in found]
         lost = len(want) - len(seen)
         assert seen == want[: len(seen)] and lost in (0, 1)  # 1: the last quote is never closed
 
@@ -998,7 +1004,8 @@ def test_a_negative_size_in_a_tar_is_damage_and_no_loop(root, size):
 
 
 def test_a_line_is_refused_before_it_is_held(root, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_BYTES", 1 << 16)
+    for module in (containers, container_json, container_tsv):
+        monkeypatch.setattr(module, "MAX_BYTES", 1 << 16)
     long = b'{"question": "' + b"q" * (4 << 20) + b'", "answer": "a"}'
     for name, body in (
         ("my.jsonl", R[0].encode() + b"\n" + long + b"\n" + R[1].encode() + b"\n"),
