@@ -27,6 +27,9 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 TEXT = (*LINES, ".json", ".tsv")
 
+# the first bytes of gzip, xz, zstandard and zip
+COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+
 # What a record is told by: an object without any of these is something around records.
 RECORD_FIELDS = ("conversations", "messages", "texts", "prompt", "question", "problem")
 
@@ -39,10 +42,14 @@ def unreadable(path: Path) -> str:
     against it."""
     with open(path, "rb") as file:
         head = file.read(64)
+
+    # what clones and downloads leave in the place of data
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer and not the data: run `git lfs pull`"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+    if head.startswith(COMPRESSED) or head[4:10] == b"1AY&SY":  # the latter is bzip2's
         return "compressed: unpack it first, nothing can be sought in it"
+
+    # a mark of UTF-16, or the zeros that it puts between Latin letters
     wide = head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 4
     if path.suffix.lower() in TEXT and wide:
         return "not UTF-8: convert it, for instance with `iconv -f UTF-16 -t UTF-8`"
@@ -82,6 +89,7 @@ def is_noise(name: str) -> bool:
     """Files that no sample is made of: hidden ones, what macOS and Windows leave behind,
     WebDataset's own notes, and names without a kind."""
     *folders, base = name.split("/")
+    # macOS writes ._name beside name, and __MACOSX beside folders; no kind means no part of a sample
     if base.startswith(".") or "." not in base or "__MACOSX" in folders:
         return True
     return base in ("Thumbs.db", "desktop.ini") or re.match(r"__[^/]*__", base) is not None
@@ -99,6 +107,7 @@ def decode_text(raw: bytes) -> str:
 def strict_json(text: str):
     """JSON without NaN and infinities, which would be numbers nobody wrote. Raises ValueError or
     RecursionError."""
+    # every value stands after one of these signs, or is the first
     values = text.count(",") + text.count("[") + text.count("{")
     if values > MAX_VALUES:
         raise BadSample("oversized record", f"about {values} values; the limit is {MAX_VALUES}")

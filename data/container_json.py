@@ -35,14 +35,15 @@ from data.sample import BadSample
 def json_spans(path: Path) -> Iterator[Span | BadSample]:
     """Lines, items of lists, or whole objects: by how the file begins. Raises ValueError for a list
     that does not end."""
+    # look at the first sign, and at the first line where lines are to be expected
     start = text_start(path)
     with open(path, "rb") as file:
         begins = first_sign(file, start)
         file.seek(start)
         line = file.readline(MAX_BYTES) if path.suffix.lower() in LINES else b""
-    if begins == b"[":
-        # one list a line is read as lines: damage to one does not reach the next
-        return line_spans(path, start) if list_items(line) else value_spans(path, start)
+    # one list a line is read as lines: damage to one does not reach the next
+    if begins == b"[" and not items_of_line(line):
+        return value_spans(path, start)
     if begins == b"{":
         return object_spans(path, start)
     return line_spans(path, start)
@@ -52,16 +53,19 @@ def json_spans(path: Path) -> Iterator[Span | BadSample]:
 
 
 def line_spans(path: Path, start: int) -> Iterator[Span | BadSample]:
-    """A record for each line that is not blank; of a line that is a list, one for each item."""
+    """A record for each line that is not blank; of a line that holds several, one for each of them."""
     with open(path, "rb") as file:
         for number, (first, last, line) in enumerate(bounded_lines(file, start), 1):
             if line is None:
                 size = last - first
                 yield BadSample("oversized record", f"{path.name}:{number}: a line of {size} bytes")
                 continue
-            items = list_items(line)
+            # several records: a list, or two lines whose line end was lost when files were joined
+            items = items_of_line(line)
             for a, b in items:
                 yield first + a, first + b, number
+
+            # or one; whether it is JSON is seen when it is read
             if not items and line.strip():
                 yield first, last, number
 
@@ -75,7 +79,7 @@ def bounded_lines(file: BinaryIO, start: int) -> Iterator[tuple[int, int, bytes 
         whole = len(line) <= MAX_BYTES
         piece = line
 
-        # too long to be held: walk to its end in pieces
+        # Too long to be held: walk to its end in pieces.
         while not whole and piece and not piece.endswith(b"\n"):
             piece = file.readline(1 << 20)
             end += len(piece)
@@ -83,9 +87,13 @@ def bounded_lines(file: BinaryIO, start: int) -> Iterator[tuple[int, int, bytes 
         start = end
 
 
-def list_items(line: bytes) -> list[tuple[int, int]]:
-    """Places of the items of a line that is one JSON list; none when it is anything else."""
-    if not line.lstrip().startswith(b"["):
+JOINED = re.compile(rb"\}\s*\{")
+
+
+def items_of_line(line: bytes) -> list[tuple[int, int]]:
+    """Places of the items of a line that is a JSON list, or several objects; none when it is
+    anything else."""
+    if not line.lstrip().startswith(b"[") and not JOINED.search(line):
         return []
     items = list(values_in(io.BytesIO(line), 0))
     whole = all(item is not None and item[1] is not None for item in items)
@@ -118,19 +126,20 @@ def values_in(file: BinaryIO, start: int, alone: bool = False) -> Iterator[tuple
 
     None stands for text between them that is no JSON; (first, None) for a list or object that does not end.
     """
-    first = end = start  # of the item that is being walked over; of the last value
+    end = start  # of the last value
+    first = start  # of the item that is being walked over
     opened = ""  # the sign that opened the value in which we are
     filled = False  # whether the item holds more than white space, as far as we know
     for place, sign, depth in structure(file, start):
         if depth == 0 and not opened and sign in "[{":
-            # a value begins
+            # A value begins.
             if not blank(file, end, place):
                 yield None
             opened = sign
             first = place + (sign == "[")
             filled = False
         elif depth == 0 and opened and sign in "]}":
-            # it ends, and its last item with it
+            # It ends, and its last item with it.
             if opened == "{":
                 yield first, place + 1
             elif filled or not blank(file, first, place):
@@ -140,6 +149,7 @@ def values_in(file: BinaryIO, start: int, alone: bool = False) -> Iterator[tuple
             if alone:
                 return
         elif opened == "[" and depth == 1 and sign == ",":
+            # An item of a list ends. Scalars leave no sign of themselves: look at the bytes.
             if filled or not blank(file, first, place):
                 yield first, place
             first = place + 1
@@ -147,6 +157,7 @@ def values_in(file: BinaryIO, start: int, alone: bool = False) -> Iterator[tuple
         elif opened:
             filled = True
 
+    # What is left when the file ends.
     if opened:
         yield first, None
     elif not blank(file, end, file.seek(0, io.SEEK_END)):
@@ -161,6 +172,7 @@ def blank(file: BinaryIO, first: int, last: int) -> bool:
     return not file.read(last - first).strip(b" \t\r\n,")
 
 
+# how far nothing happens: at depth 0 and 1, deeper, and inside a string
 SHALLOW = re.compile(rb'[^"\[\]{},]*')
 DEEP = re.compile(rb'[^"\[\]{}]*')
 STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
@@ -177,6 +189,7 @@ def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
     inside = False  # a string
     escaped = False  # a block ended with a backslash
     while True:
+        # the caller may have sought elsewhere in the meantime
         file.seek(start)
         block = file.read(1 << 20)
         if not block:
@@ -184,19 +197,29 @@ def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
         at = int(escaped)
         escaped = False
         while at < len(block):
+            # to the end of a string, or of the block if that comes first
             if inside:
                 at = STRING.match(block, at).end()
                 escaped = block[at : at + 1] == b"\\"
-                inside = at == len(block) or escaped
+                inside = escaped or at == len(block)
                 at += 1
                 continue
-            at = (SHALLOW if depth <= 1 else DEEP).match(block, at).end()
-            sign = block[at : at + 1].decode("latin-1")
+
+            # to the next sign
+            quiet = SHALLOW if depth <= 1 else DEEP
+            at = quiet.match(block, at).end()
+            if at == len(block):
+                break
+            sign = chr(block[at])
             inside = sign == '"'
-            depth -= sign != "" and sign in "]}" and depth > 0
-            if sign and depth <= 1:
+
+            # a bracket belongs to the depth outside of it
+            if sign in "]}":
+                depth = max(0, depth - 1)
+            if depth <= 1:
                 yield start + at, sign, depth
-            depth += sign != "" and sign in "[{"
+            if sign in "[{":
+                depth += 1
             at += 1
         start += len(block)
 
@@ -229,6 +252,7 @@ def object_spans(path: Path, start: int) -> Iterator[Span | BadSample]:
         parses = in_one_line or is_json(file.read(min(leading.end - start, MAX_BYTES + 1)))
     is_record = any(key in RECORD_FIELDS for key in leading.keys)
 
+    # An object around lists.
     if alone and leading.lists and not is_record:
         if len(leading.lists) > 1:
             names = ", ".join(sorted(leading.lists))[:200]
@@ -237,8 +261,10 @@ def object_spans(path: Path, start: int) -> Iterator[Span | BadSample]:
                 "write the one that is meant to a file of its own"
             )
         return value_spans(path, *leading.lists.values(), alone=True)
-    # lines, and the first is broken: it found its end somewhere in the others
-    return value_spans(path, start) if parses and not in_one_line else line_spans(path, start)
+    # Objects over several lines; or lines, when the first is broken and found its end in another.
+    if parses and not in_one_line:
+        return value_spans(path, start)
+    return line_spans(path, start)
 
 
 def is_json(raw: bytes) -> bool:
@@ -258,6 +284,7 @@ def leading_object(file: BinaryIO, start: int) -> Leading | None:
     for place, sign, depth in structure(file, start):
         if depth == 0 and sign in "]}":
             return Leading(place + 1, keys, lists)
+        # a string at this depth is a key, or the value of one
         if depth == 1 and sign == '"':
             key = key_at(file, place) or key
             keys.append(key)

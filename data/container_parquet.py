@@ -41,7 +41,7 @@ def parquet_spans(path: Path) -> Iterator[Span | BadSample]:
     except ValueError as error:
         if isinstance(error.__cause__, ImportError):
             raise
-        # pyarrow's own error for a file that is no parquet file is a ValueError, without the file's name
+        # pyarrow's error for what is no parquet file does not name the file
         yield BadSample.because(error, "damaged file", str(path))
         return
 
@@ -50,6 +50,7 @@ def parquet_spans(path: Path) -> Iterator[Span | BadSample]:
     number = 0
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)
+        # a file that claims too much, and a group that is too large
         where = f"{path}: row group {g}: {group.num_rows} rows, {group.total_byte_size} bytes"
         if number + group.num_rows > 64 * size or group.total_byte_size > MAX_RATIO * size:
             yield BadSample("oversized record", f"{where}, in a file of {size} bytes")
@@ -57,6 +58,7 @@ def parquet_spans(path: Path) -> Iterator[Span | BadSample]:
         if group.total_byte_size > MAX_GROUP:
             yield BadSample("oversized record", f"{where}: {SMALLER}")
             continue
+
         for i in range(group.num_rows):
             number += 1
             yield g, i, number
@@ -66,10 +68,15 @@ def row_group(path: Path, g: int):
     """A decoded row group, or the BadSample that it is; the last four are kept, as long as they fit."""
     key = (path, stamp_of(path), g)
     if key not in _groups:
+        # a group that cannot be decoded is kept as its fault: each of its rows would ask for it again
         try:
             _groups[key] = decode_group(path, g)
+        except BadSample as fault:
+            _groups[key] = fault
         except Exception as error:
             _groups[key] = BadSample.because(error, "damaged file", f"{path}: row group {g}")
+
+    # the ones used longest ago go first
     _groups.move_to_end(key)
     while len(_groups) > 4 or len(_groups) > 1 and kept_bytes() > MAX_GROUP:
         _groups.popitem(last=False)
@@ -85,6 +92,7 @@ def decode_group(path: Path, g: int):
     given up in time."""
     from pyarrow import Table
 
+    # a little more than the footer promises is normal: equal values are stored once
     file = parquet_file(path)
     group = file.metadata.row_group(g)
     limit = min(MAX_GROUP, MAX_BYTES + 16 * group.total_byte_size)
@@ -105,6 +113,8 @@ def parquet_fields(path: Path, g: int, i: int) -> dict:
     table = row_group(path, g)
     if isinstance(table, BadSample):
         raise table
+
+    # how large the row is, before it becomes Python objects
     row = table.slice(i, 1)
     values = sum(values_of(column.combine_chunks()) for column in row.columns)
     if row.nbytes > MAX_BYTES or values > MAX_VALUES:

@@ -15,7 +15,7 @@ import io
 import re
 import tarfile
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 from data.container_base import PICTURES, Span, is_noise
 from data.sample import BadSample
@@ -40,11 +40,10 @@ def members(file: BinaryIO) -> Iterator[Member | str]:
     """The files in a tar that can belong to samples; a string tells of damage, behind which the
     next header is searched block by block. tarfile itself ends in silence there."""
     size = file.seek(0, io.SEEK_END)
-    first = at = (
-        0  # where the member begins (long names stand in headers before its own), and where we are
-    )
+    at = 0  # where we are
+    first = 0  # where the member begins: a long name stands in a header before its own
     long_name = ""
-    garbage = 0
+    garbage = 0  # broken blocks in a row
     while True:
         file.seek(at)
         block = file.read(512)
@@ -54,6 +53,7 @@ def members(file: BinaryIO) -> Iterator[Member | str]:
         if not block.strip(b"\0"):
             return
 
+        # A broken header: step from block to block to the next good one.
         try:
             info = tar_header(block)
         except tarfile.HeaderError as error:
@@ -67,6 +67,7 @@ def members(file: BinaryIO) -> Iterator[Member | str]:
             long_name = ""
             continue
 
+        # A good one says where the next begins.
         garbage = 0
         data = at + 512
         last = data + info.size
@@ -74,6 +75,7 @@ def members(file: BinaryIO) -> Iterator[Member | str]:
         if last > size:
             yield f"{info.name} is cut short"
             return
+        # Some only bring the name of the member after them.
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
             long_name = name_in(file.read(min(info.size, MAX_HEADER)), info.type) or long_name
             continue
@@ -117,87 +119,93 @@ def dotted_key_of(name: str) -> tuple[str, str]:
     return stem, kind.lower()
 
 
-def runs_of(group: list[Member], key) -> list[list[Member]]:
-    """Neighbours whose names have the same key."""
-    runs: list[list[Member]] = []
-    for member in group:
-        if runs and key(runs[-1][0].name)[0] == key(member.name)[0]:
-            runs[-1].append(member)
-        else:
-            runs.append([member])
-    return runs
-
-
-def is_whole(names: Iterable[str], key) -> bool:
+def is_whole(part: list[Member], key: Callable) -> bool:
     """Whether there is something to see and something to say about it."""
-    kinds = {key(name)[1] for name in names}
+    kinds = {key(member.name)[1] for member in part}
     return bool(kinds & {"txt", "json"}) and bool(kinds & {*PICTURES, "pdf", "tif"})
 
 
 def group_spans(path: Path) -> Iterator[Span | BadSample]:
     """Neighbouring files of one key. Damage is one fault, together with the samples beside it that
-    it leaves incomplete."""
-    group: list[Member] = []
+    it leaves incomplete; a key that occurs again is a fault, and its first copy is kept."""
     seen: set[str] = set()
     number = 0
-    damaged = False  # since the group began, or just before
     with open(path, "rb") as file:
-        for found in members(file):
-            begins = bool(group) and (
-                isinstance(found, str) or key_of(found.name)[0] != key_of(group[0].name)[0]
-            )
-            if begins:
-                only_whole = damaged or isinstance(found, str)
-                yield from records_of(path, group, number, seen, only_whole)
+        for group, beside_damage in groups_of(members(file)):
+            if isinstance(group, str):
+                yield BadSample("damaged tar", f"{path.name}: {group}")
+                continue
+            parts, key = samples_in(group)
+            for part in parts:
                 number += 1
-                group = []
-                damaged = False
-            if isinstance(found, str):
-                damaged = True
-                yield BadSample("damaged tar", f"{path.name}: {found}")
-            else:
-                group.append(found)
+                # beside damage, what lacks its picture or its text is part of the damage
+                if beside_damage and not is_whole(part, key):
+                    continue
+                whole = first_copy(part, key, seen)
+                if whole:
+                    yield whole[0].first, whole[-1].last, number
+                if len(whole) < len(part):
+                    again = part[len(whole)].name
+                    yield BadSample("repeated key", f"{path.name}: {again} occurs again")
+
+
+def groups_of(found: Iterable[Member | str]) -> Iterator[tuple[list[Member] | str, bool]]:
+    """(members of one key, whether there is damage beside them); damage itself as its text."""
+    group: list[Member] = []
+    after_damage = False
+    for member in found:
+        damage = isinstance(member, str)
+        # a group ends with the first member of another key
+        if group and (damage or key_of(member.name)[0] != key_of(group[0].name)[0]):
+            yield group, after_damage or damage
+            group = []
+            after_damage = False
+        if damage:
+            yield member, True
+            after_damage = True
+        else:
+            group.append(member)
     if group:
-        yield from records_of(path, group, number, seen, damaged)
+        yield group, after_damage
 
 
-def records_of(
-    path: Path, group: list[Member], number: int, seen: set[str], only_whole: bool
-) -> Iterator[Span | BadSample]:
-    """The samples of a group of files: one, or several when their names have dots before the last one.
+def samples_in(group: list[Member]) -> tuple[list[list[Member]], Callable]:
+    """The samples of a group and the rule of their keys: one, or several when their names have dots
+    before the last one."""
+    runs: list[list[Member]] = []
+    for member in group:
+        if runs and dotted_key_of(runs[-1][0].name)[0] == dotted_key_of(member.name)[0]:
+            runs[-1].append(member)
+        else:
+            runs.append([member])
 
-    only_whole: beside damage, what lacks its picture or its text is part of the damage, and no
-    fault of its own.
-    """
-    key = key_of
-    parts = [group]
-    runs = runs_of(group, dotted_key_of)
-    if len(runs) > 1:
-        whole = sum(is_whole((m.name for m in run), dotted_key_of) for run in runs)
-        plain = any("." not in key_of(m.name)[1] for m in group)
-        if whole > 1 or not plain:
-            key = dotted_key_of
-            parts = runs
+    # other views of one sample (0.jpg 0.seg.png 0.txt), or several (0.5.jpg 0.5.txt 0.6.jpg ...)?
+    whole = sum(is_whole(run, dotted_key_of) for run in runs)
+    plain = any("." not in key_of(member.name)[1] for member in group)
+    if len(runs) > 1 and (whole > 1 or not plain):
+        return runs, dotted_key_of
+    return [group], key_of
 
-    for part in parts:
-        if only_whole and not is_whole((m.name for m in part), key):
-            continue
-        number += 1
-        stem = key(part[0].name)[0]
-        kinds = [key(m.name)[1] for m in part]
-        again = next((i for i, kind in enumerate(kinds) if kind in kinds[:i]), len(part))
-        if stem in seen:
-            again = 0
-        seen.add(stem)
-        if again > 0:
-            yield part[0].first, part[again - 1].last, number
-        if again < len(part):
-            yield BadSample("repeated key", f"{path.name}: {part[again].name} occurs again")
+
+def first_copy(part: list[Member], key: Callable, seen: set[str]) -> list[Member]:
+    """The members before a kind occurs again; none when the key was `seen`. Adds the key to it."""
+    stem = key(part[0].name)[0]
+    if stem in seen:
+        return []
+    seen.add(stem)
+    kinds: set[str] = set()
+    for i, member in enumerate(part):
+        kind = key(member.name)[1]
+        if kind in kinds:
+            return part[:i]
+        kinds.add(kind)
+    return part
 
 
 def tar_fields(raw: bytes) -> dict:
     """The files of one sample by their kinds, and its key."""
     found = [m for m in members(io.BytesIO(raw)) if isinstance(m, Member)]
+    # the rule of `samples_in`, from the sample alone
     stems = {dotted_key_of(m.name)[0] for m in found}
     key = dotted_key_of if len(stems) == 1 else key_of
     fields = {key(m.name)[1]: raw[m.data : m.last] for m in found}

@@ -47,21 +47,26 @@ def table_spans(path: Path) -> Iterator[Span | BadSample]:
 def tsv_rows(path: Path) -> Iterator[Span | BadSample]:
     """The rows that `csv.reader(delimiter="\\t")` gives, the header with number 0: a quote opens a
     cell only at its beginning, and a quoted cell may hold line ends. Blank lines are no rows."""
-    first = end = text_start(path)
-    number = lines = 0
-    quoted = False
+    first = text_start(path)  # of the row
+    end = first
+    number = 0  # of the row
+    lines = 0  # that it takes so far
+    quoted = False  # whether the last of them ended inside a quoted cell
     with open(path, encoding="latin-1", newline="") as file:  # a character is a byte
         file.seek(first)
         while line := file.readline(MAX_BYTES + 1):
             end += len(line)
             lines += 1
             if len(line) > MAX_BYTES:
+                # Too long to be held: walk to its end in pieces, and begin anew.
                 while line and not line.endswith(("\r", "\n")):
                     line = file.readline(1 << 20)
                     end += len(line)
                 yield BadSample("oversized record", f"{path.name}:{number}: over {MAX_BYTES} bytes")
                 quoted = False
+                number += 1
             else:
+                # A row ends with its line, unless a quoted cell goes on.
                 quoted = ends_quoted(line, quoted)
                 if quoted:
                     continue
@@ -71,7 +76,7 @@ def tsv_rows(path: Path) -> Iterator[Span | BadSample]:
             first = end
             lines = 0
 
-    # The last quote was never closed. Of a single line csv makes a row all the same; of more, that is no row.
+    # The last quote was never closed. csv makes a row of a single line; many lines are no row.
     if quoted and lines == 1:
         yield first, end, number
     elif quoted:
@@ -82,15 +87,15 @@ def tsv_rows(path: Path) -> Iterator[Span | BadSample]:
         )
 
 
-QUOTED = re.compile(
-    r'[^"]*(?:""[^"]*)*'
-)  # up to the quote that closes a cell: two are one of its characters
+# up to the quote that closes a cell: two of them are one of its characters
+QUOTED = re.compile(r'[^"]*(?:""[^"]*)*')
 
 
 def ends_quoted(line: str, quoted: bool) -> bool:
     """Whether the end of the line is inside a quoted cell, given whether its beginning is."""
     at = 0  # the beginning of a cell
     while at < len(line):
+        # a quoted cell: to its closing quote, which may be in another line
         if quoted or line[at] == '"':
             at = QUOTED.match(line, at if quoted else at + 1).end()
             if at == len(line):
@@ -107,6 +112,7 @@ def ends_quoted(line: str, quoted: bool) -> bool:
 
 def cells_of(raw: bytes) -> list[str]:
     """The cells of one row."""
+    # csv has a limit of its own for a cell, the same for the whole process
     if csv.field_size_limit() < MAX_BYTES:
         csv.field_size_limit(MAX_BYTES)
     (cells,) = csv.reader(io.StringIO(decode_text(raw), newline=""), delimiter="\t")
@@ -136,11 +142,13 @@ def table_fields(path: Path, raw: bytes) -> dict:
 def cells_by_name(path: Path, raw: bytes) -> dict[str, str]:
     names = header_of(path, stamp_of(path))
     cells = cells_of(raw)
-    if len(cells) > len(names):
+    missing = len(names) - len(cells)
+    if missing < 0:
         raise ValueError(f"{len(cells)} cells where the header has {len(names)}")
-    return dict(zip(names, cells + [""] * (len(names) - len(cells))))
+    return dict(zip(names, cells + [""] * missing))
 
 
+# 'text' or "text", and what separates it from the next
 LIST_ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)")\s*(?:,|$)""")
 
 
@@ -150,6 +158,7 @@ def listed_cell(cell: str) -> list[str]:
     cell = cell.strip()
     if not (cell.startswith("[") and cell.endswith("]")):
         return [cell] if cell else []
+    # item by item: nothing is evaluated
     items = []
     body = cell[1:-1]
     at = 0
@@ -171,6 +180,7 @@ def table_picture(path: Path, text: str, hops: int = 8) -> bytes | str:
     if len(text) > 64:  # VLMEvalKit's rule: what is shorter is an index
         return base64.b64decode("".join(text.split()), validate=True)
 
+    # the picture of another row, which may itself be borrowed
     place = table_index(path, stamp_of(path)).get(text)
     if place is None or hops == 0:
         raise ValueError(f"image {text!r} is neither base64, nor a path, nor the index of a row")

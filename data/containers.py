@@ -42,15 +42,16 @@ CHEAP = TEXT
 def spans_of(path: Path) -> Iterator[Span | BadSample]:
     """The place of every record of a file, in order. Raises ValueError naming the file when it
     cannot be walked over."""
-    problem = unreadable(path)
-    if problem:
-        yield BadSample("damaged file", f"{path}: {problem}")
-        return
     try:
+        problem = unreadable(path)
+        if problem:
+            yield BadSample("damaged file", f"{path}: {problem}")
+            return
         yield from SPANS[path.suffix.lower()](path)
-    except ValueError:
-        raise
     except Exception as error:
+        # what names the file is meant for its owner; what does not is a decoder's
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         yield BadSample.because(error, "damaged file", str(path))
 
 
@@ -60,11 +61,15 @@ def fields_of(path: Path, first: int, last: int) -> dict:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return parquet_fields(path, first, last)
+
+    # everything else is a stretch of bytes
     if last - first > MAX_BYTES:
         raise BadSample("oversized record", f"{last - first} bytes; the limit is {MAX_BYTES}")
     with open(path, "rb") as file:
         file.seek(first)
         raw = file.read(last - first)
+
+    # and means something else in each container
     if kind == ".tar":
         return tar_fields(raw)
     if kind == ".tsv":
