@@ -42,7 +42,7 @@ import torch
 
 from data.container_base import PICTURES, RECORD_FIELDS, Span, decode_text, strict_json
 from data.containers import CHEAP, fields_of, spans_of
-from data.mixture import Dataset, files_of, datasets_of, unread_files
+from data.mixture import Dataset, datasets_of, files_of, unread_files
 from data.sample import THINKING, BadSample, Faults, Message, Sample, Video
 from data.stream import Drawn, Order
 from graders import boxed
@@ -70,11 +70,19 @@ PARTS = {
     "thinking": "thinking",
     "reasoning": "thinking",
 }
+# the fields that hold what a part is about
+VALUES = {
+    "text": ("text", "content"),
+    "thinking": ("thinking", "reasoning", "text", "content"),
+    "image": ("image", "image_url", "path", "url", "bytes"),
+    "video": ("video", "video_url", "path", "url"),
+}
 CHAINS = ("reasoning_content", "reasoning", "thinking")  # fields of a turn that hold its chain
 SUPERVISED = ("weight", "loss", "train", "learn")  # fields of a turn that say whether it is learned
 
 DESCRIBE = "Describe the picture."  # our questions to captions and pages without one
 READ = "Read the text in the picture."
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER = "\nAnswer with the letter."
 
 MAX_TEXT = 1 << 20  # characters of a turn: a quarter of a million tokens
@@ -95,6 +103,8 @@ def image_source(value) -> bytes | Path:
         return value
     if not isinstance(value, str) or not value:
         raise TypeError(f"an image cannot be {type(value).__name__}")
+
+    # a text: the picture itself, or where it is
     if value.startswith("data:"):
         return base64.b64decode(value.partition(",")[2], validate=True)
     if len(value) > 64 and value.startswith(BASE64_PICTURES):
@@ -115,7 +125,11 @@ def listed(value) -> list:
     if value is None or value == "":
         return []
     values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return [v for v in values if not (isinstance(v, dict) and all(x is None for x in v.values()))]
+    return [one for one in values if not is_null_struct(one)]
+
+
+def is_null_struct(value) -> bool:
+    return isinstance(value, dict) and all(cell is None for cell in value.values())
 
 
 def images_in(row: dict) -> list:
@@ -140,6 +154,8 @@ def rows_of(value) -> list:
         value = strict_json(value)
     if not isinstance(value, dict):
         return value
+
+    # {"role": [a, b], "content": [c, d]} -> [{"role": a, "content": c}, {"role": b, "content": d}]
     lengths = {len(column) for column in value.values()}
     if len(lengths) != 1:
         raise ValueError(f"columns of {sorted(lengths)} values")
@@ -166,6 +182,8 @@ def accepted_texts(value) -> str | list[str]:
         if not text.strip():
             raise BadSample("no answer", "the truth is empty")
         return text
+
+    # several: null and empty ones are no answers
     texts = [text_of_value(one) for one in value if one is not None and one != ""]
     if not texts:
         raise BadSample("no answer", "the list of accepted answers is empty")
@@ -196,12 +214,25 @@ def chat_turn(said: dict, text: str, think: str | None = None) -> ChatTurn:
     if not isinstance(text, str):
         raise TypeError(f"what a turn says is {type(text).__name__}")
     role = ROLES[said.get("from") or said["role"]]
-    chains = [said[key] for key in CHAINS if isinstance(said.get(key), str) and said[key]]
-    think = think or (chains[0] if chains else None)
-    flags = [said[key] for key in SUPERVISED if said.get(key) is not None]
-    if not all(isinstance(flag, (bool, int, float)) for flag in flags):
-        raise TypeError(f"{', '.join(SUPERVISED)} of a turn must be a number or a truth value")
-    return ChatTurn(role, text, think if role == "assistant" else None, all(flags))
+    if role != "assistant":
+        return ChatTurn(role, text)
+
+    # a chain beside the text
+    for key in CHAINS:
+        beside = said.get(key)
+        if isinstance(beside, str) and beside and not think:
+            think = beside
+
+    # not to be learned: each of these names is some framework's
+    learn = True
+    for key in SUPERVISED:
+        flag = said.get(key)
+        if flag is None:
+            continue
+        if not isinstance(flag, (bool, int, float)):
+            raise TypeError(f"{key!r} of a turn must be a number or a truth value")
+        learn = learn and bool(flag)
+    return ChatTurn(role, text, think, learn)
 
 
 def dialogue(turns: list[ChatTurn], images: list, videos: list = ()) -> tuple[Message, ...]:
@@ -214,17 +245,20 @@ def dialogue(turns: list[ChatTurn], images: list, videos: list = ()) -> tuple[Me
         "<image>": [image_source(image) for image in images],
         "<video>": [video_source(video) for video in videos],
     }
+
+    # each kind of mark needs as many pictures
     asked = [i for i, turn in enumerate(turns) if turn.role == "user"]
     for mark, queue in queues.items():
         count = sum(turns[i].text.count(mark) for i in asked)
         if count == 0 and len(queue) == 1 and asked:
-            # a lone image without a mark goes first
+            # A lone one without a mark goes first.
             first = turns[asked[0]]
             turns[asked[0]] = replace(first, text=f"{mark}\n{first.text}")
             count = 1
         if count != len(queue):
             raise BadSample("wrong placeholder count", f"{count} {mark} marks for {len(queue)}")
 
+    # the last answer is the end
     messages = [message_of(turn, queues) for turn in turns]
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
@@ -237,6 +271,8 @@ def message_of(turn: ChatTurn, queues: dict[str, list]) -> Message:
     if len(turn.text) > MAX_TEXT:
         raise BadSample("oversized record", f"a turn of {len(turn.text)} characters: split it")
     turn.text.encode()  # refuses lone surrogates
+
+    # a chain inside the text
     text = turn.text
     think = turn.think
     if turn.role == "assistant":
@@ -248,6 +284,7 @@ def message_of(turn: ChatTurn, queues: dict[str, list]) -> Message:
         kind = "answer" if turn.role == "assistant" else "question"
         raise BadSample(f"empty {kind}", "a turn without text or image")
 
+    # the pictures take the places of their marks
     parts = []
     pieces = re.split("(<image>|<video>)", text) if turn.role == "user" else [text]
     for piece in pieces:
@@ -269,6 +306,7 @@ def from_conversations(row: dict) -> tuple[Message, ...]:
     if isinstance(row.get("system"), str) and row["system"]:
         turns.insert(0, ChatTurn("system", row["system"]))
 
+    # images that stand in the text itself
     images = images_in(row)
     if not images and not any("<image>" in turn.text for turn in turns):
         turns, images = inline_images(turns)
@@ -293,23 +331,25 @@ def from_messages(row: dict, field: str = "messages") -> tuple[Message, ...]:
     said = rows_of(row[field])
     spare = images_in(row)
     spare_videos = videos_in(row)
-    typed = [m for m in said if m.get("content") is not None and not isinstance(m["content"], str)]
-    parts = [typed_part(part) for m in typed for part in rows_of(m["content"])]
-    pictured = any(kind in ("image", "video") for kind, _ in parts)
+    contents = [content_parts(m["content"]) for m in said]
+    pictured = any(kind in ("image", "video") for parts in contents for kind, _ in parts)
+    typed = any(isinstance(m["content"], (list, dict)) for m in said)
+
+    # only texts: their marks stand for the row's images
     if not pictured and (spare or spare_videos or not typed):
-        # only texts: their marks stand for the row's images
-        turns = [chat_turn(m, *joined(m["content"])) for m in said]
+        turns = [chat_turn(m, *joined(parts)) for m, parts in zip(said, contents)]
         return dialogue(turns, spare, spare_videos)
 
+    # typed parts say where the images stand; a mark in a text would be only words
     turns = []
     images = []
     videos = []
-    for m in said:
+    for m, parts in zip(said, contents):
         text = ""
         chain = None
-        for kind, value in content_parts(m["content"]):
+        for kind, value in parts:
             if kind == "text":
-                text += re.sub("<(?=(image|video)>)", "< ", value)  # a mark would be only words
+                text += re.sub("<(?=(image|video)>)", "< ", value)
             elif kind == "thinking":
                 chain = (chain or "") + value
             elif kind == "video":
@@ -340,11 +380,11 @@ def content_parts(content) -> list[tuple[str, object]]:
     return [typed_part(part) for part in rows_of(content)]
 
 
-def joined(content) -> tuple[str, str | None]:
+def joined(parts: list[tuple[str, object]]) -> tuple[str, str | None]:
     """Text and chain of a content without pictures."""
-    parts = content_parts(content)
-    chain = [value for kind, value in parts if kind == "thinking"]
-    return "".join(value for kind, value in parts if kind == "text"), "".join(chain) or None
+    text = "".join(value for kind, value in parts if kind == "text")
+    chain = "".join(value for kind, value in parts if kind == "thinking")
+    return text, chain or None
 
 
 def typed_part(part) -> tuple[str, object]:
@@ -355,19 +395,17 @@ def typed_part(part) -> tuple[str, object]:
     """
     if isinstance(part, str):
         return "text", part
+
+    # what it is: by its type, or by its only field
     name = part.get("type")
-    if name is None:  # some name a part by its only field
+    if name is None:
         name = next((key for key, value in part.items() if value is not None), "nothing")
     kind = PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise BadSample("unknown part", f"a part of type {name!r}: known are {', '.join(PARTS)}")
-    fields = {
-        "text": ("text", "content"),
-        "thinking": ("thinking", "reasoning", "text", "content"),
-        "image": ("image", "image_url", "path", "url", "bytes"),
-        "video": ("video", "video_url", "path", "url"),
-    }[kind]
-    values = [part[key] for key in fields if part.get(key)]
+
+    # what it holds
+    values = [part[key] for key in VALUES[kind] if part.get(key)]
     value = values[0] if values else None
     if kind in ("text", "thinking"):
         if not isinstance(value or "", str):
@@ -388,6 +426,7 @@ def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
     if all(text is None or isinstance(text, str) for text in texts):
         return interleaved(row["images"], texts)
 
+    # turns that are rated high enough in everything
     ratings = [row[key] for key in row if key.endswith("_ratings") and row[key]]
     kept = []
     for i, turn in enumerate(texts):
@@ -396,7 +435,8 @@ def from_texts(row: dict, least: int = 0) -> tuple[Message, ...]:
     if not kept:
         raise BadSample("rated too low", f"no turn is rated {least} or more in everything")
 
-    images = listed(row.get("images"))
+    # all images stand before the first question
+    images = images_in(row)
     turns = []
     for pair in kept:
         for role in ("user", "assistant"):
@@ -428,9 +468,16 @@ def from_prompt(row: dict) -> tuple[Message, ...]:
 
 def from_question(row: dict) -> tuple[Message, ...]:
     """A question about one or several images, or none; with options, when the row has some."""
-    options = "".join(f"\n{letter}. {text}" for letter, text in options_in(row).items())
-    hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
-    asked = f"{hint}{question_in(row)}{options}" + LETTER * bool(options)
+    # hint, question, options, request
+    asked = f"Hint: {row['hint']}\n" if row.get("hint") else ""
+    asked += question_in(row)
+    options = options_in(row)
+    for letter, text in options.items():
+        asked += f"\n{letter}. {text}"
+    if options:
+        asked += LETTER
+
+    # images without marks go first, in their order
     images = images_in(row)
     if images and "<image>" not in asked:
         asked = "<image>" * len(images) + "\n" + asked
@@ -447,12 +494,16 @@ def question_in(row: dict) -> str:
 
 def options_in(row: dict) -> dict[str, str]:
     """Options by their letters: columns A, B, ... of a table, or a list under `choices` or `options`."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    several = listed(row.get("choices") or row.get("options"))
-    if several:
-        return {letter: text_of_value(option) for letter, option in zip(letters, several)}
-    columns = {letter: row[letter] for letter in letters if row.get(letter) not in (None, "")}
-    return {letter: text_of_value(option) for letter, option in columns.items()}
+    options = option_list(row)
+    if options:
+        return {letter: text_of_value(option) for letter, option in zip(LETTERS, options)}
+    columns = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+    return {letter: text_of_value(row[letter]) for letter in columns}
+
+
+def option_list(row: dict) -> list:
+    options = row.get("choices") or row.get("options")
+    return options if isinstance(options, list) else []
 
 
 def from_tar_fields(row: dict) -> tuple[Message, ...]:
@@ -460,14 +511,15 @@ def from_tar_fields(row: dict) -> tuple[Message, ...]:
     (idl-wds)."""
     images = [row[kind] for kind in row if kind in PICTURES]
     side = sidecar(row)
-    field = field_of(side)
-    if field and (field != "prompt" or "reward_model" in side):  # else the prompt of a picture
+    if field_of(side):
         return read_messages(side | {"images": images, "image": None})
     if not images:
         raise BadSample(
             "no picture",
             f"{row['__key__']} has none of {', '.join(PICTURES)} (PDF and TIFF are not rendered)",
         )
+
+    # what is said about the picture: the lines of a page, or a caption
     asked = DESCRIBE
     if "pages" in side:
         page = side["pages"][0]
@@ -478,15 +530,18 @@ def from_tar_fields(row: dict) -> tuple[Message, ...]:
         answer = decode_text(row["txt"]).replace("\r\n", "\n").strip()
     else:
         answer = side["caption"]
-    return dialogue(
-        [ChatTurn("user", "<image>\n" + asked), ChatTurn("assistant", answer)], images[:1]
-    )
+    turns = [ChatTurn("user", "<image>\n" + asked), ChatTurn("assistant", answer)]
+    return dialogue(turns, images[:1])
 
 
 def sidecar(row: dict) -> dict:
+    """The JSON beside a picture, {} when there is none. Of a picture that was generated, `prompt`
+    is no record."""
     side = strict_json(decode_text(row["json"])) if "json" in row else {}
     if not isinstance(side, dict):
         raise TypeError("the .json of a sample must be an object")
+    if "reward_model" not in side:
+        side.pop("prompt", None)
     return side
 
 
@@ -527,14 +582,17 @@ def truth_beside(row: dict) -> str | list[str] | None:
     if field_of(row) not in ("question", "problem"):
         return None
 
+    # one answer, those of all annotators, or what these agreed on
     answer = row.get("answer")
     if answer is None or answer == "":
         answer = annotators(row) or row.get("multiple_choice_answer")
-    options = options_in(row)
     if answer is None or answer == []:
         raise BadSample("no answer", "neither answer nor answers")
+
+    # of options, the letter
+    options = options_in(row)
     if options and not isinstance(answer, list):
-        return letter_of(answer, options)
+        return letter_of(answer, options, by_place=bool(option_list(row)))
     return accepted_texts(answer)
 
 
@@ -547,24 +605,28 @@ def annotators(row: dict) -> list:
     return [one["answer"] if isinstance(one, dict) else one for one in each]
 
 
-def letter_of(answer, options: dict[str, str]) -> str:
-    """The letter of the right option: given as itself, as the option's text, or as its place, from 0."""
+def letter_of(answer, options: dict[str, str], by_place: bool) -> str:
+    """The letter of the right option: given as itself, as the option's text, or (in datasets with a
+    list of options) as its place, from 0. A text that is none of these is the truth as it stands."""
     text = text_of_value(answer).strip()
-    if text in options:
-        return text
+    bare = text.strip("().: ").upper()  # (b) and B. are B
+    if bare in options:
+        return bare
     for letter, option in options.items():
         if option.strip() == text:
             return letter
-    if text.isascii() and text.isdigit() and int(text[:9]) < len(options):
-        return list(options)[int(text)]
-    raise BadSample(
-        "no answer", f"the answer {text[:80]!r} is none of the options {', '.join(options)}"
-    )
+
+    if by_place and text.isascii() and text.isdigit():
+        if len(text) < 9 and int(text) < len(options):
+            return list(options)[int(text)]
+        raise BadSample("no answer", f"option {text[:20]} of {len(options)}")
+    return accepted_texts(text)
 
 
 def facts_in(row: dict, messages: tuple[Message, ...]) -> dict:
     """What grading knows: the record's own facts, and what can be told from the record. Raises
     TypeError, BadSample."""
+    # the record's own: null is absent, and texts are texts
     facts = row["facts"] if "facts" in row else {}
     if not isinstance(facts, dict):
         raise TypeError("`facts` must be an object")
@@ -583,6 +645,7 @@ def facts_in(row: dict, messages: tuple[Message, ...]) -> dict:
     if last.think and "chain" not in facts:
         facts["chain"] = last.think
 
+    # what a score is reported by
     if field_of(row) in ("question", "problem"):
         facts.setdefault("question", question_in(row))
         if isinstance(row.get("index"), (str, int)):
@@ -605,6 +668,7 @@ def to_sample(row: dict, origin: str, root: Path, dataset: Dataset) -> Sample:
     else:
         messages = read_messages(row, dataset.min_rating)
 
+    # the record's label comes first, then the dataset's
     task = row.get("task") or dataset.task
     if not task and field_of(row) == "prompt":
         task = row.get("data_source")
@@ -646,9 +710,9 @@ def unconfined(sample: Sample) -> Sample:
             return Path(sample.root, source).absolute()
         if isinstance(source, tuple):
             return tuple(map(absolute, source))
-        return (
-            replace(source, source=absolute(source.source)) if isinstance(source, Video) else source
-        )
+        if isinstance(source, Video):
+            return replace(source, source=absolute(source.source))
+        return source
 
     messages = (replace(m, parts=absolute(m.parts)) for m in sample.messages)
     return replace(sample, messages=tuple(messages), root=Path(Path.cwd().anchor))
@@ -698,8 +762,9 @@ class Folder:
         for fault in unread_files(dataset):
             self.faults.add(fault)
 
+        # the place and the task of each record, as numbers
         first = len(spans) // 4
-        tasks = array("q")  # of each record its task, as a number
+        tasks = array("q")
         numbers: dict[str, int] = {}
         for file in files_of(dataset):
             for span in spans_of(file):
@@ -709,6 +774,7 @@ class Folder:
                     spans.extend((len(self.files), *span))
             self.files.append((file, k))
 
+        # the groups from which a stream draws
         kept = self.kept(len(tasks), dataset)
         task_of = torch.from_numpy(np.array(tasks))[kept]
         for task, number in numbers.items():
@@ -731,11 +797,14 @@ class Folder:
     def kept(self, n: int, dataset: Dataset) -> torch.Tensor:
         """Which of n records are used: all, or as many as `cap` says, evenly spaced."""
         cap = n if dataset.cap is None else dataset.cap
-        limit = min(n, int(cap if cap >= 1 else cap * n))
-        share = f"epochs of {dataset.epochs:g}" if dataset.epochs else f"a cap of {cap:g}"
+        limit = int(cap) if cap >= 1 else int(cap * n)
+        limit = min(n, limit)
+
+        # a share that rounds to zero is none, and is said
         drawn = int(dataset.epochs * limit) if dataset.epochs else limit
         if n and not drawn:
-            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: {share}, of {n} records"))
+            share = f"cap {cap:g}, epochs {dataset.epochs:g}, of {n} records"
+            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: {share}"))
             return torch.arange(0)
         return torch.arange(limit) * n // max(1, limit)
 
@@ -778,22 +847,25 @@ class Folder:
 
         `turns` is for sources that make their questions: a file has those that it has.
         """
-        named = {task for _, task in self.groups} & set(mixture)
-        parts: dict = {}  # what is drawn as one -> its groups
-        for key in self.groups:
-            if not named:
-                parts.setdefault(key[0], []).append(key)
-            elif key[1] in named and mixture[key[1]] > 0:
-                parts.setdefault(key[1], []).append(key)
-        order = [task for task in mixture if task in parts] if named else list(parts)
+        # what is drawn as one: a task of the mixture, or else a dataset
+        by_task: dict[str, list] = {task: [] for task in mixture}
+        by_dataset: dict[int, list] = {}
+        for k, task in self.groups:
+            by_dataset.setdefault(k, []).append((k, task))
+            if task in mixture:
+                by_task[task].append((k, task))
+        if any(by_task.values()):
+            parts = [keys for task, keys in by_task.items() if keys and mixture[task] > 0]
+            weights = [mixture[keys[0][1]] for keys in parts]
+        else:
+            parts = list(by_dataset.values())
+            weights = [self.weight(keys[0][0]) for keys in parts]
 
+        # its records, and how often they may be read
         records = []
-        weights = []
         epochs = []
-        for name in order:
-            keys = parts[name]
+        for keys in parts:
             records.append(torch.cat([self.groups[key] for key in keys]))
-            weights.append(mixture[name] if named else self.weight(name))
             limits = [self.datasets[k].epochs for k, _ in keys]
             epochs.append(max(limits) if min(limits) else 0)
         return Picked(self, Order(records, weights, epochs, seed))

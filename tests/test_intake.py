@@ -265,6 +265,7 @@ JSONS = {
     ),
     "objects over several lines": "\n".join(PRETTY[:3]),
     "one after the other": "".join(R[:3]).replace("}{", "}\n{"),
+    "lines joined without a line end": f"{R[0]}{R[1]}\n{R[2]}\n",
     "a mark and blanks": f"\ufeff\n  [ {R[0]} ,\n{R[1]}, {R[2]} , ]\n",
     "brackets and quotes in texts": f"[{R[0]}, {json.dumps(dict(question=']}}[{{', answer='a1'))}, {R[2]}]",
 }
