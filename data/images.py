@@ -89,6 +89,7 @@ def faults_only(source, origin: str) -> Iterator[None]:
 @contextmanager
 def opened(source, root: Path | None, origin: str) -> Iterator[Image.Image]:
     """The picture with its header read and its first frame's size checked; no pixels yet."""
+    # a file in memory, or on disk and where it may be
     if isinstance(source, bytes):
         file = io.BytesIO(source)
     else:
@@ -98,6 +99,8 @@ def opened(source, root: Path | None, origin: str) -> Iterator[Image.Image]:
         if path.stat().st_size > MAX_FILE:
             raise BadSample("oversized image", f"{origin}: {path} has over {MAX_FILE} bytes")
         file = open(path, "rb")
+
+    # Pillow reads no more than the header here
     with file, Image.open(file, formats=FORMATS) as image:
         check_pixels(image, f"{origin}: {brief(source)}")
         yield image
@@ -113,6 +116,8 @@ def path_inside(source, root: Path | None, origin: str) -> Path:
     absolute, or through a link."""
     if root is None:
         return Path(source)
+
+    # links are followed before the two are compared
     path = Path(root, source)
     if path.resolve().is_relative_to(Path(root).resolve()):
         return path
@@ -168,7 +173,9 @@ def orientation(image: Image.Image) -> int:
     """How the camera was held, 1 to 8; 1 when nothing readable says it. Never raises: it is no
     reason to lose a picture."""
     found = orientation_in(image.info.get("exif"))
-    if found is None:  # PNG and XMP have places of their own for it, which Pillow knows
+
+    # PNG and XMP have places of their own for it, which Pillow knows.
+    if found is None:
         try:
             found = image.getexif().get(ORIENTATION)
         except Exception:
@@ -183,14 +190,17 @@ def orientation_in(block) -> int | None:
     if not isinstance(block, bytes):
         return None
     block = block.removeprefix(b"Exif\0\0")
+
+    # little or big endian, and where the directory begins
     order = {b"II": "<", b"MM": ">"}.get(block[:2])
     if order is None or len(block) < 8:
         return None
     (start,) = struct.unpack_from(order + "L", block, 4)
     if start + 2 > len(block):
         return None
-    (count,) = struct.unpack_from(order + "H", block, start)
 
+    # tag by tag, as far as the block goes
+    (count,) = struct.unpack_from(order + "H", block, start)
     for at in range(start + 2, min(start + 2 + 12 * count, len(block) - 11), 12):
         tag, kind = struct.unpack_from(order + "HH", block, at)
         if tag == ORIENTATION and kind == 3:  # a 16-bit number, stored in place
@@ -218,6 +228,8 @@ def listed_frames(source: Path, root: Path | None, origin: str) -> Path | tuple[
     folder = path_inside(source, root, origin)
     if not folder.is_dir():
         return source
+
+    # hidden ones are macOS's, not the video's
     names = [p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
     seen = sorted((name for name in names if not name.startswith(".")), key=natural_key)
     return tuple(Path(source, name) for name in seen)
@@ -234,6 +246,8 @@ def frames_of_files(
 ) -> list[Image.Image]:
     if not source:
         raise BadSample("missing image", f"{origin}: a video without frames")
+
+    # all frames that are taken share one budget of pixels
     left = MAX_VIDEO_PIXELS
     frames = []
     for i in chosen_frames(len(source), video, origin):
@@ -258,6 +272,7 @@ def frames_of_animation(source, video: Video, root: Path | None, origin: str) ->
         if total > MAX_ANIMATION:
             raise BadSample("oversized image", f"{where} has over {MAX_ANIMATION} frames")
 
+        # budgets for what is kept, and for what is decoded on the way
         left = MAX_VIDEO_PIXELS
         decoded = 0
         wanted = chosen_frames(total, video, origin)
@@ -282,6 +297,8 @@ def chosen_frames(n: int, video: Video, origin: str) -> list[int]:
     """Which of n frames are taken, rising. Raises BadSample for a rule that does not exist."""
     if n <= video.max_frames:
         return list(range(n))
+
+    # too many: evenly spaced, or drawn by lot, where the lot is the record's place
     if video.sampling == "even":
         return evenly_spaced(n, video.max_frames)
     if video.sampling != "random":
@@ -319,6 +336,7 @@ def count_gif_frames(file: BinaryIO) -> int:
         return 0
     skip_palette(file, screen[10])
 
+    # from block to block
     frames = 0
     while frames <= MAX_ANIMATION:
         kind = file.read(1)
@@ -356,10 +374,15 @@ def skip_blocks(file: BinaryIO) -> None:
 def normalise(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
     """uint8 (H, W, 3) each -> (N, 3, H, W) float when all are equal in size, else a list of (3,
     H_i, W_i)."""
-    mean = torch.tensor(MEAN)[:, None, None] * 255
-    std = torch.tensor(STD)[:, None, None] * 255
-    if len({image.shape for image in images}) == 1:
+    mean = torch.tensor(MEAN)[:, None, None] * 255  # (3, 1, 1)
+    std = torch.tensor(STD)[:, None, None] * 255  # (3, 1, 1)
+
+    # tiles: all of one size
+    shapes = {image.shape for image in images}
+    if len(shapes) == 1:
         stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, H, W)
         return (stacked.float() - mean) / std
+
+    # any resolution: each has its own
     each = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]  # (3, H, W)
     return [(image.float() - mean) / std for image in each]

@@ -115,15 +115,18 @@ def datasets_of(path: Path, images=None, allow_outside: bool = False) -> list[Da
     if entries is None:
         return [Dataset(str(path), str(images or ""))]
 
+    # a mixture: each entry by its name
     datasets = []
     for name, entry in entries.items():
         where = f"{path}: dataset {name!r}"
         values = entry.as_dataset() if isinstance(entry, Meta) else dataclasses.asdict(entry)
+        # its paths start beside the mixture file, and stay there
         for key in ("data", "images"):
             if values[key]:
                 values[key] = str(path.parent / values[key])
                 if not allow_outside:
                     check_inside(values[key], path.parent, f'{where}: "{key}"')
+        # its shards as well: a pattern or a link may lead out
         dataset = Dataset(**values)
         try:
             files = files_of(dataset)
@@ -144,6 +147,8 @@ def entries_of(path: Path) -> dict[str, Dataset | Meta] | None:
     with open(path, "rb") as file:
         if first_sign(file, text_start(path)) != b"{":
             return None
+
+    # JSON keeps the last of two equal keys without a word
     repeated: list[str] = []
 
     def note_repeated(pairs: list[tuple]) -> dict:
@@ -160,6 +165,7 @@ def entries_of(path: Path) -> dict[str, Dataset | Meta] | None:
     if not isinstance(meta, dict):
         return None
 
+    # ours, InternVL's, or data
     kind = Dataset
     named = meta.get("datasets")
     if "datasets" not in meta:
@@ -167,6 +173,8 @@ def entries_of(path: Path) -> dict[str, Dataset | Meta] | None:
         named = meta
         if not any(isinstance(entry, dict) and "annotation" in entry for entry in meta.values()):
             return None
+
+    # from here on it is a mixture file, and what is wrong in it is said
     if repeated:
         raise ValueError(f"{path}: {repeated[0]!r} is there twice; only one of them would count")
     if not isinstance(named, dict) or not named:
@@ -184,6 +192,8 @@ def checked_entry(kind: type, entry, where: str):
     missing, and for a value that is not of its field's type, negative, or absurd."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {brief_json(entry)}, wanted an object")
+
+    # its keys
     hints = typing.get_type_hints(kind)
     required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     wrong = [key for key in entry if key not in hints] + [
@@ -194,12 +204,15 @@ def checked_entry(kind: type, entry, where: str):
             f"{where}: {wrong[0]!r} is unknown or missing; keys are {', '.join(sorted(hints))}"
         )
 
+    # its values
     values = {}
     for key, value in entry.items():
         problem = problem_with(value, hints[key])
         if problem:
             raise ValueError(f"{where}: {key!r} is {brief_json(value)}, wanted {problem}")
         values[key] = value
+
+    # words that mean something
     if values.get("frames", "even") not in ("even", "random"):
         raise ValueError(f"{where}: 'frames' is {values['frames']!r}, wanted random or even")
     if values.get("max_frames") == 0:
@@ -213,6 +226,8 @@ def problem_with(value, hint) -> str:
         hint, _ = typing.get_args(hint)
         if value is None:
             return ""
+
+    # true is an int to Python, and no number to a person
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is str:
         return "" if isinstance(value, str) and "\0" not in value else "a text"
@@ -257,6 +272,7 @@ def check_inside(path: str, folder: Path, where: str) -> None:
 
 def files_of(dataset: Dataset) -> list[Path]:
     """The shards of a dataset, sorted. Raises ValueError when there is none."""
+    # a folder, a file or a pattern
     path = Path(dataset.data)
     if path.is_dir():
         found = [file for file in files_below(path) if is_shard(file)]
@@ -266,6 +282,7 @@ def files_of(dataset: Dataset) -> list[Path]:
         found = [Path(file) for file in glob.glob(dataset.data, recursive=True)]
         found = [file for file in found if file.is_file() and not is_noise(file.name)]
 
+    # what is asked for by name must be readable
     strange = [file for file in found if not is_shard(file)]
     if strange:
         raise ValueError(f"--data {dataset.data}: {strange[0]}: {why_unread(strange[0])}")
@@ -306,6 +323,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     folder once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        # a link may lead back to where we have been
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()

@@ -59,6 +59,7 @@ def coloured(document: Document, tokenizer: Tokenizer) -> str:
     def kind(place: int) -> tuple[bool, bool]:
         return bool(learned[place]), bool(visual[place])
 
+    # runs of tokens of one kind
     pieces = []
     for (green, image), places in itertools.groupby(range(len(document)), kind):
         text = "<IMG_CONTEXT>..."
@@ -93,6 +94,8 @@ def show_document(document: Document, tokenizer: Tokenizer, number: int, out: Pa
 
 def show_samples(options: ShowOptions) -> int:
     folder = Folder(options.data, options.images, options.strict, options.allow_outside)
+
+    # the model whose eyes we look through
     tokenizer = Tokenizer({bytes([b]): b for b in range(256)}, "")
     config = PRESETS["toy"]
     if options.model:
@@ -101,6 +104,7 @@ def show_samples(options: ShowOptions) -> int:
     encoder = Encoder(tokenizer, config, folder.root, options.max_length)
     options.out.mkdir(parents=True, exist_ok=True)
 
+    # record by record; without --check, until enough are shown
     lengths = []
     tasks = Counter()
     for i in range(len(folder)):
@@ -114,6 +118,7 @@ def show_samples(options: ShowOptions) -> int:
         lengths.append(len(document))
         tasks[printable(document.task) or "(none)"] += 1
 
+    # what a run would read, and what it would leave out
     if options.check:
         print_summary(lengths, tasks)
     print(f"{folder.faults.counts.total()} faults\n{folder.faults.report()}")
