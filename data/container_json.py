@@ -172,10 +172,12 @@ def blank(file: BinaryIO, first: int, last: int) -> bool:
     return not file.read(last - first).strip(b" \t\r\n,")
 
 
-# how far nothing happens: at depth 0 and 1, deeper, and inside a string
+BLOCK = 1 << 20  # bytes that are held at a time
+
+# How far nothing happens: at depth 0 and 1, deeper (whole strings are nothing there), in a string.
 SHALLOW = re.compile(rb'[^"\[\]{},]*')
-DEEP = re.compile(rb'[^"\[\]{}]*')
-STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+DEEP = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
+STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
@@ -191,7 +193,7 @@ def structure(file: BinaryIO, start: int) -> Iterator[tuple[int, str, int]]:
     while True:
         # the caller may have sought elsewhere in the meantime
         file.seek(start)
-        block = file.read(1 << 20)
+        block = file.read(BLOCK)
         if not block:
             return
         at = int(escaped)

@@ -135,7 +135,7 @@ def group_spans(path: Path) -> Iterator[Span | BadSample]:
             if isinstance(group, str):
                 yield BadSample("damaged tar", f"{path.name}: {group}")
                 continue
-            parts, key = samples_in(group)
+            parts, key = samples_of_group(group)
             for part in parts:
                 number += 1
                 # beside damage, what lacks its picture or its text is part of the damage
@@ -169,7 +169,7 @@ def groups_of(found: Iterable[Member | str]) -> Iterator[tuple[list[Member] | st
         yield group, after_damage
 
 
-def samples_in(group: list[Member]) -> tuple[list[list[Member]], Callable]:
+def samples_of_group(group: list[Member]) -> tuple[list[list[Member]], Callable]:
     """The samples of a group and the rule of their keys: one, or several when their names have dots
     before the last one."""
     runs: list[list[Member]] = []
@@ -205,8 +205,11 @@ def first_copy(part: list[Member], key: Callable, seen: set[str]) -> list[Member
 def tar_fields(raw: bytes) -> dict:
     """The files of one sample by their kinds, and its key."""
     found = [m for m in members(io.BytesIO(raw)) if isinstance(m, Member)]
-    # the rule of `samples_in`, from the sample alone
+    # the rule of `samples_of_group`, from the sample alone
     stems = {dotted_key_of(m.name)[0] for m in found}
     key = dotted_key_of if len(stems) == 1 else key_of
-    fields = {key(m.name)[1]: raw[m.data : m.last] for m in found}
-    return fields | {"__key__": key(found[0].name)[0]}
+    fields = {"__key__": key(found[0].name)[0]}
+    for member in found:
+        kind = key(member.name)[1]
+        fields[kind] = raw[member.data : member.last]
+    return fields

@@ -132,19 +132,17 @@ def path_inside(source, root: Path | None, origin: str) -> Path:
     )
 
 
-def check_pixels(image: Image.Image, where: str, limit: int = MAX_PIXELS) -> None:
-    """Raises BadSample for a picture (or the frame it stands at) that would take too much memory,
-    or is a mere line."""
+def check_pixels(image: Image.Image, where: str, left: int = MAX_PIXELS) -> None:
+    """Raises BadSample for a picture (or the frame it stands at) that would take too much memory, or
+    is a mere line. left: of the pixels that a video may have."""
     width, height = image.size
-    if width * height > limit:
-        raise BadSample(
-            "oversized image", f"{where} is {width}x{height}; the limit is {limit} pixels"
-        )
+    size = f"{where} is {width}x{height}"
+    if width * height > MAX_PIXELS:
+        raise BadSample("oversized image", f"{size}; the limit is {MAX_PIXELS} pixels")
+    if width * height > left:
+        raise BadSample("oversized image", f"{size}; the video has over {MAX_VIDEO_PIXELS} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(
-            "oversized image",
-            f"{where} is {width}x{height}; a side is {MAX_ASPECT} times the other",
-        )
+        raise BadSample("oversized image", f"{size}; a side is over {MAX_ASPECT} times the other")
 
 
 def decode_image(image: Image.Image) -> Image.Image:
@@ -256,7 +254,7 @@ def frames_of_files(
             frames.append(open_image(one))
             continue
         with opened(one, root, origin) as image:
-            check_pixels(image, f"{origin}: with {brief(one)} the video", min(MAX_PIXELS, left))
+            check_pixels(image, f"{origin}: with {brief(one)} the video", left)
             left -= image.width * image.height
             frames.append(decode_image(image))
     return frames
@@ -280,7 +278,7 @@ def frames_of_animation(source, video: Video, root: Path | None, origin: str) ->
         for i in range(wanted[-1] + 1):
             # A frame may be larger than the one before: its own header decides, before its pixels.
             image.seek(i)
-            check_pixels(image, f"{where}, frame {i}", min(MAX_PIXELS, left))
+            check_pixels(image, f"{where}, frame {i}", left)
             pixels = image.width * image.height
             decoded += pixels
             if decoded > MAX_DECODED:

@@ -5,7 +5,7 @@ against the type of its field, and a mistake is a sentence with file, dataset, k
 often comes with the data, from somebody else: then it is data itself, and must not decide which
 files of this machine are opened.
 
-    --data path --datasets_of--> [Dataset, ...] --files--> shards (containers.py)
+    --data path --datasets_of--> [Dataset, ...] --files--> shards (read by containers.py)
 
     my.jsonl   shards/   "shards/*.tar"      one dataset
 

@@ -279,6 +279,30 @@ def test_every_record_of_a_json_file_is_read(root, name, suffix):
     assert answers(folder) == ["a0", "a1", "a2"] and not folder.faults.counts
 
 
+def anything(rng: random.Random, depth: int = 0):
+    """A JSON value with strings that look like JSON."""
+    kind = rng.randrange(7)
+    if kind < 3:
+        return "".join(rng.choice('ab"\\[]{},: \n\té') for _ in range(rng.randrange(12)))
+    if kind < 5 or depth > 3:
+        return rng.choice((None, 7, True, -1.5))
+    values = [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return values if kind == 5 else {f'{i}"\\': value for i, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+def test_items_of_lists_are_found_whatever_is_in_their_strings(monkeypatch, block):
+    monkeypatch.setattr(container_json, "BLOCK", block)
+    rng = random.Random(block)
+    for _ in range(150):
+        items = [anything(rng) for _ in range(rng.randrange(6))]
+        raw = json.dumps(
+            items, indent=rng.choice((None, 1)), ensure_ascii=rng.random() < 0.5
+        ).encode()
+        found = container_json.values_in(io.BytesIO(raw), 0)
+        assert [json.loads(raw[a:b]) for a, b in found] == items
+
+
 BROKEN = {
     "a broken line first": (f"{{broken\n{R[0]}\n{R[1]}\n", ["a0", "a1"], 1),
     "an object that is not closed": (f'{{"a": [\n{R[0]}\n{R[1]}\n', ["a0", "a1"], 1),
@@ -1070,7 +1094,7 @@ def test_faults_keep_the_first_traceback_of_each_reason_and_print_nothing_that_s
     folder = Folder(root / "my.jsonl")
     assert folder.faults.counts == {"malformed record": 2}
     assert "TypeError" in folder.faults.tracebacks["malformed record"]
-    assert "readers.py" in folder.faults.tracebacks["malformed record"]
+    assert "formats.py" in folder.faults.tracebacks["malformed record"]
     faults = folder.faults
     with pytest.raises(BadSample) as caught:
         open_image(folder[1].messages[0].parts[0], root, "here")
