@@ -1,5 +1,4 @@
-"""The shapes in which data travels: `Sample` as readers yield it, `Document` as the model takes it,
-and `Faults`.
+"""The shapes in which data travels: messages, samples, documents, and the faults among them.
 
 What it teaches: every dataset is a different spelling of one thing, messages with text and image
 parts. Agree on that thing once, and formats, pictures, tokens and packing know nothing of each

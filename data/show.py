@@ -1,5 +1,6 @@
-"""See what the model will see, and count what it cannot use: `python -m data.show --data my.jsonl
---images dir/`.
+"""See what the model will see, and count what it cannot use.
+
+    python -m data.show --data my.jsonl --images dir/
 
 What it teaches: most of what goes wrong in training has gone wrong in the data, and can be seen
 before it costs a GPU an hour. The text is printed with its special tokens, what is supervised in

@@ -1,5 +1,4 @@
-"""From an image of any size to what the ViT takes: square tiles, or the image itself at a size made
-of whole patches.
+"""From an image of any size to what the ViT takes: square tiles, or one image of whole patches.
 
 What it teaches: two answers to "my encoder was trained at 448 x 448". Fixed resolution cuts the
 image into a grid of tiles of that size, chosen by aspect ratio, and adds the whole image once more,

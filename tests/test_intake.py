@@ -66,7 +66,7 @@ def answers(folder: Folder) -> list[str]:
     return [s.messages[-1].parts[0] for s in folder.first()]
 
 
-# ---------------------------------------------------------------------------------- R1: TSV
+# ---------------------------------------------------- R1: TSV
 
 
 TABLES = {
@@ -119,7 +119,7 @@ def test_a_lone_quote_costs_no_row_and_one_that_is_never_closed_is_named(root):
     assert len(folder) == 900 and "last 100 lines" in folder.faults.report()
 
 
-# ------------------------------------------------------------------------------------ R2: VLMEvalKit
+# ---------------------------------------------------- R2: VLMEvalKit
 
 
 def test_the_images_of_a_table_are_base64_paths_lists_or_another_rows_index(root):
@@ -151,7 +151,7 @@ def test_the_images_of_a_table_are_base64_paths_lists_or_another_rows_index(root
     assert say(Folder(root / "text.tsv")[0]) == [("user", "what?"), ("assistant", "red")]
 
 
-# ---------------------------------------------------------------------------------- R3, R4: tar
+# ---------------------------------------------------- R3, R4: tar
 
 
 NOISE = ("a/._00.jpg", "._a", "a/.DS_Store", "__MACOSX/a/00.jpg", "Thumbs.db", "README")
@@ -236,7 +236,7 @@ def test_a_repeated_key_is_counted_and_the_first_copy_kept(root, names, kept, fa
     assert len(folder.first()) == kept and folder.faults.counts == {"repeated key": faults}
 
 
-# ---------------------------------------------------------------------------------- R5: text
+# ---------------------------------------------------- R5: text
 
 
 @pytest.mark.parametrize("text", ["a car\n", "\ufeffa car\r\n", " a car \r\n\r\n"])
@@ -248,7 +248,7 @@ def test_a_caption_is_its_text_without_marks_and_line_ends(root, text, code):
     assert answers(Folder(root / "lines.tar")) == ["one\ntwo"]
 
 
-# ---------------------------------------------------------------------------------- R6: JSON
+# ---------------------------------------------------- R6: JSON
 
 
 R = [json.dumps({"question": f"q{i}", "answer": f"a{i}"}) for i in range(6)]
@@ -361,7 +361,7 @@ def test_subfolders_and_all_suffixes_are_read_and_what_is_not_is_named(root):
     assert "d.jsonl.gz" in folder.faults.report()
 
 
-# ------------------------------------------------------------------------------------ R7: video frames
+# ---------------------------------------------------- R7: video frames
 
 
 def test_frames_come_in_natural_order(root):
@@ -397,7 +397,7 @@ def test_a_dataset_says_how_many_frames_it_wants(root):
     assert (video.max_frames, video.sampling) == (4, "even")
 
 
-# ------------------------------------------------------------------------------------ R8, R18, M7, M8: mixtures
+# ---------------------------------------------------- R8, R18, M7, M8: mixtures
 
 
 def mixed(root: Path, value) -> Path:
@@ -514,7 +514,7 @@ def test_a_mixture_files_paths_stay_in_its_folder_unless_the_user_says_otherwise
         assert len(Folder(home / "mix.json", allow_outside=True)) >= 1
 
 
-# ------------------------------------------------------------------------------------ R9, R11: who says what
+# ---------------------------------------------------- R9, R11: who says what
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_the_truth_is_the_last_assistants_turn_and_what_follows_is_not_asked(roo
         assert [m.role for m in sample.messages] == roles and sample.facts == {"answer": "red"}
 
 
-# ---------------------------------------------------------------------------------- R10, R12: parts
+# ---------------------------------------------------- R10, R12: parts
 
 
 def message(*parts) -> dict:
@@ -636,7 +636,7 @@ def test_qwen_vls_inline_images_are_images(root):
     assert say(one(root, plain))[0][1] == "<i>\nwhat does <img>x</img> mean?"
 
 
-# ---------------------------------------------------------------------------------- R13: truths
+# ---------------------------------------------------- R13: truths
 
 
 def verl(truth) -> dict:
@@ -689,7 +689,7 @@ def test_a_truth_that_is_none_is_a_counted_fault(root, row):
     assert fault(root, row) in ("no answer", "malformed record")
 
 
-# ------------------------------------------------------------------------------------ R14: parquet
+# ---------------------------------------------------- R14: parquet
 
 
 def parquet_file(path: Path, rows: list, **options) -> Path:
@@ -759,7 +759,7 @@ def test_a_row_group_that_cannot_be_decoded_is_a_fault_of_each_of_its_records(ro
     assert len(folder.first()) == 3 and folder.faults.counts.total() == 3
 
 
-# ------------------------------------------------------------------------------------ R15: the commonest own formats
+# ---------------------------------------------------- R15: the commonest own formats
 
 
 def test_question_image_and_answer_are_read_as_they_are(root):
@@ -847,7 +847,7 @@ def test_a_json_beside_a_picture_in_a_tar_is_any_record(root):
     assert sample.task == "t" and sample.facts["family"] == "f"
 
 
-# ------------------------------------------------------------------------------------ R16, H1, M2, M3: pictures
+# ---------------------------------------------------- R16, H1, M2, M3: pictures
 
 
 def exif(*entries: bytes, order: str = "<") -> bytes:
@@ -985,7 +985,7 @@ def test_the_frames_of_a_list_share_their_pixels(root, monkeypatch):
         frames_of(Video(files + files[:1]), root, "here")
 
 
-# ---------------------------------------------------------------------------------- R17: links
+# ---------------------------------------------------- R17: links
 
 
 def test_a_link_out_of_the_image_folder_is_named_with_the_option_that_allows_it(root):
@@ -1007,7 +1007,7 @@ def test_a_link_out_of_the_image_folder_is_named_with_the_option_that_allows_it(
     assert len(frames_of(video, folder[1].root, "here")) == 1
 
 
-# ------------------------------------------------------------------------------------ H3, M2: containers
+# ---------------------------------------------------- H3, M2: containers
 
 
 @pytest.mark.parametrize("size", [-512, -1024, -(2**40), -1])
@@ -1080,7 +1080,7 @@ def refuse():
     raise ValueError("0 usable samples: a.parquet")
 
 
-# ---------------------------------------------------------------------------------- faults, tasks
+# ---------------------------------------------------- faults, tasks
 
 
 def test_faults_keep_the_first_traceback_of_each_reason_and_print_nothing_that_steers_a_terminal(
@@ -1149,7 +1149,7 @@ def test_show_prints_nothing_that_steers_a_terminal_and_goes_on_after_any_error(
     assert not set(said) & set("\x1b\x07\u202e") and "1 x cannot be encoded" in said
 
 
-# ---------------------------------------------------------------------------------- fuzzing
+# ---------------------------------------------------- fuzzing
 
 
 def seeds(root: Path) -> dict[str, bytes]:
@@ -1173,7 +1173,8 @@ def seeds(root: Path) -> dict[str, bytes]:
         {"images": ["red.png", None], "texts": [None, "x"]},
     ]
     text = "\n".join(json.dumps(r) for r in rows)
-    table = f'index\timage\tquestion\tA\tB\tanswer\n1\t{ENCODED["red"]}\t"a ""b"" c"\tx\ty\tA\n2\t1\tq\tx\ty\tB\n3\t\t5" x\t\t\tz\n'
+    table = "index\timage\tquestion\tA\tB\tanswer\n"
+    table += f'1\t{ENCODED["red"]}\t"a ""b"" c"\tx\ty\tA\n2\t1\tq\tx\ty\tB\n3\t\t5" x\t\t\tz\n'
     mixture = {
         "datasets": {
             "a": {

@@ -144,7 +144,7 @@ def test_any_resolution_keeps_shape_in_whole_units_within_the_limit():
     assert fit_to_patches(Image.new("RGB", (1792, 1792)), 28, MAX_PATCHES, 14).size == (1792, 1792)
     assert fit_to_patches(Image.new("RGB", (4000, 4000)), 28, MAX_PATCHES, 14).size == (1792, 1792)
     rng = random.Random(1)
-    for _ in range(200):
+    for _ in range(40):
         w, h = rng.randint(1, 6000), rng.randint(1, 6000)
         a, b = fit_to_patches(Image.new("L", (w, h)), 28, MAX_PATCHES, 14).size
         assert a % 28 == b % 28 == 0 and 0 < a * b <= MAX_PATCHES * 14 * 14
