@@ -1,6 +1,7 @@
 """Readers, mixtures and streams: every format arrives as it was written, and faults cost only themselves.
 
-`python tests/test_readers.py 10000` reads a dataset of that size with 5 % faults of every kind, and prints what was counted.
+`python tests/test_readers.py 10000` reads a dataset of that size with 5 % faults of every kind, and
+prints what was counted.
 """
 
 import base64
@@ -80,7 +81,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------- formats
 
 QA = [("user", "<i>\nwhat?"), ("assistant", "red")]
 URL = "data:image/png;base64," + base64.b64encode(RED).decode()
@@ -403,7 +404,7 @@ def test_text_after_the_last_image_may_be_cut_and_nothing_else(tokenizer, config
         Encoder(tokenizer, config, max_length=60)(sample)
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixtures
+# ---------------------------------------------------- mixtures
 
 
 def written(root: Path, name: str, n: int, **more) -> None:
@@ -524,7 +525,7 @@ def test_an_epoch_with_an_end_ends(root):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- order
+# ---------------------------------------------------- order
 
 
 @pytest.mark.parametrize("n", [1, 1000, RUN, 5 * RUN + 7, 3 * WINDOW + 11])
@@ -587,7 +588,7 @@ def test_the_world_is_a_function_of_the_number():
     assert [stream[i].facts for i in (2, 0, 1)] == [first[2], first[0], first[1]]
 
 
-# ------------------------------------------------------------------------------------------------------------------ faults
+# ---------------------------------------------------- faults
 
 ODD = {  # strange, and fine
     "cmyk.jpg": encoded(Image.new("CMYK", (40, 40)), "JPEG"),
@@ -618,7 +619,12 @@ PICTURES = {
     "crc.png": bytes(FLIPPED),
 }
 LARGE = {"bomb.png": png(9000, 8000, 8, 2, b""), "thin.png": encoded(Image.new("RGB", (1, 5000)))}
-line = lambda *a, **k: json.dumps(record(*a, **k)).encode()
+
+
+def line(*a, **k) -> bytes:
+    return json.dumps(record(*a, **k)).encode()
+
+
 FAULTS = (
     [("unreadable image", lambda k, name=name: line("<image>?", k, name)) for name in PICTURES]
     + [("oversized image", lambda k, name=name: line("<image>?", k, name)) for name in LARGE]
@@ -645,8 +651,9 @@ FAULTS = (
 
 
 def plant(root: Path, n: int) -> tuple[Counter, Counter]:
-    """n samples under root/data, half in JSON lines and half in tar shards, one in twenty broken, every kind in turn. Returns
-    the reasons that must be counted and the answers that must arrive."""
+    """n samples under root/data, half in JSON lines and half in tar shards, one in twenty broken,
+    every kind in turn. Returns the reasons that must be counted and the answers that must
+    arrive."""
     home = root / "data"
     home.mkdir(parents=True)
     for name, body in (ODD | PICTURES | LARGE | {"good.jpg": WHOLE}).items():
@@ -764,8 +771,10 @@ if __name__ == "__main__":
             and not p.endswith((".py", ".pyc", "statm"))
         }
         print(
-            f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, {counts.total()} of {reasons.total()} faults counted, in "
-            f"{time.time() - began:.0f} s; memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; opened outside: {len(outside)}"
+            f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, "
+            f"{counts.total()} of {reasons.total()} faults counted, in {time.time() - began:.0f} s; "
+            f"memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; "
+            f"opened outside: {len(outside)}"
         )
         print(
             "\n".join(
