@@ -1,1 +1,1 @@
-"""From files on disk to documents: shapes, pictures, containers, readers, streams, encoding; and the drawn world."""
+"""From files on disk to documents: shapes, containers, formats, readers, streams; and the drawn world."""

@@ -1,6 +1,7 @@
 """Readers, mixtures and streams: every format arrives as it was written, and faults cost only themselves.
 
-`python tests/test_readers.py 10000` reads a dataset of that size with 5 % faults of every kind, and prints what was counted.
+`python tests/test_readers.py 10000` reads a dataset of that size with 5 % faults of every kind, and
+prints what was counted.
 """
 
 import base64
@@ -24,7 +25,7 @@ from data.encode import Encoder
 from data.images import frames_of, open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample, Video
-from data.show import Show, show_samples
+from data.show import ShowOptions, show_samples
 from data.stream import RUN, WINDOW, Documents, Order, Walk
 from data.world import World
 from packing import Batches
@@ -80,7 +81,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------- formats
 
 QA = [("user", "<i>\nwhat?"), ("assistant", "red")]
 URL = "data:image/png;base64," + base64.b64encode(RED).decode()
@@ -345,10 +346,10 @@ def test_a_video_becomes_numbered_frames(root, how, tokenizer, config):
     (root / "my.jsonl").write_text(json.dumps(row))
     encoder = Encoder(tokenizer, config, root)
     seen = encoder.unrolled(Folder(root / "my.jsonl")[0])
-    assert say(seen)[0][1] == "".join(f"Frame-{i}: <i>\n" for i in range(1, 9)) + "\nwhat?"
+    assert say(seen)[0][1] == "".join(f"Frame-{i}: <i>\n" for i in range(1, 13)) + "\nwhat?"
     reds = [p.getpixel((3, 3))[0] for p in seen.messages[0].parts if not isinstance(p, str)]
-    assert reds == [round(i * 11 / 7) * 20 for i in range(8)]
-    assert len(encoder(Folder(root / "my.jsonl")[0]).images) == 8
+    assert reds == [i * 20 for i in range(12)]
+    assert len(encoder(Folder(root / "my.jsonl")[0]).images) == 12
     for bad in ("../clip", "/etc", "none.gif"):
         with pytest.raises(BadSample, match="outside|missing"):
             frames_of(Video(Path(bad)), root, "here")
@@ -403,7 +404,7 @@ def test_text_after_the_last_image_may_be_cut_and_nothing_else(tokenizer, config
         Encoder(tokenizer, config, max_length=60)(sample)
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixtures
+# ---------------------------------------------------- mixtures
 
 
 def written(root: Path, name: str, n: int, **more) -> None:
@@ -480,7 +481,7 @@ def test_show_prints_what_is_supervised_in_green_and_check_counts_lengths_tasks_
     ]
     (root / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (root / "mix.json").write_text(json.dumps({"datasets": {"a": {"data": "a.jsonl"}}}))
-    assert show_samples(Show(root / "mix.json", show=1, check=True, out=root / "show")) == 0
+    assert show_samples(ShowOptions(root / "mix.json", show=1, check=True, out=root / "show")) == 0
     said = capsys.readouterr().out
     assert (
         "<img><IMG_CONTEXT>...</img>\nwhät?<|im_end|>" in said
@@ -524,7 +525,7 @@ def test_an_epoch_with_an_end_ends(root):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- order
+# ---------------------------------------------------- order
 
 
 @pytest.mark.parametrize("n", [1, 1000, RUN, 5 * RUN + 7, 3 * WINDOW + 11])
@@ -586,7 +587,7 @@ def test_the_world_is_a_function_of_the_number():
     assert [stream[i].facts for i in (2, 0, 1)] == [first[2], first[0], first[1]]
 
 
-# ------------------------------------------------------------------------------------------------------------------ faults
+# ---------------------------------------------------- faults
 
 ODD = {  # strange, and fine
     "cmyk.jpg": encoded(Image.new("CMYK", (40, 40)), "JPEG"),
@@ -617,7 +618,12 @@ PICTURES = {
     "crc.png": bytes(FLIPPED),
 }
 LARGE = {"bomb.png": png(9000, 8000, 8, 2, b""), "thin.png": encoded(Image.new("RGB", (1, 5000)))}
-line = lambda *a, **k: json.dumps(record(*a, **k)).encode()
+
+
+def line(*a, **k) -> bytes:
+    return json.dumps(record(*a, **k)).encode()
+
+
 FAULTS = (
     [("unreadable image", lambda k, name=name: line("<image>?", k, name)) for name in PICTURES]
     + [("oversized image", lambda k, name=name: line("<image>?", k, name)) for name in LARGE]
@@ -644,8 +650,9 @@ FAULTS = (
 
 
 def plant(root: Path, n: int) -> tuple[Counter, Counter]:
-    """n samples under root/data, half in JSON lines and half in tar shards, one in twenty broken, every kind in turn. Returns
-    the reasons that must be counted and the answers that must arrive."""
+    """n samples under root/data, half in JSON lines and half in tar shards, one in twenty broken,
+    every kind in turn. Returns the reasons that must be counted and the answers that must
+    arrive."""
     home = root / "data"
     home.mkdir(parents=True)
     for name, body in (ODD | PICTURES | LARGE | {"good.jpg": WHOLE}).items():
@@ -763,8 +770,10 @@ if __name__ == "__main__":
             and not p.endswith((".py", ".pyc", "statm"))
         }
         print(
-            f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, {counts.total()} of {reasons.total()} faults counted, in "
-            f"{time.time() - began:.0f} s; memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; opened outside: {len(outside)}"
+            f"{sum(arrived.values())} of {sum(answers.values())} good samples arrived, "
+            f"{counts.total()} of {reasons.total()} faults counted, in {time.time() - began:.0f} s; "
+            f"memory {memory[1]:.0f} MiB after a tenth, {memory[-1]:.0f} at the end; "
+            f"opened outside: {len(outside)}"
         )
         print(
             "\n".join(
