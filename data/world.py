@@ -169,10 +169,11 @@ def font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=18)
 
 
-def write(pen: ImageDraw.ImageDraw, rng: random.Random, text: str, ink: str) -> None:
+def write_characters(pen: ImageDraw.ImageDraw, rng: random.Random, text: str, ink: str) -> None:
     """Up to four characters, one to a cell in reading order, each moved by at most a pixel."""
     half = CELL // 2
     for cell, character in enumerate(text):
+        # The middle of the cell ("mm"), and a pixel to any side.
         left, top = corner(cell)
         x = left + half + rng.randint(-1, 1)
         y = top + half + rng.randint(-1, 1)
@@ -290,6 +291,7 @@ class ObjectScene(Scene):
         return super().ask(family, rng)
 
     def ask_counting(self, rng: random.Random) -> Turn:
+        # The chain counts aloud: `1 northwest red circle, 2 southeast blue cross.`
         steps = []
         for number, thing in enumerate(self.objects, 1):
             steps.append(f"{number} {thing.words}")
@@ -301,7 +303,7 @@ class ObjectScene(Scene):
         )
 
     def ask_grounding(self, rng: random.Random) -> Turn:
-        """The box in thousandths of the picture's side, by 25: few enough tokens for a small model."""
+        # Thousandths of the picture's side, in steps of 25: few different ones, for a small model.
         box = self.boxes[self.objects.index(self.about)]
         corners = []
         for pixel in box:
@@ -359,6 +361,7 @@ class ObjectScene(Scene):
         Looking a value up at the token that names its key is the part of every question that is
         learned last; here it is asked for every third token.
         """
+        # Key and value: in half of the pairs the value is a place.
         pairs = (
             ("shape", "color"),
             ("color", "shape"),
@@ -370,10 +373,13 @@ class ObjectScene(Scene):
             ("color", "place"),
         )
         key, value = rng.choice(pairs)
+
+        # Without a key that tells things apart there is nothing to look up.
         clear = self._alone(key)
         if not clear:
             return replace(self.ask_caption(rng), family="listing")
 
+        # Eight times, with repetition.
         answers = []
         for thing in rng.choices(clear, k=8):
             answers.append(f"{getattr(thing, key)} {getattr(thing, value)}")
@@ -388,6 +394,7 @@ class ObjectScene(Scene):
         name, key = self._name(rng)
         row, column = divmod(self.about.cell, SIDE)
 
+        # Mostly one of four places, else one of two sides.
         if rng.random() < 0.7:
             question = f"where is {name}?"
             where = self.about.place
@@ -438,6 +445,7 @@ class DotScene(Scene):
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, pen = canvas(rng)
         for cell in self.cells:
+            # A patch is eight pixels wide, a dot six.
             row, column = divmod(cell, 4)
             x = 8 * column + rng.randint(0, 2)
             y = 8 * row + rng.randint(0, 2)
@@ -472,7 +480,7 @@ class ReadingScene(Scene):
 
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, pen = canvas(rng)
-        write(pen, rng, self.text, self.ink)
+        write_characters(pen, rng, self.text, self.ink)
         return [image]
 
     def words(self) -> str:
@@ -513,6 +521,7 @@ class ChartScene(Scene):
         image, pen = canvas(rng)
         bottom = SIZE - 1
         for column, (color, height) in zip(self.columns, self.bars):
+            # A column is eight pixels wide, a bar seven; all stand on the picture's edge.
             left = 8 * column + rng.randint(0, 1)
             top = bottom - height * BAR_UNIT
             pen.rectangle((left, top, left + 6, bottom), fill=COLORS[color])
@@ -532,6 +541,7 @@ class ChartScene(Scene):
 
     def ask_arithmetic(self, rng: random.Random) -> Turn:
         """How much higher one bar is than a lower one."""
+        # The chain reads both bars before it subtracts.
         two = rng.sample(self.bars, 2)
         low, high = sorted(two, key=height_of)
         difference = high[1] - low[1]
@@ -547,6 +557,8 @@ class ChartScene(Scene):
         """The value of a bar, or which is the highest or lowest and how high it is."""
         kind = rng.choice(("highest", "lowest", "value", "value"))
         bar = rng.choice(self.bars)
+
+        # One bar's height.
         if kind == "value":
             answer = say_bars([bar])
             return Turn(
@@ -556,6 +568,7 @@ class ChartScene(Scene):
                 chain=f"{self.words()}. {answer}.",
             )
 
+        # Which bar, and how high it is.
         choose = max if kind == "highest" else min
         answer = say_bars([choose(self.bars, key=height_of)])
         return Turn(
@@ -575,6 +588,8 @@ class SumScene(Scene):
         a = rng.randrange(10)
         b = rng.randrange(10)
         self.sign = rng.choice("+-")
+
+        # The larger digit first, so that no difference is negative.
         if self.sign == "-":
             a, b = max(a, b), min(a, b)
         self.numbers = (a, b)
@@ -584,7 +599,7 @@ class SumScene(Scene):
     def draw(self, rng: random.Random) -> list[Image.Image]:
         image, pen = canvas(rng)
         a, b = self.numbers
-        write(pen, rng, f"{a}{self.sign}{b}", self.ink)
+        write_characters(pen, rng, f"{a}{self.sign}{b}", self.ink)
         return [image]
 
     def words(self) -> str:
@@ -622,6 +637,7 @@ class OddScene(Scene):
             odd = (shape, rng.choice(other_colors))
         self.cell = rng.choice(cells)
 
+        # All other places hold the usual look.
         looks = [odd if cell == self.cell else (shape, color) for cell in cells]
         self.objects = things_of(looks, cells)
         self.content = plain_tuples(self.objects)
@@ -644,6 +660,7 @@ class OddScene(Scene):
         return say(self.objects)
 
     def ask_odd(self, rng: random.Random) -> Turn:
+        # The chain says what is usual before it names the exception.
         odd = next(thing for thing in self.objects if thing.cell == self.cell)
         usual = next(thing for thing in self.objects if thing.cell != self.cell)
         rule = f"most are {usual.color} {usual.shape}"
@@ -674,6 +691,7 @@ class MovingScene(Scene):
                     starts.append((x, y))
         x, y = rng.choice(starts)
 
+        # Where it is in each frame: a wall keeps it in the last cell inside.
         last = SIDE - 1
         self.cells = []
         for frame in range(3):
@@ -685,6 +703,7 @@ class MovingScene(Scene):
     def draw(self, rng: random.Random) -> list[Image.Image]:
         frames = []
         for cell in self.cells:
+            # Every frame has its own shade and shift, as a filmed thing would.
             image, pen = canvas(rng)
             left, top = corner(cell)
             x = left + rng.randint(1, 3)
@@ -706,6 +725,7 @@ class MovingScene(Scene):
         )
 
 
+# The names are part of every sample's origin and of the held-out hash: they stay what they are.
 KINDS = {
     "objects": ObjectScene,
     "dots": DotScene,
@@ -770,6 +790,8 @@ def scene(kind: str, rng: random.Random, test: bool) -> Scene:
 def weights_of(mixture: dict[str, float], text_only: bool) -> dict[str, float]:
     """Family -> weight of what can be asked, without "text". A mixture of text alone asks everything."""
     weights = {name: w for name, w in mixture.items() if name != "text" and w > 0}
+
+    # Nothing to look at is named: everything that words can describe.
     if not weights:
         weights = {name: 1.0 for name in FAMILIES if name not in ("text", "grounding")}
 
@@ -810,13 +832,16 @@ def turns_about(
 
 def opening(subject: Scene, question: str, rng: random.Random, text_only: bool) -> Message:
     """The first message: picture (or numbered frames, or a description) and question."""
+    # In words.
     if text_only:
         return Message("user", (f"picture: {subject.words()}.\n{question}",))
 
+    # One picture.
     frames = subject.draw(rng)
     if len(frames) == 1:
         return Message("user", (frames[0], "\n" + question))
 
+    # Several: announced as the released prompt announces the frames of a video.
     parts = []
     for number, frame in enumerate(frames, 1):
         parts += [f"Frame-{number}: ", frame, "\n"]
@@ -847,6 +872,7 @@ def sample(
     instead of showing it. test: from a held-out scene. turns: 1 for grading and RL.
     Raises ValueError for an unknown family.
     """
+    # A mixture names families and nothing else.
     unknown = sorted(set(mixture) - set(FAMILIES))
     if unknown:
         names = ", ".join(FAMILIES)
@@ -873,6 +899,7 @@ def sample(
             messages.append(Message("user", (turn.question,)))
         messages.append(Message("assistant", (turn.answer,)))
 
+    # The task counts and mixes samples; facts are of the last turn, the one that is graded.
     families = "+".join(sorted({turn.family for turn in asked}))
     return Sample(
         tuple(messages),
@@ -963,6 +990,8 @@ def print_sizes(seed: int, questions: int = 400) -> None:
     for family in FAMILIES:
         if family == "text":
             continue
+
+        # A family whose commonest answer is common can be guessed.
         asked = [sample(i, seed, {family: 1}, turns=1) for i in range(questions)]
         answers = Counter(s.facts["answer"] for s in asked)
         commonest, count = answers.most_common(1)[0]
@@ -978,6 +1007,7 @@ def sheet(seed: int, columns: int = 12) -> Image.Image:
     board = Image.new("RGB", (columns * step, len(KINDS) * step), "white")
     for row, kind in enumerate(KINDS):
         for column in range(columns):
+            # The first frame stands for a video.
             rng = random.Random(f"{seed}/{kind}/{column}")
             picture = scene(kind, rng, test=False).draw(rng)[0]
             left = column * step + 2

@@ -1,4 +1,4 @@
-"""The drawn world is a constant: every sample of every mixture is, word for word and pixel for pixel, what it was."""
+"""The drawn world is a constant: every sample of every mixture is what it was, word and pixel."""
 
 import hashlib
 from collections import Counter
