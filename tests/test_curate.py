@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -27,6 +28,12 @@ from generate import Answer
 
 RIGHT = "<think>b</think>\\boxed{3}"
 WRONG = "<think>b</think>\\boxed{5}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Commands choose their threads; in the suite, which runs beside others, they keep to one."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
 def ask(said, text="what?", family="f", **facts):
