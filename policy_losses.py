@@ -76,6 +76,8 @@ def leave_one_out(reward: Tensor, group: int) -> Tensor:
         raise ValueError(
             "leave-one-out wants at least two completions per prompt: one has nothing to be compared with"
         )
+
+    # r - mean of all = (r - mean of the others) * (G - 1)/G.
     return centred(reward, group) * group / (group - 1)
 
 
@@ -110,6 +112,7 @@ class Bounded(torch.autograd.Function):
 
 def log_ratio(logp: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     """(N, L) log(pi / pi_old), bounded, and zero on padding whatever stands there."""
+    # Filled, not multiplied: 0 * inf would be NaN.
     moved = (logp - old).masked_fill(mask == 0, 0.0)
     return Bounded.apply(moved)
 
@@ -138,6 +141,7 @@ def clipped(ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor, 
     The gradient is lost where the policy has already moved far the way that A asks: A > 0 and
     r > 1+high, or A < 0 and r < 1-low; never on the way back.
     """
+    # The smaller of the two promises less: moving further than the clip never looks better.
     bounded = ratio.clamp(1 - low, 1 + high)
     gain = torch.minimum(ratio * A, bounded * A)
 
@@ -183,6 +187,7 @@ def dual(
     A = per_token(advantage)
     gain, is_clipped = clipped(ratio, A, low, high)
 
+    # For A < 0 the gain sinks without end as the ratio grows: here it stops.
     floored = torch.maximum(gain, bound * A)
     is_floored = (A < 0) & (ratio > bound)
     return torch.where(A < 0, floored, gain), is_clipped | is_floored
@@ -193,6 +198,7 @@ def gspo(
 ) -> tuple[Tensor, Tensor]:
     """One ratio per sequence, s = (pi(o) / pi_old(o))^(1/|o|): all its tokens are clipped, or none."""
     assert advantage.ndim == 1, "GSPO has one advantage a completion; gspo_token takes one a token"
+    # One ratio and one verdict a completion, the same at each of its tokens.
     ratio = sequence_log_ratio(logp, old, mask).exp()  # (N, 1)
     gain, is_clipped = clipped(ratio, advantage[:, None], low, high)
     return gain.expand_as(logp), is_clipped.expand_as(logp)
@@ -205,7 +211,8 @@ def gspo_token(
 
     For equal advantages its gradient is GSPO's, too.
     """
-    moving = log_ratio(logp, logp.detach(), mask)  # zero, with the gradient of log p
+    # The sequence's ratio as a number, and a zero that has the gradient of the token's log p.
+    moving = log_ratio(logp, logp.detach(), mask)
     ratio = (sequence_log_ratio(logp, old, mask).detach() + moving).exp()
     return clipped(ratio, per_token(advantage), low, high)
 
@@ -217,6 +224,7 @@ def cispo(
 
     low = 1 means no lower bound.
     """
+    # A weight, not a function of the policy: the gradient goes through log p alone.
     ratio = log_ratio(logp, old, mask).exp().detach()
     weight = ratio.clamp(1 - low, 1 + high)
     gain = weight * per_token(advantage) * logp
@@ -231,6 +239,7 @@ def aggregate(values: Tensor, mask: Tensor, aggregation: str) -> Tensor:
 
     `sequences` first takes the mean inside each completion.
     """
+    # Over the tokens of each completion, then over completions.
     total = values.masked_fill(mask == 0, 0.0).sum(1)  # (N,)
     if aggregation == "sequences":
         total = total / mask.sum(1).clamp(min=1)
@@ -247,6 +256,7 @@ def divisor(mask: Tensor, aggregation: str, budget: int) -> float:
     completions  the sum of a completion's log-probabilities, averaged: the policy gradient as it is
                  derived (REINFORCE)
     """
+    # A completion without a sampled token is no completion (padding of a batch).
     sequences = float((mask.sum(1) > 0).sum())
     return {
         "tokens": float(mask.sum()),
@@ -335,6 +345,7 @@ def loss(
     high = algorithm.high if high is None else high
     gain, is_clipped = algorithm.term(logp, old, mask, advantage, low, high)
 
+    # Of the sampled tokens alone: padding is neither clipped nor counted.
     sampled = mask > 0
     clip_fraction = (is_clipped & sampled).sum() / mask.sum().clamp(min=1)
     return -aggregate(gain, mask, aggregation or algorithm.aggregation), clip_fraction

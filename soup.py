@@ -81,6 +81,7 @@ def side_by_side(states: list[Mapping[str, Tensor]]) -> Iterator[tuple[str, list
                 f"cannot average different architectures: they disagree about {odd[0]}"
             )
 
+    # One tensor of each model is in memory at a time.
     for name in names:
         tensors = [state[name] for state in states]
         shapes = [list(t.shape) for t in tensors]
@@ -94,6 +95,7 @@ def average(states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
     Raises ValueError for different architectures.
     """
+    # Summed in fp32: in bf16 every addition would round.
     mean = {}
     for name, tensors in side_by_side(states):
         total = sum(t.float() for t in tensors)
@@ -106,6 +108,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
     A few percent between homologous runs, about 1.4 between strangers, 0 between zeros.
     """
+    # Squares, summed over all tensors.
     gap = 0.0
     norm_a = 0.0
     norm_b = 0.0
@@ -150,6 +153,7 @@ def farthest(states: list[Mapping[str, Tensor]]) -> float:
 
     Raises ValueError for weights that are not finite.
     """
+    # NaN compares with nothing, so it is asked for first.
     far = max(distance(a, b) for a, b in combinations(states, 2))
     if math.isnan(far):
         raise ValueError("cannot average: one of the models holds numbers that are not finite")
@@ -196,6 +200,7 @@ def cook_soup(options: SoupOptions) -> None:
             f"not averaging models that are {far:.2f} apart; say --force to do it all the same"
         )
 
+    # All of them, or those that help; one rank writes.
     if options.greedy:
         mean, chosen = greedy(states, grader_of(options, device, ranks.main))
         if ranks.main:
@@ -231,6 +236,7 @@ def held_out_samples(
     options: SoupOptions, model: SailVL, tokenizer: Tokenizer
 ) -> tuple[list[Sample], Encoder, Faults]:
     """Samples that can be asked; one with a picture that cannot be read costs itself."""
+    # The user's, or those of the toy world.
     if options.data:
         folder = Folder(options.data, options.images)
         samples = folder.first(options.samples)
@@ -241,6 +247,7 @@ def held_out_samples(
         encoder = Encoder(tokenizer, model.config)
         faults = Faults()
 
+    # Rendered once here, so that grading meets no bad picture.
     usable = []
     for sample in samples:
         try:
