@@ -20,7 +20,7 @@ Simplified: the ranks share a file system, as they do for their checkpoints.
 
 import fcntl
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -32,7 +32,7 @@ from data.encode import Encoder, with_thinking
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from generate import generate, load_model
-from graders import GRADERS
+from graders import GRADERS, boxed
 from infra.device import Precision, pick_device, torch_type
 from rewards import answer_reward, format_reward
 from scale import parallel
@@ -139,7 +139,8 @@ class AnswerFiles:
         """Answers that were given to something else are not taken for answers to this."""
         settings = json.loads(json.dumps(settings, default=str))
         path = self.folder / "settings.json"
-        if self.rank == 0 and not path.exists():
+        answered = any(file.stat().st_size for file in self.folder.glob("*.jsonl"))
+        if self.rank == 0 and not (answered and path.exists()):
             temporary = path.with_suffix(".part")
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
             temporary.rename(path)
@@ -274,15 +275,18 @@ class Prompt:
 
 def prompt_of(index: int, sample: Sample | BadSample, encoder: Encoder, max_length: int) -> Prompt:
     """Raises BadSample when the sample is no question, has no truth, or is too long."""
+    # What its answers can be graded by.
     if isinstance(sample, BadSample):
         raise sample
     truths = truths_of(sample)
-    grader = sample.facts.get("grader", "auto")
+    grader = sample.facts.get("grader") or "auto"
     if grader not in GRADERS:
         raise BadSample("unknown grader", f"{sample.origin}: {grader!r}")
 
+    # The question with its pictures.
+    known = replace(sample, facts=sample.facts | {"answer": truths[0]})
     try:
-        encoded = encoder.prompt(with_thinking(sample, encoder.tokenizer.think_prompt))
+        encoded = encoder.prompt(with_thinking(known, encoder.tokenizer.think_prompt))
     except BadSample:
         raise
     except UNUSABLE as error:
@@ -296,13 +300,29 @@ def prompt_of(index: int, sample: Sample | BadSample, encoder: Encoder, max_leng
 
 
 def truths_of(sample: Sample) -> tuple[str, ...]:
-    """The accepted answers. Raises BadSample when there is none."""
+    """The accepted answers: `facts["answer"]`, else what the last assistant turn says (in its box).
+
+    Raises BadSample when there is none.
+    """
     answer = sample.facts.get("answer")
+    if answer is None:
+        said = [message.parts for message in sample.messages if message.role == "assistant"]
+        last = said[-1] if said else ()
+        text = "".join(part for part in last if isinstance(part, str)).strip()
+        answer = boxed(text) or text
+
     accepted = answer if isinstance(answer, (list, tuple)) else [answer]
     truths = tuple(str(truth) for truth in accepted if truth not in (None, ""))
     if not truths:
-        raise BadSample("no truth", f'{sample.origin}: facts["answer"] is missing')
+        raise BadSample("no truth", f"{sample.origin}: no answer to grade by")
     return truths
+
+
+def reward_of_text(text: str, finished: bool, prompt: Prompt) -> float:
+    """What the text's box earns: its best against any of the truths, against all of an annotation."""
+    if prompt.grader == "vqa":
+        return answer_reward(text, list(prompt.truths), finished, prompt.grader)
+    return max(answer_reward(text, truth, finished, prompt.grader) for truth in prompt.truths)
 
 
 def parts_of(prompts: list[Prompt], model: SailVL, sampling: Sampling) -> list[list[Prompt]]:
@@ -349,11 +369,9 @@ def answer_part(
         prompt = part[answer.prompt]
         ids = answer.ids[:-1] if answer.finished else answer.ids
         text = tokenizer.decode(ids)
-        rewards = [
-            answer_reward(text, truth, answer.finished, prompt.grader) for truth in prompt.truths
-        ]
-        reply = Reply(text, answer.finished, max(rewards), format_reward(text, answer.finished))
-        replies[answer.prompt].append(reply)
+        earned = reward_of_text(text, answer.finished, prompt)
+        form = format_reward(text, answer.finished)
+        replies[answer.prompt].append(Reply(text, answer.finished, earned, form))
     return [Record(prompt.index, prompt.origin, tuple(said)) for prompt, said in zip(part, replies)]
 
 
@@ -395,7 +413,7 @@ class Records(Sequence):
 
 def settings_of(options: AskOptions, records: Records) -> dict:
     """What the answers depend on: model, data and sampling, with sizes and times of the files."""
-    model_files = sorted(options.model.glob("*.safetensors"))
+    model_files = sorted(options.model.rglob("*.safetensors"))
     data_files = [path for path, _ in records.folder.files]
     stamps = {}
     for name, files in (("model files", model_files), ("data files", data_files)):
@@ -419,10 +437,10 @@ def ask_about_files(options: AskOptions) -> tuple[Records, AnswerFiles, parallel
     ranks = parallel.start()
     device = pick_device(options.device, ranks.device)
     records = Records(Folder(options.data, options.images), options.limit)
+    model, tokenizer = load_model(options.model, device, torch_type(options.dtype))
 
     answers_folder = options.answers or options.out.with_suffix(".answers")
     answers = AnswerFiles(answers_folder, settings_of(options, records))
-    model, tokenizer = load_model(options.model, device, torch_type(options.dtype))
     encoder = Encoder(tokenizer, model.config, records.folder.root)
     with torch.inference_mode():
         ask_all(model, encoder, records, options.sampling, answers, progress=True)

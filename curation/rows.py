@@ -28,7 +28,7 @@ from typing import Any, Iterable
 
 from PIL import Image
 
-from data.images import FORMATS, SUFFIXES
+from data.images import FORMATS, SUFFIXES, path_inside
 from data.sample import BadSample, Faults, Message, Sample, Video
 
 MARKS = ("<image>", "<video>")
@@ -69,6 +69,7 @@ class RowWriter:
 
     def row(self, sample: Sample) -> dict:
         """A sample as messages and what their marks stand for."""
+        # A mark for each picture, in the order of the lists below.
         images: list[str] = []
         videos: list[str | list[str]] = []
         messages = []
@@ -85,6 +86,7 @@ class RowWriter:
                     images.append(self.image_path(part, sample))
             messages.append(turn_of(message, content))
 
+        # Only what there is.
         row = {"messages": messages}
         if images:
             row["images"] = images
@@ -99,6 +101,7 @@ class RowWriter:
 
     def video_path(self, video: Video, sample: Sample) -> str | list[str]:
         """A list of frames, or the path of the file or folder that holds them."""
+        # Frames one by one, or a file with all of them.
         if isinstance(video.source, tuple):
             return [self.image_path(frame, sample) for frame in video.source]
         if not isinstance(video.source, Path):
@@ -115,6 +118,7 @@ class RowWriter:
 
     def image_path(self, picture: Any, sample: Sample) -> str:
         """The path of a picture relative to the file, which has it beside it from now on."""
+        # In memory, drawn or out of a container: beside the rows.
         if isinstance(picture, Image.Image):
             picture = png_bytes(picture)
         if isinstance(picture, bytes):
@@ -164,9 +168,8 @@ def without_marks(text: str) -> str:
 
 
 def located(path: Path, sample: Sample) -> Path:
-    """Where a path of a sample leads to."""
-    root = sample.root if sample.root is not None else Path()
-    return (root / path).resolve()
+    """Where a path of a sample leads to. Raises BadSample when that is outside of its folder."""
+    return path_inside(path, sample.root, sample.origin).resolve()
 
 
 def hashed(content: bytes) -> str:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,11 +111,19 @@ def test_any_of_several_accepted_answers_is_right(script, encoder, model):
     assert difficulty.pass_rates(model, encoder, [sample]) == [0.75]
 
 
+def test_without_facts_the_truth_is_the_last_answer(script, encoder, model):
+    script(one=[RIGHT] * 4)
+    for said in ("3", " \\boxed{3}", "so it is \\boxed{3}."):
+        sample = replace(ask(said, "one"), facts={})
+        assert difficulty.pass_rates(model, encoder, [sample]) == [1.0]
+    assert difficulty.pass_rates(model, encoder, [replace(ask("4", "one"), facts={})]) == [0.0]
+
+
 def test_what_cannot_be_asked_costs_itself_and_says_why(script, encoder, model):
     script(one=[RIGHT] * 4)
     samples = [
         BadSample("malformed record", "x.jsonl:1: no"),
-        replace(ask("3", "one"), facts={}),
+        replace(ask("", "one"), facts={}),
         ask("3", "one", grader="taste"),
         Sample((Message("assistant", ("3",)),), facts={"answer": "3"}),
         replace(
@@ -126,11 +135,12 @@ def test_what_cannot_be_asked_costs_itself_and_says_why(script, encoder, model):
     answers = Remembered()
     asking.ask_all(model, encoder, samples, Sampling(max_length=200), answers)
     records = list(answers.records())
-    assert [r.fault and r.fault[0] for r in records] == [
+    reasons = [r.fault and r.fault[0] for r in records]
+    assert reasons.pop(3) in ("cannot be asked", "no question")
+    assert reasons == [
         "malformed record",
         "no truth",
         "unknown grader",
-        "cannot be asked",
         "unreadable image",
         None,
         "too long",
@@ -200,8 +210,11 @@ def test_answers_of_something_else_and_of_another_process_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another process"):
         AnswerFiles(tmp_path / "a", settings())
     files.file.close()
-    with pytest.raises(ValueError, match="tries 2, now it is 4.*--answers"):
-        AnswerFiles(tmp_path / "a", settings(tries=4))
+    nothing_yet = AnswerFiles(tmp_path / "a", settings(tries=4))
+    nothing_yet.add([Record(0, "x:1")])
+    nothing_yet.file.close()
+    with pytest.raises(ValueError, match="tries 4, now it is 2.*--answers"):
+        AnswerFiles(tmp_path / "a", settings())
 
 
 @pytest.mark.parametrize("dies_after", [0, 1, 3])
@@ -305,6 +318,19 @@ def test_every_sample_of_the_world_is_read_back(tmp_path, encoder):
         assert a.ids.tolist() == b.ids.tolist() and a.labels.tolist() == b.labels.tolist()
         assert all((x == y).all() for x, y in zip(a.images, b.images, strict=True))
         assert back.facts == sample.facts and back.task == sample.task
+
+
+def test_no_file_outside_the_images_folder_is_put_beside_the_rows(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    faults = Faults()
+    for source in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        user = Message("user", (Path(source), "?"))
+        sample = Sample((user, Message("assistant", ("a",))), root=tmp_path / "data")
+        assert write_rows(tmp_path / "out" / "a.jsonl", [(sample, {})], faults) == 0
+    assert faults.counts == {"path outside the image folder": 3}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jsonl"]
 
 
 def test_a_file_of_rows_appears_whole_or_not_at_all(tmp_path):

@@ -1,4 +1,4 @@
-"""Resampling: shares follow the rule, the cap is a cap in every script, measures are those of hand-counted texts."""
+"""Resampling: shares follow the rule, the cap holds in every script, measures are as counted by hand."""
 
 import json
 from collections import Counter
