@@ -125,6 +125,7 @@ class AnswerFiles:
         self.folder = Path(folder)
         self.rank, _ = parallel.place()
         self.folder.mkdir(parents=True, exist_ok=True)
+        # One writer for each file: two would ask everything twice.
         self.file = open(self.folder / f"{self.rank}.jsonl", "a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +147,7 @@ class AnswerFiles:
             temporary.rename(path)
         parallel.gather([])  # the others read what rank 0 has written
 
+        # The first difference is enough to say.
         saved = json.loads(path.read_text())
         for key in sorted(saved.keys() | settings.keys()):
             if saved.get(key) != settings.get(key):
@@ -166,6 +168,7 @@ class AnswerFiles:
         return {record.index for record in self.stored()}
 
     def add(self, records: list[Record]) -> None:
+        # In one write, so that a kill leaves a whole batch or a torn end.
         lines = [json.dumps(as_line(record)) + "\n" for record in records]
         self.file.write("".join(lines).encode())
         self.file.flush()
@@ -327,12 +330,14 @@ def reward_of_text(text: str, finished: bool, prompt: Prompt) -> float:
 
 def parts_of(prompts: list[Prompt], model: SailVL, sampling: Sampling) -> list[list[Prompt]]:
     """Neighbours whose answers' keys and values fit into the cache together; at least one question a part."""
+    # What a token costs, and what there is.
     text = model.config.text
     width = text.num_key_value_heads * text.head_dim
     element = model.language_model.lm_head.weight.element_size()
     token = 2 * text.num_hidden_layers * width * element  # bytes of keys and values
     limit = sampling.cache_gib * 2**30
 
+    # Prompts are padded to the longest of their part.
     parts: list[list[Prompt]] = []
     longest = 0
     for prompt in prompts:
@@ -364,6 +369,7 @@ def answer_part(
         seed=seed,
     )
 
+    # Without the end token, which is no part of what was said.
     replies: list[list[Reply]] = [[] for _ in part]
     for answer in generated:
         prompt = part[answer.prompt]
@@ -413,6 +419,7 @@ class Records(Sequence):
 
 def settings_of(options: AskOptions, records: Records) -> dict:
     """What the answers depend on: model, data and sampling, with sizes and times of the files."""
+    # A model that was trained on, or data that grew, has another size or time.
     model_files = sorted(options.model.rglob("*.safetensors"))
     data_files = [path for path, _ in records.folder.files]
     stamps = {}
@@ -432,6 +439,7 @@ def settings_of(options: AskOptions, records: Records) -> dict:
 
 def ask_about_files(options: AskOptions) -> tuple[Records, AnswerFiles, parallel.Ranks]:
     """From files to files of answers. On return all questions are answered, on all ranks."""
+    # What can be wrong is found before the first question is asked.
     if options.out.suffix != ".jsonl":
         raise ValueError(f"--out {options.out}: a JSONL file is written, call it .jsonl")
     ranks = parallel.start()
@@ -439,6 +447,7 @@ def ask_about_files(options: AskOptions) -> tuple[Records, AnswerFiles, parallel
     records = Records(Folder(options.data, options.images), options.limit)
     model, tokenizer = load_model(options.model, device, torch_type(options.dtype))
 
+    # Asked without gradients, in a folder that the next call goes on from.
     answers_folder = options.answers or options.out.with_suffix(".answers")
     answers = AnswerFiles(answers_folder, settings_of(options, records))
     encoder = Encoder(tokenizer, model.config, records.folder.root)
@@ -468,6 +477,7 @@ class Funnel:
             yield record
 
     def report(self) -> str:
+        # A line for each step, then the faults.
         widest = max(map(len, self.steps))
         lines = [f"{step:{widest}s} {number:9d}" for step, number in self.steps.items()]
         return "\n".join(lines + [self.faults.report()]).rstrip()
@@ -484,6 +494,7 @@ def open_funnel(records: Records) -> Funnel:
 
 def sample_of(record: Record, records: Records) -> Sample:
     """The sample that a record is about. Raises BadSample when it is not there any more."""
+    # Read again: nothing but numbers was kept while the questions were asked.
     sample = records[record.index]
     if isinstance(sample, BadSample):
         raise sample

@@ -62,6 +62,7 @@ def rejection_sample(
     answers = Remembered()
     ask_all(model, encoder, samples, Sampling(tries, max_new, temperature, seed), answers)
 
+    # The question with its request to think, and the model's own words after it.
     harvest = []
     for record in answers.records():
         reply = first_right(record)
@@ -144,10 +145,13 @@ class Blend:
 
     def __getitem__(self, n: int) -> Any:
         """A Sample, or what `direct` has there: a BadSample, or None. Its IndexError is the end."""
+        # How many chains come before n: those of whole blocks, and those of this one.
         block, place = divmod(n, BLOCK)
         places = self.places(block)
         earlier = int(np.searchsorted(places, place))  # chains of this block before n
         count = self.chains_before(block) + earlier
+
+        # A direct number: all numbers before n that are no chains come before it.
         is_chain = earlier < len(places) and places[earlier] == place
         if not is_chain:
             return self.direct[n - count]
@@ -184,6 +188,7 @@ class Blend:
 
     def chain(self, count: int) -> Sample:
         """The chain that comes after `count` others: all of them once, then all again in another order."""
+        # The order of an epoch is drawn from its number.
         epoch, place = divmod(count, len(self.chains))
         order = epoch_order(self.seed, epoch, len(self.chains))
         return self.chains[int(order[place])]
@@ -209,6 +214,7 @@ class HarvestOptions(AskOptions):
 
 
 def harvest_chains(options: HarvestOptions) -> None:
+    # All ranks ask, one writes.
     records, answers, ranks = ask_about_files(options)
     if ranks.main:
         write_chains(options, records, answers)
@@ -228,6 +234,8 @@ def write_chains(options: HarvestOptions, records, answers) -> None:
         except BadSample as fault:
             funnel.faults.add(fault)
             continue
+
+        # With the pass rate: who wants hard chains only can choose by it.
         measured = {"pass_rate": record.pass_rate, "tries": options.sampling.tries}
         rows.append((own_chain(sample, reply), measured))
 

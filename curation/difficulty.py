@@ -59,6 +59,7 @@ def by_difficulty(samples: list[Sample], rates: list[float], reasoning: set[str]
     reasoning: families. An impossible reasoning question gives groups without a lesson; an
     impossible look-up may only be unfamiliar.
     """
+    # A family that wants no reasoning may be unsolved.
     kept = []
     for sample, rate in zip(samples, rates, strict=True):
         may_be_unsolved = label_of(sample) not in reasoning
@@ -98,6 +99,7 @@ def measure_difficulty(options: DifficultyOptions) -> None:
         raise ValueError(
             f"--low {options.low} --high {options.high}: 0 <= low < high <= 1 is wanted"
         )
+    # All ranks ask, one writes.
     records, answers, ranks = ask_about_files(options)
     if ranks.main:
         write_by_difficulty(options, records, answers)
@@ -129,12 +131,14 @@ def write_by_difficulty(options: DifficultyOptions, records, answers) -> None:
         if 0 < rate <= options.hard_ceiling:
             rare.append((sample, measured))
 
+    # Both files, each whole or not at all.
     funnel.count("kept", len(kept))
     funnel.count("written", write_rows(options.out, kept, funnel.faults))
     if options.hard:
         rare.sort(key=lambda row: row[1]["pass_rate"])
         funnel.count("hard, written", write_rows(options.hard, rare, funnel.faults))
 
+    # How the questions spread: much at 0 or 1 wants another model, or other questions.
     print(funnel.report())
     print(f"\npass rate of {tries} tries   questions")
     for rate in sorted(rates):
