@@ -202,7 +202,7 @@ def cook_soup(options: SoupOptions) -> None:
 
     # All of them, or those that help; one rank writes.
     if options.greedy:
-        mean, chosen = greedy(states, grader_of(options, device, ranks.main))
+        mean, chosen = greedy(states, scorer_of(options, device, ranks.main))
         if ranks.main:
             print(f"greedy soup of {', '.join(str(options.models[i]) for i in chosen)}")
     else:
@@ -212,7 +212,7 @@ def cook_soup(options: SoupOptions) -> None:
     parallel.stop()
 
 
-def grader_of(
+def scorer_of(
     options: SoupOptions, device: str, main: bool
 ) -> Callable[[dict[str, Tensor]], float]:
     """A function that gives a state dictionary's accuracy on the held-out samples.

@@ -71,6 +71,7 @@ def balanced(
             f"{len(sizes)} datasets"
         )
 
+    # A target is a weight already.
     weights = targets or [size ** (1 / temperature) for size in sizes]
     total = sum(weights)
     return [weight / total for weight in weights]
@@ -104,6 +105,7 @@ def thinned(
         raise ValueError(
             f"cap {cap} and n {n} must be positive, and the tolerance {tolerance} in [0, 1)"
         )
+    # In random order: which of two alike stays is chance, not place in the file.
     texts = list(texts)
     order = random.Random(seed).sample(range(len(texts)), len(texts))
 
@@ -180,6 +182,7 @@ def balance_datasets(options: BalanceOptions) -> None:
         )
     folder = Folder(options.mix)
     meta = json.loads(options.mix.read_text("utf-8-sig"))
+    # Other formats of mixtures have no weights to write.
     if "datasets" not in meta:
         raise ValueError(f'{options.mix}: no mixture file, it has no "datasets"')
     entries = meta["datasets"]
@@ -194,6 +197,7 @@ def balance_datasets(options: BalanceOptions) -> None:
     print(
         f"{'dataset':20s} {'samples':>9s} {'before':>8s} {'after':>8s}   epochs, if all are drawn once"
     )
+    # The table, and the same file with its weights.
     for name, size, old, new in zip(entries, sizes, before, shares, strict=True):
         entries[name]["weight"] = new
         epochs = new * sum(sizes) / max(1, size)
@@ -215,6 +219,7 @@ def thin_file(options: ThinOptions) -> None:
             readable.append(index)
             texts.append(answers_as_text(sample))
 
+    # What is kept, measured beside as many at random.
     kept = thinned(texts, options.cap, options.n, options.seed, options.tolerance)
     chance = random.Random(options.seed).sample(texts, len(kept))
     print(

@@ -86,14 +86,14 @@ def without_options(sample: Sample) -> Sample | None:
     truth = sample.facts.get("answer")
 
     # The part that holds the options. A letter without a text (of a picture, say) stays a letter.
-    with_options = [i for i in texts if options_in(user.parts[i])]
+    with_options = [i for i in texts if listed_options(user.parts[i])]
     if not with_options:
         whole = "\n".join(user.parts[i] for i in texts)
         return None if is_letter_of(truth, whole) else sample
 
     # The letter's text, and a question that still is one.
     place = with_options[-1]
-    answer_text = text_of_letter(truth, options_in(user.parts[place]))
+    answer_text = text_of_letter(truth, listed_options(user.parts[place]))
     question = stripped(user.parts[place])
     rest = "".join(question if i == place else user.parts[i] for i in texts)
     if answer_text is None or not rest.strip() or POINTS_AT_OPTIONS.search(rest):
@@ -103,12 +103,12 @@ def without_options(sample: Sample) -> Sample | None:
     parts[place] = question
     messages = list(sample.messages)
     messages[at - 1] = replace(user, parts=tuple(parts))
-    messages[at] = answered(messages[at], answer_text)
+    messages[at] = answered_in_words(messages[at], answer_text)
     facts = free_facts(sample.facts, answer_text, rest)
     return replace(sample, messages=tuple(messages), facts=facts)
 
 
-def options_in(text: str) -> dict[str, str]:
+def listed_options(text: str) -> dict[str, str]:
     """Letter -> text of the options, {} unless they are A, B, ... in this order and have a text each."""
     for pattern in (OPTION_LINE, OPTION_INLINE):
         found = [(letter, said.strip()) for letter, said in pattern.findall(text)]
@@ -167,7 +167,7 @@ def text_of_letter(answer: object, options: dict[str, str]) -> str | None:
     return text if repeated == text else None
 
 
-def answered(answer: Message, truth: str) -> Message:
+def answered_in_words(answer: Message, truth: str) -> Message:
     """The answer in words, without a chain that speaks of letters."""
     chain = answer.think
     if chain is not None and LETTER_IN_CHAIN.search(chain):
