@@ -19,6 +19,7 @@ Source: SAIL-VL2 section 4.2.4 (900K direct answers, 100K chains from the RL pol
 import functools
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import numpy as np
@@ -67,9 +68,7 @@ def rejection_sample(
     for record in answers.records():
         reply = first_right(record)
         if reply is not None:
-            solved = own_chain(samples[record.index], reply)
-            asked = with_thinking(solved, encoder.tokenizer.think_prompt)
-            harvest.append(replace(asked, messages=(*asked.messages[:-1], solved.messages[-1])))
+            harvest.append(asking_for_it(own_chain(samples[record.index], reply), encoder))
     return harvest
 
 
@@ -99,14 +98,29 @@ def own_chain(sample: Sample, reply: Reply) -> Sample:
     )
 
 
-def read_chains(path, encoder: Encoder, images=None, faults: Faults | None = None) -> list[Sample]:
-    """A harvest that the command wrote, asking for thinking: ready to train on."""
-    folder = Folder(path, images)
-    chains = [with_thinking(s, encoder.tokenizer.think_prompt) for s in folder.first()]
-    if faults is not None:
-        for reason, number in folder.faults.counts.items():
-            faults.counts[reason] += number
-            faults.examples.setdefault(reason, folder.faults.examples[reason])
+def asking_for_it(sample: Sample, encoder: Encoder) -> Sample:
+    """The question with the request to think, before the answer that the sample has."""
+    asked = with_thinking(sample, encoder.tokenizer.think_prompt)
+    return replace(asked, messages=(*asked.messages[:-1], sample.messages[-1]))
+
+
+def read_chains(path: Path, encoder: Encoder, faults: Faults) -> list[Sample]:
+    """A harvest that the command wrote (or any rows that end with a chain), ready to train on.
+
+    What is no chain is counted in `faults`. Raises ValueError when there is none at all.
+    """
+    folder = Folder(path)
+    chains = []
+    for index in range(len(folder)):
+        sample = folder[index]
+        if isinstance(sample, Sample) and sample.messages[-1].think:
+            chains.append(asking_for_it(sample, encoder))
+        elif isinstance(sample, Sample):
+            faults.add(BadSample("no chain", f"{sample.origin}: it ends without <think>"))
+        else:
+            faults.add(sample)
+    if not chains:
+        raise ValueError(f"{path}: no chain in it; `python -m curation.chains` writes some")
     return chains
 
 

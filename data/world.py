@@ -23,12 +23,11 @@ Seven kinds of scene on 32 x 32 pixels with a 2 x 2 grid of cells (each becomes 
     video    three frames, a shape that moves   caption, video
 
 How to add a task family, say `sizes`, in at most three places:
-    1. here: a row of TABLE; `sizes` in the `families` of every scene that can be asked, and a
-       method `ask_sizes` of that scene
-    2. pretrain.py: its weight in the mixtures, if pre-training shall show it
-    3. sft.py: its weight in the stage that TABLE names as the one that teaches it
-It is then drawn, graded on every rung of the ladder and reported, and asked in long CoT and RL
-where TABLE calls it reasoning.
+    1. a row of TABLE: what shows, teaches, and grades it
+    2. `sizes` in the `families` of every scene that can be asked, and its method `ask_sizes`
+    3. sft.py: its weight in the phase that TABLE names as the one that teaches it
+It is then drawn in pre-training, graded on every rung of the ladder and reported, and asked in long
+CoT and RL where TABLE calls it reasoning.
 
 Deterministic: sample i of a seed is always the same. Train and held-out scenes differ by content,
 not only by seed: a scene's content is hashed, one in eight hashes is held out, and neither side
@@ -58,7 +57,9 @@ from infra.cli import command
 class Family:
     """What the ladder must know about one task family."""
 
-    taught: str = ""  # the SFT phase that teaches it; empty: pre-training does
+    shown: str = ""  # the part of pre-training that shows it: captions, understanding, instruction
+    weight: float = 0.0  # its share there
+    taught: str = ""  # the SFT phase that teaches it
     graded: bool = True  # whether the ladder reports it
     reasoning: bool = False  # whether it has chains: long CoT, RL and think-fusion ask it
     grader: str = "auto"  # a key of graders.GRADERS
@@ -66,17 +67,17 @@ class Family:
 
 # The one list of the world's families, in the order in which they are reported.
 TABLE = {
-    "caption": Family(grader="phrases"),
-    "listing": Family(graded=False),  # a drill, see ObjectScene.ask_listing
-    "attributes": Family("sft1"),
-    "spatial": Family("sft1"),
-    "counting": Family("sft1", reasoning=True),
-    "grounding": Family("sft2", grader="box"),
-    "reading": Family("sft2"),
-    "charts": Family("sft2", reasoning=True),
-    "arithmetic": Family("sft3", reasoning=True),
-    "odd": Family("sft3", reasoning=True),
-    "video": Family("sft4"),
+    "caption": Family("captions", 1.0, grader="phrases"),
+    "listing": Family("captions", 1.0, graded=False),  # a drill, see ObjectScene.ask_listing
+    "attributes": Family("instruction", 3.0, "sft1"),
+    "spatial": Family("instruction", 3.0, "sft1"),
+    "counting": Family("instruction", 2.0, "sft1", reasoning=True),
+    "grounding": Family("understanding", 0.8, "sft2", grader="box"),
+    "reading": Family("captions", 0.5, "sft2"),
+    "charts": Family("instruction", 2.0, "sft2", reasoning=True),
+    "arithmetic": Family("instruction", 2.0, "sft3", reasoning=True),
+    "odd": Family("instruction", 1.5, "sft3", reasoning=True),
+    "video": Family(taught="sft4"),
     "text": Family(),  # any of the others, with a description in the picture's place
 }
 FAMILIES = tuple(TABLE)
@@ -86,6 +87,18 @@ PHASES = {
     phase: tuple(name for name, family in TABLE.items() if family.taught == phase)
     for phase in ("sft1", "sft2", "sft3", "sft4")
 }
+
+
+def shown_in(*parts: str) -> dict[str, float]:
+    """The mixture of the families that these parts of pre-training show."""
+    return {name: family.weight for name, family in TABLE.items() if family.shown in parts}
+
+
+# Mixtures (family -> share): what pre-training shows, and what later stages rehearse of it.
+CAPTION = shown_in("captions")
+UNDERSTANDING = shown_in("captions", "understanding")
+INSTRUCTION = shown_in("instruction")
+EARLIER = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}
 
 
 @dataclass(frozen=True)
@@ -735,39 +748,6 @@ KINDS = {
     "odd": OddScene,
     "video": MovingScene,
 }
-
-# What is graded, in the order of the report; what each phase of fine-tuning teaches first; what
-# earlier stages taught and later ones rehearse.
-GRADED = (
-    "caption",
-    "attributes",
-    "spatial",
-    "counting",
-    "grounding",
-    "reading",
-    "charts",
-    "arithmetic",
-    "odd",
-    "video",
-    "text",
-)
-PHASES = {
-    "sft1": ("attributes", "spatial", "counting"),
-    "sft2": ("charts", "grounding", "reading"),
-    "sft3": ("arithmetic", "odd"),
-    "sft4": ("video",),
-}
-CAPTION = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
-UNDERSTANDING = CAPTION | {"grounding": 0.8}
-INSTRUCTION = {
-    "attributes": 3.0,
-    "spatial": 3.0,
-    "counting": 2.0,
-    "charts": 2.0,
-    "arithmetic": 2.0,
-    "odd": 1.5,
-}
-EARLIER = {"text": 0.05} | {f: 0.4 * w for f, w in (UNDERSTANDING | INSTRUCTION).items()}
 
 
 def held_out(content) -> bool:

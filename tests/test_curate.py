@@ -448,9 +448,20 @@ def test_chains_are_harvested_from_files_to_files(tmp_path, directory, script, e
     assert not any(think_prompt in str(s.messages) for s in found)
 
     # Ready to train on, they ask for thinking and hold the model's own chains.
-    ready = chains.read_chains(tmp_path / "chains.jsonl", encoder)
+    faults = Faults()
+    with open(tmp_path / "chains.jsonl", "a") as f:
+        f.write(
+            '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "3"}]}\n'
+        )
+    ready = chains.read_chains(tmp_path / "chains.jsonl", encoder, faults)
+    assert faults.counts == {"no chain": 1}
     assert all(s.messages[0].parts[-1].endswith(think_prompt) for s in ready)
     assert [s.messages[-1] for s in ready] == [s.messages[-1] for s in found]
+
+
+def test_a_harvest_without_a_chain_is_refused(tmp_path, encoder):
+    with pytest.raises(ValueError, match="no chain in it"):
+        chains.read_chains(people(tmp_path / "data"), encoder, Faults())
 
 
 def test_user_mistakes_are_one_line(tmp_path, directory, script):

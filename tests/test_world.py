@@ -106,8 +106,20 @@ def test_what_the_recipes_import_follows_from_the_table():
     assert world.GRADED == tuple(f for f in world.FAMILIES if f != "listing")
     assert world.REASONING == ("counting", "charts", "arithmetic", "odd")
     assert list(world.PHASES) == ["sft1", "sft2", "sft3", "sft4"]
+    assert world.PHASES["sft2"] == ("grounding", "reading", "charts")
     taught = [family for phase in world.PHASES.values() for family in phase]
     assert Counter(taught) == Counter(set(world.GRADED) - {"caption", "text"})
+
+
+def test_the_mixtures_of_pre_training_are_what_they_were():
+    captions = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
+    assert world.CAPTION == captions
+    assert world.UNDERSTANDING == captions | {"grounding": 0.8}
+    rest = {"attributes": 3.0, "spatial": 3.0, "counting": 2.0}
+    rest |= {"charts": 2.0, "arithmetic": 2.0, "odd": 1.5}
+    assert world.INSTRUCTION == rest
+    shown = world.UNDERSTANDING | world.INSTRUCTION
+    assert world.EARLIER == {"text": 0.05} | {f: 0.4 * w for f, w in shown.items()}
 
 
 @pytest.mark.parametrize("family", [f for f in world.FAMILIES if f != "text"])
@@ -128,7 +140,7 @@ def test_a_new_family_needs_a_row_and_a_method(monkeypatch):
         def ask_sizes(self, rng):
             return world.Turn("sizes", "how large are they?", "small")
 
-    monkeypatch.setitem(world.TABLE, "sizes", world.Family("sft2"))
+    monkeypatch.setitem(world.TABLE, "sizes", world.Family("captions", 1.0))
     monkeypatch.setattr(world, "FAMILIES", tuple(world.TABLE))
     monkeypatch.setitem(world.KINDS, "dots", Sized)
     samples = world.World().held_out("sizes", 5)
