@@ -254,10 +254,14 @@ def write_chains(options: HarvestOptions, records, answers) -> None:
         rows.append((own_chain(sample, reply), measured))
 
     funnel.count("kept", len(rows))
-    funnel.count("written", write_rows(options.out, rows, funnel.faults))
+    if rows:
+        funnel.count("written", write_rows(options.out, rows, funnel.faults))
     print(funnel.report())
     if not rows:
-        print("no question was solved: train the policy longer or ask it easier questions")
+        raise ValueError(
+            f"{options.out} not written: no question was solved; train the policy longer or ask it "
+            "easier questions"
+        )
     print(f"wrote {options.out}")
 
 

@@ -133,8 +133,9 @@ def write_by_difficulty(options: DifficultyOptions, records, answers) -> None:
 
     # Both files, each whole or not at all.
     funnel.count("kept", len(kept))
-    funnel.count("written", write_rows(options.out, kept, funnel.faults))
-    if options.hard:
+    if kept:
+        funnel.count("written", write_rows(options.out, kept, funnel.faults))
+    if options.hard and rare:
         rare.sort(key=lambda row: row[1]["pass_rate"])
         funnel.count("hard, written", write_rows(options.hard, rare, funnel.faults))
 
@@ -143,7 +144,14 @@ def write_by_difficulty(options: DifficultyOptions, records, answers) -> None:
     print(f"\npass rate of {tries} tries   questions")
     for rate in sorted(rates):
         print(f"{rate:22.3f}   {rates[rate]:9d}")
-    print(f"wrote {options.out}" + (f" and {options.hard}" if options.hard else ""))
+    if not kept:
+        raise ValueError(
+            f"{options.out} not written: no pass rate lies between {options.low:g} and "
+            f"{options.high:g}; ask more often (--tries), other questions, or another model"
+        )
+    print(f"wrote {options.out}")
+    if options.hard:
+        print(f"wrote {options.hard}" if rare else f"{options.hard} not written: nothing is hard")
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_what_must_not_be_learned_is_marked(tmp_path):
 # -------------------------------------------------------------------------------- whole commands
 
 
-def people(folder, n=12):
+def people(folder: Path, n: int = 12) -> Path:
     """Rows as people have them: LLaVA's form, two of them useless."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
@@ -459,6 +459,18 @@ def test_chains_are_harvested_from_files_to_files(tmp_path, directory, script, e
     assert [s.messages[-1] for s in ready] == [s.messages[-1] for s in found]
 
 
+def test_nothing_to_write_is_an_error_after_the_funnel(tmp_path, directory, script, capsys):
+    script(**dict.fromkeys(SAID, [WRONG] * 4))
+    data = people(tmp_path / "data")
+    for kind, command, words in (
+        (difficulty.DifficultyOptions, difficulty.measure_difficulty, "no pass rate"),
+        (chains.HarvestOptions, chains.harvest_chains, "no question was solved"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            command(options(kind, directory, data, tmp_path / "out.jsonl"))
+        assert "asked" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_harvest_without_a_chain_is_refused(tmp_path, encoder):
     with pytest.raises(ValueError, match="no chain in it"):
         chains.read_chains(people(tmp_path / "data"), encoder, Faults())
@@ -493,6 +505,7 @@ def launch(*words, before=(), **how):
 def test_a_killed_command_ends_at_once_and_goes_on_where_it_was(tmp_path, directory):
     data = people(tmp_path / "data", 24)
     arguments = ["--model", str(directory), "--data", str(data), *SMALL]
+    arguments += ["--keep-unsolved", *SAID]  # an untrained model solves nothing
 
     # Undisturbed; and the same on two ranks.
     alone = launch(*COMMAND, *arguments, "--out", str(tmp_path / "a.jsonl"))
