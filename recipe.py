@@ -33,7 +33,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from curation.chains import Blend
+from curation.chains import Blend, read_chains
 from data.encode import Encoder, chain_of, truth_of, with_thinking
 from data.images import normalise
 from data.readers import Folder
@@ -491,9 +491,9 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
 
     # What goes along
     model.to(ranks.device).train()
-    harvest = Folder(options.harvest).first() if options.harvest else None
     faults = source.faults if options.data else Faults(options.strict)
     encoder = Encoder(tokenizer, config, source.root)
+    harvest = read_chains(options.harvest, encoder, faults) if options.harvest else None
     return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest)
 
 

@@ -1,119 +1,158 @@
-"""Making datasets out of datasets: plain functions from samples to samples.
+"""Difficulty: which questions can still teach, measured with the model that one has.
 
-What it teaches: much of a recipe is choosing what to train on next with the model that one has. RL learns from questions
-that the policy solves sometimes: `solved` measures that, and the filters keep what still teaches.
+What it teaches: much of a recipe is choosing what to train on next. RL learns from questions that
+the policy solves sometimes: a group of answers that are all right, or all wrong, has no better and
+no worse, so nothing follows from it. Each question is asked several times; its pass rate decides.
 
-    questions -> free_response -> solved (pass@4) -> by_difficulty -> verifiable RL
-    questions -> solved by the RL policy -> hard -> mixed RL;  -> rejection_sample -> blend -> think-fusion
+    questions -> free_response -> pass rates -> between bounds -----------> verifiable RL
+                                       |-> solved, but rarely (hard) -----> mixed RL
+                                       `-> chains.py: the right answers --> think-fusion
 
-Sources: SAIL-VL2 section 4.2.3 (pass@4 with the previous model; multiple choice becomes free response), 4.2.4 (think-fusion
-data: 90 % direct, 10 % chains by rejection sampling from the RL policy), 4.2.5 (hard, "suboptimal" questions for mixed RL).
+    python -m curation.difficulty --model runs/long-cot --data questions.jsonl --out kept.jsonl
+    python -m curation.difficulty --model runs/rl --data q.jsonl --out kept.jsonl --hard hard.jsonl
+    torchrun --nproc-per-node 8 -m curation.difficulty --model ... (any number of ranks)
+
+Interrupted, the same command goes on where it was; with other bounds it asks nothing again (see
+curation/asking.py). The files that it writes hold the samples as they were, and what was measured
+as facts: `pass_rate`, and `tries`.
+
+Sources: SAIL-VL2 section 4.2.3 (pass@4 with the previous model; it keeps what lies strictly between
+0 and 1, so a share of the four must be meant: inferred; questions that need no reasoning only lose
+those that are always solved), 4.2.5 (hard, "suboptimal" questions for mixed RL; the bound of one
+half is our choice).
 """
 
-import re
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
 
-from data.encode import Encoder, with_thinking
-from data.sample import Sample
-from evaluate import text_of
-from generate import Answer, generate
-from rewards import answer_reward
+from curation.asking import (
+    AskOptions,
+    Remembered,
+    Sampling,
+    ask_about_files,
+    ask_all,
+    open_funnel,
+    sample_of,
+)
+from curation.rows import write_rows
+from data.encode import Encoder
+from data.sample import BadSample, Sample
+from infra.cli import command
+from scale import parallel
 from vlm import SailVL
 
 
-def thought(
-    model: SailVL,
-    encoder: Encoder,
-    samples: list[Sample],
-    tries: int,
-    max_new: int,
-    temperature: float,
-    seed: int,
-) -> tuple[list[Sample], list[Answer]]:
-    """The samples asked with thinking, and `tries` answers to each, in order."""
-    asked = [with_thinking(s, encoder.tokenizer.think_prompt) for s in samples]
-    return asked, generate(
-        model,
-        [encoder.prompt(s) for s in asked],
-        encoder.tokenizer.end,
-        max_new,
-        tries,
-        temperature,
-        seed=seed,
-    )
-
-
-def solved(
-    model: SailVL,
-    encoder: Encoder,
-    samples: list[Sample],
-    tries: int = 4,
-    max_new: int = 64,
-    temperature: float = 1.0,
-    seed: int = 0,
+def pass_rates(
+    model: SailVL, encoder: Encoder, samples: Sequence[Sample], sampling: Sampling = Sampling()
 ) -> list[float]:
-    """Share of `tries` sampled chains that answer each question rightly: pass@4 as the paper's filter must mean it, since
-    it keeps what lies strictly between 0 and 1 (inferred)."""
-    asked, answers = thought(model, encoder, samples, tries, max_new, temperature, seed)
-    right = [0.0] * len(samples)
-    for a in answers:
-        right[a.prompt] += (
-            answer_reward(
-                text_of(a, encoder.tokenizer), asked[a.prompt].facts["answer"], a.finished
-            )
-            / tries
-        )
-    return right
+    """The share of right answers to each question, 0 for one that cannot be asked."""
+    answers = Remembered()
+    ask_all(model, encoder, samples, sampling, answers)
+    return [0.0 if r.fault else r.pass_rate for r in answers.records()]
 
 
 def by_difficulty(samples: list[Sample], rates: list[float], reasoning: set[str]) -> list[Sample]:
-    """What can still teach: reasoning questions (by family) that are solved sometimes, others that are not always solved.
-    An impossible reasoning question gives groups without a lesson; an impossible look-up may only be unfamiliar."""
-    return [
-        s
-        for s, r in zip(samples, rates, strict=True)
-        if r < 1 and (r > 0 or s.facts.get("family", s.task) not in reasoning)
-    ]
+    """What can still teach: reasoning questions that are solved sometimes, others unless always.
 
-
-def hard(samples: list[Sample], rates: list[float], most: float = 0.5) -> list[Sample]:
-    """For the mixed stage: solved sometimes, but at most `most` of the time (our choice of "suboptimal"), hardest first."""
-    ranked = sorted((i for i, r in enumerate(rates) if 0 < r <= most), key=lambda i: rates[i])
-    return [samples[i] for i in ranked]
-
-
-OPTION = re.compile(r"^\s*\(?([A-Z])[).:]\s*(.+?)\s*$", re.MULTILINE)
-
-
-def free_response(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """(converted or already free, left as they are): multiple choice loses its options, its letter becomes the option's text.
-
-    A letter can be guessed one time in four, so its reward is mostly luck. The paper converts numeric and symbolic choices with
-    a language model; these rules do the same where the options stand on lines of their own. A question that makes no sense
-    without them ("which of the following ...") or whose answer is no option is not converted.
+    reasoning: families. An impossible reasoning question gives groups without a lesson; an
+    impossible look-up may only be unfamiliar.
     """
-    done, left = [], []
-    for s in samples:
-        *history, user, answer = s.messages
-        text, truth = user.parts[-1], s.facts["answer"].strip()
-        options = dict(OPTION.findall(text)) if isinstance(text, str) else {}
-        letter = re.fullmatch(r"\(?([A-Z])[).:]?", truth)
-        if len(options) < 2:
-            done.append(s)
-        elif (
-            not letter
-            or letter[1] not in options
-            or re.search(r"\b(which|these|following|option|above)\b", OPTION.sub("", text), re.I)
-        ):
-            left.append(s)
-        else:
-            told = options[letter[1]]
-            asked = replace(user, parts=(*user.parts[:-1], OPTION.sub("", text).rstrip()))
-            done.append(
-                replace(
-                    s,
-                    messages=(*history, asked, replace(answer, parts=(told,))),
-                    facts=s.facts | {"answer": told},
-                )
-            )
-    return done, left
+    # A family that wants no reasoning may be unsolved.
+    kept = []
+    for sample, rate in zip(samples, rates, strict=True):
+        may_be_unsolved = label_of(sample) not in reasoning
+        if rate < 1 and (rate > 0 or may_be_unsolved):
+            kept.append(sample)
+    return kept
+
+
+def hard(samples: list[Sample], rates: list[float], ceiling: float = 0.5) -> list[Sample]:
+    """Solved sometimes, but in at most `ceiling` of the tries: hardest first, else in order."""
+    chosen = [i for i, rate in enumerate(rates) if 0 < rate <= ceiling]
+    chosen.sort(key=lambda i: rates[i])
+    return [samples[i] for i in chosen]
+
+
+def label_of(sample: Sample) -> str:
+    """The family of a question, else its task."""
+    return sample.facts.get("family", sample.task)
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+@dataclass
+class DifficultyOptions(AskOptions):
+    """Measure how often a model solves each question, and keep those that can still teach."""
+
+    low: float = 0.0  # kept: pass rates above it ...
+    high: float = 1.0  # ... and below this
+    keep_unsolved: tuple[str, ...] = ()  # families or tasks that are kept at a pass rate of 0 too
+    hard: Path | None = None  # where the hard set is written, hardest first
+    hard_ceiling: float = 0.5  # highest pass rate of the hard set
+
+
+def measure_difficulty(options: DifficultyOptions) -> None:
+    if not 0 <= options.low < options.high <= 1:
+        raise ValueError(
+            f"--low {options.low} --high {options.high}: 0 <= low < high <= 1 is wanted"
+        )
+    # All ranks ask, one writes.
+    records, answers, ranks = ask_about_files(options)
+    if ranks.main:
+        write_by_difficulty(options, records, answers)
+    parallel.stop()
+
+
+def write_by_difficulty(options: DifficultyOptions, records, answers) -> None:
+    """The kept and the hard questions as files, and the funnel."""
+    funnel = open_funnel(records)
+    rates: Counter[float] = Counter()
+    kept: list[tuple[Sample, dict]] = []
+    rare: list[tuple[Sample, dict]] = []
+    tries = options.sampling.tries
+
+    for record in funnel.asked(answers.records()):
+        rate = record.pass_rate
+        rates[rate] += 1
+        try:
+            sample = sample_of(record, records)
+        except BadSample as fault:
+            funnel.faults.add(fault)
+            continue
+
+        # Between the bounds; or not solved, and none of those that must be.
+        excused = rate == 0 and label_of(sample) in options.keep_unsolved
+        measured = {"pass_rate": rate, "tries": tries}
+        if options.low < rate < options.high or excused:
+            kept.append((sample, measured))
+        if 0 < rate <= options.hard_ceiling:
+            rare.append((sample, measured))
+
+    # Both files, each whole or not at all.
+    funnel.count("kept", len(kept))
+    if kept:
+        funnel.count("written", write_rows(options.out, kept, funnel.faults))
+    if options.hard and rare:
+        rare.sort(key=lambda row: row[1]["pass_rate"])
+        funnel.count("hard, written", write_rows(options.hard, rare, funnel.faults))
+
+    # How the questions spread: much at 0 or 1 wants another model, or other questions.
+    print(funnel.report())
+    print(f"\npass rate of {tries} tries   questions")
+    for rate in sorted(rates):
+        print(f"{rate:22.3f}   {rates[rate]:9d}")
+    if not kept:
+        raise ValueError(
+            f"{options.out} not written: no pass rate lies between {options.low:g} and "
+            f"{options.high:g}; ask more often (--tries), other questions, or another model"
+        )
+    print(f"wrote {options.out}")
+    if options.hard:
+        print(f"wrote {options.hard}" if rare else f"{options.hard} not written: nothing is hard")
+
+
+if __name__ == "__main__":
+    command(measure_difficulty)

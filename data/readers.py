@@ -159,12 +159,6 @@ class Folder:
             return unconfined(found)
         return found
 
-    def tasks(self) -> dict[str, int]:
-        counts = {}
-        for (_, task), records in self.groups.items():
-            counts[task] = counts.get(task, 0) + len(records)
-        return counts
-
     def __len__(self) -> int:
         return len(self.spans)
 

@@ -1,16 +1,23 @@
-"""Soup: exact means, tensor by tensor; greedy keeps what helps; strangers and other architectures are refused."""
+"""Soup: exact means, tensor by tensor; greedy keeps what helps; strangers are refused."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import soup
-from soup import Checkpoint, average, distance, farthest, greedy
+from soup import Checkpoint, SoupOptions, average, distance, farthest, greedy
 from vlm import SailVL
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Commands choose their threads; in the suite, which runs beside others, they keep to one."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
 def near(state, seed, scale=0.01):
@@ -106,15 +113,81 @@ def test_the_command_writes_the_mean_and_refuses_strangers(config, tokenizer, tm
             model.load_state_dict(near(model.state_dict(), 1), strict=True)
         model.save_pretrained(tmp_path / name)
         tokenizer.save(tmp_path / name)
-    paths = lambda *names: tuple(Path(tmp_path / n) for n in names)
-    assert soup.main(soup.Options(paths("a", "b"), tmp_path / "mean")) == 0
+
+    def options(*names, out, **more):
+        return SoupOptions(tuple(tmp_path / n for n in names), tmp_path / out, device="cpu", **more)
+
+    soup.cook_soup(options("a", "b", out="mean"))
     a, b, mean = (load_file(tmp_path / n / "model.safetensors") for n in ("a", "b", "mean"))
     for name in a:
         torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2)
     assert Checkpoint(tmp_path / "a").keys() == a.keys()
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="--force True"):
-        soup.main(soup.Options(paths("a", "c"), tmp_path / "none"))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="say --force"):
+        soup.cook_soup(options("a", "c", out="none"))
     assert not (tmp_path / "none").exists()
-    assert (
-        soup.main(soup.Options(paths("a", "b"), tmp_path / "greedy", greedy=True, samples=1)) == 0
+    with pytest.warns(UserWarning):
+        soup.cook_soup(options("a", "c", out="forced", force=True))
+    soup.cook_soup(options("a", "b", out="greedy", greedy=True, samples=1))
+    for model in ("forced", "greedy"):
+        assert (tmp_path / model / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------ on own data
+
+
+@pytest.fixture
+def pair(config, tokenizer, tmp_path):
+    """Two relatives in bf16, and a held-out file with a picture that is none and one that is gone."""
+    first = SailVL(config).init_weights(0)
+    for name, seed in (("a", None), ("b", 1)):
+        model = SailVL(config).init_weights(0)
+        if seed:
+            model.load_state_dict(near(first.state_dict(), seed))
+        model.bfloat16().save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = []
+    for i, picture in enumerate(("red.png", "bad.png", "gone.png", "red.png")):
+        turns = [{"from": "human", "value": f"<image>{i}?"}, {"from": "gpt", "value": "red"}]
+        rows.append(json.dumps({"image": picture, "conversations": turns}))
+    (tmp_path / "held.jsonl").write_text("\n".join(rows))
+    return SoupOptions(
+        (tmp_path / "a", tmp_path / "b"),
+        tmp_path / "soup",
+        greedy=True,
+        data=tmp_path / "held.jsonl",
+        device="cpu",
     )
+
+
+def test_a_bad_picture_costs_its_sample_and_the_files_keep_their_type(pair, capsys):
+    soup.cook_soup(pair)
+    printed = capsys.readouterr().out
+    assert "1 x unreadable image" in printed and "1 x missing image" in printed
+    assert "greedy soup of" in printed
+    stored = load_file(pair.out / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+
+
+def test_what_a_user_did_wrong_is_one_sentence(pair):
+    for wrong, words in (
+        ({"models": pair.models[:1]}, "at least two"),
+        ({"device": "cuda:77"}, "no such device"),
+        ({"data": pair.out.parent / "none.jsonl"}, "none.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            soup.cook_soup(replace(pair, **wrong))
+
+    lines = pair.data.read_text().splitlines()
+    pair.data.write_text(lines[1])
+    with pytest.raises(ValueError, match="no sample can be graded"):
+        soup.cook_soup(pair)
+
+
+def test_weights_that_are_not_finite_are_refused(start):
+    broken = {k: torch.full_like(v, torch.nan) for k, v in start.items()}
+    with pytest.raises(ValueError, match="not finite"):
+        farthest([start, broken])
+    assert distance({"w": torch.zeros(2)}, {"w": torch.zeros(2)}) == 0

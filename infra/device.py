@@ -1,0 +1,33 @@
+"""Where a model runs: `--device` and `--dtype` as every command reads them.
+
+What it teaches: a device that is not there should cost a sentence, not a traceback from the depths
+of the framework.
+
+    "" -> what the process has anyway (its rank's accelerator, else the CPU)
+    "cuda", "cuda:1", "npu", "mps", "cpu" -> the same, if this machine has it
+"""
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def pick_device(name: str, default: str = "cpu") -> str:
+    """The device that a user named, or the default. Raises ValueError when there is no such one here."""
+    if not name:
+        return default
+
+    # Frameworks say in many ways that something is missing: the first line of it is enough.
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {name}: no such device here ({reason})") from error
+    return name
+
+
+def torch_type(precision: Precision) -> torch.dtype:
+    """`bfloat16` -> torch.bfloat16."""
+    return getattr(torch, precision)
