@@ -29,7 +29,7 @@ from torch import Tensor
 from attention import Segments, packed_attention
 from data.encode import Encoder
 from data.images import frames_of, normalise, open_image
-from data.sample import Message, Sample, Video
+from data.sample import MAX_FRAMES, Message, Sample, Video
 from infra.checkpoint import fault
 from infra.cli import command
 from infra.config import read_config
@@ -387,7 +387,7 @@ class GenerateOptions:
     )  # a model, or the directory of a run: its newest checkpoint
     image: tuple[Path, ...] = ()  # none, one or several
     video: tuple[Path, ...] = ()  # a GIF or WebP, a folder of frames, or several frames in order
-    frames: int = 8  # of a video at most, evenly spaced
+    frames: int = MAX_FRAMES  # of a video at most, evenly spaced
     think: bool = False  # ask for a chain of thought
     max_new: int = 256  # tokens
     temperature: float = 0.0  # 0: greedy
@@ -412,14 +412,14 @@ def build_question(options: GenerateOptions, think_prompt: str) -> Sample:
 
     parts: list[Any] = []
     for path in options.image:
-        if len(frames_of(Video(path, 2), None, "--image")) > 1:
+        if len(frames_of(Video(path, 2, "even"), None, "--image")) > 1:
             print(f"{path} moves: its first frame is shown, --video shows all", file=sys.stderr)
         parts += [open_image(path, origin="--image"), "\n"]
 
     # frames announce themselves and end their lines (`Encoder.unrolled`)
     if options.video:
         several = len(options.video) > 1
-        video = Video(tuple(options.video) if several else options.video[0], options.frames)
+        video = Video(tuple(options.video) if several else options.video[0], options.frames, "even")
         frames_of(video, None, "--video")  # a missing one is named before the model is read
         parts.append(video)
 

@@ -449,12 +449,14 @@ def test_several_tries_give_pass_at_k(home, capsys):
         (dict(grader="vibes"), "--grader 'vibes': choose from auto"),
         (dict(device="abacus"), "--device abacus: not available"),
         (dict(data="none.jsonl"), "none.jsonl"),
-        (dict(limit=0, data="untrue.jsonl"), "no sample can be graded"),
+        (dict(limit=0, data="untrue.jsonl"), "no sample can be asked"),
     ],
 )
 def test_what_a_user_did_is_one_line(home, options, message):
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    (home / "untrue.jsonl").write_text(json.dumps(row | {"facts": {"family": "x"}}) + "\n")
+    row = {
+        "messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    }
+    (home / "untrue.jsonl").write_text(json.dumps(row | {"images": ["gone.png"]}) + "\n")
     with pytest.raises((ValueError, OSError), match=message):
         run_command(home, **options)
 

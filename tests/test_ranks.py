@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, made_up
+from conftest import ROOT, answers, made_up
 from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
 from infra.stopping import check_stop
 from scale import parallel
-from train import answers, train
+from train import train
 from vlm import SailVL
 
 __all__ = ["config"]  # a fixture of test_checkpoint
@@ -228,11 +228,11 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(
     def work(ranks):
         calls = [0]
 
-        def objective(model, batch):
+        def objective(model, batch, stage):
             calls[0] += 1
             if ranks.rank == 1 and calls[0] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return answers(model, batch)
+            return answers(model, batch, stage)
 
         torch.manual_seed(0)
         train(
@@ -523,7 +523,7 @@ def test_beside_an_accelerators_own_transport_the_cpu_has_gloo():
 # ------------------------------------------------------------------------------------ torchrun
 
 FAILS = """
-from infra.cli import guarded
+from infra.cli import one_line_errors
 from scale import parallel
 
 def work():
@@ -532,7 +532,8 @@ def work():
         raise ValueError("samples.jsonl: no such file\\x1b[2J")
     parallel.total(1.0)
 
-guarded(work)
+with one_line_errors():
+    work()
 """
 
 

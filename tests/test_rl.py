@@ -859,7 +859,7 @@ def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
         dynamic=False,
     )
     source = SimpleNamespace(stream=lambda *_: Drawn(lambda n: questions[n % 4]), root=None)
-    log = fit(Setup(model, encoder, source, reward=algorithms.weak), stage).log
+    log = fit(Setup(model, encoder, source, reward=algorithms.weak_reward), stage).log
     assert sum(r["reward"] for r in log[-3:]) > 2 * sum(r["reward"] for r in log[:3])
     assert all(r["answer"] == 0 for r in log)  # what our extractor paid
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import made_up
+from conftest import answers, made_up
 from test_checkpoint import STAGE, STEPS, bomb, config, forked, results, run, whole
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
@@ -71,11 +71,10 @@ def slow_run(path, config, tokenizer, at: int = 0, interruptible: bool = True) -
 
 def noisy_torch():
     """Only torch's generator: Python's and numpy's are not seeded here."""
-    from train import answers
 
-    def objective(model, batch):
+    def objective(model, batch, stage):
         batch.weights = batch.weights * (torch.rand_like(batch.weights) < 0.7)
-        return answers(model, batch)
+        return answers(model, batch, stage)
 
     return objective
 
