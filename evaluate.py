@@ -57,6 +57,7 @@ from graders import (
     symbolic_note,
 )
 from infra.cli import command
+from infra.device import pick_device
 from infra.judge import JUDGE
 from rewards import answer_reward
 from scale import parallel
@@ -640,6 +641,9 @@ class EvaluateOptions:
     data: Path
     model: Path = Path("runs/toy/final")
     images: Path | None = None  # where image paths start; none: beside the file
+    allow_outside: bool = (
+        False  # image paths may lead out of the images' folder, also through links
+    )
     think: bool = False  # ask for a chain of thought; then only the box counts
     grader: str = ""  # in place of those of the rows; a key of graders.GRADERS
     circular: bool = False  # multiple choice: right only if right in every order of its options
@@ -664,9 +668,9 @@ def evaluate_files(options: EvaluateOptions) -> None:
 
     # the model and the file
     ranks = parallel.start()
-    device = checked_device(options.device or ranks.device)
+    device = pick_device(options.device or ranks.device)
     model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
-    folder = Folder(options.data, options.images)
+    folder = Folder(options.data, options.images, allow_outside=options.allow_outside)
     encoder = Encoder(tokenizer, model.config, folder.root)
 
     # what can be asked
@@ -719,16 +723,6 @@ def evaluate_files(options: EvaluateOptions) -> None:
     if ranks.main:
         print(report_text(options, graded, passed, folder.faults), flush=True)
     parallel.stop()
-
-
-def checked_device(name: str) -> str:
-    """The name. Raises ValueError when nothing can be put there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(f"--device {name}: not available here ({reason})") from error
-    return name
 
 
 def prompt_form(encoder: Encoder, samples: list[Sample], think: bool) -> str:

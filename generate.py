@@ -33,6 +33,7 @@ from data.sample import MAX_FRAMES, Message, Sample, Video
 from infra.checkpoint import fault
 from infra.cli import command
 from infra.config import read_config
+from infra.device import pick_device
 from infra.text import printable
 from tokenizer import Tokenizer
 from vlm import SailVL
@@ -304,7 +305,7 @@ def load_model(
     Raises ValueError when there is none, when the device is not there, or when the tokenizer has more
     tokens than the model.
     """
-    check_device(device)
+    pick_device(device)
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; give that of a saved or released model")
@@ -326,15 +327,6 @@ def load_model(
     model.image_token_id = tokenizer.image
     model.config = replace(model.config, image_token_id=tokenizer.image)
     return model.eval(), tokenizer
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError in a line when there is no such device."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).strip().split("\n")[0]
-        raise ValueError(f"--device {device}: not to be had here ({reason})") from e
 
 
 def newest_checkpoint(directory: Path) -> Path:
@@ -431,7 +423,7 @@ def build_question(options: GenerateOptions, think_prompt: str) -> Sample:
 
 def answer_prompt(options: GenerateOptions) -> None:
     # mistakes first: a large model takes minutes to read
-    check_device(options.device)
+    pick_device(options.device)
     build_question(options, "")
     model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
     sample = build_question(options, tokenizer.think_prompt)

@@ -370,6 +370,9 @@ class RunOptions:
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead; 0: none
     strict: bool = False  # make the first bad sample an error
+    allow_outside: bool = (
+        False  # image paths may lead out of the images' folder, also through links
+    )
 
     # How images and questions are put to the model; none: as the model's own configuration says
     any_resolution: bool | None = None  # images whole, at their own size, in place of tiles
@@ -471,7 +474,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     # What it learns from
     source = World()
     if options.data:
-        source = Folder(options.data, options.images, options.strict)
+        source = Folder(options.data, options.images, options.strict, options.allow_outside)
 
     # What learns: a model that exists, or a new one
     if options.model:
@@ -507,7 +510,8 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
             "--check-every needs --held-out FILE: samples that --data does not contain"
         )
     if options.held_out:
-        samples = Folder(options.held_out, options.images).first(64)
+        held_out = Folder(options.held_out, options.images, allow_outside=options.allow_outside)
+        samples = held_out.first(64)
     else:
         each = 64 // len(GRADED) + 1
         samples = [s for family in GRADED for s in World().held_out(family, each)]

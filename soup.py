@@ -178,6 +178,9 @@ class SoupOptions:
     greedy: bool = False  # best first, and only what does not make the mean worse on held-out data
     data: Path | None = None  # held-out file for --greedy; none: the toy world's held-out side
     images: Path | None = None  # folder of the images; default: beside the data
+    allow_outside: bool = (
+        False  # image paths may lead out of the images' folder, also through links
+    )
     samples: int = 100  # held-out samples (per family of the toy world)
     force: bool = False  # average although the models are far apart
     device: str = ""  # where --greedy grades: cuda, npu, mps, cpu; default: what there is
@@ -238,7 +241,7 @@ def held_out_samples(
     """Samples that can be asked; one with a picture that cannot be read costs itself."""
     # The user's, or those of the toy world.
     if options.data:
-        folder = Folder(options.data, options.images)
+        folder = Folder(options.data, options.images, allow_outside=options.allow_outside)
         samples = folder.first(options.samples)
         encoder = Encoder(tokenizer, model.config, folder.root)
         faults = folder.faults

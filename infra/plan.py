@@ -34,6 +34,7 @@ def refuse_unused(options, defaults, model) -> None:
         # of the run
         "images": bool(options.data),
         "strict": bool(options.data),
+        "allow_outside": bool(options.data),
         "preset": not options.model,
         "harvest": stage.samples == "fusion",
         "workers": supervised,
@@ -70,7 +71,7 @@ def refuse_unused(options, defaults, model) -> None:
 
 def why_unused(option: str) -> str:
     """What the option would need."""
-    if option in ("images", "strict", "epochs"):
+    if option in ("images", "strict", "allow_outside", "epochs"):
         return "it is about --data"
     if option == "turns":
         return "it is about the drawn world; files have the turns that they have"

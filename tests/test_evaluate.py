@@ -447,7 +447,7 @@ def test_several_tries_give_pass_at_k(home, capsys):
     "options,message",
     [
         (dict(grader="vibes"), "--grader 'vibes': choose from auto"),
-        (dict(device="abacus"), "--device abacus: not available"),
+        (dict(device="abacus"), "--device abacus: no such device here"),
         (dict(data="none.jsonl"), "none.jsonl"),
         (dict(limit=0, data="untrue.jsonl"), "no sample can be asked"),
     ],

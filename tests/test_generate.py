@@ -20,7 +20,6 @@ from generate import (
     GenerateOptions,
     answer_prompt,
     build_question,
-    check_device,
     generate,
     load_model,
     next_token,
@@ -28,6 +27,7 @@ from generate import (
 )
 from infra.checkpoint import commit
 from infra.cli import one_line_errors
+from infra.device import pick_device
 from tokenizer import Tokenizer, train_bpe
 from vlm import SailVL
 
@@ -423,14 +423,14 @@ def test_what_a_user_does_wrong_is_one_line(directory, tmp_path, capsys):
     assert "unreadable image: --image" in line(image=(tmp_path / "text.png",))
     assert "no such directory" in line(model=tmp_path / "nowhere")
     assert "no config.json here" in line(model=tmp_path)
-    assert "--device nonsense: not to be had here" in line(device="nonsense")
+    assert "--device nonsense: no such device here" in line(device="nonsense")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there_is_named(directory, capsys):
-    with pytest.raises(ValueError, match="--device cuda: not to be had here"):
-        check_device("cuda")
-    with pytest.raises(ValueError, match="--device cuda: not to be had here"):
+    with pytest.raises(ValueError, match="--device cuda: no such device here"):
+        pick_device("cuda")
+    with pytest.raises(ValueError, match="--device cuda: no such device here"):
         load_model(directory, "cuda")
 
 
