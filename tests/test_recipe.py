@@ -2,11 +2,16 @@
 
 import inspect
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import pretrain
@@ -232,3 +237,56 @@ def test_paper_rl_is_2048_rollouts_in_eight_updates_of_512_and_an_epoch_of_its_q
         seen = stage.steps // stage.updates * stage.prompts
         assert seen == pytest.approx(questions, rel=0.01)
         assert stage.batch == 1  # one prompt's rows in the cache at a time
+
+
+# --------------------------------------------------------------------------------- told to stop
+
+LIFE = """
+import sys, time
+from pathlib import Path
+import torch
+from data.encode import Encoder
+from data.world import World
+from infra.checkpoint import RunDirectory
+from recipe import Setup, fit, new_model
+from stage import RLStage
+
+phase, out = sys.argv[1:]
+source = World()
+model, tokenizer = new_model("toy", source)
+encoder = Encoder(tokenizer, model.config)
+home = RunDirectory(Path(out), {}, every=1)
+
+
+def reward(text, sample, finished):
+    print("rewarding", flush=True)
+    time.sleep(1000 if phase == "rewards" else 0)
+    return {"reward": len(text) % 2}
+
+
+# in every phase but the sampling, answers are short
+max_new = 4000 if phase == "sampling" else 4
+stage = RLStage(
+    "x", ("llm",), {"counting": 1.0}, algorithm="grpo", steps=10**6, prompts=2, group=2, updates=1,
+    max_new=max_new, overlong=0, turns=1,
+)
+print("started", flush=True)
+fit(Setup(model, encoder, source, directory=home, reward=reward), stage)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sampling", "rewards", "steps"])
+def test_a_signal_ends_rl_within_seconds_wherever_it_is(tmp_path, phase):
+    """Asked between tokens and rewards; a reward that never returns is ended by the grace of 8 seconds."""
+    words = [sys.executable, "-c", LIFE, phase, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    life = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    awaited = "trains" if phase == "sampling" else "rewarding"
+    while awaited not in life.stdout.readline():
+        assert life.poll() is None
+    time.sleep(1)
+    life.send_signal(signal.SIGTERM)
+    began = time.time()
+    assert life.wait(timeout=60) == 143
+    assert time.time() - began < 30  # 8 seconds on an idle machine; a bound against hanging
