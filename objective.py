@@ -10,8 +10,9 @@ included, is shared.
     pixels -> PatchPredictor -> next_patch   squared error            /
 
 An objective returns the *sum* of its weighted losses over the batch; the loop divides by the weight of
-the whole step over all ranks, so that no split of a batch changes a gradient. Statistics are sums too,
-divided by the same weight, except "tasks", which the loop averages per task.
+the whole step over all ranks, so that no split of a batch changes a gradient (but of the router's
+losses, which are of one micro-batch each: see `router_losses`). Statistics are sums too,
+divided by the same weight, except "tasks", which the loop averages per task, and "expert_counts".
 
 Legend: B rows, T tokens a row, n supervised positions, N completions, L longest completion, E experts.
 Sources: SAIL-VL2 section 4.2 (Eq. 2 and 3), section 2.2 (balance over ranks), Qwen3-MoE (its formula).
@@ -95,7 +96,7 @@ def loss_by_task(
 def router_losses(
     model: SailVL, routing: list, batch: Batch, stage: BaseStage
 ) -> tuple[Tensor, Statistics]:
-    """What keeps experts alive, for every objective alike: balance loss, z-loss, or a bias on the choice.
+    """What keeps experts alive, for every objective alike: balance loss and z-loss.
 
     Balance is of all ranks' tokens in this micro-batch ("average activation across ranks"): each rank
     contributes its part, scaled so that dividing by the step's weight leaves `stage.balance` its
@@ -113,12 +114,11 @@ def router_losses(
     if stage.router_z:
         total = total + stage.router_z * moe.z_loss(routing, batch.real()) * batch.weight
 
-    # Balancing without a loss, for comparison
-    if stage.expert_bias_rate and torch.is_grad_enabled():
-        moe.update_expert_bias(layers, counts.sum(0), stage.expert_bias_rate)
-
-    # How evenly the experts are used, by kind of token and layer
+    # How evenly the experts are used, by kind of token and layer; and the counts themselves, for
+    # balancing by a bias, which moves after the step
     statistics = {"balance": float(balance.detach())}
+    if stage.expert_bias_rate:
+        statistics["expert_counts"] = counts.sum(0)
     for kind, entropies in zip(("text", "vision"), moe.entropy(counts).tolist()):
         for layer, entropy in enumerate(entropies):
             statistics[f"{kind}_entropy_{layer}"] = entropy * batch.weight
@@ -142,7 +142,9 @@ def expert_counts(routing: list, batch: Batch, image_token: int) -> tuple[Tensor
 # ----------------------------------------------------------------------------------------- policy
 
 
-def score(model: SailVL, batch, temperature: float, routing: list | None = None) -> Tensor:
+def sampled_logprobs(
+    model: SailVL, batch, temperature: float, routing: list | None = None
+) -> Tensor:
     """(N, L) log-probabilities of a `rollout.RolloutBatch`'s sampled tokens, zero on padding."""
     flat = model.logprobs(
         batch.ids,
@@ -167,7 +169,7 @@ def policy(model: SailVL, batch, stage: RLStage) -> tuple[Tensor, Statistics]:
         routing = moe.Replay(batch.choices)
     elif model.config.text.num_experts:
         routing = []
-    logp = score(model, batch, stage.temperature, routing)  # (N, L)
+    logp = sampled_logprobs(model, batch, stage.temperature, routing)  # (N, L)
 
     # The algorithm
     total, clip_fraction = loss(

@@ -493,7 +493,7 @@ class Batches:
             raise ValueError(
                 f"the saved run read {records} records, now there are {self.documents.records}: "
                 "its place in them means nothing any more; put the files back, or begin again "
-                "with --resume False"
+                "with --resume false"
             )
         self.row = state["row"]
         self.open(state["lanes"], state["buffers"])

@@ -20,7 +20,7 @@ everything (multi-task).
     torchrun --nproc-per-node 8 pretrain.py paper:basic --model start --data my.jsonl
 
 `v1:` and `v1-8b:` are the stages of the first SAIL-VL (arXiv 2501.05952, its Table 3). Nothing runs here:
-`recipe.run_command` does. `python -m tools.readme` prints all scales side by side.
+`recipe.run_command` does. README has the toy's rows and the paper's side by side.
 """
 
 from dataclasses import dataclass, field

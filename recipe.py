@@ -85,6 +85,12 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
     """Train one stage in place; faults are printed at its end."""
     # The two functions that the stage names: where samples come from, and how they become batches
     stage = resolved(stage, setup.model)
+    for option, chosen, known in (
+        ("samples", stage.samples, SAMPLES),
+        ("objective", stage.objective, FEEDS),
+    ):
+        if chosen not in known:
+            raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
 
@@ -355,6 +361,50 @@ def new_model(preset: str, source: World | Folder, seed: int = 0) -> tuple[SailV
     return SailVL(config).init_weights(seed), tokenizer
 
 
+def restart(
+    model: SailVL,
+    language: dict[str, Tensor] | None = None,
+    adapter_seed: int | None = None,
+) -> None:
+    """Parts of a model that begin again, in place: basic pre-training joins a *new* adapter to a
+    language model that has seen no picture. Raises ValueError for a language model of other sizes."""
+    if language is not None:
+        try:
+            model.language_model.load_state_dict(language)
+        except RuntimeError as error:
+            raise ValueError(f"--llm: a language model of other sizes ({error})") from error
+    if adapter_seed is not None:
+        model.mlp1.init_weights(torch.Generator().manual_seed(adapter_seed))
+
+
+def upcycled(model: SailVL, experts: int, per_token: int = 2) -> SailVL:
+    """A mixture of experts that computes what the dense model computes: every expert is a whole copy
+    of its feed-forward. Raises ValueError for a model that has experts already."""
+    text = model.config.text
+    if text.num_experts:
+        raise ValueError(f"--experts {experts}: the model has {text.num_experts} experts already")
+    width = text.intermediate_size
+    return model.to_moe(
+        replace(
+            text,
+            num_experts=experts,
+            num_experts_per_tok=per_token,
+            moe_intermediate_size=width,
+            norm_topk_prob=True,
+        )
+    )
+
+
+def refuse_other_positions(wanted: str, own: str) -> None:
+    """2-D RoPE comes on top of a learned table; sines and cosines have none, so the two exclude each
+    other in one set of weights."""
+    if (wanted == "sincos") != (own == "sincos"):
+        raise ValueError(
+            f"--position {wanted}: this model's patches have {own!r} positions, which are part of its "
+            "weights; choose table or rope2d for a model with a table"
+        )
+
+
 # --------------------------------------------------------------------------------- the command line
 
 
@@ -366,6 +416,9 @@ class RunOptions:
     images: Path | None = None  # folder of its images; none: beside the file
     model: Path | None = None  # directory to start from; none: a new model and tokenizer
     preset: str = "toy"  # sizes of a new model: toy, toy-moe, SAIL-VL2-2B, ...
+    llm: Path | None = None  # directory whose language model takes the place of the model's
+    fresh_adapter: bool = False  # begin with a new adapter, as basic pre-training does
+    experts: int = 0  # make a dense model a mixture of so many experts (upcycling), two a token
     out: Path = Path("runs/out")  # directory for the trained model and the log
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead; 0: none
@@ -452,11 +505,12 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
 
 def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
-    configuration = asdict(options)
-    kept = ("data", "images", "model", "preset", "stage")
+    # What may differ when a run goes on: where it is written, how often, by how many processes
+    free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
+    free += ("grace", "timeout", "row")
     return RunDirectory(
         options.out,
-        {key: configuration[key] for key in kept},
+        {key: value for key, value in asdict(options).items() if key not in free},
         options.save_every,
         options.keep,
         options.resume,
@@ -482,10 +536,20 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     else:
         model, tokenizer = new_model(options.preset, source, options.stage.seed)
 
+    # Parts that begin again
+    if options.llm:
+        language, _ = load_model(options.llm)
+        restart(model, language=language.language_model.state_dict())
+    if options.fresh_adapter:
+        restart(model, adapter_seed=options.stage.seed + 1)
+    if options.experts:
+        model = upcycled(model, options.experts)
+
     # Choices about images and questions that are not the model's own
     chosen = {key: getattr(options, key) for key in ("any_resolution", "max_tiles", "msac")}
     config = replace(model.config, **{key: v for key, v in chosen.items() if v is not None})
     if options.position is not None:
+        refuse_other_positions(options.position, config.vision.position)
         config = replace(config, vision=replace(config.vision, position=options.position))
         model.vision_model.config = config.vision
     model.config = config

@@ -37,7 +37,7 @@ from data.stream import EndOfStream, Patience, as_stream, read_sample
 from evaluate import text_of
 from generate import Answer, generate
 from infra.stopping import check_stop
-from objective import score
+from objective import sampled_logprobs
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
 from scale import parallel
@@ -458,7 +458,7 @@ class Rollouts:
             for part in self.parts_of(minibatch, self.ranks.rank):
                 batch = self.pack(part).to(self.device)
                 with torch.no_grad():
-                    logp = score(self.model, batch, self.stage.temperature)
+                    logp = sampled_logprobs(self.model, batch, self.stage.temperature)
                 for completion, row in zip(part, logp):
                     length = len(completion.answer.ids)
                     scored[m, places[id(completion)]] = row[:length].tolist()
@@ -694,7 +694,7 @@ def pack_rollouts(
     if reference is not None:
         device = reference.language_model.lm_head.weight.device
         with torch.no_grad():
-            batch.reference = score(reference, batch.to(device), stage.temperature).cpu()
+            batch.reference = sampled_logprobs(reference, batch.to(device), stage.temperature).cpu()
     return batch
 
 

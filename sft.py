@@ -24,6 +24,7 @@ divided by:
                over each one's tokens
     token      tokens: the same direction, and a loss in nats a token that does not grow with chains
     sample     each sample's own tokens first, then samples: a chain counts as much as one word
+    sqrt       between the two: a sample counts as the square root of its length (ours, the toy's)
 
 `v1:` are the three SFT stages of the first SAIL-VL. Nothing runs here: `recipe.run_command` does.
 """
@@ -48,14 +49,14 @@ def phase(name: str, new: dict[str, float], steps: int, **more) -> Stage:
 
 SINGLE_THINGS = {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}
 CHARTS = {"listing": 1.5, "charts": 6.0, "grounding": 4.0}
-REASONING = {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}
+PHASE_3 = {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}
 SOUP = {"video": 0.5, "charts": 1.2}
 CHAINS = {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}
 
 TOY: dict[str, BaseStage] = {
     "sft1": phase("sft1", SINGLE_THINGS, 220),
     "sft2": phase("sft2", CHARTS, 370),
-    "sft3": phase("sft3", REASONING, 310),
+    "sft3": phase("sft3", PHASE_3, 310),
     "sft4": phase("sft4", {"video": 5.0}, 70),
     "soup-a": phase("soup-a", SOUP, 30, lr=3e-3, schedule="constant", seed=101),
     "soup-b": phase("soup-b", SOUP, 30, lr=3e-3, schedule="constant", seed=102),

@@ -30,7 +30,7 @@ class BaseStage:
     name: str = ""
     trains: tuple[str, ...] = ALL  # vision, adapter, llm; the other parts are frozen
     mixture: dict[str, float] = field(default_factory=dict)  # task -> its weight
-    samples: str = "answers"  # where samples come from: answers, chains, fusion, questions, images
+    samples: str = "answers"  # where samples come from: answers, chains, fusion, questions
     objective: str = "supervised"  # what makes a loss of a batch: supervised, policy, next_patch
     steps: int = 100  # updates of the weights
     epochs: float = 0.0  # passes over --data, in place of steps; 0: steps count

@@ -9,7 +9,8 @@ metric that it is meant to move, beside the chance level of not looking at all.
     torchrun --nproc-per-node 2 toy.py --out runs/toy
 
 The recipes themselves stand in pretrain.py, sft.py and rl.py, and each stage has a command that does the
-same (`python sft.py sft1 --model ...`); here is only their order and their grading. Writes, into `out`:
+same (`python sft.py sft1 --model ...`; `basic` with `--llm DIR --fresh-adapter`, `moe-branch` with
+`--experts 8`); here is only their order and their grading. Writes, into `out`:
 one directory per stage (log.jsonl and the model), final/ (the last model), results.json and report.html.
 `--data` replaces the drawn world by files (see tools/real.py): the same ladder on data that people made.
 """
@@ -290,8 +291,7 @@ class Ladder:
     def basic(self, language: dict) -> None:
         """The language model and the adapter start again; AdaLRS against a run at the fixed rate."""
         # As the paper begins: a language model that has seen no picture, and an adapter of noise
-        self.model.language_model.load_state_dict(language)
-        self.model.mlp1.init_weights(torch.Generator().manual_seed(self.options.seed + 1))
+        recipe.restart(self.model, language, adapter_seed=self.options.seed + 1)
         start = {name: value.clone() for name, value in self.model.state_dict().items()}
         stage = self.row_of(pretrain.TOY, "basic")
 
@@ -363,8 +363,7 @@ class Ladder:
 
     def to_moe(self) -> None:
         """Upcycle: the dense language model becomes a mixture of experts that computes the same function."""
-        vocabulary = self.model.config.text.vocab_size
-        model = self.model.to_moe(replace(PRESETS["toy-moe"].text, vocab_size=vocabulary))
+        model = recipe.upcycled(self.model, PRESETS["toy-moe"].text.num_experts)
         encoder = replace(self.encoder, config=model.config)
         self.setup = replace(self.setup, model=model, encoder=encoder)
 

@@ -3,7 +3,7 @@
 What it teaches: stages differ in data, and the data is a `Stage`; what is left is one loop: micro-batches,
 backward, sum over ranks, clip, step, log. The loss of every micro-batch is divided by the weight of the
 whole global batch *before* the backward pass, so any split over accumulation steps or ranks gives the
-same gradient.
+same gradient (the losses of a MoE's router excepted: objective.router_losses).
 
     next(data) -> objective(model, batch, stage) -> backward -> sum over ranks -> clip -> step -> log.jsonl
                                                                            AdaLRS? may take steps back
@@ -26,6 +26,7 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
+import moe
 from adalrs import AdaLRS
 from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
@@ -188,12 +189,15 @@ def one_step(
     # Forward and backward, a micro-batch at a time
     sums: dict[str, float] = defaultdict(float)
     tasks = []
+    expert_counts = []  # of slots, by layer and expert, over all ranks
     for batch in micro_batches:
         with autocast(stage, ranks.device):
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
 
         tasks.append(statistics.pop("tasks", {}))
+        if "expert_counts" in statistics:
+            expert_counts.append(statistics.pop("expert_counts"))
         for key, value in statistics.items():
             sums[key] += value
 
@@ -214,6 +218,9 @@ def one_step(
         if finite:
             optimizer.step()
         optimizer.zero_grad()
+    if expert_counts and finite:  # balancing without a loss, for comparison
+        layers = [block.mlp for block in model.language_model.model.layers]
+        moe.update_expert_bias(layers, sum(expert_counts), stage.expert_bias_rate)
 
     # One line of the log
     seconds = time.time() - began

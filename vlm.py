@@ -8,8 +8,8 @@ sees one sequence with ordinary positions.
     ids (B, T) -> embed (B*T, C) -> overwrite at image_token_id -> llm -> hidden (B*T, C)
     hidden -> lm_head -> logits (B, T, V), or, where only some are wanted, log-probabilities (n,)
 
-A batch without an image runs the vision modules all the same (`SailVL.touch_vision`): every rank must
-have a gradient for every parameter that trains.
+A batch without an image runs the vision modules all the same (`SailVL.touch_vision`), so that every
+parameter that trains has a gradient in every step.
 
 Legend: B rows, T tokens a row, C text width, V vocabulary, N images, S patches of all images, n
 supervised positions. Source: SAIL-VL2 section 2.1 and the released configuration; names as in the
@@ -170,8 +170,10 @@ class SailVL(nn.Module):
     def touch_vision(self) -> Tensor:
         """A zero that depends on ViT and adapter, which gives them (zero) gradients.
 
-        So a text-only batch is like any other: without it, a rank with no image would skip
-        collectives that its peers wait for. Costs one minimal image, where vision trains at all.
+        So a text-only batch is like any other. Without it, these parameters would have no gradient
+        when no rank has an image, and the optimizer would leave out their momentum and decay; with
+        a gradient of zero a step is the same on one rank and on many, and modules that are sharded
+        are gathered by all ranks together. Costs one minimal image, where vision trains at all.
         """
         weight = self.vision_model.preprocessor.patchifier.proj.weight
         no_gradient = torch.zeros((), device=weight.device)

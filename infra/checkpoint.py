@@ -370,7 +370,7 @@ class RunDirectory:
             listed = "\n".join(lines)
             raise ValueError(
                 f"{self.path} holds a run with another configuration:\n{listed}\nGive the same "
-                "options, another --out, or --resume False to begin again."
+                "options, another --out, or --resume false to begin again."
             )
 
         # data, where both know what it was
@@ -378,7 +378,7 @@ class RunDirectory:
         if saved and self.data_identity and saved != self.data_identity:
             raise ValueError(
                 f"{self.path}: the data is not what its checkpoint was trained on (files of other "
-                "size or content). Give the same data, another --out, or --resume False to begin "
+                "size or content). Give the same data, another --out, or --resume false to begin "
                 "again."
             )
 
@@ -513,7 +513,7 @@ class Keeper:
     def resume(self) -> dict:
         """Restores everything from the newest whole checkpoint; {} when the run begins.
 
-        Raises ValueError when the directory is another run's, or when ranks differ.
+        Raises ValueError when the directory is another run's, or when ranks were started unlike each other.
         """
         try:
             self._agree_on_the_run()

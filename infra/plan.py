@@ -36,6 +36,8 @@ def refuse_unused(options, defaults, model) -> None:
         "strict": bool(options.data),
         "allow_outside": bool(options.data),
         "preset": not options.model,
+        "llm": bool(options.model),
+        "fresh_adapter": bool(options.model),
         "harvest": stage.samples == "fusion",
         "workers": supervised,
         "held_out": options.check_every > 0,
@@ -75,6 +77,8 @@ def why_unused(option: str) -> str:
         return "it is about --data"
     if option == "turns":
         return "it is about the drawn world; files have the turns that they have"
+    if option in ("llm", "fresh_adapter"):
+        return "it is about --model"
     if option == "preset":
         return "--model says the sizes"
     if option in ("harvest", "think"):

@@ -5,7 +5,7 @@ global batch; after the backward pass the gradients are summed. Losses are alrea
 *global* weight, so a sum is exact however the tokens fall. With one process nothing is initialised
 and every function returns at once: the loop has no branches.
 
-    torchrun --standalone --nproc-per-node 2 pretrain.py --stage multitask
+    torchrun --standalone --nproc-per-node 2 pretrain.py multitask
 
     rank 0   rows 0, 2, ..  ── backward ──┐
                                           ├── sum_gradients ── the same step on both

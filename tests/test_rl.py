@@ -21,7 +21,7 @@ import rollout
 from claims import algorithms
 from data import world
 from data.stream import Drawn
-from objective import policy, score
+from objective import policy, sampled_logprobs
 from policy_losses import (
     AGGREGATIONS,
     ALGORITHMS,
@@ -533,7 +533,7 @@ def test_a_real_rollout_scores_as_it_was_sampled(model, encoder):
             and stats["clip_fraction"] == 0
             and stats["spread"] / batch.weight < 1e-4
         )
-        logp = score(model, batch, temperature)
+        logp = sampled_logprobs(model, batch, temperature)
         torch.testing.assert_close(logp.detach(), batch.old, rtol=1e-4, atol=1e-5)
         assert batch.mask.sum() == len(batch.labels) == len(batch.at)
 
@@ -873,7 +873,7 @@ def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_wh
     (batch,) = next(
         make(model, encoder, stage, reward=lambda *a: {"reward": 1.0}, reference=reference)
     )
-    torch.testing.assert_close(batch.reference, score(reference, batch, 1.0).detach())
+    torch.testing.assert_close(batch.reference, sampled_logprobs(reference, batch, 1.0).detach())
     total, stats = policy(model, batch, stage)
     assert stats["kl_reference"] > 0.05 * batch.weight and total.item() == pytest.approx(
         0.5 * stats["kl_reference"]

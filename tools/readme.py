@@ -61,7 +61,7 @@ ROOMS = {
 }
 ROOM_NOTES = {
     "kernels": "The MoE layer on a GPU, in Triton: routing, grouped products, a backward without y.",
-    "tests": "The suite behind `make test`: a file here for a file there.",
+    "tests": "The suite behind `make test` and `make test-slow`.",
     "requirements": "What to install: open lists with a reason a line, and one lock with hashes.",
 }
 
@@ -275,7 +275,7 @@ def inference_gib(preset: str) -> float:
 def rung_table() -> str:
     """From a laptop to a cluster: command, memory, what to expect, and how it is known."""
     ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
-    peak = f"{ladder['peak_memory_gib']:.1f} GiB"
+    peak = f"{ladder['peak_memory_gib']:.1f} GiB, the whole of both processes at their peak"
     toy_time = f"{ladder['total_seconds']:.0f} s on {ladder['cores']} cores"
     ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 --image a.jpg --prompt ...`"
     basic = "`python pretrain.py paper:basic --model start --data my.jsonl`"
