@@ -295,7 +295,7 @@ def answer_stream(
                 answers = generate(
                     model,
                     [prompts[i] for i in part],
-                    encoder.tokenizer.end,
+                    encoder.tokenizer.ends,
                     decoding.max_new,
                     tries,
                     decoding.temperature,

@@ -104,15 +104,18 @@ def router_losses(
     since the gradient of the first micro-batch would have to wait for the routing of the last.
     """
     counts, weight = expert_counts(routing, batch, model.image_token_id)
+    own_weight = batch.weight
     layers = [block.mlp for block in model.language_model.model.layers]
-    decisions = float(counts.sum()) / layers[0].top_k
+    decisions = max(
+        float(counts.sum()) / layers[0].top_k, 1.0
+    )  # a batch of padding decides nothing
     everyone = (counts.sum((0, 1)), decisions)
 
     # The losses
     balance = weight * moe.balance_loss(routing, batch.real(), everyone)
     total = stage.balance * balance
     if stage.router_z:
-        total = total + stage.router_z * moe.z_loss(routing, batch.real()) * batch.weight
+        total = total + stage.router_z * moe.z_loss(routing, batch.real()) * own_weight
 
     # How evenly the experts are used, by kind of token and layer; and the counts themselves, for
     # balancing by a bias, which moves after the step
@@ -121,7 +124,7 @@ def router_losses(
         statistics["expert_counts"] = counts.sum(0)
     for kind, entropies in zip(("text", "vision"), moe.entropy(counts).tolist()):
         for layer, entropy in enumerate(entropies):
-            statistics[f"{kind}_entropy_{layer}"] = entropy * batch.weight
+            statistics[f"{kind}_entropy_{layer}"] = entropy * own_weight
     return total, statistics
 
 

@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -38,7 +39,7 @@ from data.encode import Encoder, chain_of, truth_of, with_thinking
 from data.images import normalise
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
-from data.stream import Documents, Mapped
+from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import evaluate
 from generate import load_model
@@ -95,12 +96,26 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
     model, batches = FEEDS[stage.objective](setup, stage, samples)
 
     # The loop
-    run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+    try:
+        run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+    finally:
+        if isinstance(batches, Batches):
+            batches.documents.close()  # its worker processes
 
-    # Nothing is left out without a word
-    if setup.faults.counts and setup.ranks.main:
-        print(setup.faults.report())
+    # Nothing is left out without a word, on any rank
+    faults = merged_faults(setup.faults)
+    if faults.counts and setup.ranks.main:
+        print(faults.report())
     return run
+
+
+def merged_faults(own: Faults) -> Faults:
+    """What was left out on all ranks."""
+    merged = Faults()
+    for counts, examples in parallel.gather([(dict(own.counts), dict(own.examples))]):
+        merged.counts.update(counts)
+        merged.examples = examples | merged.examples
+    return merged
 
 
 def resolved(stage: BaseStage, model: SailVL) -> BaseStage:
@@ -256,8 +271,16 @@ def patches(setup: Setup, stage: Stage, samples) -> tuple[PatchPredictor, Iterat
 
 def grader_names(setup: Setup, stage: RLStage) -> set[str]:
     """The graders that the first questions of a stage name."""
-    samples = islice(answers(setup, stage), 16)
-    return {grader_of(sample.facts) for sample in samples}
+    stream = answers(setup, stage)
+    names = set()
+    for number in range(16):
+        try:
+            sample = read_sample(stream, number)
+        except EndOfStream:
+            break
+        if isinstance(sample, Sample):  # faults are counted when their turn comes
+            names.add(grader_of(sample.facts))
+    return names
 
 
 FEEDS: dict[str, Callable] = {
@@ -298,12 +321,18 @@ def pixel_batches(
     own = islice(arrays, ranks.rank, None, ranks.size)
     rng = random.Random(stage.seed)
     while True:
+        # Ranks go on until the last image of all is out; those without one show black at weight zero
         images = list(islice(own, images_a_step))
-        if not images:
+        count = len(images)
+        (total,) = parallel.total(count)
+        if not total:
             return
+        if not images:
+            images = [np.zeros((vision.image_size, vision.image_size, 3), np.uint8)]
+
         prefix = rng.randrange(per_image // 2)
-        ids = torch.zeros(len(images), per_image)
-        yield [Pixels(normalise(images), prefix, ids, weight=1.0 / ranks.size)]
+        ids = torch.zeros(count, per_image, dtype=torch.int64)
+        yield [Pixels(normalise(images), prefix, ids, weight=count / total)]
 
 
 def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> Iterator:
@@ -435,7 +464,9 @@ class RunOptions:
     think_prompt: str | None = None  # the sentence that asks for thinking
 
     # A run that can be stopped at any time
-    resume: bool = True  # go on from the newest whole checkpoint in --out; false: begin again
+    resume: bool = (
+        True  # go on from the newest checkpoint in --out; false: remove them, begin again
+    )
     save_every: int = 200  # steps between checkpoints (one more at SIGTERM and at the end)
     keep: int = 2  # newest checkpoints to keep, beside the best
     check_every: int = 0  # steps between checks on held-out samples; 0: never
@@ -500,6 +531,8 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     """
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
+    if stage.steps < 1:
+        raise ValueError(f"--steps {stage.steps}: at least 1")
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
 

@@ -11,8 +11,8 @@ never evaluated as code, and no answer takes more than its time (infra/judge.py)
 
 Every function is pure: text in, number out. `finished` says that the completion ended with the end
 token. To add a reward: a function from (completion, sample, finished) to {"reward": number, ...},
-handed to `rl`; `checked_parts` is what it goes through. To combine the parts in another way: a line
-in COMBINE.
+handed to `recipe.Setup`; `checked_parts` is what it goes through. To combine the parts in another way:
+a line in COMBINE.
 
 Sources: SAIL-VL2 section 4.2 (answer, format and think rewards, each binary; mixed weights that sum
 to 1 but are not published: ours are below). The product form is the team's later SAIL-RL, arXiv

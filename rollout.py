@@ -70,6 +70,10 @@ def oddities(stage: RLStage, experts: int = 0) -> list[str]:
         raise ValueError(
             f"--overlong {stage.overlong} leaves no length of {stage.max_new} unpunished"
         )
+    if stage.accumulate < 1:
+        raise ValueError(f"--accumulate {stage.accumulate}: at least 1 micro-batch in RL")
+    if stage.kl and stage.estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"--estimator {stage.estimator}: choose k1, k2 or k3")
     if stage.temperature <= 0:
         raise ValueError("--temperature must be positive: greedy groups agree and teach nothing")
 
@@ -274,7 +278,7 @@ def rollout(
 
 
 class Rollouts:
-    """Endless steps for `train.train`: sample with the present policy, keep groups that disagree, cut
+    """Steps for `train.train`: sample with the present policy, keep groups that disagree, cut
     them into `updates` minibatches.
 
     If `tries` rounds do not fill the batch with groups that disagree, train on what there is: dynamic
@@ -319,6 +323,7 @@ class Rollouts:
 
         # Where it is: all that a resumed run needs
         self.next_number = 0  # of the sample to draw next
+        self.ended = False  # whether the stream is used up
         self.round = 0  # calls for rollouts so far: each has a seed of its own
         self.queue: list[list[Completion]] = []  # minibatches to come
         self.stats: dict[str, float] = {}  # of the last rollout batch
@@ -369,6 +374,7 @@ class Rollouts:
             try:
                 sample = read_sample(self.stream, number)
             except EndOfStream:
+                self.ended = True
                 break
             self.next_number += 1
             if patience.accepts(sample, number, self.stream):
@@ -421,9 +427,14 @@ class Rollouts:
                     kept.append(group)
             if len(kept) >= stage.prompts:
                 break
-        if not seen:
+        if not seen and self.ended:
             raise StopIteration
-        self.stats = rollout_statistics(seen, stage)
+        if not seen:
+            raise ValueError(
+                f"stage {stage.name}: no prompt of a whole rollout batch could be made\n"
+                f"{self.faults.report()}"
+            )
+        self.stats = rollout_statistics(seen, stage) | {"lessons": len(kept)}
 
         # Groups to completions; without one that can teach, a step of advantage zero
         lessons = kept[: stage.prompts] or seen[:1]
@@ -589,7 +600,8 @@ class RolloutRow:
     id of each completion is a label only, so it is not fed.
     """
 
-    def __init__(self):
+    def __init__(self, empty: bool = False):
+        self.empty = empty  # at weight zero: its tokens do not count for the balance of experts
         self.documents: list[list[int]] = []  # ids that are fed
         self.after: list[int] = []  # for each document the one that it continues, or itself
         self.owners: list[str] = []  # its task
@@ -604,7 +616,7 @@ class RolloutRow:
     def add_document(self, ids: list[int], continues: int | None, task: str) -> None:
         self.after.append(len(self.documents) if continues is None else continues)
         self.documents.append(ids)
-        self.owners.append(task)
+        self.owners.append("padding" if self.empty else task)
         self.tokens += len(ids)
 
     def add_group(
@@ -649,7 +661,7 @@ def pack_rollouts(
     groups: dict[int, list[tuple[int, Completion]]] = {}
     for number, completion in enumerate(part):
         groups.setdefault(completion.index, []).append((number, completion))
-    row = RolloutRow()
+    row = RolloutRow(empty)
     for members in groups.values():
         first = members[0][1]
         prompt = first.prompt

@@ -10,8 +10,8 @@ same gradient (the losses of a MoE's router excepted: objective.router_losses).
 
 What a long run needs besides stands in two files of its own: infra/journal.py (log, progress, tracker)
 and infra/checkpoint.py (save, resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the
-weights stay fp32. AdaLRS restores weights and optimizer when it rejects a trial; the data does *not* go
-back: training goes on with the samples that come next.
+weights stay fp32. When AdaLRS begins a trial or takes one back, weights and optimizer go back; the data
+does *not*: training goes on with the samples that come next.
 
 Legend: an objective returns the *sum* of its weighted losses; `batch.weight` is what it is divided by.
 """
@@ -55,6 +55,7 @@ class Run:
     def tail(self, key: str = "loss", share: float = 0.1) -> float:
         """Mean of a logged value over the last tenth of the stage."""
         values = [row[key] for row in self.log if key in row]
+        assert values, f"{key} is in no line of the log"
         last = max(1, int(len(values) * share))
         return sum(values[-last:]) / last
 
@@ -102,63 +103,73 @@ def train(
 
     bad_steps = 0
     ended_early = False
-    while step < stage.steps:
-        # Data, or its end
-        try:
-            micro_batches = next(data, None)
-        except StopRequested:  # told in the middle of sampling: save the state after the last step
-            journal.sync()
-            keeper.leave()
-        if micro_batches is None:
-            if not journal.rows:
+    try:
+        while step < stage.steps:
+            # Data, or its end
+            asked = time.time()
+            try:
+                micro_batches = next(data, None)
+            except (
+                StopRequested
+            ):  # told in the middle of sampling: save the state after the last step
+                journal.sync()
+                keeper.leave()
+            if micro_batches is None:
+                ended_early = True
+                break
+            waited = time.time() - asked
+
+            # One update of the weights
+            rate = stage.rate(step) * (search.scale if search else 1.0)
+            row = {"step": step, "lr": rate, "data_seconds": round(waited, 3)}
+            row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
+
+            # A run of bad steps is no accident
+            bad_steps = bad_steps + 1 if row["skipped"] else 0
+            if bad_steps >= patience:
                 raise ValueError(
-                    f"stage {stage.name}: the data ended before the first step; see the faults above"
+                    f"stage {stage.name}: {bad_steps} steps in a row with a non-finite loss or gradient, "
+                    f"the last at step {step} (rate {rate:.2e}); lower --lr or look at the data"
                 )
-            ended_early = True
+
+            # Go on; or back, when AdaLRS begins a trial or takes one back
+            step = search.observe(row["loss"]) if search else step + 1
+
+            # Look at the model from time to time, and write everything down
+            if home and home.check and home.check_every and step % home.check_every == 0:
+                row["check"] = home.check(step)
+            journal.write(row, step)
+
+            # A checkpoint when it is due or the best so far, at the end, and when told to leave
             if keeper:
-                journal.sync()
-                keeper.save(step, len(journal.rows))
-            break
+                executed = len(journal.rows)
+                stop = keeper.told_to_stop()
+                score = row.get("check", {}).get("score")
+                due = keeper.due(executed) or home.improves(score)
+                if stop or due or step == stage.steps:
+                    journal.sync()
+                    keeper.save(step, executed, score)
+                if stop:
+                    keeper.stop(step)
+                keeper.mark(step, executed)
 
-        # One update of the weights
-        rate = stage.rate(step) * (search.scale if search else 1.0)
-        row = {"step": step, "lr": rate}
-        row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
-
-        # A run of bad steps is no accident
-        bad_steps = bad_steps + 1 if row["skipped"] else 0
-        if bad_steps >= patience:
+        # Data that ended early ends the stage well
+        if ended_early and not journal.rows:
             raise ValueError(
-                f"stage {stage.name}: {bad_steps} steps in a row with a non-finite loss or gradient, "
-                f"the last at step {step} (rate {rate:.2e}); lower --lr or look at the data"
+                f"stage {stage.name}: the data ended before the first step; see the faults above"
             )
-
-        # Go on, or back, if AdaLRS rejects what it tried
-        step = search.observe(row["loss"]) if search else step + 1
-
-        # Look at the model from time to time, and write everything down
-        if home and home.check and home.check_every and step % home.check_every == 0:
-            row["check"] = home.check(step)
-        journal.write(row, step)
-
-        # A checkpoint when it is due, at the end, and when the scheduler wants us to leave
+        if ended_early and keeper:
+            journal.sync()
+            keeper.save(step, len(journal.rows))
+    finally:
+        journal.close()
         if keeper:
-            executed = len(journal.rows)
-            stop = keeper.told_to_stop()
-            if stop or keeper.due(executed) or step == stage.steps:
-                journal.sync()
-                keeper.save(step, executed, row.get("check", {}).get("score"))
-            if stop:
-                keeper.stop(step)
-            keeper.mark(step, executed)
+            keeper.close()
 
-    # What is left: close the books, and say how it ended
-    journal.close()
-    if keeper:
-        keeper.close()
     if ended_early and ranks.main:
         print(
-            f"stage {stage.name}: the data ended at step {step} of {stage.steps}; the stage ends here, whole"
+            f"stage {stage.name}: the data ended at step {step} of {stage.steps}, at a rate of "
+            f"{stage.rate(step):.1e} (peak {stage.lr:.1e}); the stage ends here, and is saved"
         )
     skipped = sum(row["skipped"] for row in journal.rows)
     decisions = search.log() if search else []
@@ -211,11 +222,12 @@ def one_step(
     *totals, all_tokens, all_images = parallel.total(*sums.values(), tokens, images)
     row = {key: value / step_weight for key, value in zip(sums, totals)}
 
-    # The step, unless it would do harm
+    # The step, unless it would do harm; a gradient of zero (RL without a lesson) moves nothing, where
+    # momentum alone would
     finite = math.isfinite(row["loss"]) and math.isfinite(norm)
     set_rate(optimizers, rate)
     for optimizer in optimizers:
-        if finite:
+        if finite and norm > 0:
             optimizer.step()
         optimizer.zero_grad()
     if expert_counts and finite:  # balancing without a loss, for comparison

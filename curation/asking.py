@@ -362,7 +362,7 @@ def answer_part(
     generated = generate(
         model,
         [prompt.encoded for prompt in part],
-        tokenizer.end,
+        tokenizer.ends,
         sampling.max_new,
         sampling.tries,
         sampling.temperature,

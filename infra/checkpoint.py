@@ -73,7 +73,8 @@ class Resumable(Protocol):
     """A data iterator that can say where it is, as JSON values, and go there.
 
     One that works for long inside `__next__` may set `interruptible = True` and call `check_stop()`:
-    its position is then also noted after every step, and a stop in its middle goes back to there.
+    its position is then also noted after every step, and a stop in its middle goes back to there. What
+    its `state_dict` returned must not change afterwards.
     """
 
     def state_dict(self) -> dict: ...
@@ -299,6 +300,10 @@ class RunDirectory:
     @property
     def folder(self) -> Path:
         return self.path / "checkpoints"
+
+    def improves(self, score: float | None) -> bool:
+        """Whether a check is the best so far: such a checkpoint is written at once, and stays."""
+        return score is not None and (self.best is None or score < self.best[0])
 
     def open(self, ranks: parallel.Ranks) -> Path | None:
         """Take the directory for this run; returns the checkpoint to resume from, if any."""
@@ -615,9 +620,9 @@ class Keeper:
         """Note where data and generators stand, for data that may be interrupted in its work."""
         if getattr(self.data, "interruptible", False):
             position = self._position(step, executed)
-            position["values"] = json.loads(
-                json.dumps(position["values"])
-            )  # data goes on changing it
+            # its state is a snapshot by contract, and may be large; the rest goes on changing
+            data = position["values"].pop("data")
+            position["values"] = json.loads(json.dumps(position["values"])) | {"data": data}
             self.marked = position
 
     def leave(self) -> NoReturn:
