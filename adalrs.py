@@ -14,7 +14,7 @@ schedule; imports only torch:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step = search.observe(float(loss))  # usually step + 1; another when the search went back
+        step = search.observe(loss.item())  # usually step + 1; another when the search went back
 
 What a step changes must be handed in, or it would not go back with the rest: buffers among the tensors (the running
 statistics of batch norm); a GradScaler, or a scheduler that counts its own steps, as `others` (anything that has
@@ -46,17 +46,19 @@ rate shows nothing in the loss of a few dozen steps. So:
   The loss's own deceleration cancels. The winner's weights stay: the loser's k steps are what a decision costs.
 - *Two witnesses.* The loss: with d_i = control_i - trial_i, the gain is the slope of d through the origin, and its error
   the larger of two, from single losses and from blocks of them (autocorrelation); outliers are clipped first (heavy
-  tails). The path: the cosine of what control and trial added to the weights. They saw different data, so at a rate
-  far too low, where the path is straight, they agree (above .8 on nearly all problems measured); near the best rate
-  each relaxes into its own noise (below .5 on most). A raise is kept if it gains three errors, or gains at all and agrees.
+  tails). The path: what control and trial added to the weights. They saw different data, so where they agree (cosine
+  above .8) the weights go where the data send them, not the noise; and if the trial went further that way, by half of
+  what its rate was raised by, the path is straight on that scale: the rate is far too low. Near the best rate each
+  relaxes into its own noise. A raise is kept if it gains three errors, or if it gains at all and the path is straight.
   Either way the gain must matter: a thousandth of the first loss over a window. Near zero, everything is relatively fast.
 - *Never lower for a slower trial.* That three times the rate is too much does not say that the rate is; one somewhat
   too high is healed by the schedule's decay, one too low by nothing.
-- *A watch,* for as long as a raise is in force, and before that until the search ends. When the running level of the
-  loss (median of the last k / 4) rises clearly above its lowest, or three losses in a row are not finite, weights known
-  to be good are put on the present data. If they do badly too, the data changed: everything continues where it was. If
-  they do well, the run was damaged: they stay, and the last raise is undone for good (or, if none is in force, the
-  rate is lowered, but only the second time).
+- *A watch,* for as long as a raise is in force, and before that until the search ends. Harm is a running level of the
+  loss (median of the last k / 4) clearly above its lowest; with no raise in force, a whole window clearly above the
+  first level (to be worse than untrained; the given rate's other ups and downs are its own); or three losses in a row
+  that are not finite. Then weights known to be good are put on the present data. If they do badly too, the data changed:
+  everything continues where it was. If they do well, the run was damaged: they stay, and the last raise is undone for
+  good; if none is in force, the rate is lowered (for missing losses only the second time: they may be the data's).
 - *The recovery point* is one to two windows old: its successor becomes one when a window has passed without alarm.
 - *Budget.* Never more than 1.25 times the steps. When they are spent, weights may still go back, the count does not.
 
@@ -87,9 +89,12 @@ from torch import Tensor
 
 RULES = ("safe", "paper")
 ERRORS = 3.0  # a gain of so many errors is believed without a second witness
-AGREEMENT = 0.8  # cosine from which two paths count as one, far below the best rate
+AGREEMENT = 0.8  # cosine from which the paths of control and trial count as one,
+REACH = 0.5  # if the trial also went further on it, by this share of what its rate was raised by
 MATTERS = 1e-3  # share of the first loss that a raise must gain over a window
 BLOCKS = 8  # of a window, for an error that sees autocorrelation
+EQUAL = 1e-9  # relative: velocities that differ by less are equal
+LARGEST = 1e100  # from here on a loss counts as not finite, too: its square would overflow
 IN_A_ROW = 3  # losses that are not finite: fewer are the data's, and the loop has skipped them
 
 
@@ -108,20 +113,21 @@ def fit_line(losses: list[float]) -> tuple[float, float]:
     return -slope, math.sqrt(residual / spread)
 
 
-def noise(losses: list[float]) -> float:
-    """Standard deviation of one loss about the line of all, from the median deviation: blind to outliers."""
-    slope = -fit_line(losses)[0]
-    level = [y - slope * i for i, y in enumerate(losses)]
-    middle = median(level)
-    return 1.4826 * median(abs(y - middle) for y in level)
-
-
 def clip_outliers(*runs: list[float]) -> list[list[float]]:
     """The same losses, none further from the median of all than four (robust) standard deviations."""
     pool = [loss for run in runs for loss in run]
     middle = median(pool)
     reach = 4 * 1.4826 * median(abs(loss - middle) for loss in pool)
     return [[min(max(loss, middle - reach), middle + reach) for loss in run] for run in runs]
+
+
+def noise(losses: list[float]) -> float:
+    """Standard deviation of one loss about the line of all, from the median deviation: blind to outliers."""
+    (losses,) = clip_outliers(losses)
+    slope = -fit_line(losses)[0]
+    level = [y - slope * i for i, y in enumerate(losses)]
+    middle = median(level)
+    return 1.4826 * median(abs(y - middle) for y in level)
 
 
 def through_origin(x: list[float], y: list[float]) -> tuple[float, float]:
@@ -195,7 +201,9 @@ def load_optimizer_state(optimizers: list, tensors: dict[str, Tensor], rest: lis
             optimizer.state[owners[at][int(i)][0]][key] = value
         for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
             for key, value in options.items():
-                group[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+                group[key] = (
+                    tuple(value) if isinstance(value, list) else value
+                )  # JSON has no tuples
 
 
 # -------------------------------------------------------------------------------------------------- what is remembered
@@ -229,18 +237,24 @@ class SearchState:
     step: int = 0  # of the run, which may go back
     made: int = 0  # steps executed
     scale: float = 1.0  # of the schedule's rate
-    kept: list[float] = field(default_factory=lambda: [1.0])  # scales known good; the last is in force
+    kept: list[float] = field(
+        default_factory=lambda: [1.0]
+    )  # scales known good; the last is in force
     losses: list[float] = field(default_factory=list)  # of the window in progress, the finite ones
-    control: list[float] = field(default_factory=list)  # what the trial is compared with; empty: no trial
+    control: list[float] = field(
+        default_factory=list
+    )  # what the trial is compared with; empty: no trial
     missing: int = 0  # losses in a row that were not finite
     wait: int = 0  # windows to go by before the next trial
     stays: int = 0  # trials in a row that were taken back
     may_raise: bool = True  # no raise was ever undone
-    spared: bool = False  # damage at the given rate was put down to chance once
+    spared: bool = False  # missing losses have been put down to chance once
     first: float | None = None  # level of the loss at the start,
     level: float | None = None  # the lowest since, or since the data changed,
     sigma: float = 0.0  # and the noise of one loss
-    alarm: float | None = None  # during a check of the data: the level that raised it (inf: not finite),
+    alarm: float | None = (
+        None  # during a check of the data: the level that raised it (inf: not finite),
+    )
     alarm_scale: float = 1.0  # the scale then,
     check_ends: int = 0  # and the executed steps at which the check ends
     velocity: float | None = None  # the paper's rule: of the last window,
@@ -300,7 +314,9 @@ class AdaLRS:
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r} of AdaLRS; choose from {', '.join(RULES)}")
 
-        self.tensors = [t for t in tensors if t.requires_grad or not isinstance(t, torch.nn.Parameter)]
+        self.tensors = [
+            t for t in tensors if t.requires_grad or not isinstance(t, torch.nn.Parameter)
+        ]
         self.optimizers = optimizers
         self.others = others
         self.up = up
@@ -360,7 +376,7 @@ class AdaLRS:
         if self.older is None:
             return state.step
 
-        if math.isfinite(loss):
+        if abs(loss) < LARGEST:
             state.missing = 0
             state.losses.append(loss)
         else:
@@ -382,25 +398,27 @@ class AdaLRS:
 
     def _follow_window(self) -> None:
         """A loss at the present rate: look for harm, and see whether the window is over."""
-        losses = self.state.losses
+        state = self.state
+        losses = state.losses
         if self.rule == "safe" and len(losses) >= self.short:
-            level = median(losses[-self.short :])
-            if self.state.level is None:
-                self._set_level(level, losses[-self.short :])
-            elif level > self.state.level + self._rise():
+            if state.level is None:
+                self._set_level(median(losses), losses)
+            looks = self.short if len(state.kept) > 1 else self.k
+            level = median(losses[-looks:])
+            if len(losses) >= looks and level > self._ceiling():
                 self._sound_alarm(level)
                 return
         if len(losses) < self.k:
             return
 
         # The window's end is a snapshot, and its start becomes the recovery point
-        self.state.losses = []
+        state.losses = []
         self.older = self.newer
         self.newer = self._copy()
         ready = self._lower_when_rising(losses) if self.rule == "paper" else self._wait(losses)
-        if self.state.step >= self.stop and (self.rule == "paper" or self.state.scale <= 1):
+        if state.step >= self.stop and (self.rule == "paper" or state.scale <= 1):
             self.older = self.newer = None
-        elif ready and self.start < self.state.step < self.stop and self._affordable(losses):
+        elif ready and self.start < state.step < self.stop and self._affordable(losses):
             self._begin_trial(losses)
 
     def _wait(self, losses: list[float]) -> bool:
@@ -420,7 +438,7 @@ class AdaLRS:
         level = sum(losses) / len(losses)
         doubt = error * len(losses) / math.sqrt(6)  # error of the difference of two means
         rose = state.level is not None and level > state.level + doubt
-        slowed = state.velocity is None or velocity <= state.velocity + 2 * error
+        slowed = state.velocity is None or velocity - state.velocity <= 2 * error + EQUAL * abs(velocity)
         state.rising = state.rising + 1 if rose else 0
         state.velocity = velocity
         state.level = level
@@ -441,11 +459,15 @@ class AdaLRS:
         if self.state.first is None:
             self.state.first = level
 
-    def _rise(self) -> float:
-        """By how much the running level may exceed the lowest."""
+    def _ceiling(self) -> float:
+        """What the running level may not exceed: with a raise in force about the lowest so far, else the first.
+
+        A run at the rate that it was given has its ups and downs; only one that does worse than untrained is harmed."""
         state = self.state
         chance = 8 * state.sigma / math.sqrt(self.short)  # six errors of a median
-        return max(chance, 0.1 * (state.first - state.level), MATTERS * abs(state.first))
+        rise = max(chance, 0.1 * (state.first - state.level), MATTERS * abs(state.first))
+        raised = len(state.kept) > 1
+        return rise + (state.level if raised else max(state.first, state.level))
 
     # ---------------------------------------------------------------------------------------------- trials
 
@@ -483,11 +505,13 @@ class AdaLRS:
         """A trial is over: keep it, or take it back (and, with the paper's rule, lower the rate)."""
         state = self.state
         faster, error = gain(state.control, state.losses)
-        agreement = self._agreement()
+        agreement, reach = self._compare_paths()
         if self.rule == "paper":
-            verdict = "up" if faster > 2 * error else "down" if faster < -2 * error else "stay"
+            doubt = 2 * error + EQUAL * abs(fit_line(state.control)[0])
+            verdict = "up" if faster > doubt else "down" if faster < -doubt else "stay"
         else:
-            clear = faster > ERRORS * error or (faster > 0 and agreement > AGREEMENT)
+            straight = agreement > AGREEMENT and reach > REACH
+            clear = faster > ERRORS * error or (faster > 0 and straight)
             matters = faster * len(state.losses) > MATTERS * abs(state.first)
             verdict = "up" if clear and matters else "stay"
 
@@ -528,7 +552,9 @@ class AdaLRS:
         state.scale = state.kept[-1]
         self._restore(self.newer)
 
-        if self.rule == "paper" and (verdict == "abort" or (verdict == "down" and not self.cautious)):
+        if self.rule == "paper" and (
+            verdict == "abort" or (verdict == "down" and not self.cautious)
+        ):
             self._lower()
             state.velocity = None
         elif verdict == "down":
@@ -538,8 +564,11 @@ class AdaLRS:
         lost = (begun, state.made)
         self._record(verdict, velocity, velocity + faster, error, compared, lost, agreement)
 
-    def _agreement(self) -> float:
-        """Cosine between what control and trial added to the weights, from the same point."""
+    def _compare_paths(self) -> tuple[float, float]:
+        """Of what control and trial added to the weights, from the same point: (cosine, reach).
+
+        Reach: how much further the trial went in the control's direction, as a share of what its rate was raised by;
+        1 where the rate is far too low, 0 where more of it leads no further."""
         product = 0.0
         control = 0.0
         trial = 0.0
@@ -552,8 +581,11 @@ class AdaLRS:
             product += float((one * other).sum())
             control += float(one.square().sum())
             trial += float(other.square().sum())
-        size = math.sqrt(control * trial)
-        return product / size if math.isfinite(size) and size > 0 else 0.0
+        if not (0 < control < math.inf and 0 < trial < math.inf):
+            return 0.0, 0.0
+        raised = self.state.scale / self.state.kept[-1] - 1
+        reach = (product / control - 1) / raised if raised > 0 else 0.0
+        return product / math.sqrt(control * trial), reach
 
     # ---------------------------------------------------------------------------------------------- the watch
 
@@ -587,7 +619,7 @@ class AdaLRS:
         if state.level is None:
             ceiling = math.inf
         elif state.alarm == math.inf:
-            ceiling = state.level + self._rise()
+            ceiling = self._ceiling()
         else:
             ceiling = (state.level + state.alarm) / 2
         healthy = bool(losses) and state.missing < IN_A_ROW and median(losses) < ceiling
@@ -615,18 +647,24 @@ class AdaLRS:
         state.level = None  # the next losses say what is normal
         if len(state.kept) == 1 and level < math.inf:
             return
+        state.alarm = level
         state.scale = self._safer_scale()
+        state.alarm = None
         self._admit_harm()
         if level == math.inf:
             self._restore(self.older, state.step)
-        self._record("rescue", k=0)
+        self._record("rescue")
 
     def _safer_scale(self) -> float:
-        """The scale to retreat to: that before the last raise; without one a lower one, but not the first time."""
+        """The scale to retreat to: that before the last raise; without one a lower one.
+
+        Missing losses may be the data's: the first time, they lower nothing."""
         state = self.state
         if len(state.kept) > 1:
             return state.kept[-2]
-        return state.kept[-1] / self._factor(self.down) if state.spared else state.kept[-1]
+        if state.alarm == math.inf and not state.spared:
+            return state.kept[-1]
+        return state.kept[-1] / self._factor(self.down)
 
     def _admit_harm(self) -> None:
         """The retreat stands."""
@@ -674,7 +712,9 @@ class AdaLRS:
             name: t.to("cpu" if self.offload else t.device, copy=True) for name, t in views.items()
         }
         others = [other.state_dict() for other in self.others]
-        return Snapshot(self.state.step, tensors, copy.deepcopy({"optimizers": rest, "others": others}))
+        return Snapshot(
+            self.state.step, tensors, copy.deepcopy({"optimizers": rest, "others": others})
+        )
 
     def _restore(self, snapshot: Snapshot, step: int | None = None) -> None:
         """Everything as it was; the run goes on from the snapshot's step, or from the one given."""

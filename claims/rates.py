@@ -47,6 +47,7 @@ from tools import report
 STARTS = tuple(10**e for e in (-1.0, -0.5, 0.0, 0.5, 1.0))
 FLOOR = 1e-3  # of the loss before training: what lies below is called zero
 SCHEDULE_FREE = (0.1, 1.0, 10.0)  # its starts, as multiples of the best fixed rate
+PACKAGES = ("sklearn", "schedulefree", "prodigyopt", "dadaptation")
 
 
 # ------------------------------------------------------------------------------------------------------- problems
@@ -360,7 +361,9 @@ class Copying(Problem):
         width = 32
         self.embed = nn.Embedding(self.letters + 1, width)
         self.place = nn.Embedding(2 * self.length + 1, width)
-        layer = nn.TransformerEncoderLayer(width, 2, 64, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 2, 64, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(width, self.letters)
         self.model = nn.ModuleList([self.embed, self.place, self.body, self.head])
@@ -533,7 +536,9 @@ def optimizers_for(problem: Problem, rate: float) -> list:
     parameters = problem.parameters
     kind = problem.optimizer
     if kind == "adamw":
-        return [torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        return [
+            torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        ]
     if kind == "sgd":
         return [torch.optim.SGD(parameters, lr=rate)]
     if kind == "momentum":
@@ -541,7 +546,9 @@ def optimizers_for(problem: Problem, rate: float) -> list:
     if kind == "schedule-free":
         import schedulefree
 
-        optimizer = schedulefree.AdamWScheduleFree(parameters, lr=rate, warmup_steps=problem.steps // 20)
+        optimizer = schedulefree.AdamWScheduleFree(
+            parameters, lr=rate, warmup_steps=problem.steps // 20
+        )
         optimizer.train()
         return [optimizer]
     assert kind == "muon", kind
@@ -581,15 +588,15 @@ def train_problem(
     rate: float,
     rule: str = "",
     shape: str = "cosine",
-    make=AdaLRS,
+    make: Callable = AdaLRS,
 ) -> dict:
-    """One run. rule: of AdaLRS, "" for a fixed rate.
+    """One run. rule: of AdaLRS (`make` builds the search), "" for a fixed rate.
 
-    Returns the final loss, steps as a share of the plan, and (with AdaLRS) scale, rates and decisions."""
+    Returns losses before and after training, the steps as a share of the plan, and with AdaLRS its decisions."""
     problem = kind(seed)
     optimizers = optimizers_for(problem, rate)
-    start = problem.final()
     shape = "constant" if kind.optimizer == "schedule-free" else shape
+    row: dict = {"start": problem.final()}
     search = None
     if rule:
         tensors = [*problem.parameters, *problem.buffers]
@@ -605,12 +612,313 @@ def train_problem(
         losses.append(one_step(problem, optimizers, rates[-1]))
         step = search.observe(losses[-1]) if search else step + 1
 
-    row = {
-        "start": start,
-        "final": final_loss(problem, optimizers),
-        "steps": len(losses) / kind.steps,
-        "losses": losses,
-    }
+    row |= {"final": final_loss(problem, optimizers), "steps": len(losses) / kind.steps}
+    if seed == 0:  # drawn in the report
+        row |= {"losses": losses, "lrs": rates}
     if search:
-        row |= {"scale": search.scale, "lrs": rates, "decisions": search.log()}
+        row |= {"scale": search.scale, "decisions": search.log()}
     return row
+
+
+# ------------------------------------------------------------------------------------------------- other methods
+
+
+def range_test(problem: Problem, low: float = 1e-6, high: float = 10.0, steps: int = 100) -> float:
+    """Smith's LR range test: the rate grows exponentially; suggests where the smoothed loss falls fastest per decade.
+
+    Stops at four times the best smoothed loss."""
+    optimizers = optimizers_for(problem, low)
+    rates: list[float] = []
+    curve: list[float] = []
+    mean = 0.0
+    for i in range(steps):
+        rates.append(low * (high / low) ** (i / (steps - 1)))
+        problem.begin_step(i)
+        mean = 0.9 * mean + 0.1 * one_step(problem, optimizers, rates[-1])
+        curve.append(mean / (1 - 0.9 ** (i + 1)))
+        if not curve[-1] < 4 * min(curve):
+            break
+    falls = [curve[i + 1] - curve[i] for i in range(5, len(curve) - 1)]
+    return rates[5 + falls.index(min(falls))]
+
+
+def after_range_test(kind: type[Problem], seed: int) -> dict:
+    rate = range_test(kind(seed))
+    return train_problem(kind, seed, rate) | {"steps": 1 + 100 / kind.steps, "rate": rate}
+
+
+def train_with(kind: type[Problem], seed: int, make: Callable, rate: Callable) -> dict:
+    """A run with an optimizer made by `make(parameters)`; `rate(step)` is None where it sets its own."""
+    problem = kind(seed)
+    optimizers = [make(problem.parameters)]
+    if hasattr(optimizers[0], "train"):
+        optimizers[0].train()
+    for step in range(kind.steps):
+        problem.begin_step(step)
+        one_step(problem, optimizers, rate(step))
+    return {"final": final_loss(problem, optimizers), "steps": 1.0}
+
+
+def without_rate(name: str, kind: type[Problem], seed: int) -> dict:
+    """Rate-free methods as their authors recommend them: lr 1 and the cosine schedule."""
+    import dadaptation
+    import prodigyopt
+
+    def make(parameters: list) -> torch.optim.Optimizer:
+        if name == "prodigy":
+            return prodigyopt.Prodigy(parameters, lr=1.0, betas=(0.9, 0.95), safeguard_warmup=True)
+        return dadaptation.DAdaptAdam(parameters, lr=1.0, betas=(0.9, 0.95))
+
+    def rate(step: int) -> float:
+        return schedule(step, kind.steps)
+
+    return train_with(kind, seed, make, rate)
+
+
+def schedule_free(kind: type[Problem], seed: int, rate: float) -> dict:
+    import schedulefree
+
+    def make(parameters: list) -> torch.optim.Optimizer:
+        adam = kind.optimizer == "adamw"
+        method = schedulefree.AdamWScheduleFree if adam else schedulefree.SGDScheduleFree
+        return method(parameters, lr=rate, warmup_steps=kind.steps // 20)
+
+    def own(step: int) -> None:
+        return None
+
+    return train_with(kind, seed, make, own)
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+class Results:
+    """One JSON line per run, so that the measurement can be stopped and goes on where it was."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.rows = {tuple(row["key"]): row for row in map(json.loads, lines)}
+
+    def get(
+        self, problem: str, method: str, place: float, seed: int, run: Callable[[], dict]
+    ) -> dict:
+        """`place`: log10 of the rate, or of the start over the best rate. An exception is a result, too."""
+        key = (problem, method, round(place, 3), seed)
+        if key not in self.rows:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # Prodigy's, on deprecated torch calls
+                try:
+                    row = run()
+                except (ValueError, RuntimeError, ArithmeticError) as error:
+                    row = {"final": math.inf, "steps": 1.0, "raised": repr(error)}
+            self.rows[key] = row | {"key": key}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.rows[key]) + "\n")
+        return self.rows[key]
+
+    def of(self, problem: str, method: str, place: float) -> list[dict]:
+        """All seeds that were measured."""
+        place = round(place, 3)
+        return [row for key, row in self.rows.items() if key[:3] == (problem, method, place)]
+
+    def best(self, problem: str) -> float:
+        """log10 of the best fixed rate, by the mean final loss over the seeds (of those all measured)."""
+        places = {key[2] for key in self.rows if key[:2] == (problem, "grid")}
+        seeds = max(len(self.of(problem, "grid", place)) for place in places)
+
+        def badness(place: float) -> float:
+            rows = self.of(problem, "grid", place)
+            mean = sum(row["final"] for row in rows) / len(rows)
+            return mean if math.isfinite(mean) and len(rows) == seeds else math.inf
+
+        return min(places, key=badness)
+
+    def ratios(
+        self, problem: str, method: str, place: float, to: float | None = None
+    ) -> list[float]:
+        """Final losses over those of a fixed rate with the same seed (to: log10 of it; the best), floor below both."""
+        best = self.best(problem)
+        to = best if to is None else to
+        if method == "fixed":
+            method, place = "grid", best + place
+        found = []
+        for row in self.of(problem, method, place):
+            other = self.rows[problem, "grid", round(to, 3), row["key"][3]]
+            floor = FLOOR * other["start"]
+            one, two = (max(loss, floor) for loss in (row["final"], other["final"]))
+            found.append(
+                one / two if math.isfinite(one) else math.inf if math.isfinite(two) else 1.0
+            )
+        return found
+
+
+def measure(results: Results, name: str, seeds: int) -> None:
+    """The grid, then everything that starts relative to its best rate."""
+    kind = PROBLEMS[name]
+    low, high = kind.grid
+    for seed in range(seeds):
+        for i in range(round((high - low) / 0.5) + 1):
+            place = low + 0.5 * i
+            results.get(name, "grid", place, seed, lambda: train_problem(kind, seed, 10**place))
+
+    best = results.best(name)
+    for seed in range(seeds):
+        for start in STARTS:
+            off = math.log10(start)
+            rate = 10 ** (best + off)
+            results.get(name, "grid", best + off, seed, lambda: train_problem(kind, seed, rate))
+            for rule in ("safe", "paper"):
+                results.get(name, rule, off, seed, lambda: train_problem(kind, seed, rate, rule))
+    if name in OLD:
+        measure_others(results, name, seeds, best)
+
+
+def measure_others(results: Results, name: str, seeds: int, best: float) -> None:
+    kind = PROBLEMS[name]
+    for seed in range(seeds):
+        for start in SCHEDULE_FREE:
+            rate = start * 10**best
+            off = math.log10(start)
+            results.get(name, "schedule-free", off, seed, lambda: schedule_free(kind, seed, rate))
+        results.get(name, "range test", 0, seed, lambda: after_range_test(kind, seed))
+        for method in ("prodigy", "d-adaptation"):
+            results.get(name, method, 0, seed, lambda: without_rate(method, kind, seed))
+
+
+# ------------------------------------------------------------------------------------------------------ reporting
+
+
+def cell(ratios: list[float]) -> str:
+    """Mean (worst); a finite loss a thousand times too large has diverged too."""
+    if not ratios:
+        return ""
+    if max(ratios) > 1000:
+        return "diverged"
+    return f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})"
+
+
+def table(results: Results) -> str:
+    """A summary of the rules, then every problem: final loss over the best fixed rate's with the same seed."""
+    measured = [name for name in PROBLEMS if any(key[:2] == (name, "safe") for key in results.rows)]
+    out = [summary(results, measured), ""]
+    starts = [math.log10(start) for start in STARTS]
+    out.append(
+        "| problem | rule | " + " | ".join(f"{10**s:.2g}" for s in starts) + " | most steps |"
+    )
+    out.append("|---|---|" + "---:|" * (len(starts) + 1))
+    for name in measured:
+        for rule in ("fixed", "paper", "safe"):
+            cells = [cell(results.ratios(name, rule, start)) for start in starts]
+            rows = [row for start in starts for row in results.of(name, rule, start)]
+            steps = max((row["steps"] for row in rows), default=1.0)
+            out.append(f"| {name} | {rule} | " + " | ".join(cells) + f" | {steps:.2f} |")
+
+    others = [name for name in OLD if any(key[:2] == (name, "prodigy") for key in results.rows)]
+    if others:
+        out += ["", "| method | start | " + " | ".join(others) + " |"]
+        out.append("|---|---:|" + "---:|" * len(others))
+        for method in ("range test", "prodigy", "d-adaptation", "schedule-free"):
+            for start in SCHEDULE_FREE if method == "schedule-free" else (1.0,):
+                cells = [cell(results.ratios(name, method, math.log10(start))) for name in others]
+                label = f"{start:g}" if method == "schedule-free" else ""
+                out.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
+
+    rates = ", ".join(f"{name} {10 ** results.best(name):.2g}" for name in measured)
+    return "\n".join(out) + f"\n\nBest fixed rates: {rates}."
+
+
+def summary(results: Results, measured: list[str]) -> str:
+    """What the rules promise, over all problems, starts and seeds."""
+    out = [
+        "| rule | runs | above 1.05 of fixed | worst | better than .95 | from .1: recovered | most steps | exceptions |",
+        "|---|" + "---:|" * 7,
+    ]
+    for rule in ("paper", "safe"):
+        against: list[float] = []
+        recovered: list[float] = []
+        rows: list[dict] = []
+        for name in measured:
+            for start in STARTS:
+                place = math.log10(start)
+                rows += results.of(name, rule, place)
+                against += results.ratios(name, rule, place, to=results.best(name) + place)
+            found = results.of(name, rule, -1.0)
+            recovered += [math.log10(row.get("scale", 1.0)) for row in found]
+        if not rows:
+            continue
+        worse = sum(ratio > 1.05 for ratio in against)
+        better = sum(ratio < 0.95 for ratio in against)
+        share = sum(recovered) / max(len(recovered), 1)
+        capped = sum(min(x, 1.0) for x in recovered) / max(len(recovered), 1)
+        raised = sum("raised" in row for row in rows)
+        out.append(
+            f"| {rule} | {len(rows)} | {worse} | {max(against):.3g} | {better} | {share:.2f} ({capped:.2f}) "
+            f"| {max(row['steps'] for row in rows):.3f} | {raised} |"
+        )
+    note = (
+        "Recovered: log10 of the final scale, mean over runs from a tenth of the best rate; in brackets, no run "
+        "counted as more than 1."
+    )
+    return "\n".join(out) + f"\n\n{note}"
+
+
+def shorten(losses: list[float]) -> list[float]:
+    """Drawn up to one and a half times the first."""
+    top = 1.5 * losses[0]
+    return [min(loss, top) if math.isfinite(loss) else top for loss in losses]
+
+
+def page(results: Results, path: Path) -> None:
+    """Loss and rate with every decision, for each problem from each start (seed 0), beside the same start held fixed."""
+    runs: dict[str, dict] = {}
+    for (problem, method, place, seed), row in results.rows.items():
+        if method not in ("safe", "paper") or seed or "losses" not in row:
+            continue
+        fixed = results.rows[problem, "grid", round(results.best(problem) + place, 3), 0]
+        runs[f"{problem}, {method}, start {10**place:.2g} of the best"] = {
+            "losses": shorten(row["losses"]),
+            "lrs": row["lrs"],
+            "decisions": row["decisions"],
+            "compare": shorten(fixed["losses"]) if "losses" in fixed else [],
+        }
+    body = report.el("h1", "AdaLRS from wrong starts") + report.curves(runs)
+    path.write_text(
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{report.el("title", "AdaLRS")}'
+        f"{report.el('style', report.CSS)}<body>{body}</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+@dataclass
+class RatesOptions:
+    """Measure AdaLRS against a grid of fixed rates and the other methods."""
+
+    problems: tuple[str, ...] = tuple(PROBLEMS)  # names, see PROBLEMS
+    seeds: int = 5
+    out: Path = Path("runs/adalrs")
+    report: bool = False  # only table and page, of what was measured so far
+
+
+def measure_rates(options: RatesOptions) -> None:
+    """Raises ValueError for unknown problems, and when packages are missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and not options.report:
+        raise ValueError(
+            f"{', '.join(missing)} not installed; pip install -r requirements/bench.txt brings what this script compares"
+        )
+    for name in options.problems:
+        if name not in PROBLEMS:
+            raise ValueError(f"--problems {name!r}: choose from {', '.join(PROBLEMS)}")
+
+    results = Results(options.out / "runs.jsonl")
+    for name in options.problems if not options.report else ():
+        measure(results, name, options.seeds)
+    page(results, options.out / "report.html")
+    (options.out / "table.md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    command(measure_rates)
