@@ -1,9 +1,9 @@
 """AdaLRS: find the learning rate while training, and take a wrong guess back.
 
-What it teaches: whether a rate is too low shows long before the final loss does, if two runs are compared that differ
-in nothing else. So, inside a window of the run: raise the rate, train k steps, and look. If that was better, keep it;
-if not, restore parameters and optimizer and go on as if nothing had been tried. Usable with any model, optimizer and
-schedule; imports only torch:
+What it teaches: whether a rate is too low shows long before the final loss does, if two runs are
+compared that differ in nothing else. So, inside a window of the run: raise the rate, train k steps, and
+look. If that was better, keep it; if not, restore parameters and optimizer and go on as if nothing had
+been tried. Usable with any model, optimizer and schedule; imports only torch:
 
     search = AdaLRS([*model.parameters(), *model.buffers()], [optimizer], total_steps=1000)
     step = 0
@@ -16,57 +16,67 @@ schedule; imports only torch:
         optimizer.step()
         step = search.observe(loss.item())  # usually step + 1; another when the search went back
 
-What a step changes must be handed in, or it would not go back with the rest: buffers among the tensors (the running
-statistics of batch norm); a GradScaler, or a scheduler that counts its own steps, as `others` (anything that has
-state_dict and load_state_dict). Data need not go back. With several ranks, hand in the mean loss of all of them, so
-that they decide alike. A step that the loop skips (a loss or gradient that is not finite) is observed all the same.
+What a step changes must be handed in, or it would not go back with the rest: buffers among the tensors
+(the running statistics of batch norm); a GradScaler, or a scheduler that counts its own steps, as
+`others` (anything that has state_dict and load_state_dict). Data need not go back. With several ranks,
+hand in the mean loss of all of them, so that they decide alike. A step that the loop skips (a loss or
+gradient that is not finite) is observed all the same.
 
-**The theory.** For one step of gradient descent on a loss whose curvature is at most L, the expected fall is
-rate |g|^2 - (L / 2) rate^2 |g|^2: convex in the rate, proportional to it while it is far too low, largest at 1 / L. The
-paper's claim is that the final loss is lowest at the same rate. Its rule (SAIL-VL2, Eq. 1; v is the velocity, minus the
-slope of the loss over k steps, and e its error; n counts adjustments):
+**The theory.** For one step of gradient descent on a loss whose curvature is at most L, the expected
+fall is rate |g|^2 - (L / 2) rate^2 |g|^2: convex in the rate, proportional to it while it is far too
+low, largest at 1 / L. The paper's claim is that the final loss is lowest at the same rate. Its rule
+(SAIL-VL2, Eq. 1; v is the velocity, minus the slope of the loss over k steps, and e its error; n counts
+adjustments):
 
     rate <- a' rate  if v(a' rate) > v(rate) + 2e        a' = max(decay^n a, 1)
             b' rate  if v(a' rate) < v(rate) - 2e        b' = 1 / max(decay^n b, 1)
             rate     otherwise
 
-**The paper's** (certain): the rule, with a and b co-prime integers; trying upwards only, when the descent slows down;
-rolling parameters and optimizer state back. **From secondary accounts** of AdaLRS (arXiv 2506.13274): least squares over
-k steps, decay .99, search within [0.1, 0.4] of the run, giving a trial up when its loss exceeds the highest so far,
-lowering when the loss rises over two windows. **Inferred**: a = 3, b = 2 (3 / 2 is reported); that n counts adjustments
-(in steps, .99 would end the search after 110); that 2e-4 -> 6.75e-4 is three kept raises of 3/2 (it is 1.5^3, but 1.5
-is no integer: it may be three raises by 3 and three cuts by 2). `rule="paper"` is this and nothing else, but for what no
-account tells: k (a twentieth of the run), e (below), and two runs from one point.
+**The paper's** (certain): the rule, with a and b co-prime integers; trying upwards only, when the
+descent slows down; rolling parameters and optimizer state back. **From secondary accounts** of AdaLRS
+(arXiv 2506.13274): least squares over k steps, decay .99, search within [0.1, 0.4] of the run, giving a
+trial up when its loss exceeds the highest so far, lowering when the loss rises over two windows.
+**Inferred**: a = 3, b = 2 (3 / 2 is reported); that n counts adjustments (in steps, .99 would end the
+search after 110); that 2e-4 -> 6.75e-4 is three kept raises of 3/2 (it is 1.5^3, but 1.5 is no integer:
+it may be three raises by 3 and three cuts by 2). `rule="paper"` is this and nothing else, but for what
+no account tells: k (a twentieth of the run), e (below), and two runs from one point.
 
-**Ours**: `rule="safe"`, the default. Eq. 1 fails in both directions. Near the best rate a *lower* one wins every short
-race, as noise shrinks with the rate, and loses the run; and 10 times below the best, on small batches, three times the
-rate shows nothing in the loss of a few dozen steps. So:
+**Ours**: `rule="safe"`, the default. Eq. 1 fails in both directions. Near the best rate a *lower* one
+wins every short race, as noise shrinks with the rate, and loses the run; and 10 times below the best, on
+small batches, three times the rate shows nothing in the loss of a few dozen steps. So:
 
-- *Two runs from one point.* The last k steps at the present rate are the control, the trial starts where they started.
-  The loss's own deceleration cancels. The winner's weights stay: the loser's k steps are what a decision costs.
-- *Two witnesses.* The loss: with d_i = control_i - trial_i, the gain is the slope of d through the origin, and its error
-  the larger of two, from single losses and from blocks of them (autocorrelation); outliers are clipped first (heavy
-  tails). The path: what control and trial added to the weights. They saw different data, so where they agree (cosine
-  above .8) the weights go where the data send them, not the noise; and if the trial went further that way, by half of
-  what its rate was raised by, the path is straight on that scale: the rate is far too low. Near the best rate each
-  relaxes into its own noise. A raise is kept if it gains three errors, or if it gains at all and the path is straight.
-  Either way the gain must matter: a thousandth of the first loss over a window. Near zero, everything is relatively fast.
-- *Never lower for a slower trial.* That three times the rate is too much does not say that the rate is; one somewhat
-  too high is healed by the schedule's decay, one too low by nothing.
-- *A watch,* for as long as a raise is in force, and before that until the search ends. Harm is a running level of the
-  loss (median of the last k / 4) clearly above its lowest; with no raise in force, a whole window clearly above the
-  first level (to be worse than untrained; the given rate's other ups and downs are its own); or three losses in a row
-  that are not finite. Then weights known to be good are put on the present data. If they do badly too, the data changed:
-  everything continues where it was. If they do well, the run was damaged: they stay, and the last raise is undone for
-  good; if none is in force, the rate is lowered (for missing losses only the second time: they may be the data's).
-- *The recovery point* is one to two windows old: its successor becomes one when a window has passed without alarm.
-- *Budget.* Never more than 1.25 times the steps. When they are spent, weights may still go back, the count does not.
+- *Two runs from one point.* The last k steps at the present rate are the control, the trial starts where
+  they started. The loss's own deceleration cancels. The winner's weights stay: the loser's k steps are
+  what a decision costs.
+- *Two witnesses.* The loss: with d_i = control_i - trial_i, the gain is the slope of d through the
+  origin, and its error the larger of two, from single losses and from blocks of them (autocorrelation);
+  outliers are clipped first (heavy tails). The path: what control and trial added to the weights. They
+  saw different data, so where they agree (cosine above .8) the weights go where the data send them, not
+  the noise; and if the trial went further that way, by half of what its rate was raised by, the path is
+  straight on that scale: the rate is far too low. Near the best rate each relaxes into its own noise. A
+  raise is kept if it gains three errors, or if it gains at all and the path is straight. Either way the
+  gain must matter: a thousandth of the first loss over a window. Near zero, everything is relatively
+  fast.
+- *Never lower for a slower trial.* That three times the rate is too much does not say that the rate is;
+  one somewhat too high is healed by the schedule's decay, one too low by nothing.
+- *A watch,* for as long as a raise is in force, and before that until the search ends. Harm is a running
+  level of the loss (median of the last k / 4) clearly above its lowest; with no raise in force, a whole
+  window clearly above the first level (to be worse than untrained; the given rate's other ups and downs
+  are its own); or three losses in a row that are not finite. Then weights known to be good are put on
+  the present data. If they do badly too, the data changed: everything continues where it was. If they do
+  well, the run was damaged: they stay, and the last raise is undone for good; if none is in force, the
+  rate is lowered (for missing losses only the second time: they may be the data's).
+- *The recovery point* is one to two windows old: its successor becomes one when a window has passed
+  without alarm.
+- *Budget.* Never more than 1.25 times the steps. When they are spent, weights may still go back, the
+  count does not.
 
-**The promise**: no worse than the rate that was given, but for the steps of the trials, and far better when that was far
-off; no exception that the loop would not have raised. **Its limits**: what is good early may be bad late without ever
-rising; the final loss was predicted by k steps in nearly all of some thousand runs (`python -m claims.rates`), not in
-all. Where noise dominates the path, only the loss can tell, and a rate too low may stay. Two snapshots are held until
-the search ends, and to the end of the run if a raise is in force; `offload` puts them in host memory.
+**The promise**: no worse than the rate that was given, but for the steps of the trials, and far better
+when that was far off; no exception that the loop would not have raised. **Its limits**: what is good
+early may be bad late without ever rising; the final loss was predicted by k steps in nearly all of some
+thousand runs (`python -m claims.rates`), not in all. Where noise dominates the path, only the loss can
+tell, and a rate too low may stay. Two snapshots are held until the search ends, and to the end of the
+run if a raise is in force; `offload` puts them in host memory.
 
 A window, as `observe` sees it:
 
@@ -81,6 +91,7 @@ Simplified: weights are whole on every rank (the cosine of a shard would differ 
 import copy
 import math
 from dataclasses import asdict, dataclass, field
+from statistics import fmean as mean
 from statistics import median
 from typing import Any
 
@@ -95,30 +106,39 @@ MATTERS = 1e-3  # share of the first loss that a raise must gain over a window
 BLOCKS = 8  # of a window, for an error that sees autocorrelation
 EQUAL = 1e-9  # relative: velocities that differ by less are equal
 LARGEST = 1e100  # from here on a loss counts as not finite, too: its square would overflow
+NORMAL = 1.4826  # standard deviations of a normal distribution in its median deviation
 IN_A_ROW = 3  # losses that are not finite: fewer are the data's, and the loop has skipped them
 
 
-# -------------------------------------------------------------------------------------------------- what losses say
+# -------------------------------------------------------------------------------- what losses say
 
 
 def fit_line(losses: list[float]) -> tuple[float, float]:
-    """Least squares over equally spaced steps: (velocity = -slope, its standard error), both in loss per step."""
+    """Least squares over equally spaced steps: (velocity = -slope, its standard error), in loss per step."""
     k = len(losses)
     assert k >= 3, f"a slope and its error need at least 3 points, got {k}"
+
+    # Steps and losses about their means
     x = [i - (k - 1) / 2 for i in range(k)]
-    mean = sum(losses) / k
-    spread = k * (k * k - 1) / 12
-    slope = sum(a * b for a, b in zip(x, losses)) / spread
-    residual = sum((b - mean - slope * a) ** 2 for a, b in zip(x, losses)) / (k - 2)
-    return -slope, math.sqrt(residual / spread)
+    middle = mean(losses)
+    y = [loss - middle for loss in losses]
+
+    # The line, and what it leaves
+    spread = k * (k * k - 1) / 12  # sum of x^2
+    slope = sum(a * b for a, b in zip(x, y)) / spread
+    rest = [b - slope * a for a, b in zip(x, y)]
+    variance = sum(r * r for r in rest) / (k - 2)
+    return -slope, math.sqrt(variance / spread)
 
 
 def clip_outliers(*runs: list[float]) -> list[list[float]]:
     """The same losses, none further from the median of all than four (robust) standard deviations."""
     pool = [loss for run in runs for loss in run]
     middle = median(pool)
-    reach = 4 * 1.4826 * median(abs(loss - middle) for loss in pool)
-    return [[min(max(loss, middle - reach), middle + reach) for loss in run] for run in runs]
+    reach = 4 * NORMAL * median(abs(loss - middle) for loss in pool)
+    low = middle - reach
+    high = middle + reach
+    return [[min(max(loss, low), high) for loss in run] for run in runs]
 
 
 def noise(losses: list[float]) -> float:
@@ -127,44 +147,53 @@ def noise(losses: list[float]) -> float:
     slope = -fit_line(losses)[0]
     level = [y - slope * i for i, y in enumerate(losses)]
     middle = median(level)
-    return 1.4826 * median(abs(y - middle) for y in level)
+    return NORMAL * median(abs(y - middle) for y in level)
 
 
 def through_origin(x: list[float], y: list[float]) -> tuple[float, float]:
     """Slope of y = slope x by least squares, and its standard error."""
     spread = sum(a * a for a in x)
-    slope = sum(a * b for a, b in zip(x, y)) / spread
-    residual = sum((b - slope * a) ** 2 for a, b in zip(x, y)) / (len(x) - 1)
-    return slope, math.sqrt(residual / spread)
+    product = sum(a * b for a, b in zip(x, y))
+    slope = product / spread
+
+    # What the line leaves
+    rest = [b - slope * a for a, b in zip(x, y)]
+    squares = sum(r * r for r in rest)
+    variance = squares / (len(x) - 1)
+    return slope, math.sqrt(variance / spread)
 
 
 def gain(control: list[float], trial: list[float]) -> tuple[float, float]:
-    """How much faster a trial fell than its control from the same point: (difference of velocities, its error).
+    """How much faster a trial fell than its control from the same point, in loss per step.
 
-    d[0] is noise: both losses precede their first update."""
+    Returns (difference, its standard error). The first of the differences is noise: both losses precede
+    their first update.
+    """
     control, trial = clip_outliers(control, trial)
-    x = list(range(len(control)))
-    d = [a - b for a, b in zip(control, trial, strict=True)]
-    slope, error = through_origin(x, d)
+    steps = list(range(len(control)))
+    ahead = [a - b for a, b in zip(control, trial, strict=True)]
+    slope, error = through_origin(steps, ahead)
+    if len(steps) < 2 * BLOCKS:
+        return slope, error
 
     # Neighbours that resemble each other count as one: the same slope through means of blocks
-    edges = [round(i * len(d) / BLOCKS) for i in range(BLOCKS + 1)]
-    if len(d) >= 2 * BLOCKS:
-        parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
-        centres = [sum(x[part]) / len(x[part]) for part in parts]
-        means = [sum(d[part]) / len(d[part]) for part in parts]
-        error = max(error, through_origin(centres, means)[1])
-    return slope, error
+    edges = [round(i * len(steps) / BLOCKS) for i in range(BLOCKS + 1)]
+    blocks = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    centres = [mean(steps[block]) for block in blocks]
+    means = [mean(ahead[block]) for block in blocks]
+    _, wider = through_origin(centres, means)
+    return slope, max(error, wider)
 
 
-# -------------------------------------------------------------------------------------------------- optimizers' state
+# ------------------------------------------------------------------------------ optimizers' state
 
 
 def optimizer_state(optimizers: list) -> tuple[dict[str, Tensor], list[dict]]:
-    """All that optimizers hold: tensors by name ("optimizer.parameter.key", views) and the rest as JSON values."""
+    """All that optimizers hold: tensors (views) as "optimizer.parameter.key", and the rest as JSON values."""
     tensors: dict[str, Tensor] = {}
     rest: list[dict] = []
     for at, optimizer in enumerate(optimizers):
+        # What belongs to a parameter: moments, step counts
         numbers: dict[str, Any] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters):
@@ -173,21 +202,26 @@ def optimizer_state(optimizers: list) -> tuple[dict[str, Tensor], list[dict]]:
                     tensors[f"{at}.{i}.{key}"] = value
                 else:
                     numbers[f"{i}.{key}"] = value
-        options = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
+
+        # What belongs to a group: its rate, and whatever the optimizer counts there
+        options = []
+        for group in optimizer.param_groups:
+            options.append({key: value for key, value in group.items() if key != "params"})
         rest.append({"numbers": numbers, "options": options})
     return tensors, rest
 
 
 def load_optimizer_state(optimizers: list, tensors: dict[str, Tensor], rest: list[dict]) -> None:
-    """The inverse, exactly: no cast to the parameter's type, nothing shared, state that did not exist then is gone."""
+    """The inverse, exactly: no cast to the parameter's type, nothing shared.
+
+    State that did not exist then is gone.
+    """
     owners = []
     for optimizer in optimizers:
         optimizer.state.clear()
         owners.append([(p, group) for group in optimizer.param_groups for p in group["params"]])
 
+    # Moments go where their parameter is; a step count stays on the host, unless a fused kernel reads it
     for name, value in tensors.items():
         at, i, key = name.split(".", 2)
         p, group = owners[int(at)][int(i)]
@@ -195,6 +229,7 @@ def load_optimizer_state(optimizers: list, tensors: dict[str, Tensor], rest: lis
         device = "cpu" if on_host else p.device
         optimizers[int(at)].state[p][key] = value.detach().to(device, copy=True)
 
+    # Numbers, and the options of the groups
     for at, (optimizer, saved) in enumerate(zip(optimizers, rest, strict=True)):
         for name, value in saved["numbers"].items():
             i, key = name.split(".", 1)
@@ -203,19 +238,20 @@ def load_optimizer_state(optimizers: list, tensors: dict[str, Tensor], rest: lis
             for key, value in options.items():
                 group[key] = (
                     tuple(value) if isinstance(value, list) else value
-                )  # JSON has no tuples
+                )  # (JSON has no tuples)
 
 
-# -------------------------------------------------------------------------------------------------- what is remembered
+# ----------------------------------------------------------------------------- what is remembered
 
 
 @dataclass(frozen=True)
 class Decision:
     """One decision, for the log.
 
-    action: up, stay, abort (a trial that ran away); rescue (good weights put back, the rate returned or lowered); data
-    (an alarm that was the data's); with the paper's rule also down and rising (the rate lowered).
-    before, trial: velocities; error: of their difference, all in loss per step; agreement: cosine of the two paths.
+    action: up, stay, abort (a trial that ran away); rescue (good weights put back, the rate returned or
+    lowered); data (an alarm that was the data's); with the paper's rule also down and rising (the rate
+    lowered). before, trial: velocities; error: of their difference, all in loss per step; agreement:
+    cosine of the two paths.
     """
 
     step: int  # of the run, after it
@@ -234,32 +270,38 @@ class Decision:
 class SearchState:
     """All that the search knows but its two snapshots: what a checkpoint holds, as JSON values."""
 
+    # Where the run is
     step: int = 0  # of the run, which may go back
     made: int = 0  # steps executed
-    scale: float = 1.0  # of the schedule's rate
-    kept: list[float] = field(
-        default_factory=lambda: [1.0]
-    )  # scales known good; the last is in force
-    losses: list[float] = field(default_factory=list)  # of the window in progress, the finite ones
-    control: list[float] = field(
-        default_factory=list
-    )  # what the trial is compared with; empty: no trial
-    missing: int = 0  # losses in a row that were not finite
+
+    # The rate: scales known good, of which the last is in force; and the scale now, in a trial another
+    kept: list[float] = field(default_factory=lambda: [1.0])
+    scale: float = 1.0
+    may_raise: bool = True  # no raise was ever undone
     wait: int = 0  # windows to go by before the next trial
     stays: int = 0  # trials in a row that were taken back
-    may_raise: bool = True  # no raise was ever undone
+
+    # Losses: of the window in progress, and during a trial of what it is compared with
+    losses: list[float] = field(default_factory=list)
+    control: list[float] = field(default_factory=list)
+    missing: int = 0  # in a row that were not finite
+
+    # The watch: the level of the loss at the start; the lowest since, or since the data changed; its noise
+    first: float | None = None
+    level: float | None = None
+    sigma: float = 0.0
     spared: bool = False  # missing losses have been put down to chance once
-    first: float | None = None  # level of the loss at the start,
-    level: float | None = None  # the lowest since, or since the data changed,
-    sigma: float = 0.0  # and the noise of one loss
-    alarm: float | None = (
-        None  # during a check of the data: the level that raised it (inf: not finite),
-    )
-    alarm_scale: float = 1.0  # the scale then,
-    check_ends: int = 0  # and the executed steps at which the check ends
-    velocity: float | None = None  # the paper's rule: of the last window,
-    highest: float = -math.inf  # highest loss so far,
-    rising: int = 0  # windows in a row whose level rose
+
+    # A check of the data: the level that raised the alarm (inf: not finite), the scale then, and its end
+    alarm: float | None = None
+    alarm_scale: float = 1.0
+    check_ends: int = 0  # in executed steps
+
+    # The paper's rule: velocity of the last window, highest loss so far, windows in a row that rose
+    velocity: float | None = None
+    highest: float = -math.inf
+    rising: int = 0
+
     decisions: list[Decision] = field(default_factory=list)
 
 
@@ -272,17 +314,17 @@ class Snapshot:
     rest: dict  # JSON values: of optimizers and of others
 
 
-# -------------------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------- the search
 
 
 class AdaLRS:
     """`scale` multiplies the schedule's rate; `observe` is called once a step and says where to go on.
 
-    tensors: parameters and buffers to restore; frozen parameters are left alone. others: whatever else has a state
-    (state_dict of plain values). k: steps of a window, None for a twentieth of the run. window: share of the run in
-    which raises are tried. up, down, decay: a, b and lambda of Eq. 1. budget: extra steps, as a share of the run.
-    cautious: with rule="paper", a slower trial is taken back and nothing else.
-    Raises ValueError for options that cannot search.
+    tensors: parameters and buffers to restore; frozen parameters are left alone. others: whatever else
+    has a state (state_dict of plain values). k: steps of a window, None for a twentieth of the run.
+    window: share of the run in which raises are tried. up, down, decay: a, b and lambda of Eq. 1.
+    budget: extra steps, as a share of the run. cautious: with rule="paper", a slower trial is taken back
+    and nothing else. Raises ValueError for options that cannot search.
     """
 
     def __init__(
@@ -301,6 +343,7 @@ class AdaLRS:
         rule: str = "safe",
         others: tuple = (),
     ):
+        # Options that cannot search
         if (k is not None and k < 3) or up <= 1 or down <= 1 or not 0 < decay <= 1:
             raise ValueError(
                 f"AdaLRS wants k >= 3, up > 1, down > 1 and 0 < decay <= 1; got {k}, {up}, {down}, {decay}"
@@ -326,17 +369,19 @@ class AdaLRS:
         self.cautious = cautious
         self.offload = offload
 
+        # All in steps
         self.start = int(window[0] * total_steps)
         self.stop = int(window[1] * total_steps)
         self.k = k or max(10, total_steps // 20)
-        self.short = min(self.k, max(5, self.k // 4))  # losses of which the watch takes the median
+        self.short = min(self.k, max(5, self.k // 4))  # of a median of the watch, and of a check
         self.budget = int(budget * total_steps)
         self.reserve = min(self.short, self.budget // 5)  # of it, for the watch
 
+        # What changes: the state, and snapshots of both ends of the control (None: the search is over)
         self.state = SearchState()
         start = self._copy()
-        self.older: Snapshot | None = start  # where the control began; None: the search is over
-        self.newer: Snapshot | None = start  # where it ended
+        self.older: Snapshot | None = start
+        self.newer: Snapshot | None = start
 
     @property
     def scale(self) -> float:
@@ -366,7 +411,7 @@ class AdaLRS:
     def log(self) -> list[dict]:
         return [asdict(decision) for decision in self.decisions]
 
-    # ---------------------------------------------------------------------------------------------- one step
+    # ----------------------------------------------------------------------------------- one step
 
     def observe(self, loss: float) -> int:
         """Loss of the step just made (the same number on every rank). Returns the step to go on from."""
@@ -376,6 +421,7 @@ class AdaLRS:
         if self.older is None:
             return state.step
 
+        # A loss that is not finite belongs to a step that the loop has skipped: one is none
         if abs(loss) < LARGEST:
             state.missing = 0
             state.losses.append(loss)
@@ -383,6 +429,7 @@ class AdaLRS:
             state.missing += 1
         gone = state.missing >= IN_A_ROW
 
+        # A check, a trial, or a window at the present rate
         if state.alarm is not None:
             if gone or state.made == state.check_ends:
                 self._conclude()
@@ -394,12 +441,14 @@ class AdaLRS:
             self._follow_window()
         return state.step
 
-    # ---------------------------------------------------------------------------------------------- windows
+    # ------------------------------------------------------------------------------------ windows
 
     def _follow_window(self) -> None:
         """A loss at the present rate: look for harm, and see whether the window is over."""
         state = self.state
         losses = state.losses
+
+        # Harm? (With a raise in force it is looked for at once, else over whole windows.)
         if self.rule == "safe" and len(losses) >= self.short:
             if state.level is None:
                 self._set_level(median(losses), losses)
@@ -415,6 +464,8 @@ class AdaLRS:
         state.losses = []
         self.older = self.newer
         self.newer = self._copy()
+
+        # Is the search over, or is it time for a trial?
         ready = self._lower_when_rising(losses) if self.rule == "paper" else self._wait(losses)
         if state.step >= self.stop and (self.rule == "paper" or state.scale <= 1):
             self.older = self.newer = None
@@ -435,10 +486,14 @@ class AdaLRS:
         """The paper's guard: two windows in a row that rise. Returns whether the descent has slowed down."""
         state = self.state
         velocity, error = fit_line(losses)
-        level = sum(losses) / len(losses)
-        doubt = error * len(losses) / math.sqrt(6)  # error of the difference of two means
-        rose = state.level is not None and level > state.level + doubt
-        slowed = state.velocity is None or velocity - state.velocity <= 2 * error + EQUAL * abs(velocity)
+        level = mean(losses)
+
+        # Against the window before: is the descent slower, is the level higher?
+        doubt = 2 * error + EQUAL * abs(velocity)
+        slowed = state.velocity is None or velocity - state.velocity <= doubt
+        spread = error * len(losses) / math.sqrt(6)  # error of the difference of two means
+        rose = state.level is not None and level > state.level + spread
+
         state.rising = state.rising + 1 if rose else 0
         state.velocity = velocity
         state.level = level
@@ -460,18 +515,23 @@ class AdaLRS:
             self.state.first = level
 
     def _ceiling(self) -> float:
-        """What the running level may not exceed: with a raise in force about the lowest so far, else the first.
+        """What the level may not exceed: about the lowest so far, or the first if no raise is in force.
 
-        A run at the rate that it was given has its ups and downs; only one that does worse than untrained is harmed."""
+        A run at the rate that it was given has its ups and downs; only one that does worse than
+        untrained is harmed.
+        """
         state = self.state
         chance = 8 * state.sigma / math.sqrt(self.short)  # six errors of a median
-        rise = max(chance, 0.1 * (state.first - state.level), MATTERS * abs(state.first))
-        raised = len(state.kept) > 1
-        return rise + (state.level if raised else max(state.first, state.level))
+        fallen = state.first - state.level
+        rise = max(chance, 0.1 * fallen, MATTERS * abs(state.first))
+        if len(state.kept) > 1:
+            return state.level + rise
+        return max(state.first, state.level) + rise
 
-    # ---------------------------------------------------------------------------------------------- trials
+    # ------------------------------------------------------------------------------------- trials
 
     def _affordable(self, control: list[float]) -> bool:
+        """Whether the budget has the steps of a trial, and then still those of a check."""
         steps = max(len(control), self.newer.step - self.older.step)
         reserve = self.reserve if self.rule == "safe" else 0
         return self.extra_steps + steps + reserve <= self.budget
@@ -493,6 +553,7 @@ class AdaLRS:
             self._give_up("stay", math.nan, math.nan, math.nan)
 
     def _runs_away(self) -> bool:
+        """Three losses in a row, missing or above all of the control (paper: one above all so far)."""
         losses = self.state.losses
         if self.state.missing >= IN_A_ROW:
             return True
@@ -506,6 +567,8 @@ class AdaLRS:
         state = self.state
         faster, error = gain(state.control, state.losses)
         agreement, reach = self._compare_paths()
+
+        # Eq. 1, or: a clear gain, or any gain on a straight path, if it matters
         if self.rule == "paper":
             doubt = 2 * error + EQUAL * abs(fit_line(state.control)[0])
             verdict = "up" if faster > doubt else "down" if faster < -doubt else "stay"
@@ -523,10 +586,12 @@ class AdaLRS:
     def _keep(self, faster: float, error: float, agreement: float) -> None:
         """The trial's weights stay, and what it was compared with no longer counts."""
         state = self.state
-        control, losses = state.control, state.losses
+        losses = state.losses
         begun = state.made - (state.step - self.older.step)
         lost = (begun - (self.newer.step - self.older.step), begun)
-        velocity = fit_line(control)[0]
+        velocity = fit_line(state.control)[0]
+
+        # The rate is in force, its losses are what is normal, its weights are where to return to
         state.kept.append(state.scale)
         state.control = []
         state.losses = []
@@ -552,13 +617,13 @@ class AdaLRS:
         state.scale = state.kept[-1]
         self._restore(self.newer)
 
-        if self.rule == "paper" and (
-            verdict == "abort" or (verdict == "down" and not self.cautious)
-        ):
+        # Only the paper's rule lowers
+        if verdict == "down" and self.cautious:
+            verdict = "stay"
+        if self.rule == "paper" and verdict in ("abort", "down"):
             self._lower()
             state.velocity = None
-        elif verdict == "down":
-            verdict = "stay"
+
         state.stays += 1
         state.wait = 2**state.stays - 1
         lost = (begun, state.made)
@@ -567,35 +632,41 @@ class AdaLRS:
     def _compare_paths(self) -> tuple[float, float]:
         """Of what control and trial added to the weights, from the same point: (cosine, reach).
 
-        Reach: how much further the trial went in the control's direction, as a share of what its rate was raised by;
-        1 where the rate is far too low, 0 where more of it leads no further."""
+        Reach: how much further the trial went in the control's direction, as a share of what its rate
+        was raised by; 1 where the rate is far too low, 0 where more of it leads no further.
+        """
+        # Squared lengths of both displacements, and their product
         product = 0.0
         control = 0.0
         trial = 0.0
         for i, now in enumerate(self.tensors):
             if not now.requires_grad:
                 continue
-            begin = self.older.tensors[f"t.{i}"].to(now.device)
-            one = (self.newer.tensors[f"t.{i}"].to(now.device) - begin).float()
-            other = (now.detach() - begin).float()
+            begin = self.older.tensors[f"t.{i}"].to(now.device).float()
+            end = self.newer.tensors[f"t.{i}"].to(now.device).float()
+            one = end - begin
+            other = now.detach().float() - begin
             product += float((one * other).sum())
             control += float(one.square().sum())
             trial += float(other.square().sum())
         if not (0 < control < math.inf and 0 < trial < math.inf):
             return 0.0, 0.0
+
         raised = self.state.scale / self.state.kept[-1] - 1
         reach = (product / control - 1) / raised if raised > 0 else 0.0
         return product / math.sqrt(control * trial), reach
 
-    # ---------------------------------------------------------------------------------------------- the watch
+    # ---------------------------------------------------------------------------------- the watch
 
     def _sound_alarm(self, level: float) -> None:
-        """The loss rose to this level (inf: it is missing): begin to check known good weights on the present data."""
+        """The loss rose to this level (inf: it is missing): put known good weights on the present data."""
         state = self.state
         state.losses = []
         state.missing = 0
         lost = state.step - self.older.step
-        step = self.older.step if self.extra_steps + lost <= self.budget else state.step
+        step = (
+            self.older.step if self.extra_steps + lost <= self.budget else state.step
+        )  # (to go on from)
 
         if self.rule == "paper":
             self._restore(self.older, step)
@@ -606,7 +677,7 @@ class AdaLRS:
             state.alarm = level
             state.alarm_scale = state.scale
             state.check_ends = state.made + self.short
-            state.scale = self._safer_scale()
+            state.scale = self._safer_scale(level)
             self._restore(self.older, step)
         else:
             self._retreat_unchecked(level)
@@ -616,6 +687,8 @@ class AdaLRS:
         state = self.state
         losses = state.losses
         begun = state.check_ends - self.short
+
+        # Good weights do well if they are nearer to the lowest level than to the alarm's
         if state.level is None:
             ceiling = math.inf
         elif state.alarm == math.inf:
@@ -624,6 +697,7 @@ class AdaLRS:
             ceiling = (state.level + state.alarm) / 2
         healthy = bool(losses) and state.missing < IN_A_ROW and median(losses) < ceiling
 
+        # Damage: the good weights stay. The data: back to the suspect, whose level is normal from now on
         if healthy:
             back = self.newer.step + state.made - begun - state.step
             self._admit_harm()
@@ -632,37 +706,37 @@ class AdaLRS:
         else:
             self._restore(self.newer)
             state.scale = state.alarm_scale
-            if state.alarm < math.inf:  # the level that is normal from now on
+            if state.alarm < math.inf:
                 state.first += state.alarm - state.level
                 state.level = state.alarm
                 state.sigma = max(state.sigma, noise(losses) if len(losses) >= 3 else 0.0)
             self._record("data", k=len(losses), lost=(begun, state.made))
+
         state.alarm = None
         state.missing = 0
         state.losses = []
 
     def _retreat_unchecked(self, level: float) -> None:
-        """An alarm when the budget is spent: undo the last raise; put good weights back if the loss is missing."""
+        """An alarm when the budget is spent: undo the last raise; restore good weights for a missing loss."""
         state = self.state
         state.level = None  # the next losses say what is normal
         if len(state.kept) == 1 and level < math.inf:
             return
-        state.alarm = level
-        state.scale = self._safer_scale()
-        state.alarm = None
+        state.scale = self._safer_scale(level)
         self._admit_harm()
         if level == math.inf:
             self._restore(self.older, state.step)
         self._record("rescue")
 
-    def _safer_scale(self) -> float:
+    def _safer_scale(self, level: float) -> float:
         """The scale to retreat to: that before the last raise; without one a lower one.
 
-        Missing losses may be the data's: the first time, they lower nothing."""
+        Missing losses may be the data's: the first time, they lower nothing.
+        """
         state = self.state
         if len(state.kept) > 1:
             return state.kept[-2]
-        if state.alarm == math.inf and not state.spared:
+        if level == math.inf and not state.spared:
             return state.kept[-1]
         return state.kept[-1] / self._factor(self.down)
 
@@ -676,9 +750,10 @@ class AdaLRS:
             state.kept = [state.scale]
             state.spared = True
 
-    # ---------------------------------------------------------------------------------------------- rates and log
+    # ------------------------------------------------------------------------------ rates and log
 
     def _factor(self, base: float) -> float:
+        """a' or b' of Eq. 1."""
         return max(self.decay ** len(self.decisions) * base, 1.0)
 
     def _lower(self) -> None:
@@ -702,28 +777,31 @@ class AdaLRS:
         )
         state.decisions.append(decision)
 
-    # ---------------------------------------------------------------------------------------------- snapshots
+    # ---------------------------------------------------------------------------------- snapshots
 
     def _copy(self) -> Snapshot:
         state, rest = optimizer_state(self.optimizers)
         views = {f"t.{i}": t.detach() for i, t in enumerate(self.tensors)}
         views |= {f"o.{name}": t for name, t in state.items()}
-        tensors = {
-            name: t.to("cpu" if self.offload else t.device, copy=True) for name, t in views.items()
-        }
+        tensors = {}
+        for name, t in views.items():
+            tensors[name] = t.to("cpu" if self.offload else t.device, copy=True)
+
+        # The rest: plain values
         others = [other.state_dict() for other in self.others]
-        return Snapshot(
-            self.state.step, tensors, copy.deepcopy({"optimizers": rest, "others": others})
-        )
+        values = copy.deepcopy({"optimizers": rest, "others": others})
+        return Snapshot(self.state.step, tensors, values)
 
     def _restore(self, snapshot: Snapshot, step: int | None = None) -> None:
         """Everything as it was; the run goes on from the snapshot's step, or from the one given."""
         with torch.no_grad():
             for i, tensor in enumerate(self.tensors):
                 tensor.copy_(snapshot.tensors[f"t.{i}"])
+
         optimizers = {name[2:]: t for name, t in snapshot.tensors.items() if name.startswith("o.")}
         rest = copy.deepcopy(snapshot.rest)
         load_optimizer_state(self.optimizers, optimizers, rest["optimizers"])
+
         for other, saved in zip(self.others, rest["others"], strict=True):
             other.load_state_dict(saved)
         self.state.step = snapshot.step if step is None else step
@@ -746,9 +824,16 @@ class AdaLRS:
         values = dict(values)
         for name in ("older", "newer"):
             saved = values.pop(name)
-            prefix = f"{name}."
-            part = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-            snapshot = Snapshot(saved["step"], part, saved["rest"]) if saved else None
-            setattr(self, name, snapshot)
+            setattr(self, name, None)
+            if saved:
+                prefix = f"{name}."
+                part = {
+                    key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)
+                }
+                if self.offload:
+                    part = {key: t.cpu() for key, t in part.items()}
+                setattr(self, name, Snapshot(saved["step"], part, saved["rest"]))
+
+        # A tuple became a list in JSON
         decisions = [Decision(**d | {"lost": tuple(d["lost"])}) for d in values["decisions"]]
         self.state = SearchState(**values | {"decisions": decisions})

@@ -1,26 +1,28 @@
 """AdaLRS on trial: twenty problems, wrong starts, and the other ways of not choosing a learning rate.
 
-What it teaches: a search for the rate is worth what it saves against a grid, so the grid is run too. Each problem
-is trained at fixed rates half a decade apart; then from starts ten times below to ten times above the best of them:
-fixed, with AdaLRS as published (rule="paper"), and with the rule that means to do no harm (rule="safe", the
-default). The four oldest problems are also given to an LR range test, Prodigy, D-Adaptation and Schedule-Free.
-Everything has the same schedule (warm-up over 5 %, cosine to a tenth) but Schedule-Free, which has its own.
-5 seeds: data, noise and initial weights.
+What it teaches: a search for the rate is worth what it saves against a grid, so the grid is run too.
+Each problem is trained at fixed rates half a decade apart; then from starts ten times below to ten times
+above the best of them: fixed, with AdaLRS as published (rule="paper"), and with the rule that means to
+do no harm (rule="safe", the default). The four oldest problems are also given to an LR range test,
+Prodigy, D-Adaptation and Schedule-Free. Everything has the same schedule (warm-up over 5 %, cosine to a
+tenth) but Schedule-Free, which has its own. 5 seeds: data, noise and initial weights.
 
-    grid of fixed rates -> best rate -> starts .1 .. 10 of it -> fixed | paper | safe -> runs.jsonl -> table.md
+    grid of fixed rates -> best -> starts .1 .. 10 of it -> fixed | paper | safe -> runs.jsonl -> table.md
 
-    python -m claims.rates                                  # all, some hours on one core; resumes where it stopped
+    python -m claims.rates                                  # all, an hour on one core; resumes
     python -m claims.rates --problems quadratic regression  # a part
     python -m claims.rates --report                         # only the table and runs/adalrs/report.html
 
-Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid or a problem.
+Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid or a
+problem.
 
-Losses below a thousandth of the one before training count as that thousandth (`FLOOR`): what lies below is called
-zero. Every final loss is an expectation, or the mean over a whole set, not the loss of a batch.
+Losses below a thousandth of the one before training count as that thousandth (`FLOOR`): what lies below
+is called zero. Every final loss is an expectation, or the mean over a whole set, not the loss of a
+batch.
 
-A stream of data is never rewound, so a step that was taken back draws fresh data when it is made again. But the
-first time it is made, a step has the same data in every run (common random numbers): a search that keeps nothing ends
-exactly where the fixed rate does, and what differs is what the search did.
+A stream of data is never rewound, so a step that was taken back draws fresh data when it is made again.
+But the first time it is made, a step has the same data in every run (common random numbers): a search
+that keeps nothing ends exactly where the fixed rate does, and what differs is what the search did.
 
 Needs requirements/bench.txt.
 """
@@ -50,14 +52,15 @@ SCHEDULE_FREE = (0.1, 1.0, 10.0)  # its starts, as multiples of the best fixed r
 PACKAGES = ("sklearn", "schedulefree", "prodigyopt", "dadaptation")
 
 
-# ------------------------------------------------------------------------------------------------------- problems
+# --------------------------------------------------------------------------------------- problems
 
 
 class Problem:
     """What is trained: `loss()` draws the next batch; `final()` is what counts, an expectation.
 
-    `parameters` are optimized and `buffers` are restored with them. `begin_step` chooses the step's data, see above;
-    data that change as the run proceeds do so by the furthest step, since a stream does not go back.
+    `parameters` are optimized and `buffers` are restored with them. `begin_step` chooses the step's
+    data, see above; data that change as the run proceeds do so by the furthest step, since a stream does
+    not go back.
     """
 
     steps = 600
@@ -111,7 +114,9 @@ class Quadratic(Problem):
 
 
 class Regression(Problem):
-    """Linear regression on a stream: 40 inputs of standard deviations 1 to .1, batches of 16, output noise .3."""
+    """Linear regression on a stream: 40 inputs of standard deviations 1 to .1, batches of 16, output noise
+    .3.
+    """
 
     steps = 1500
     grid = (-3.5, 0.5)
@@ -143,7 +148,9 @@ class Regression(Problem):
 
 
 class NoiseDoubles(Regression):
-    """The output noise doubles after 15 % of the run: the loss jumps to four times its floor, and no rate is to blame."""
+    """The output noise doubles after 15 % of the run: the loss jumps to four times its floor, and no rate
+    is to blame.
+    """
 
     steps = 800
 
@@ -348,7 +355,9 @@ class DigitsNewTask(Digits):
 
 
 class Copying(Problem):
-    """A transformer of two layers and width 32 learns to repeat six letters: long flat, then suddenly near zero."""
+    """A transformer of two layers and width 32 learns to repeat six letters: long flat, then suddenly near
+    zero.
+    """
 
     steps = 500
     grid = (-3.5, -1.0)
@@ -375,9 +384,12 @@ class Copying(Problem):
         divider = torch.full((rows, 1), self.letters)
         ids = torch.cat((letters, divider, letters), 1)  # (rows, 2 length + 1)
         inputs = ids[:, :-1]
-        x = self.embed(inputs) + self.place.weight[: inputs.shape[1]]
-        hidden = self.body(x, mask=self.mask, is_causal=True)[:, self.length :]
-        return cross_entropy(self.head(hidden).flatten(0, 1), letters.flatten())
+
+        # From the divider on, the next letter is known
+        x = self.embed(inputs) + self.place.weight[: inputs.shape[1]]  # (rows, 2 length, width)
+        hidden = self.body(x, mask=self.mask, is_causal=True)
+        scores = self.head(hidden[:, self.length :])  # (rows, length, letters)
+        return cross_entropy(scores.flatten(0, 1), letters.flatten())
 
     def loss(self) -> Tensor:
         return self.batch_loss(self.noise, 16)
@@ -432,7 +444,9 @@ class Language(Problem):
 
 
 class Connector(Problem):
-    """Basic pre-training of the toy: only the adapter trains, on captions; one packed row of 384 tokens a step."""
+    """Basic pre-training of the toy: only the adapter trains, on captions; one packed row of 384 tokens a
+    step.
+    """
 
     steps = 240
     grid = (-3.0, 0.0)
@@ -447,7 +461,9 @@ class Connector(Problem):
     @staticmethod
     @cache
     def parts() -> tuple:
-        """A language model that knows captions from descriptions and a ViT aligned to another copy of it, once."""
+        """A language model that knows captions from descriptions and a ViT aligned to another copy of it,
+        once.
+        """
         import pretrain
         import recipe
         from data import world
@@ -513,7 +529,7 @@ PROBLEMS: dict[str, type[Problem]] = OLD | {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 
 
 def schedule(step: int, steps: int, kind: str = "cosine") -> float:
@@ -592,7 +608,9 @@ def train_problem(
 ) -> dict:
     """One run. rule: of AdaLRS (`make` builds the search), "" for a fixed rate.
 
-    Returns losses before and after training, the steps as a share of the plan, and with AdaLRS its decisions."""
+    Returns losses before and after training, the steps as a share of the plan, and with AdaLRS its
+    decisions.
+    """
     problem = kind(seed)
     optimizers = optimizers_for(problem, rate)
     shape = "constant" if kind.optimizer == "schedule-free" else shape
@@ -620,13 +638,15 @@ def train_problem(
     return row
 
 
-# ------------------------------------------------------------------------------------------------- other methods
+# ---------------------------------------------------------------------------------- other methods
 
 
 def range_test(problem: Problem, low: float = 1e-6, high: float = 10.0, steps: int = 100) -> float:
-    """Smith's LR range test: the rate grows exponentially; suggests where the smoothed loss falls fastest per decade.
+    """Smith's LR range test: the rate grows exponentially; suggests where the smoothed loss falls fastest
+    per decade.
 
-    Stops at four times the best smoothed loss."""
+    Stops at four times the best smoothed loss.
+    """
     optimizers = optimizers_for(problem, low)
     rates: list[float] = []
     curve: list[float] = []
@@ -689,7 +709,7 @@ def schedule_free(kind: type[Problem], seed: int, rate: float) -> dict:
     return train_with(kind, seed, make, own)
 
 
-# ------------------------------------------------------------------------------------------------------ measuring
+# -------------------------------------------------------------------------------------- measuring
 
 
 class Results:
@@ -738,7 +758,9 @@ class Results:
     def ratios(
         self, problem: str, method: str, place: float, to: float | None = None
     ) -> list[float]:
-        """Final losses over those of a fixed rate with the same seed (to: log10 of it; the best), floor below both."""
+        """Final losses over those of a fixed rate with the same seed (to: log10 of it; the best), floor
+        below both.
+        """
         best = self.best(problem)
         to = best if to is None else to
         if method == "fixed":
@@ -787,7 +809,7 @@ def measure_others(results: Results, name: str, seeds: int, best: float) -> None
             results.get(name, method, 0, seed, lambda: without_rate(method, kind, seed))
 
 
-# ------------------------------------------------------------------------------------------------------ reporting
+# -------------------------------------------------------------------------------------- reporting
 
 
 def cell(ratios: list[float]) -> str:
@@ -800,7 +822,7 @@ def cell(ratios: list[float]) -> str:
 
 
 def table(results: Results) -> str:
-    """A summary of the rules, then every problem: final loss over the best fixed rate's with the same seed."""
+    """The rules in sum; then every problem: final loss over the best fixed rate's with the same seed."""
     measured = [name for name in PROBLEMS if any(key[:2] == (name, "safe") for key in results.rows)]
     out = [summary(results, measured), ""]
     starts = [math.log10(start) for start in STARTS]
@@ -832,7 +854,7 @@ def table(results: Results) -> str:
 def summary(results: Results, measured: list[str]) -> str:
     """What the rules promise, over all problems, starts and seeds."""
     out = [
-        "| rule | runs | above 1.05 of fixed | worst | better than .95 | from .1: recovered | most steps | exceptions |",
+        "| rule | runs | above 1.05 of fixed | worst | below .95 | recovered from .1 | steps | raised |",
         "|---|" + "---:|" * 7,
     ]
     for rule in ("paper", "safe"):
@@ -858,8 +880,8 @@ def summary(results: Results, measured: list[str]) -> str:
             f"| {max(row['steps'] for row in rows):.3f} | {raised} |"
         )
     note = (
-        "Recovered: log10 of the final scale, mean over runs from a tenth of the best rate; in brackets, no run "
-        "counted as more than 1."
+        "Recovered: log10 of the final scale, mean over runs from a tenth of the best rate; in brackets, no "
+        "run counted as more than 1. Raised: runs that ended with an exception."
     )
     return "\n".join(out) + f"\n\n{note}"
 
@@ -871,7 +893,9 @@ def shorten(losses: list[float]) -> list[float]:
 
 
 def page(results: Results, path: Path) -> None:
-    """Loss and rate with every decision, for each problem from each start (seed 0), beside the same start held fixed."""
+    """Loss and rate with every decision, for each problem from each start (seed 0), beside the same start
+    held fixed.
+    """
     runs: dict[str, dict] = {}
     for (problem, method, place, seed), row in results.rows.items():
         if method not in ("safe", "paper") or seed or "losses" not in row:
@@ -906,7 +930,7 @@ def measure_rates(options: RatesOptions) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing and not options.report:
         raise ValueError(
-            f"{', '.join(missing)} not installed; pip install -r requirements/bench.txt brings what this script compares"
+            f"{', '.join(missing)} not installed; claims/rates.py needs pip install -r requirements/bench.txt"
         )
     for name in options.problems:
         if name not in PROBLEMS:

@@ -1,4 +1,6 @@
-"""AdaLRS: slopes and their errors, every verdict by a forced trace, exact roll-backs and resumes, harm that it must not do."""
+"""AdaLRS: slopes and their errors, every verdict by a forced trace, exact roll-backs and resumes, harm that
+it must not do.
+"""
 
 import copy
 import json
@@ -30,11 +32,15 @@ def line(start: float, slope: float, n: int = K) -> list[float]:
 
 
 class Training:
-    """Two small parameters under Adam and momentum. The gradient of a step depends on the step: it is the step's data."""
+    """Two small parameters under Adam and momentum. The gradient of a step depends on the step: it is the
+    step's data.
+    """
 
     def __init__(self, rate: float = 1e-2):
         g = torch.Generator().manual_seed(0)
-        self.parameters = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3), (5,))]
+        self.parameters = [
+            nn.Parameter(torch.randn(shape, generator=g)) for shape in ((4, 3), (5,))
+        ]
         self.optimizers = [
             torch.optim.Adam([self.parameters[0]]),
             torch.optim.SGD([self.parameters[1]], momentum=0.9),
@@ -95,7 +101,7 @@ def actions(search) -> list[str]:
     return [d.action for d in search.decisions]
 
 
-# ------------------------------------------------------------------------------------------------------------ fit
+# -------------------------------------------------------------------------------------------- fit
 
 
 @pytest.mark.parametrize("k", [3, 10, 50])
@@ -168,7 +174,7 @@ def test_outliers_move_neither_noise_nor_gain():
     assert clip_outliers(control, trial) == [control, trial]
 
 
-# ------------------------------------------------------------------------------------------------------- verdicts
+# --------------------------------------------------------------------------------------- verdicts
 
 CONTROL = line(10, -0.1)
 TRIALS = {  # from where the control began: trial, action, scale after by the paper's rule, extra steps
@@ -232,7 +238,9 @@ def test_two_rising_windows_lower_the_rate_by_the_papers_rule_and_undo_nothing()
 
 
 def test_natural_deceleration_is_not_held_against_a_raise():
-    """A falling exponential: every window is slower than the one before, at any rate; the faster arm still wins."""
+    """A falling exponential: every window is slower than the one before, at any rate; the faster arm still
+    wins.
+    """
     slow = [10 * math.exp(-0.1 * i) for i in range(1, K + 1)]
     fast = [10 * math.exp(-0.15 * i) for i in range(1, K + 1)]
     for rule in ("safe", "paper"):
@@ -266,7 +274,9 @@ def test_the_factor_shrinks_with_every_adjustment_down_to_one(decay, want):
 
 
 def straight(scale: float, width: int = 4, noisy: float = 0.0, total: int = 400, seed: int = 0):
-    """A run whose losses say nothing, and whose weights go straight (or are only noise). Returns the search."""
+    """A run whose losses say nothing, and whose weights go straight (or are only noise). Returns the
+    search.
+    """
     rng = random.Random(seed)
     w = nn.Parameter(torch.zeros(width))
     search = AdaLRS([w], [torch.optim.SGD([w], lr=1.0)], total)
@@ -284,7 +294,7 @@ def test_where_losses_say_nothing_a_straight_path_decides_for_the_raise():
     assert sum(ups) >= 5 and sum(none) == 0
 
 
-# ------------------------------------------------------------------------------------------------ harm, A1 to A6
+# --------------------------------------------------------------------------------- harm, A1 to A6
 
 
 def learn(kind: str, seed: int = 0, steps: int = 400, **options):
@@ -306,7 +316,9 @@ def learn(kind: str, seed: int = 0, steps: int = 400, **options):
         if kind == "level shift" and late:
             loss = loss * 1.15
         optimizer.param_groups[0]["lr"] = (
-            3e-3 * (0.55 + 0.45 * math.cos(math.pi * step / steps)) * (search.scale if search else 1)
+            3e-3
+            * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            * (search.scale if search else 1)
         )
         missing = kind == "missing" and float(torch.rand(1, generator=g)) < 0.02
         if not missing:
@@ -320,7 +332,9 @@ def learn(kind: str, seed: int = 0, steps: int = 400, **options):
 
 @pytest.mark.parametrize("kind", ["plain", "noise doubles", "level shift", "missing"])
 def test_what_happens_to_the_data_is_not_the_rates_fault(kind):
-    """A1 and A3: runs whose noise doubles, whose level shifts or that miss losses were lowered to 1e-5 of their rate."""
+    """A1 and A3: runs whose noise doubles, whose level shifts or that miss losses were lowered to 1e-5 of
+    their rate.
+    """
     for seed in range(2):
         fixed, _ = learn("fixed", seed)
         final, search = learn(kind, seed)
@@ -337,7 +351,9 @@ def test_a_level_that_shifts_is_an_alarm_and_then_normal():
 
 
 def test_a_raise_that_turns_out_bad_after_the_window_is_undone_with_its_damage():
-    """A2: nothing guarded the run after the window: a final loss of 6.06 where the fixed rate ended at 3.6e-6."""
+    """A2: nothing guarded the run after the window: a final loss of 6.06 where the fixed rate ended at
+    3.6e-6.
+    """
     kept = CONTROL + line(10, -0.5) + line(10, -0.5)  # up, and a further raise that is not
     late = line(8, -0.2) + line(7, -0.2) + line(6, -0.1) + [6, 9, 11, 12, 13]
     search, _, returned, states = forced(kept + late + [6.0] * K, window=(0.0, 0.1))
@@ -437,7 +453,7 @@ def test_options_that_cannot_search_are_errors(wrong):
         AdaLRS(training.parameters, training.optimizers, 100, **wrong)
 
 
-# ------------------------------------------------------------------------------------------------------ roll-back
+# ---------------------------------------------------------------------------------------- roll-back
 
 
 @pytest.mark.parametrize("action", ["down", "stay", "abort"])
@@ -464,7 +480,10 @@ def test_a_snapshot_is_not_touched_by_the_trial_that_follows_it():
     saved = [{name: t.clone() for name, t in s.tensors.items()} for s in snapshots]
     for step in range(3):
         training.step(step, search.scale)
-    assert [len(one) for one in saved] == [2, 2 + 3 + 1]  # before the first step there are no moments
+    assert [len(one) for one in saved] == [
+        2,
+        2 + 3 + 1,
+    ]  # before the first step there are no moments
     for snapshot, before in zip(snapshots, saved):
         assert all(torch.equal(t, snapshot.tensors[name]) for name, t in before.items())
 
@@ -558,7 +577,9 @@ TRACE[47:50] = [math.nan] * 3
 @pytest.mark.parametrize("rule", ["safe", "paper"])
 @pytest.mark.parametrize("cut", range(1, len(TRACE), 3))
 def test_a_search_resumed_anywhere_decides_the_same_to_the_last_bit(cut, rule):
-    """Saved through JSON and tensors alone, in windows and in the middle of trials and checks, into fresh objects."""
+    """Saved through JSON and tensors alone, in windows and in the middle of trials and checks, into fresh
+    objects.
+    """
     whole = forced(TRACE, rule=rule)
     first, training, returned, _ = forced(TRACE[:cut], rule=rule)
     tensors, values = first.state_dict()
@@ -572,7 +593,16 @@ def test_a_search_resumed_anywhere_decides_the_same_to_the_last_bit(cut, rule):
     moments = {key: value.clone() for key, value in moments.items()}
     load_optimizer_state(other.optimizers, moments, json.loads(json.dumps(rest)))
     search = AdaLRS(
-        other.parameters, other.optimizers, 100, K, (0.0, 1.0), 1.5, 1.5, 1.0, rule=rule, offload=cut % 2 == 0
+        other.parameters,
+        other.optimizers,
+        100,
+        K,
+        (0.0, 1.0),
+        1.5,
+        1.5,
+        1.0,
+        rule=rule,
+        offload=cut % 2 == 0,
     )
     search.load_state_dict(tensors, values)
     step = returned[-1]
@@ -583,7 +613,7 @@ def test_a_search_resumed_anywhere_decides_the_same_to_the_last_bit(cut, rule):
     assert step == whole[2][-1] and identical(other.state(), whole[1].state())
 
 
-# --------------------------------------------------------------------------------------------------------- search
+# ----------------------------------------------------------------------------------------- search
 
 
 def test_the_search_tries_only_inside_its_window_and_then_holds_no_snapshot():
@@ -619,7 +649,9 @@ def test_a_log_line_has_what_decided():
 
 
 def quadratic(rate: float, adaptive: bool, steps: int = 600):
-    """A noisy quadratic under plain gradient descent (stable below 20). Returns the final true loss and the search."""
+    """A noisy quadratic under plain gradient descent (stable below 20). Returns the final true loss and the
+    search.
+    """
     g = torch.Generator().manual_seed(1)
     w = nn.Parameter(5 * torch.ones(30))
     optimizer = torch.optim.SGD([w], lr=rate)
