@@ -604,22 +604,22 @@ def train_problem(
     rate: float,
     rule: str = "",
     shape: str = "cosine",
-    make: Callable = AdaLRS,
 ) -> dict:
-    """One run. rule: of AdaLRS (`make` builds the search), "" for a fixed rate.
+    """One run. rule: of AdaLRS, "" for a fixed rate.
 
     Returns losses before and after training, the steps as a share of the plan, and with AdaLRS its
     decisions.
     """
     problem = kind(seed)
-    optimizers = optimizers_for(problem, rate)
+    optimizers = optimizers_for(problem, rate)  # (Schedule-Free's needs no schedule)
     shape = "constant" if kind.optimizer == "schedule-free" else shape
     row: dict = {"start": problem.final()}
     search = None
     if rule:
         tensors = [*problem.parameters, *problem.buffers]
-        search = make(tensors, optimizers, kind.steps, rule=rule)
+        search = AdaLRS(tensors, optimizers, kind.steps, rule=rule)
 
+    # The loop that anyone would write
     step = 0
     losses: list[float] = []
     rates: list[float] = []
@@ -630,8 +630,9 @@ def train_problem(
         losses.append(one_step(problem, optimizers, rates[-1]))
         step = search.observe(losses[-1]) if search else step + 1
 
+    # The result; curves are drawn for the first seed only
     row |= {"final": final_loss(problem, optimizers), "steps": len(losses) / kind.steps}
-    if seed == 0:  # drawn in the report
+    if seed == 0:
         row |= {"losses": losses, "lrs": rates}
     if search:
         row |= {"scale": search.scale, "decisions": search.log()}
@@ -654,6 +655,8 @@ def range_test(problem: Problem, low: float = 1e-6, high: float = 10.0, steps: i
     for i in range(steps):
         rates.append(low * (high / low) ** (i / (steps - 1)))
         problem.begin_step(i)
+
+        # The smoothed loss, without the bias of its start
         mean = 0.9 * mean + 0.1 * one_step(problem, optimizers, rates[-1])
         curve.append(mean / (1 - 0.9 ** (i + 1)))
         if not curve[-1] < 4 * min(curve):
@@ -712,6 +715,13 @@ def schedule_free(kind: type[Problem], seed: int, rate: float) -> dict:
 # -------------------------------------------------------------------------------------- measuring
 
 
+def ratio(loss: float, other: float, floor: float) -> float:
+    """What lies below the floor counts as the floor; two that diverged are equal."""
+    if not math.isfinite(loss):
+        return math.inf if math.isfinite(other) else 1.0
+    return max(loss, floor) / max(other, floor)
+
+
 class Results:
     """One JSON line per run, so that the measurement can be stopped and goes on where it was."""
 
@@ -768,11 +778,7 @@ class Results:
         found = []
         for row in self.of(problem, method, place):
             other = self.rows[problem, "grid", round(to, 3), row["key"][3]]
-            floor = FLOOR * other["start"]
-            one, two = (max(loss, floor) for loss in (row["final"], other["final"]))
-            found.append(
-                one / two if math.isfinite(one) else math.inf if math.isfinite(two) else 1.0
-            )
+            found.append(ratio(row["final"], other["final"], FLOOR * other["start"]))
         return found
 
 
@@ -821,37 +827,39 @@ def cell(ratios: list[float]) -> str:
     return f"{sum(ratios) / len(ratios):.3f} ({max(ratios):.3f})"
 
 
+def measured(results: Results) -> list[str]:
+    return [name for name in PROBLEMS if any(key[:2] == (name, "safe") for key in results.rows)]
+
+
 def table(results: Results) -> str:
-    """The rules in sum; then every problem: final loss over the best fixed rate's with the same seed."""
-    measured = [name for name in PROBLEMS if any(key[:2] == (name, "safe") for key in results.rows)]
-    out = [summary(results, measured), ""]
+    """Every problem under every rule: final loss over the best fixed rate's with the same seed."""
     starts = [math.log10(start) for start in STARTS]
-    out.append(
-        "| problem | rule | " + " | ".join(f"{10**s:.2g}" for s in starts) + " | most steps |"
-    )
-    out.append("|---|---|" + "---:|" * (len(starts) + 1))
-    for name in measured:
+    labels = " | ".join(f"{start:.2g}" for start in STARTS)
+    out = [f"| problem | rule | {labels} | most steps |", "|---|---|" + "---:|" * (len(starts) + 1)]
+    for name in measured(results):
         for rule in ("fixed", "paper", "safe"):
             cells = [cell(results.ratios(name, rule, start)) for start in starts]
             rows = [row for start in starts for row in results.of(name, rule, start)]
             steps = max((row["steps"] for row in rows), default=1.0)
             out.append(f"| {name} | {rule} | " + " | ".join(cells) + f" | {steps:.2f} |")
 
-    others = [name for name in OLD if any(key[:2] == (name, "prodigy") for key in results.rows)]
-    if others:
-        out += ["", "| method | start | " + " | ".join(others) + " |"]
-        out.append("|---|---:|" + "---:|" * len(others))
-        for method in ("range test", "prodigy", "d-adaptation", "schedule-free"):
-            for start in SCHEDULE_FREE if method == "schedule-free" else (1.0,):
-                cells = [cell(results.ratios(name, method, math.log10(start))) for name in others]
-                label = f"{start:g}" if method == "schedule-free" else ""
-                out.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
-
-    rates = ", ".join(f"{name} {10 ** results.best(name):.2g}" for name in measured)
+    rates = ", ".join(f"{name} {10 ** results.best(name):.2g}" for name in measured(results))
     return "\n".join(out) + f"\n\nBest fixed rates: {rates}."
 
 
-def summary(results: Results, measured: list[str]) -> str:
+def table_of_others(results: Results) -> str:
+    """The methods that choose no rate, on the problems that they were given."""
+    names = [name for name in OLD if any(key[:2] == (name, "prodigy") for key in results.rows)]
+    out = ["| method | start | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+    for method in ("range test", "prodigy", "d-adaptation", "schedule-free"):
+        for start in SCHEDULE_FREE if method == "schedule-free" else (1.0,):
+            cells = [cell(results.ratios(name, method, math.log10(start))) for name in names]
+            label = f"{start:g}" if method == "schedule-free" else ""
+            out.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def summary(results: Results) -> str:
     """What the rules promise, over all problems, starts and seeds."""
     out = [
         "| rule | runs | above 1.05 of fixed | worst | below .95 | recovered from .1 | steps | raised |",
@@ -861,7 +869,7 @@ def summary(results: Results, measured: list[str]) -> str:
         against: list[float] = []
         recovered: list[float] = []
         rows: list[dict] = []
-        for name in measured:
+        for name in measured(results):
             for start in STARTS:
                 place = math.log10(start)
                 rows += results.of(name, rule, place)
@@ -870,6 +878,8 @@ def summary(results: Results, measured: list[str]) -> str:
             recovered += [math.log10(row.get("scale", 1.0)) for row in found]
         if not rows:
             continue
+
+        # One line
         worse = sum(ratio > 1.05 for ratio in against)
         better = sum(ratio < 0.95 for ratio in against)
         share = sum(recovered) / max(len(recovered), 1)
@@ -940,8 +950,10 @@ def measure_rates(options: RatesOptions) -> None:
     for name in options.problems if not options.report else ():
         measure(results, name, options.seeds)
     page(results, options.out / "report.html")
-    (options.out / "table.md").write_text(table(results) + "\n")
-    print(table(results))
+    for name, write in (("table", table), ("summary", summary), ("others", table_of_others)):
+        text = write(results)
+        (options.out / f"{name}.md").write_text(text + "\n")
+        print(text, end="\n\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ def test_ratios_have_a_floor_and_runs_are_not_repeated(tmp_path):
     assert again.best("quadratic") == -1.0
     assert again.ratios("quadratic", "safe", -1.0) == [1.0]  # both are called zero
     assert again.ratios("quadratic", "fixed", -1.0) == [1.0 / (FLOOR * 2.0)]
-    assert "| safe | 1 | 0 |" in rates.table(again)
+    assert "| safe | 1 | 0 |" in rates.summary(again)
+    assert "| quadratic | safe | 1.000 (1.000) |" in rates.table(again)
+    assert (
+        rates.ratio(math.nan, 1.0, 0.1) == math.inf and rates.ratio(math.nan, math.inf, 0.1) == 1.0
+    )
 
 
 def test_an_exception_is_a_result(tmp_path):
