@@ -72,11 +72,11 @@ small batches, three times the rate shows nothing in the loss of a few dozen ste
   count does not.
 
 **The promise**: no worse than the rate that was given, but for the steps of the trials, and far better
-when that was far off; no exception that the loop would not have raised. **Its limits**: what is good
-early may be bad late without ever rising; the final loss was predicted by k steps in nearly all of some
-thousand runs (`python -m claims.rates`), not in all. Where noise dominates the path, only the loss can
-tell, and a rate too low may stay. Two snapshots are held until the search ends, and to the end of the
-run if a raise is in force; `offload` puts them in host memory.
+when that was far too low; no exception that the loop would not have raised. **Its limits**: what is good
+early may be bad late without ever rising; `python -m claims.rates` counts how often. Where noise dominates
+the path, only the loss can tell, and a rate too low may stay. A rate too high is lowered if it makes the
+run worse than untrained; if it only wastes it, the schedule's decay must heal that. Two snapshots are held
+until the search ends, and to the end of the run if a raise is in force; `offload` puts them in host memory.
 
 A window, as `observe` sees it:
 
