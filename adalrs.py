@@ -48,6 +48,9 @@ small batches, three times the rate shows nothing in the loss of a few dozen ste
 - *Two runs from one point.* The last k steps at the present rate are the control, the trial starts where
   they started. The loss's own deceleration cancels. The winner's weights stay: the loser's k steps are
   what a decision costs.
+- *No trial without a reason.* Far below the best rate one window goes on where the last one went; near it the
+  path is bent, and mostly noise. Where the cosine between the two is below .3 no raise is tried: at a right
+  rate the search costs nothing, and changes nothing.
 - *Two witnesses.* The loss: with d_i = control_i - trial_i, the gain is the slope of d through the
   origin, and its error the larger of two, from single losses and from blocks of them (autocorrelation);
   outliers are clipped first (heavy tails). The path: what control and trial added to the weights. They
@@ -100,6 +103,7 @@ from torch import Tensor
 
 RULES = ("safe", "paper")
 ERRORS = 3.0  # a gain of so many errors is believed without a second witness
+STRAIGHT = 0.3  # cosine between the paths of two windows below which no raise is tried
 AGREEMENT = 0.8  # cosine from which the paths of control and trial count as one,
 REACH = 0.5  # if the trial also went further on it, by this share of what its rate was raised by
 MATTERS = 1e-3  # share of the first loss that a raise must gain over a window
@@ -461,12 +465,16 @@ class AdaLRS:
             return
 
         # The window's end is a snapshot, and its start becomes the recovery point
+        straight = self._goes_straight()
         state.losses = []
         self.older = self.newer
         self.newer = self._copy()
 
         # Is the search over, or is it time for a trial?
-        ready = self._lower_when_rising(losses) if self.rule == "paper" else self._wait(losses)
+        if self.rule == "paper":
+            ready = self._lower_when_rising(losses)
+        else:
+            ready = self._wait(losses) and straight
         if state.step >= self.stop and (self.rule == "paper" or state.scale <= 1):
             self.older = self.newer = None
         elif ready and self.start < state.step < self.stop and self._affordable(losses):
@@ -629,32 +637,49 @@ class AdaLRS:
         lost = (begun, state.made)
         self._record(verdict, velocity, velocity + faster, error, compared, lost, agreement)
 
+    # ---------------------------------------------------------------------------------- the path
+
+    def _added(self, i: int, begin: Snapshot, end: Snapshot | None) -> Tensor:
+        """What was added to a tensor between two snapshots (None: now)."""
+        now = self.tensors[i].detach()
+        last = now if end is None else end.tensors[f"t.{i}"].to(now.device)
+        return last.float() - begin.tensors[f"t.{i}"].to(now.device).float()
+
+    def _compare(self, one: tuple[Snapshot, Snapshot], two: Snapshot) -> tuple[float, float]:
+        """The path between two snapshots, and that from a snapshot until now.
+
+        Returns (their cosine, how far the second goes in the first's direction, in lengths of the first).
+        """
+        product = 0.0
+        first = 0.0
+        second = 0.0
+        for i, tensor in enumerate(self.tensors):
+            if tensor.requires_grad:
+                a = self._added(i, *one)
+                b = self._added(i, two, None)
+                product += float((a * b).sum())
+                first += float(a.square().sum())
+                second += float(b.square().sum())
+        if not (0 < first < math.inf and 0 < second < math.inf):
+            return 0.0, 0.0
+        return product / math.sqrt(first * second), product / first
+
+    def _goes_straight(self) -> bool:
+        """Whether this window went on where the last one went; the first is taken to."""
+        if self.rule == "paper" or self.older.step == self.newer.step:
+            return True
+        cosine, _ = self._compare((self.older, self.newer), self.newer)
+        return cosine > STRAIGHT
+
     def _compare_paths(self) -> tuple[float, float]:
         """Of what control and trial added to the weights, from the same point: (cosine, reach).
 
         Reach: how much further the trial went in the control's direction, as a share of what its rate
         was raised by; 1 where the rate is far too low, 0 where more of it leads no further.
         """
-        # Squared lengths of both displacements, and their product
-        product = 0.0
-        control = 0.0
-        trial = 0.0
-        for i, now in enumerate(self.tensors):
-            if not now.requires_grad:
-                continue
-            begin = self.older.tensors[f"t.{i}"].to(now.device).float()
-            end = self.newer.tensors[f"t.{i}"].to(now.device).float()
-            one = end - begin
-            other = now.detach().float() - begin
-            product += float((one * other).sum())
-            control += float(one.square().sum())
-            trial += float(other.square().sum())
-        if not (0 < control < math.inf and 0 < trial < math.inf):
-            return 0.0, 0.0
-
+        cosine, times = self._compare((self.older, self.newer), self.older)
         raised = self.state.scale / self.state.kept[-1] - 1
-        reach = (product / control - 1) / raised if raised > 0 else 0.0
-        return product / math.sqrt(control * trial), reach
+        return cosine, (times - 1) / raised if raised > 0 else 0.0
 
     # ---------------------------------------------------------------------------------- the watch
 

@@ -50,7 +50,7 @@ class Training:
     def step(self, step: int, scale: float) -> None:
         g = torch.Generator().manual_seed(100 + step)
         for p in self.parameters:
-            p.grad = p.detach() + torch.randn(p.shape, generator=g)
+            p.grad = 1 + 0.3 * p.detach() + 0.3 * torch.randn(p.shape, generator=g)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.rate * scale
             optimizer.step()
@@ -286,6 +286,12 @@ def straight(scale: float, width: int = 4, noisy: float = 0.0, total: int = 400,
         w.data += 1e-3 * search.scale * move * scale
         step = search.observe(5 - 0.01 * float(w[0].detach()) + rng.gauss(0, 0.3))
     return search
+
+
+def test_where_the_path_is_bent_nothing_is_tried():
+    """At a right rate the search costs no step."""
+    search = straight(1.0, 50, 1e6)
+    assert not search.decisions and search.extra_steps == 0 and straight(1.0).decisions
 
 
 def test_where_losses_say_nothing_a_straight_path_decides_for_the_raise():
