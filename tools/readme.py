@@ -17,7 +17,15 @@ FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: w
 TABLES = {  # block of README.md: the file that a bench wrote, and which of its columns
     "adalrs": (
         "runs/adalrs/table.md",
-        ("problem", "rule", "0.1", "0.32", "1", "3.2", "10", "most steps"),
+        (
+            "method",
+            "start / best rate",
+            "quadratic",
+            "regression",
+            "language",
+            "connector",
+            "most steps",
+        ),
     ),
     "moe-cpu": ("runs/moe-cpu.md", ("implementation", "fp32", "bf16")),
     "calibration": (

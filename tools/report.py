@@ -26,8 +26,7 @@ SIGNS = {
     "down": ("▼", "slower, taken back, rate lowered"),
     "abort": ("✕", "loss too high, taken back, rate lowered"),
     "rising": ("◆", "loss rose for two windows, rate lowered"),
-    "rescue": ("✚", "loss missing or far up: good weights put back, rate back or lowered"),
-    "data": ("◇", "an alarm that was the data's: nothing changed"),
+    "rescue": ("✚", "loss not finite or above its start, taken back, rate lowered"),
 }
 CSS = """
 :root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #15171a); --ink: light-dark(#1e2022, #e3e1da);
@@ -52,7 +51,7 @@ svg { display: block; width: 100%; overflow: visible; font-size: 11px; fill: cur
 line, polyline { color: var(--line); stroke: currentColor; fill: none } polyline { stroke-width: 1.6 }
 .note, .soft, .facts, .legend, th, .tick, .stay, .undone, .fixed { color: var(--soft) } .abort { color: var(--violet) }
 .good, .up, .reward { color: var(--good) } .bad, .down, .rescue { color: var(--bad) } .blue, .loss { color: var(--blue) }
-.rising, .data, .rate { color: var(--ochre) } .pale { color: var(--pale) } .padding { fill: url(#hatch); stroke: var(--line) }
+.rising, .rate { color: var(--ochre) } .pale { color: var(--pale) } .padding { fill: url(#hatch); stroke: var(--line) }
 .undone { opacity: .2 } .chance { color: var(--ink); stroke-width: 1.3 } .under { color: var(--paper); stroke-width: 4 }
 .raw { stroke-width: .7; opacity: .35 } .halo { stroke: var(--paper); stroke-width: 3px; paint-order: stroke }
 .tick { font-size: 10px } .e { text-anchor: end } .m { text-anchor: middle }
