@@ -1,0 +1,90 @@
+"""The bench of AdaLRS: its problems, its arithmetic, and what it says without its packages."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from claims import rates
+from claims.rates import FLOOR, PROBLEMS, RatesOptions, Results, measure_rates, train_problem
+
+CHEAP = [name for name in PROBLEMS if not name.startswith(("digits", "language", "connector"))]
+
+
+class Short(rates.Regression):
+    steps = 30
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_step_has_the_same_data_in_every_run_and_fresh_ones_when_made_again(name):
+    one = PROBLEMS[name](seed=1)
+    two = PROBLEMS[name](seed=1)
+    losses = []
+    for problem, steps in ((one, (0, 7, 7)), (two, (7, 0))):
+        for step in steps:
+            problem.begin_step(step)
+            losses.append(float(problem.loss().detach()))
+    first, again, other = losses[1], losses[2], losses[3]
+    assert first == other or math.isnan(first)
+    assert again != first
+    assert math.isfinite(one.final()) and one.final() == two.final()
+
+
+def test_what_keeps_nothing_ends_where_the_fixed_rate_does():
+    fixed = train_problem(Short, 0, 1e-2)
+    searched = train_problem(Short, 0, 1e-2, "safe")
+    assert searched["scale"] == 1.0
+    assert searched["final"] == fixed["final"]
+
+
+def test_ratios_have_a_floor_and_runs_are_not_repeated(tmp_path):
+    results = Results(tmp_path / "runs.jsonl")
+
+    def run(final: float):
+        return lambda: {"start": 2.0, "final": final, "steps": 1.0, "scale": 3.0, "decisions": []}
+
+    for place, final in ((-2.0, 1.0), (-1.0, 1e-9)):
+        results.get("quadratic", "grid", place, 0, run(final))
+    results.get("quadratic", "safe", -1.0, 0, run(1e-8))
+    again = Results(tmp_path / "runs.jsonl")
+    again.get("quadratic", "safe", -1.0, 0, lambda: pytest.fail("it was measured before"))
+    assert again.best("quadratic") == -1.0
+    assert again.ratios("quadratic", "safe", -1.0) == [1.0]  # both are called zero
+    assert again.ratios("quadratic", "fixed", -1.0) == [1.0 / (FLOOR * 2.0)]
+    assert "| safe | 1 | 0 |" in rates.summary(again)
+    assert "| quadratic | safe | 1.000 (1.000) |" in rates.table(again)
+    assert (
+        rates.ratio(math.nan, 1.0, 0.1) == math.inf and rates.ratio(math.nan, math.inf, 0.1) == 1.0
+    )
+
+
+def test_an_exception_is_a_result(tmp_path):
+    def broken():
+        raise ValueError("no")
+
+    row = Results(tmp_path / "runs.jsonl").get("quadratic", "safe", 0, 0, broken)
+    assert row["final"] == math.inf and "no" in row["raised"]
+
+
+def test_without_its_packages_the_script_names_the_requirements_file(tmp_path, monkeypatch):
+    """C20: No module named 'schedulefree'."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"schedulefree.*requirements/bench\.txt"):
+        measure_rates(RatesOptions(out=tmp_path))
+
+
+def test_every_digits_problem_trains():
+    pytest.importorskip("sklearn")
+    for name in PROBLEMS:
+        if not name.startswith("digits") or name == "digits schedule-free":
+            continue
+        problem = PROBLEMS[name](seed=0)
+        before = problem.final()
+        optimizers = rates.optimizers_for(problem, 1e-2)
+        for step in range(60):
+            problem.begin_step(step)
+            rates.one_step(problem, optimizers, 1e-2)
+        after = rates.final_loss(problem, optimizers)
+        assert after < before or name == "digits new task", name
+        assert all(torch.isfinite(p).all() for p in problem.parameters)
