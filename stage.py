@@ -96,7 +96,11 @@ class Stage(BaseStage):
     adalrs: bool = False  # search the rate while training
     adalrs_k: int = 0  # steps of a window; 0: from the measured noise
     adalrs_window: tuple[float, float] = (0.1, 0.4)  # share of the run in which to search
-    adalrs_cautious: bool = False  # lower it only for harm (adalrs.py; ours)
+    adalrs_rule: str = "safe"  # safe (ours: do no harm) or paper (Eq. 1 and nothing else)
+    adalrs_up: float = 3.0  # alpha of Eq. 1: a raise
+    adalrs_down: float = 2.0  # beta: a cut
+    adalrs_decay: float = 0.99  # lambda: of both, with every adjustment
+    adalrs_offload: bool = False  # keep the snapshots in host memory
 
     @property
     def searches_rate(self) -> bool:

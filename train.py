@@ -259,7 +259,11 @@ def rate_search(
         stage.steps,
         k=stage.adalrs_k or None,
         window=stage.adalrs_window,
-        cautious=stage.adalrs_cautious,
+        up=stage.adalrs_up,
+        down=stage.adalrs_down,
+        decay=stage.adalrs_decay,
+        rule=stage.adalrs_rule,
+        offload=stage.adalrs_offload,
     )
 
 

@@ -54,7 +54,11 @@ def refuse_unused(options, defaults, model) -> None:
         "think": stage.samples == "fusion",
         "adalrs_k": stage.searches_rate,
         "adalrs_window": stage.searches_rate,
-        "adalrs_cautious": stage.searches_rate,
+        "adalrs_rule": stage.searches_rate,
+        "adalrs_up": stage.searches_rate,
+        "adalrs_down": stage.searches_rate,
+        "adalrs_decay": stage.searches_rate,
+        "adalrs_offload": stage.searches_rate,
         # of reinforcement learning
         "tries": getattr(stage, "dynamic", True),
         "estimator": bool(getattr(stage, "kl", 0.0)),
