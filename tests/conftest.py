@@ -1,9 +1,7 @@
-"""Shared by all tests: one thread (the suite runs in two processes), the project root on the path, one small model, encoder and set of documents."""
+"""Shared by all tests: one thread (the suite runs in two processes), one small model and its documents."""
 
 from dataclasses import replace
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from stage import Stage
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
 EVERY = {f: 1.0 for f in world.FAMILIES} | {"text": 0.2}
@@ -67,7 +66,8 @@ def run_stage(model, stage, source, encoder):
 
 
 def made_up(tokenizer, seed: int = 0, rows: int = 2, length: int = 128):
-    """Endless steps of one batch of invented documents, independent of the world: a coloured picture, its colour's token five
+    """Endless steps of one batch of invented documents, independent of the world: a coloured
+    picture, its colour's token five
     times over, counting tokens. For tests of the loop and for the golden losses."""
     rng = np.random.default_rng(seed)
 

@@ -1,4 +1,5 @@
-"""README.md, "The released weights", as a reader would follow it: its own commands and lines, on the tiny released checkpoint."""
+"""README.md, "The released weights", as a reader would follow it: its own commands and lines, on
+the tiny released checkpoint."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""RL: identities of the losses, TRL's losses on the same tensors, rollouts that score as sampled, resume and ranks that change nothing."""
+"""RL: identities of the losses, TRL's losses on the same tensors, rollouts that score as sampled,
+resume and ranks that change nothing."""
 
 import itertools
 import json
@@ -57,7 +58,7 @@ def tensors(N=4, L=5, spread=0.0, seed=0):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- identities
+# ----------------------------------------------------------------------------------- identities
 
 
 @EVERY_ALGORITHM
@@ -84,7 +85,8 @@ def test_on_the_first_minibatch_the_gradient_is_reinforce(name):
     ],
 )
 def test_the_clip_gates(A, ratio, slope, cispo):
-    """d gain / d log p for a single token: PPO's four open and two shut gates, and CISPO, which bounds but never shuts."""
+    """d gain / d log p for a single token: PPO's four open and two shut gates, and CISPO, which
+    bounds but never shuts."""
     for name in ("dapo", "gspo", "gspo_token", "dual", "cispo"):
         old = torch.tensor([[-1.0]], dtype=torch.double)
         logp = (old + math.log(ratio)).requires_grad_()
@@ -184,7 +186,7 @@ def test_what_the_aggregations_weigh():
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- advantages
+# ----------------------------------------------------------------------------------- advantages
 
 
 @pytest.mark.parametrize("estimator", [group_advantage, centred, leave_one_out])
@@ -243,12 +245,13 @@ def test_overlong_answers_are_punished_softly():
     assert overlong_penalty(20, 20, 0) == 0
 
 
-# --------------------------------------------------------------------------------------------------------------------- KL
+# ------------------------------------------------------------------------------------------- KL
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimators_as_value_and_as_loss(estimator):
-    """By enumeration over a vocabulary of four: k1 and k3 are unbiased values; as losses k1 pulls nowhere, k2 along
+    """By enumeration over a vocabulary of four: k1 and k3 are unbiased values; as losses k1 pulls
+    nowhere, k2 along
     KL(pi || ref), k3 along KL(ref || pi)."""
     logits = torch.tensor([0.5, -1.0, 0.2, 0.9], dtype=torch.double, requires_grad=True)
     reference = torch.tensor([0.1, 0.4, -0.6, 0.3], dtype=torch.double).log_softmax(0)
@@ -269,17 +272,23 @@ def test_kl_estimators_as_value_and_as_loss(estimator):
     )
 
 
-# -------------------------------------------------------------------------------------------------- an independent reference
+# --------------------------------------------------------------------- an independent reference
 
 
 def written_from_the_papers(name, logp, old, mask, A, budget):
-    """Loops over completions and tokens, as the formulas stand in the papers; no code shared with policy_losses."""
+    """Loops over completions and tokens, as the formulas stand in the papers; no code shared with
+    policy_losses."""
     objective, tokens = 0.0, float(mask.sum())
     for i in range(len(A)):
         n = int(mask[i].sum())
         r = [torch.exp(logp[i, t] - old[i, t]) for t in range(n)]
-        clip = lambda x, lo, hi: torch.clamp(x, lo, hi)
-        surrogate = lambda x, lo, hi: torch.min(x * A[i], clip(x, lo, hi) * A[i])
+
+        def clip(x, lo, hi):
+            return torch.clamp(x, lo, hi)
+
+        def surrogate(x, lo, hi):
+            return torch.min(x * A[i], clip(x, lo, hi) * A[i])
+
         if name == "grpo":
             objective += sum(surrogate(x, 0.8, 1.2) for x in r) / n / len(A)
         elif name == "dr_grpo":
@@ -349,7 +358,8 @@ def trl_loss(
     reference=None,
     budget=64,
 ):
-    """TRL's own GRPOTrainer._compute_loss, called without a trainer: it reads these attributes and no others."""
+    """TRL's own GRPOTrainer._compute_loss, called without a trainer: it reads these attributes and
+    no others."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
     same = SimpleNamespace(gather=lambda t: t, reduce=lambda t, reduction: t, num_processes=1)
     me = SimpleNamespace(
@@ -438,7 +448,7 @@ def test_the_kl_penalty_is_trls():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ choices
+# -------------------------------------------------------------------------------------- choices
 
 
 @pytest.mark.parametrize(
@@ -490,7 +500,7 @@ def test_the_recipes_and_every_algorithms_own_choices_are_not_odd(model):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------------------------------- rollouts
 
 SMALL = RLStage(
     "x",
@@ -561,13 +571,17 @@ def test_rollouts_end_when_every_group_agrees(model, encoder):
 
 
 def test_dynamic_sampling_keeps_only_groups_that_disagree_and_fills_the_gaps(model, encoder):
-    """Samples 0 and 1 teach nothing: 2 and 3 are kept, a second round brings 4 and 5, and 6 and 7 are never asked for. With
+    """Samples 0 and 1 teach nothing: 2 and 3 are kept, a second round brings 4 and 5, and 6 and 7
+    are never asked for. With
     only sample 0 useless, 1 to 3 are kept and the second round brings one too many."""
     for useless, wanted in ((2, {2, 3, 4, 5}), (1, {1, 2, 3, 4})):
         flip = itertools.count()
-        agree = lambda text, sample, finished: {
-            "reward": float(next(flip) % 2 and int(sample.origin.split("/")[-1]) >= useless)
-        }
+
+        def agree(text, sample, finished):
+            return {
+                "reward": float(next(flip) % 2 and int(sample.origin.split("/")[-1]) >= useless)
+            }
+
         rollouts = make(model, encoder, replace(SMALL, dynamic=True, tries=4), reward=agree)
         rollouts.collect()
         assert {
@@ -577,9 +591,9 @@ def test_dynamic_sampling_keeps_only_groups_that_disagree_and_fills_the_gaps(mod
 
 
 def test_a_group_without_a_verdict_is_dropped_and_counted(model, encoder):
-    unsure = lambda text, sample, finished: {
-        "reward": math.nan if sample.origin.endswith("/1") else float(len(text) % 2)
-    }
+    def unsure(text, sample, finished):
+        return {"reward": math.nan if sample.origin.endswith("/1") else float(len(text) % 2)}
+
     rollouts = make(model, encoder, reward=unsure)
     rollouts.collect()
     assert rollouts.stats["unjudged"] == 0.25 and {
@@ -646,7 +660,8 @@ def test_a_prompt_that_its_completions_share_changes_neither_loss_nor_gradient(
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_the_ratio_starts_at_one_in_bf16_too(config, model, encoder, experts):
-    """Sampled tokens are scored again by the update's forward: a cached step rounds otherwise, and GSPO's bounds are 3e-4."""
+    """Sampled tokens are scored again by the update's forward: a cached step rounds otherwise, and
+    GSPO's bounds are 3e-4."""
     model = small_moe(config) if experts else model
     stage = replace(SMALL, algorithm="gspo", precision="bf16", dynamic=False)
     (batch,) = next(make(model, replace(encoder, config=model.config), stage))
@@ -705,7 +720,7 @@ def test_the_reward_of_the_control_is_a_coin(model, encoder):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ routing
+# -------------------------------------------------------------------------------------- routing
 
 
 def small_moe(config):
@@ -784,7 +799,7 @@ def test_replaying_the_live_choices_is_the_live_layer(config):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- the stage
+# ------------------------------------------------------------------------------------ the stage
 
 
 def test_a_bandit_learns_its_best_arm_under_every_algorithm():
@@ -805,7 +820,8 @@ def test_a_bandit_learns_its_best_arm_under_every_algorithm():
 
 
 def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
-    """Reward: the share of one letter in the text. A few updates on an untrained model must raise it, a coin must not."""
+    """Reward: the share of one letter in the text. A few updates on an untrained model must raise
+    it, a coin must not."""
 
     def go(name, reward=None):
         model = SailVL(config).init_weights(0)
@@ -829,7 +845,9 @@ def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
         log = fit(Setup(model, encoder, world.World(), reward=reward), stage).log
         return log[0]["reward"], log[-1]["reward"]
 
-    letter = lambda text, sample, finished: {"reward": text.count("e") / 8}
+    def letter(text, sample, finished):
+        return {"reward": text.count("e") / 8}
+
     before, after = go("dapo", letter)
     assert after > 1.5 * before, (before, after)
     before, after = go("dapo")
@@ -837,7 +855,8 @@ def test_a_stage_raises_its_reward_and_its_control_does_not(config, encoder):
 
 
 def test_a_weak_extractor_is_exploited_and_ours_is_not(config, encoder):
-    """The same policy, paid when the truth stands anywhere: it learns to name numbers without ever answering."""
+    """The same policy, paid when the truth stands anywhere: it learns to name numbers without ever
+    answering."""
     model = SailVL(config).init_weights(0)
     with torch.no_grad():  # one that says numbers now and then, as any trained model does
         model.language_model.lm_head.weight[
@@ -887,7 +906,8 @@ def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_wh
 
 
 def test_two_processes_equal_one(config, tokenizer, tmp_path):
-    """The same global rollout batch, minibatches and weights, on one rank and on two: sampling is by call, not by rank."""
+    """The same global rollout batch, minibatches and weights, on one rank and on two: sampling is
+    by call, not by rank."""
     model = SailVL(config).init_weights(0)
     model.save_pretrained(tmp_path / "start")
     tokenizer.save(tmp_path / "start")

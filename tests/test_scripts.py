@@ -1,4 +1,5 @@
-"""The scripts as their users run them: subprocesses on tiny settings, one process against two, bad folders, wrong options."""
+"""The scripts as their users run them: subprocesses on tiny settings, one process against two, bad
+folders, wrong options."""
 
 import json
 import os
@@ -51,10 +52,16 @@ def folder(tmp_path_factory):
         )
     whole = (root / "images" / "0.jpg").read_bytes()
     (root / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    ask = lambda image, question="<image>\nwhat?", answer="that": {
-        "image": image,
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-    }
+
+    def ask(image, question="<image>\nwhat?", answer="that"):
+        return {
+            "image": image,
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+
     records += [
         ask("cut.jpg"),
         ask("gone.jpg"),

@@ -164,10 +164,13 @@ def test_transparency_is_white_16_bits_are_scaled_and_exif_rotation_applies(tmp_
 
 def test_good_records_arrive_and_each_fault_is_counted(tmp_path):
     save(tmp_path / "a.png", Image.new("RGB", (8, 8)))
-    ask = lambda q, a, image="a.png": {
-        "image": image,
-        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}],
-    }
+
+    def ask(q, a, image="a.png"):
+        return {
+            "image": image,
+            "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}],
+        }
+
     good = [
         ask("<image>\nwhat?", "this"),
         ask("what?", "that"),
@@ -267,12 +270,16 @@ def test_a_batch_is_laid_out_as_its_documents(documents, tokenizer):
 
 
 def test_ranks_and_accumulation_share_one_global_batch(documents, tokenizer):
-    take = lambda world, accumulate: sorted(
-        tuple(row.tolist())
-        for rank in range(world)
-        for b in next(Batches(iter(documents), 512, 4, accumulate, tokenizer.pad, rank, world, 8))
-        for row in b.ids
-    )
+    def take(world, accumulate):
+        return sorted(
+            tuple(row.tolist())
+            for rank in range(world)
+            for b in next(
+                Batches(iter(documents), 512, 4, accumulate, tokenizer.pad, rank, world, 8)
+            )
+            for row in b.ids
+        )
+
     assert take(1, 1) == take(1, 4) == take(2, 2) == take(4, 1)
     with pytest.raises(ValueError, match="do not divide"):
         next(Batches(iter(documents), 512, 4, 3, tokenizer.pad))
@@ -381,9 +388,14 @@ def test_the_picture_matters_to_a_model_that_learned_from_it(config, encoder):
 
 
 def test_chance_is_the_best_blind_strategy():
-    ask = lambda q, a: Sample(
-        (Message("user", (q,)), Message("assistant", (a,))), "t", "", {"answer": a, "family": "t"}
-    )
+    def ask(q, a):
+        return Sample(
+            (Message("user", (q,)), Message("assistant", (a,))),
+            "t",
+            "",
+            {"answer": a, "family": "t"},
+        )
+
     samples = [ask("color?", "red")] * 3 + [ask("color?", "blue")] + [ask("n?", "1")] * 2
     assert blind_chance(samples) == pytest.approx(5 / 6)
     prompts = [([1], [np.zeros((2, 2, 3))]), ([2], [np.ones((2, 2, 3))]), ([3], [])]

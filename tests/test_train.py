@@ -1,6 +1,8 @@
-"""The loop: golden losses, frozen parts in every stage, what the log holds, memory against speed, rates per part.
+"""The loop: golden losses, frozen parts in every stage, what the log holds, memory against speed,
+rates per part.
 
-`PYTHONPATH=. python tests/test_train.py` writes the golden losses again: do it when numbers are meant to change, and say why in the commit.
+`PYTHONPATH=. python tests/test_train.py` writes the golden losses again: do it when numbers are
+meant to change, and say why in the commit.
 """
 
 import json
@@ -39,7 +41,8 @@ TINY = Stage("x", steps=3, rows=2, length=128, lr=3e-3)
 
 
 def golden(config, tokenizer) -> dict[str, list[float]]:
-    """Fifty steps under each optimizer: dense under Muon, experts under AdamW. Independent of the toy world."""
+    """Fifty steps under each optimizer: dense under Muon, experts under AdamW. Independent of the
+    toy world."""
     text = replace(PRESETS["toy-moe"].text, vocab_size=config.text.vocab_size, num_hidden_layers=2)
     losses = {}
     for name, c, stage in (
@@ -56,7 +59,8 @@ def golden(config, tokenizer) -> dict[str, list[float]]:
 
 
 def test_the_losses_are_the_golden_ones(config, tokenizer):
-    """At every step within 1e-4 under AdamW and 3e-3 under Muon, which orthogonalises in bf16. Other processors round
+    """At every step within 1e-4 under AdamW and 3e-3 under Muon, which orthogonalises in bf16.
+    Other processors round
     differently: with AVX2 or none instead of AVX-512 the losses differ by 4e-6 and 4e-4."""
     want, found = json.loads(GOLDEN.read_text()), golden(config, tokenizer)
     for name in want:
@@ -184,7 +188,8 @@ def test_bf16_trains_fp32_weights_to_about_the_same_loss(config, tokenizer):
 
 
 def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
-    """Traced, not translated to C++: whatever breaks the graphs' arguments (names, attention, recomputation) shows."""
+    """Traced, not translated to C++: whatever breaks the graphs' arguments (names, attention,
+    recomputation) shows."""
     torch.compiler.set_default_backend("aot_eager")
     try:
         runs = [
@@ -345,7 +350,9 @@ def test_the_generators_state_survives_json():
 
     import numpy as np
 
-    draw = lambda: (torch.rand(2).tolist(), random.random(), random.gauss(0, 1), np.random.rand())
+    def draw():
+        return (torch.rand(2).tolist(), random.random(), random.gauss(0, 1), np.random.rand())
+
     draw()
     state, values = checkpoint.get_rng()
     first = draw()
