@@ -27,6 +27,7 @@ SIGNS = {
     "abort": ("✕", "loss too high, taken back, rate lowered"),
     "rising": ("◆", "loss rose for two windows, rate lowered"),
     "rescue": ("✚", "loss not finite or above its start, taken back, rate lowered"),
+    "data": ("◇", "an alarm that was the data's: nothing changed"),
 }
 CSS = """
 :root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #15171a); --ink: light-dark(#1e2022, #e3e1da);
