@@ -13,8 +13,8 @@ tenth) but Schedule-Free, which has its own. 5 seeds: data, noise and initial we
     python -m claims.rates --problems quadratic regression  # a part
     python -m claims.rates --report                         # only the table and runs/adalrs/report.html
 
-Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid or a
-problem.
+Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid, a problem
+or the number of seeds.
 
 Losses below a thousandth of the one before training count as that thousandth (`FLOOR`): what lies below
 is called zero. Every final loss is an expectation, or the mean over a whole set, not the loss of a

@@ -36,6 +36,7 @@ SIGNS = {
     "abort": ("✕", "loss too high, taken back, rate lowered"),
     "rising": ("◆", "loss rose for two windows, rate lowered"),
     "rescue": ("✚", "loss not finite or above its start, taken back, rate lowered"),
+    "data": ("◇", "an alarm that was the data's: nothing changed"),
 }
 # What the page may load: pictures that stand in it, its own style, nothing else.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
