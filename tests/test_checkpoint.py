@@ -191,6 +191,7 @@ def kill_until_done(path, config, tokenizer, rng, kills: int) -> int:
         (0, 5),
         pytest.param(0, 10, marks=pytest.mark.slow),
         pytest.param(1, 10, marks=pytest.mark.slow),
+        pytest.param(2, 10, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_many_times_is_the_run_that_was_not_to_the_last_bit(

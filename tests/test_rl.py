@@ -675,6 +675,33 @@ def test_the_ratio_starts_at_one_in_bf16_too(config, model, encoder, experts):
         assert policy(model, rough, stage)[1]["spread"] / batch.weight > 1e-4
 
 
+@pytest.mark.parametrize("together", [1, 2, 8])
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("family", ["counting", "text"])
+def test_in_bf16_the_first_ratio_is_exactly_one_however_many_stand_in_a_micro_batch(
+    config, model, encoder, experts, together, family
+):
+    """With pictures and without, dense and MoE: old log-probabilities are those of the update's rows."""
+    model = small_moe(config) if experts else model
+    stage = replace(
+        SMALL,
+        mixture={"counting": 1.0, "text": float(family == "text")},
+        algorithm="gspo",
+        precision="bf16",
+        prompts=2,
+        group=8,
+        updates=2,
+        accumulate=8 // together,
+    )
+    batches = next(make(model, replace(encoder, config=model.config), stage))
+    assert [len(batch.advantage) for batch in batches] == [together] * (8 // together)
+    assert any(batch.images is not None for batch in batches) == (family == "counting")
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            logp = sampled_logprobs(model, batch, stage.temperature)
+        assert torch.equal(logp.detach() * batch.mask, batch.old)
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_resumed_run_gives_the_minibatches_of_the_uninterrupted_one(config, encoder, replay):
     stage, model = replace(SMALL, replay=replay), SailVL(config).init_weights(0)
