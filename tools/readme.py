@@ -82,9 +82,10 @@ PRINTED_TOKENS = {
 
 # Block of RESULTS.md: the table that a run wrote, and which of its columns are shown.
 TABLES = {
-    "adalrs": (
-        "runs/adalrs/table.md",
-        "method | start / best rate | quadratic | regression | language | connector | most steps",
+    "adalrs": ("runs/adalrs/table.md", "problem | rule | 0.1 | 0.32 | 1 | 3.2 | 10 | most steps"),
+    "adalrs-summary": (
+        "runs/adalrs/summary.md",
+        "rule | runs | above 1.05 of fixed | worst | below .95 | recovered from .1 | steps | raised",
     ),
     "moe-cpu": ("runs/moe-cpu.md", "implementation | fp32 | bf16"),
     "calibration": (
