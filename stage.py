@@ -22,6 +22,9 @@ ALL = tuple(PARTS)
 
 SCHEDULES = ("constant", "cosine", "wsd")
 
+# Options that mean something for a mixture of experts only.
+EXPERT_OPTIONS = ("balance", "router_z", "expert_bias_rate", "replay")
+
 
 @dataclass(frozen=True)
 class BaseStage:

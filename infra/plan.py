@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 
 from data.sample import Document
 from data.stream import EndOfStream, read_document
-from stage import PARTS, BaseStage, RLStage
+from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
 
@@ -44,9 +44,6 @@ def refuse_unused(options, defaults, model) -> None:
         # of every stage
         "epochs": bool(options.data),
         "turns": not options.data,
-        "balance": experts,
-        "router_z": experts,
-        "expert_bias_rate": experts,
         "accumulate": stage.objective != "next_patch",
         # of stages on packed rows
         "weighting": supervised,
@@ -62,8 +59,8 @@ def refuse_unused(options, defaults, model) -> None:
         # of reinforcement learning
         "tries": getattr(stage, "dynamic", True),
         "estimator": bool(getattr(stage, "kl", 0.0)),
-        "replay": experts,
     }
+    used |= dict.fromkeys(EXPERT_OPTIONS, experts)
     pairs = [(options, defaults), (stage, defaults.stage)]
     for given, default in pairs:
         for option in fields(given):
@@ -89,7 +86,7 @@ def why_unused(option: str) -> str:
         return "it is about think-fusion"
     if option == "held_out":
         return "it needs --check-every"
-    if option in ("balance", "router_z", "expert_bias_rate", "replay"):
+    if option in EXPERT_OPTIONS:
         return "the model has no experts"
     if option.startswith("adalrs"):
         return "it needs --adalrs"
