@@ -311,17 +311,18 @@ class Algorithm:
     aggregation: str
     low: float
     high: float
+    ratio: str = "token"  # what the clip range is about: token, sequence or none
 
 
 ALGORITHMS = {
-    "reinforce": Algorithm(reinforce, leave_one_out, "completions", 0.0, 0.0),
+    "reinforce": Algorithm(reinforce, leave_one_out, "completions", 0.0, 0.0, "none"),
     "ppo": Algorithm(ppo, group_advantage, "tokens", 0.2, 0.2),
     "dual": Algorithm(dual, group_advantage, "tokens", 0.2, 0.2),
     "grpo": Algorithm(ppo, group_advantage, "sequences", 0.2, 0.2),
     "dr_grpo": Algorithm(ppo, centred, "budget", 0.2, 0.2),
     "dapo": Algorithm(ppo, group_advantage, "tokens", 0.2, 0.28),
-    "gspo": Algorithm(gspo, group_advantage, "sequences", 3e-4, 4e-4),
-    "gspo_token": Algorithm(gspo_token, group_advantage, "sequences", 3e-4, 4e-4),
+    "gspo": Algorithm(gspo, group_advantage, "sequences", 3e-4, 4e-4, "sequence"),
+    "gspo_token": Algorithm(gspo_token, group_advantage, "sequences", 3e-4, 4e-4, "sequence"),
     "cispo": Algorithm(cispo, group_advantage, "tokens", 1.0, 4.0),
 }
 

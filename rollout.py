@@ -82,7 +82,7 @@ def oddities(stage: RLStage, experts: int = 0) -> list[str]:
     algorithm = ALGORITHMS[stage.algorithm]
     high = algorithm.high if stage.high is None else stage.high
     aggregation = stage.aggregation or algorithm.aggregation
-    by_sequence = stage.algorithm.startswith("gspo")
+    by_sequence = algorithm.ratio == "sequence"
     if by_sequence and high > 0.05:
         sentences.append(
             f"{stage.algorithm} with a clip of {high} never clips: a sequence ratio moves by thousandths, "
@@ -98,9 +98,10 @@ def oddities(stage: RLStage, experts: int = 0) -> list[str]:
             f"a sequence ratio summed per token ({aggregation}) weighs each completion by its length: "
             "take sequences"
         )
-    if stage.algorithm == "reinforce" and stage.updates * stage.passes > 1:
+    if algorithm.ratio == "none" and stage.updates * stage.passes > 1:
         sentences.append(
-            "reinforce has no ratio: updates after the first of a rollout batch are off-policy and biased"
+            f"{stage.algorithm} has no ratio: updates after the first of a rollout batch are "
+            "off-policy and biased"
         )
     if stage.kl and stage.estimator == "k1":
         sentences.append(

@@ -35,7 +35,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -453,54 +453,64 @@ class Connector(Problem):
 
     def __init__(self, seed: int):
         super().__init__(seed)
-        self.model, self.encoder, self.supervised, self.answers, self.held = self.parts()
-        self.model.mlp1.init_weights(torch.Generator().manual_seed(seed))
-        self.parameters = list(self.model.mlp1.parameters())
-        self.data = {True: self.supervised(seed), False: self.supervised(seed + 1000)}
+        self.setup, self.stage, self.held = self.parts()
+        self.setup.model.mlp1.init_weights(torch.Generator().manual_seed(seed))
+        self.parameters = list(self.setup.model.mlp1.parameters())
+        self.data = {True: self.stream(seed), False: self.stream(seed + 1000)}
 
     @staticmethod
     @cache
     def parts() -> tuple:
-        """A language model that knows captions from descriptions and a ViT aligned to another copy of it,
-        once.
-        """
+        """A language model that knows captions from descriptions and a ViT aligned to another copy, once."""
         import pretrain
         import recipe
-        from data import world
         from data.encode import Encoder
-        from data.sample import Faults
+        from data.world import World
+        from optim import freeze_all_but
         from packing import collate
-        from train import answers, freeze
 
+        # A model, and the stages before basic pre-training, shortened
         torch.manual_seed(0)
-        source, base = world.World(), replace(pretrain.TOY["basic"], rows=1, length=384)
+        source = World()
         model, tokenizer = recipe.new_model("toy", source)
         encoder = Encoder(tokenizer, model.config, max_length=384)
+        setup = recipe.Setup(model, encoder, source)
+        language: dict[str, Tensor] = {}
         for name, steps in (("language", 60), ("vit2", 80)):
             stage = replace(pretrain.TOY[name], steps=steps, rows=2, length=384, schedule="wsd")
-            pretrain.run_stage(model, stage, source, encoder)
+            recipe.fit(setup, stage)
             if name == "language":
-                language = pretrain.stand_in_parts(model)
-        model.language_model.load_state_dict(language)
-        freeze(model, ("adapter",))
+                state = model.language_model.state_dict()
+                language = {key: value.clone() for key, value in state.items()}
+
+        # The language model as it was, a new adapter, held-out captions
+        recipe.restart(model, language)
+        freeze_all_but(model, ("adapter",))
         held = collate([[encoder(s) for s in source.held_out("caption", 60)]], None, tokenizer.pad)
+        return setup, replace(pretrain.TOY["basic"], rows=1, length=384), held
 
-        def stream(seed: int):
-            return pretrain.supervised(source, replace(base, seed=seed), encoder, Faults())
+    def stream(self, seed: int) -> Iterator:
+        from recipe import SAMPLES, packed_rows
 
-        return model, encoder, stream, answers, held
+        stage = replace(self.stage, seed=seed)
+        _, batches = packed_rows(self.setup, stage, SAMPLES[stage.samples](self.setup, stage))
+        return iter(batches)
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
         self.first = self.visits[step] == 1
 
     def loss(self) -> Tensor:
+        from objective import supervised
+
         (batch,) = next(self.data[self.first])
-        return self.answers(self.model, batch)[0] / batch.weight
+        return supervised(self.setup.model, batch, self.stage)[0] / batch.weight
 
     @torch.no_grad()
     def final(self) -> float:
-        return self.answers(self.model, self.held)[1]["loss"] / self.held.weight
+        from objective import supervised
+
+        return supervised(self.setup.model, self.held, self.stage)[1]["loss"] / self.held.weight
 
 
 OLD = {
