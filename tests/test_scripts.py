@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 TINY = ["--steps", "3", "--rows", "4", "--length", "256"]
 
 
-def run(*words, ok=True, **environment):
+def run(*words, ok=True, limit=170, **environment):
     """Run a script from the project's root; returns its output."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=limit,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     text = done.stdout + done.stderr
@@ -177,32 +177,52 @@ def test_help_works_on_every_script(words):
     assert "usage" in run(*words, "--help").lower()
 
 
-def test_the_whole_ladder_runs_writes_results_and_answers(tmp_path):
-    run("toy.py", "--out", tmp_path, "--effort", "0.01", "--samples", "4", OMP_NUM_THREADS="2")
-    results = json.loads((tmp_path / "results.json").read_text())
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """A ladder of a few steps."""
+    place = tmp_path_factory.mktemp("ladder")
+    run("toy.py", "--out", place, "--effort", "0.01", "--samples", "4", limit=600)
+    return place
+
+
+@pytest.mark.slow
+def test_the_whole_ladder_runs_and_writes_its_results(ladder):
+    results = json.loads((ladder / "results.json").read_text())
+    keys = {"name", "seconds", "metric", "before", "after", "chance", "lower_is_better", "samples"}
     for row in results["stages"]:
-        assert {
-            "name",
-            "seconds",
-            "metric",
-            "before",
-            "after",
-            "chance",
-            "lower_is_better",
-            "samples",
-        } <= row.keys()
+        assert keys <= row.keys()
     assert results["total_seconds"] > 0 and results["cores"] and results["versions"]["torch"]
     assert results["packing"]["filled"] > 0.97
-    assert "<svg" in (tmp_path / "report.html").read_text()
-    Image.new("RGB", (32, 32), "white").save(tmp_path / "some.png")
-    run(
-        "generate.py",
-        "--model",
-        tmp_path / "final",
-        "--image",
-        tmp_path / "some.png",
-        "--prompt",
-        "what is it?",
-        "--max-new",
-        "4",
-    )
+    assert "<svg" in (ladder / "report.html").read_text()
+
+
+TINY_TRAINING = "--seeds 1 --samples 2"
+COMMANDS = [
+    "-m data.world --out {tmp}/world.png",
+    "generate.py --model {ladder}/final --image {tmp}/a.png --prompt what? --max-new 4 --think",
+    "calibrate.py --model {ladder}/moe-branch --out {tmp}/calibrated",
+    "evaluate.py --model {ladder}/final --data {tmp}/my.jsonl --max-new 4",
+    "-m data.show --data {tmp}/my.jsonl --show 1 --out {tmp}/show",
+    "-m data.show --data {tmp}/my.jsonl --check --out {tmp}/show",
+    "-m curation.balance example --out {tmp}/captions.jsonl",
+    "-m claims.algorithms --model {ladder}/long-cot --only learn --names grpo --kinds dense "
+    f"{TINY_TRAINING} --effort 0.02 --out {{tmp}}/a",
+    f"-m claims.posttraining --runs {{ladder}} --only curriculum {TINY_TRAINING} --effort 0.01 "
+    "--out {tmp}/c",
+    f"-m claims.posttraining --runs {{ladder}} --only soup {TINY_TRAINING} --effort 0.1 --out {{tmp}}/s",
+    "-m claims.calibration --seeds 1 --steps 2 2 --held 2 --out {tmp}/c.html",
+    "-m claims.rates --problems quadratic --seeds 1 --out {tmp}/rates",
+    "-m bench.packing_rules --example {tmp}/lengths.txt --samples 200",
+    "-m bench.decoding --prompts 2 --samples 2 --longest 16 --max-new 4 --width 64 --layers 1 --repeats 1",
+    "-m kernels.bench --interpret",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words.split(" --")[0])
+def test_the_commands_of_the_pages_run_with_tiny_settings(ladder, tmp_path, words):
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "white"}]
+    row = {"image": "a.png", "conversations": turns}
+    (tmp_path / "my.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    run(*words.format(ladder=ladder, tmp=tmp_path).split(), limit=600)
