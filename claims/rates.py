@@ -247,7 +247,7 @@ class Valley(Problem):
 
 
 @cache
-def digits() -> tuple[Tensor, Tensor]:
+def digit_images() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits, (1797, 64) standardized, and their classes."""
     from sklearn.datasets import load_digits
 
@@ -268,7 +268,7 @@ class Digits(Problem):
 
     def __init__(self, seed: int):
         super().__init__(seed)
-        self.images, self.classes = digits()
+        self.images, self.classes = digit_images()
         torch.manual_seed(seed)  # initial weights and dropout
         layers: list[nn.Module] = []
         for inputs, outputs in zip(self.widths[:-1], self.widths[1:]):
@@ -584,7 +584,7 @@ def optimizers_for(problem: Problem, rate: float) -> list:
     return [Muon(matrices, lr=rate, weight_decay=0.0), adam]
 
 
-def one_step(problem: Problem, optimizers: list, rate: float | None) -> float:
+def trial_step(problem: Problem, optimizers: list, rate: float | None) -> float:
     """Draws a batch; a step whose loss is not finite is skipped. Returns the loss before the step."""
     loss = problem.loss()
     value = float(loss.detach())
@@ -637,7 +637,7 @@ def train_problem(
         scale = search.scale if search else 1.0
         rates.append(rate * schedule(step, kind.steps, shape) * scale)
         problem.begin_step(step)
-        losses.append(one_step(problem, optimizers, rates[-1]))
+        losses.append(trial_step(problem, optimizers, rates[-1]))
         step = search.observe(losses[-1]) if search else step + 1
 
     # The result; curves are drawn for the first seed only
@@ -667,7 +667,7 @@ def range_test(problem: Problem, low: float = 1e-6, high: float = 10.0, steps: i
         problem.begin_step(i)
 
         # The smoothed loss, without the bias of its start
-        mean = 0.9 * mean + 0.1 * one_step(problem, optimizers, rates[-1])
+        mean = 0.9 * mean + 0.1 * trial_step(problem, optimizers, rates[-1])
         curve.append(mean / (1 - 0.9 ** (i + 1)))
         if not curve[-1] < 4 * min(curve):
             break
@@ -688,7 +688,7 @@ def train_with(kind: type[Problem], seed: int, make: Callable, rate: Callable) -
         optimizers[0].train()
     for step in range(kind.steps):
         problem.begin_step(step)
-        one_step(problem, optimizers, rate(step))
+        trial_step(problem, optimizers, rate(step))
     return {"final": final_loss(problem, optimizers), "steps": 1.0}
 
 
@@ -869,7 +869,7 @@ def table_of_others(results: Results) -> str:
     return "\n".join(out)
 
 
-def summary(results: Results) -> str:
+def summary_table(results: Results) -> str:
     """What the rules promise, over all problems, starts and seeds."""
     out = [
         "| rule | runs | above 1.05 of fixed | worst | below .95 | recovered from .1 | steps | raised |",
@@ -960,7 +960,7 @@ def measure_rates(options: RatesOptions) -> None:
     for name in options.problems if not options.report else ():
         measure(results, name, options.seeds)
     page(results, options.out / "report.html")
-    for name, write in (("table", table), ("summary", summary), ("others", table_of_others)):
+    for name, write in (("table", table), ("summary", summary_table), ("others", table_of_others)):
         text = write(results)
         (options.out / f"{name}.md").write_text(text + "\n")
         print(text, end="\n\n")

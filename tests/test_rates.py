@@ -52,7 +52,7 @@ def test_ratios_have_a_floor_and_runs_are_not_repeated(tmp_path):
     assert again.best("quadratic") == -1.0
     assert again.ratios("quadratic", "safe", -1.0) == [1.0]  # both are called zero
     assert again.ratios("quadratic", "fixed", -1.0) == [1.0 / (FLOOR * 2.0)]
-    assert "| safe | 1 | 0 |" in rates.summary(again)
+    assert "| safe | 1 | 0 |" in rates.summary_table(again)
     assert "| quadratic | safe | 1.000 (1.000) |" in rates.table(again)
     assert (
         rates.ratio(math.nan, 1.0, 0.1) == math.inf and rates.ratio(math.nan, math.inf, 0.1) == 1.0
@@ -84,7 +84,7 @@ def test_every_digits_problem_trains():
         optimizers = rates.optimizers_for(problem, 1e-2)
         for step in range(60):
             problem.begin_step(step)
-            rates.one_step(problem, optimizers, 1e-2)
+            rates.trial_step(problem, optimizers, 1e-2)
         after = rates.final_loss(problem, optimizers)
         assert after < before or name == "digits new task", name
         assert all(torch.isfinite(p).all() for p in problem.parameters)

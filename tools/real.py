@@ -107,7 +107,7 @@ def easy_vqa(options: RealOptions) -> tuple[list[dict], list[dict]]:
         records = []
         for image, asked in pairs.items():
             name = f"easyvqa-{split}-{image}.png"
-            chain = shown_in(asked)
+            chain = given_away(asked)
             picture = Image.open(root / split / "images" / f"{image}.png").convert("RGB")
             picture.save(options.out / "images" / name)
 
@@ -126,7 +126,7 @@ def easy_vqa(options: RealOptions) -> tuple[list[dict], list[dict]]:
     return written["train"], rng.sample(written["test"], options.held_out)
 
 
-def shown_in(asked: list[tuple[str, str]]) -> str:
+def given_away(asked: list[tuple[str, str]]) -> str:
     """The shape and colour that a picture's own answers give away, as a chain; "" when they do not.
 
     A named thing is an answer; so is a yes to "is it red?", and a no to "is it not red?".
