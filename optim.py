@@ -205,14 +205,22 @@ def clip_gradients(model: nn.Module, limit: float) -> tuple[float, dict[str, flo
 
     Returns the norm before, and that of each part.
     """
+    # What has a gradient
+    names = []
+    parameters = []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            names.append(name)
+            parameters.append(p)
+
     # One norm for all, on the device
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(p.grad) for _, p in named])
+    norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
     total = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_([p for _, p in named], limit, total)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
 
     # And each part's own, for the log
     squares: dict[str, float] = defaultdict(float)
-    for (name, _), norm in zip(named, norms.tolist()):
+    for name, norm in zip(names, norms.tolist()):
         squares[part_of(name)] += norm**2
-    return float(total), {part: math.sqrt(square) for part, square in squares.items()}
+    by_part = {part: math.sqrt(square) for part, square in squares.items()}
+    return float(total), by_part
