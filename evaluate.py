@@ -641,9 +641,8 @@ class EvaluateOptions:
     data: Path
     model: Path = Path("runs/toy/final")
     images: Path | None = None  # where image paths start; none: beside the file
-    allow_outside: bool = (
-        False  # image paths may lead out of the images' folder, also through links
-    )
+    # image paths may lead out of the images' folder, also through links
+    allow_outside: bool = False
     think: bool = False  # ask for a chain of thought; then only the box counts
     grader: str = ""  # in place of those of the rows; a key of graders.GRADERS
     circular: bool = False  # multiple choice: right only if right in every order of its options

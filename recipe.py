@@ -452,9 +452,8 @@ class RunOptions:
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead; 0: none
     strict: bool = False  # make the first bad sample an error
-    allow_outside: bool = (
-        False  # image paths may lead out of the images' folder, also through links
-    )
+    # image paths may lead out of the images' folder, also through links
+    allow_outside: bool = False
 
     # How images and questions are put to the model; none: as the model's own configuration says
     any_resolution: bool | None = None  # images whole, at their own size, in place of tiles
@@ -464,9 +463,9 @@ class RunOptions:
     think_prompt: str | None = None  # the sentence that asks for thinking
 
     # A run that can be stopped at any time
-    resume: bool = (
-        True  # go on from the newest checkpoint in --out; false: remove them, begin again
-    )
+
+    # go on from the newest checkpoint in --out; false: remove them, begin again
+    resume: bool = True
     save_every: int = 200  # steps between checkpoints (one more at SIGTERM and at the end)
     keep: int = 2  # newest checkpoints to keep, beside the best
     check_every: int = 0  # steps between checks on held-out samples; 0: never

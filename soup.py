@@ -178,9 +178,8 @@ class SoupOptions:
     greedy: bool = False  # best first, and only what does not make the mean worse on held-out data
     data: Path | None = None  # held-out file for --greedy; none: the toy world's held-out side
     images: Path | None = None  # folder of the images; default: beside the data
-    allow_outside: bool = (
-        False  # image paths may lead out of the images' folder, also through links
-    )
+    # image paths may lead out of the images' folder, also through links
+    allow_outside: bool = False
     samples: int = 100  # held-out samples (per family of the toy world)
     force: bool = False  # average although the models are far apart
     device: str = ""  # where --greedy grades: cuda, npu, mps, cpu; default: what there is

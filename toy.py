@@ -56,9 +56,8 @@ class ToyOptions:
     seed: int = 0
     samples: int = 200  # held-out samples per family
     effort: float = 1.0  # multiplies the steps of every stage
-    data: Path | None = (
-        None  # a directory with train.jsonl, held_out.jsonl and images/; none: the drawn world
-    )
+    # a directory with train.jsonl, held_out.jsonl and images/; none: the drawn world
+    data: Path | None = None
 
 
 @dataclass

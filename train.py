@@ -109,9 +109,8 @@ def train(
             asked = time.time()
             try:
                 micro_batches = next(data, None)
-            except (
-                StopRequested
-            ):  # told in the middle of sampling: save the state after the last step
+            except StopRequested:
+                # Told in the middle of sampling: save the state after the last step
                 journal.sync()
                 keeper.leave()
             if micro_batches is None:

@@ -32,9 +32,8 @@ class DecodingOptions:
 
     prompts: int = 4
     samples: int = 8
-    longest: int = (
-        256  # tokens of the longest prompt (one tile's); the others have 1/n, 2/n, ... of it
-    )
+    # tokens of the longest prompt (one tile's); the others have 1/n, 2/n, ... of it
+    longest: int = 256
     max_new: int = 64
     width: int = 128
     layers: int = 4

@@ -57,9 +57,8 @@ class PosttrainingOptions:
     only: tuple[str, ...] = PARTS
     seeds: int = 3
     effort: float = 1.0  # multiplies the steps of every stage
-    chains: float = (
-        2.0  # and those of long CoT in `modes` once more: the toy's own leave chains weak
-    )
+    # and those of long CoT in `modes` once more: the toy's own leave chains weak
+    chains: float = 2.0
     samples: int = 100  # held-out questions per family
     out: Path = Path("runs/bench-sft")
 

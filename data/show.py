@@ -41,9 +41,8 @@ class ShowOptions:
 
     data: Path  # JSON, JSONL, TSV, tar, parquet, a folder of them, or a mixture file: see data/readers.py
     images: Path | None = None  # folder of the images; default: beside the file
-    model: Path | None = (
-        None  # a model directory, for its tokenizer and sizes; default: the toy's, bytes as tokens
-    )
+    # a model directory, for its tokenizer and sizes; default: the toy's, bytes as tokens
+    model: Path | None = None
     show: int = 3  # samples to print; their tiles are written to `out`
     check: bool = False  # walk through everything and report counts, lengths and faults
     max_length: int = 8192  # tokens of a sample

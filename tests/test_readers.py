@@ -694,9 +694,8 @@ def plant(root: Path, n: int) -> tuple[Counter, Counter]:
         raw = bytearray(shard.read_bytes())
         with tarfile.open(shard) as f:
             where = {m.name: m.offset for m in f}
-        raw[where["00100.jpg"] + 150] ^= (
-            255  # a header whose checksum is wrong: one sample is lost, not the rest of the shard
-        )
+        # a header whose checksum is wrong: one sample is lost, not the rest of the shard
+        raw[where["00100.jpg"] + 150] ^= 255
         reasons["damaged tar"] += 1
         del answers[f"tar{k}-100"]
         if k % 2:
