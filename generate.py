@@ -9,7 +9,7 @@ the same temperature.
     prompts (ids, images) -> prefill: one packed forward fills the Cache -> next_token -> decode: one
     token a row -> next_token -> ... until a stop token      (`stream`; `generate` collects answers)
 
-    python generate.py --model runs/toy/final --image some.png --prompt "how many circles are there?"
+    python generate.py --model runs/toy/final --image some.png --prompt "how many things are there?"
     python generate.py --video clip.gif --prompt "which way does it move?"   # or a folder, or frames
 
 Legend: P prompts, n samples each, B = P * n rows, S tokens of all prompts, T cache length, H query

@@ -97,7 +97,7 @@ class Stage(BaseStage):
 
     # AdaLRS
     adalrs: bool = False  # search the rate while training
-    adalrs_k: int = 0  # steps of a window; 0: from the measured noise
+    adalrs_k: int = 0  # steps of a window; 0: a twentieth of the run, at least 10
     adalrs_window: tuple[float, float] = (0.1, 0.4)  # share of the run in which to search
     adalrs_rule: str = "safe"  # safe (ours: do no harm) or paper (Eq. 1 and nothing else)
     adalrs_up: float = 3.0  # alpha of Eq. 1: a raise

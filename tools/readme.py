@@ -200,13 +200,17 @@ def stage_tokens(name: str, stage) -> str:
 
 
 def mixture_text(paper, toy) -> str:
-    """What a stage trains on: the paper's shares, or the toy's tasks."""
+    """What a stage trains on: the paper's shares where it prints them, else the toy's tasks."""
     if paper and paper.mixture:
         total = sum(paper.mixture.values())
         return ", ".join(f"{task} {w / total:.2f}" for task, w in paper.mixture.items())
+
+    tasks = ", ".join(toy.mixture)
     if len(toy.mixture) > 4:
-        return f"{len(toy.mixture)} tasks"
-    return ", ".join(toy.mixture)
+        tasks = f"{len(toy.mixture)} tasks"
+    if paper:
+        return f"all of `--data`; toy: {tasks}"
+    return f"toy: {tasks}"
 
 
 def stage_table() -> str:
