@@ -48,7 +48,8 @@ from stage import RLStage
 from train import autocast
 from vlm import SailVL
 
-# (completion, sample, finished) -> parts, "reward" among them
+# (completion, sample, finished) -> parts, "reward" among them; with a method `many`, a list of such
+# triples -> a list of parts, in its place
 Reward = Callable[[str, Sample, bool], dict[str, float]]
 
 

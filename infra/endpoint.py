@@ -34,6 +34,7 @@ import logging
 import os
 import queue
 import random
+import re
 import socket
 import threading
 import time
@@ -296,6 +297,9 @@ def address_of(url: str) -> tuple[bool, str, int, str]:
 def api_key(name: str) -> str:
     """The key in an environment variable, "" for none. Raises ValueError naming the variable alone:
     the library's own error would quote the key."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name or "_"):
+        # Perhaps the key itself: not quoted
+        raise ValueError("the judge's key is given by the name of an environment variable, as MY_KEY")
     key = os.environ.get(name, "").strip() if name else ""
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {name} holds characters that no API key has")

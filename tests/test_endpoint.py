@@ -270,6 +270,12 @@ def test_a_key_that_no_header_can_hold_is_refused_by_the_name_of_its_variable(mo
     assert KEY not in str(error.value)
 
 
+def test_a_key_in_place_of_its_variables_name_is_refused_unquoted():
+    with pytest.raises(ValueError, match="name of an environment variable") as error:
+        ChatEndpoint("http://localhost/v1", "m", key_name=KEY)
+    assert KEY not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------- the cache
 
 
