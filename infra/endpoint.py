@@ -299,7 +299,9 @@ def api_key(name: str) -> str:
     the library's own error would quote the key."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name or "_"):
         # Perhaps the key itself: not quoted
-        raise ValueError("the judge's key is given by the name of an environment variable, as MY_KEY")
+        raise ValueError(
+            "the judge's key is given by the name of an environment variable, as MY_KEY"
+        )
     key = os.environ.get(name, "").strip() if name else ""
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {name} holds characters that no API key has")
