@@ -1187,10 +1187,14 @@ GRADERS: dict[str, Callable[[str, str], float]] = {
 FAMILY_GRADERS = {"caption": "phrases", "grounding": "box"}
 
 
+# No function, but a model that is asked (rewards.judged_answer_reward): in RL, with --judge-url.
+JUDGED = "judge"
+
+
 def grader_of(facts: dict) -> str:
-    """The key of GRADERS for a sample's facts. Raises ValueError for one that does not exist."""
+    """The key of GRADERS for a sample's facts, or JUDGED. Raises ValueError for an unknown one."""
     name = facts.get("grader") or FAMILY_GRADERS.get(facts.get("family", ""), "auto")
-    if name not in GRADERS:
+    if name not in GRADERS and name != JUDGED:
         raise ValueError(f"unknown grader {name!r}; choose from {', '.join(GRADERS)}")
     return name
 
@@ -1219,6 +1223,10 @@ def grade(said: str | None, truth, grader: str = "auto") -> float:
     truth: a text, a number, or a list of them. Nothing equals a missing answer. Raises ValueError
     for an unknown grader.
     """
+    if grader == JUDGED:
+        raise ValueError(
+            f"facts.grader {JUDGED!r} wants a judge model: rl.py with --judge-url and --judge-model"
+        )
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; choose from {', '.join(GRADERS)}")
     truths = accepted_truths(truth)

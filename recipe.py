@@ -43,14 +43,16 @@ from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import evaluate
 from generate import load_model
-from graders import grader_of, symbolic_note
+from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
+from infra.endpoint import ChatEndpoint
 from infra.identity import data_identity
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
 from objective import PatchPredictor
 from packing import Batches
-from rollout import Reward, Rollouts, oddities
+from rewards import COMBINE
+from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel
 from scale.parallel import Ranks
 from stage import BaseStage, RLStage, Stage
@@ -247,8 +249,18 @@ def rollouts(setup: Setup, stage: RLStage, samples) -> tuple[SailVL, Rollouts]:
     for sentence in oddities(stage, setup.model.config.text.num_experts):
         warnings.warn(sentence, stacklevel=2)
 
-    # What grades: a run without the symbolic grader says so
-    note = symbolic_note(grader_names(setup, stage))
+    # What grades: a run without the symbolic grader says so, and one without its judge cannot begin
+    names = grader_names(setup, stage)
+    if JUDGED in names and setup.reward is None:
+        raise ValueError(
+            f"stage {stage.name}: rows have facts.grader {JUDGED!r}: give --judge-url and --judge-model"
+        )
+    judged = isinstance(setup.reward, JudgedReward)
+    if judged and stage.reward == "verifiable" and JUDGED not in names and setup.ranks.main:
+        print(
+            f"  NOTE: the first rows name no grader {JUDGED!r}, so the judge is not asked about them"
+        )
+    note = symbolic_note(names)
     if note and setup.ranks.main:
         print(note)
 
@@ -462,6 +474,14 @@ class RunOptions:
     msac: bool | None = None  # a second pass over grids of tiles
     think_prompt: str | None = None  # the sentence that asks for thinking
 
+    # RL with a judge model, in place of the rules for thinking and for rows with facts.grader "judge"
+    judge_url: str = ""  # an OpenAI-compatible server, as http://localhost:8000/v1; "": by rules
+    judge_model: str = ""  # the model's name there
+    judge_key: str = (
+        "OPENAI_API_KEY"  # environment variable that holds the API key, if it needs one
+    )
+    judge_timeout: float = 120.0  # seconds for one question with all its attempts
+
     # A run that can be stopped at any time
 
     # go on from the newest checkpoint in --out; false: remove them, begin again
@@ -496,6 +516,8 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
         # Train, and save what came of it
         run = fit(setup, options.stage)
         if ranks.main:
+            if isinstance(setup.reward, JudgedReward):
+                print(setup.reward.report())
             setup.model.save_pretrained(options.out)
             setup.encoder.tokenizer.save(options.out)
             print(
@@ -539,7 +561,7 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("grace", "timeout", "row")
+    free += ("grace", "timeout", "row", "judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,
         {key: value for key, value in asdict(options).items() if key not in free},
@@ -593,7 +615,31 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     faults = source.faults if options.data else Faults(options.strict)
     encoder = Encoder(tokenizer, config, source.root)
     harvest = read_chains(options.harvest, encoder, faults) if options.harvest else None
-    return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest)
+    reward = judged_reward(options, encoder, ranks)
+    return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest, reward)
+
+
+def judged_reward(options: RunOptions, encoder: Encoder, ranks: Ranks) -> JudgedReward | None:
+    """The stage's reward with the judge at --judge-url; none without one. Its replies are kept in
+    --out, so that a run which goes on asks nothing twice.
+
+    Raises ValueError for a judge without a model's name, and for one that does not answer.
+    """
+    if not options.judge_url or getattr(options.stage, "reward", "") not in COMBINE:
+        return None  # `refuse_unused` has a word for a judge that nothing asks
+    if not options.judge_model:
+        raise ValueError("--judge-url needs --judge-model NAME: the model's name on that server")
+
+    judge = ChatEndpoint(
+        options.judge_url,
+        options.judge_model,
+        options.judge_timeout,
+        cache=options.out / "judge.jsonl",
+        key_name=options.judge_key,
+    )
+    if ranks.main:
+        judge.check()
+    return JudgedReward(options.stage.reward, judge, encoder)
 
 
 def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:

@@ -23,6 +23,7 @@ the samples again in half precision (`score_again`).
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Callable, Iterator
 
 import torch
@@ -30,12 +31,13 @@ from torch import Tensor
 
 import rewards
 from attention import Segments
-from data.encode import Encoder, with_thinking
-from data.images import normalise
+from data.encode import Encoder, question_turns, text_of_message, with_thinking
+from data.images import normalise, open_image
 from data.sample import BadSample, Faults, Sample
 from data.stream import EndOfStream, Patience, as_stream, read_sample
 from evaluate import text_of
 from generate import Answer, generate
+from infra.endpoint import in_threads, png_of
 from infra.stopping import check_stop
 from objective import sampled_logprobs
 from packing import Batch
@@ -46,7 +48,8 @@ from stage import RLStage
 from train import autocast
 from vlm import SailVL
 
-# (completion, sample, finished) -> parts, "reward" among them
+# (completion, sample, finished) -> parts, "reward" among them; with a method `many`, a list of such
+# triples -> a list of parts, in its place
 Reward = Callable[[str, Sample, bool], dict[str, float]]
 
 
@@ -223,6 +226,74 @@ def stage_reward(stage: RLStage, seed: int) -> Reward:
     return toss
 
 
+class JudgedReward:
+    """A stage's reward with a judge model: how an answer was reached (where the stage's combination
+    counts it), and answers whose `facts["grader"]` is "judge".
+
+    judge: (prompt, images) -> its reply, or None; an infra.endpoint.ChatEndpoint, or any function.
+    The thinking is judged with the question's pictures, the answer by its text alone. A completion
+    without a verdict has a reward that is NaN: its group is left out, and counted as unjudged.
+    """
+
+    def __init__(self, kind: str, judge: Callable[..., str | None], encoder: Encoder):
+        self.kind = kind
+        self.judge = judge
+        self.encoder = encoder  # knows where pictures lie
+        self.at_once = getattr(judge, "at_once", 1)  # a function need not be safe in threads
+
+    def __call__(self, text: str, sample: Sample, finished: bool) -> dict[str, float]:
+        return self.many([(text, sample, finished)])[0]
+
+    def many(self, completions: list[tuple[str, Sample, bool]]) -> list[dict[str, float]]:
+        """The parts of many completions, judged beside each other; ends early when told to stop."""
+        # The pictures of a sample once, for all of its completions
+        pictures: dict[int, list[bytes]] = {}
+        if self.kind != "verifiable":
+            for _, sample, _ in completions:
+                if id(sample) not in pictures:
+                    pictures[id(sample)] = self.pictures(sample)
+
+        def judged(completion: tuple[str, Sample, bool]) -> dict[str, float]:
+            text, sample, finished = completion
+            users = [m for m in question_turns(sample) if m.role == "user"]
+            facts = dict(sample.facts)
+            if users:
+                facts["question"] = text_of_message(users[-1])  # with its options
+            think_judge = None
+            if self.kind != "verifiable":
+                think_judge = partial(self.judge, images=pictures[id(sample)])
+            parts = rewards.parts(text, facts, finished, think_judge, self.judge)
+            return parts | {"reward": rewards.COMBINE[self.kind](parts)}
+
+        return in_threads(judged, completions, self.at_once)
+
+    def pictures(self, sample: Sample) -> list[bytes]:
+        """The question's pictures and frames as PNG files."""
+        asked = self.encoder.unrolled(replace(sample, messages=question_turns(sample)))
+        root = sample.root or self.encoder.root
+        parts = [part for message in asked.messages for part in message.parts]
+        sources = [part for part in parts if not isinstance(part, str)]
+        return [png_of(open_image(source, root, sample.origin)) for source in sources]
+
+    def report(self) -> str:
+        """One line for the end of a run, "" where the judge keeps no counts."""
+        report = getattr(self.judge, "report", None)
+        return report() if report else ""
+
+
+def earned(reward: Reward, completions: list[tuple[str, Sample, bool]]) -> list[dict[str, float]]:
+    """The parts of each completion: all at once where the reward has `many`, else one by one."""
+    many = getattr(reward, "many", None)
+    if many:
+        return many(completions)
+
+    every = []
+    for text, sample, finished in completions:
+        every.append(reward(text, sample, finished))
+        check_stop()
+    return every
+
+
 @torch.no_grad()
 def rollout(
     model: SailVL,
@@ -269,12 +340,14 @@ def rollout(
         seed=seed,
         each_step=check_stop,
     )
+    completions = []
     for answer in answers:
         group = asked_groups[answer.prompt]
-        text = text_of(answer, encoder.tokenizer)
         group.answers.append(answer)
-        group.parts.append(rewards.checked_parts(reward(text, group.sample, answer.finished)))
-        check_stop()
+        text = text_of(answer, encoder.tokenizer)
+        completions.append((text, group.sample, answer.finished))
+    for answer, parts in zip(answers, earned(reward, completions)):
+        asked_groups[answer.prompt].parts.append(rewards.checked_parts(parts))
     return groups
 
 

@@ -104,7 +104,7 @@ class Sample:
         chain              a reference chain of thought
         family, category   what a score is reported by
         question           the question without its options
-        grader             a key of graders.GRADERS; absent: "auto"
+        grader             a key of graders.GRADERS, or "judge" (RL, --judge-url); absent: "auto"
         index              a table's, by which rows of circular evaluation belong together
     """
 

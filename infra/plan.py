@@ -30,6 +30,8 @@ def refuse_unused(options, defaults, model) -> None:
     stage = options.stage
     experts = bool(model.config.text.num_experts)
     supervised = stage.objective == "supervised"
+    rewarded = stage.objective == "policy" and getattr(stage, "reward", "random") != "random"
+    judged = rewarded and bool(options.judge_url)
     used = {
         # of the run
         "images": bool(options.data),
@@ -41,6 +43,10 @@ def refuse_unused(options, defaults, model) -> None:
         "harvest": stage.samples == "fusion",
         "workers": supervised,
         "held_out": options.check_every > 0,
+        "judge_url": rewarded,
+        "judge_model": judged,
+        "judge_key": judged,
+        "judge_timeout": judged,
         # of every stage
         "epochs": bool(options.data),
         "turns": not options.data,
@@ -86,6 +92,8 @@ def why_unused(option: str) -> str:
         return "it is about think-fusion"
     if option == "held_out":
         return "it needs --check-every"
+    if option.startswith("judge"):
+        return "it is about rewards of reinforcement learning, and begins with --judge-url"
     if option in EXPERT_OPTIONS:
         return "the model has no experts"
     if option.startswith("adalrs"):

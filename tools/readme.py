@@ -49,7 +49,8 @@ READING = {
 # The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode show world",
-    "infra": "cli plan config weights checkpoint stopping identity journal tracker judge text device",
+    "infra": "cli plan config weights checkpoint stopping identity journal tracker judge endpoint "
+    "text device",
     "scale": "parallel",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding rollouts",
