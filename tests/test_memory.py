@@ -1,5 +1,6 @@
 """infra/memory.py: its formulas against what autograd really saves, and the paper's stages on 8 x 80 GB."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -29,12 +30,10 @@ def saved_bytes(model: torch.nn.Module, forward, half: bool) -> tuple[int, int]:
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim >= 2}
-    kept: dict[int, torch.Tensor] = {}
+    offered: list[weakref.ref] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own:
-            kept.setdefault(place, tensor)  # holding it keeps its place from being used again
+        offered.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -42,14 +41,20 @@ def saved_bytes(model: torch.nn.Module, forward, half: bool) -> tuple[int, int]:
             result = forward()
     assert result.requires_grad
 
+    # What nothing holds any more was not kept: a block made again without a gradient lets its input go
+    kept: dict[int, torch.Tensor] = {}
+    for reference in offered:
+        tensor = reference()
+        if tensor is not None:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+
     activations = 0
     weights = 0
-    for tensor in kept.values():
-        is_weight = (
-            tensor.dtype == torch.bfloat16
-            and {tuple(tensor.shape), tuple(tensor.mT.shape)} & shapes
-        )
-        if tensor.ndim >= 2 and is_weight:
+    for place, tensor in kept.items():
+        both_ways = {tuple(tensor.shape), tuple(tensor.mT.shape)} if tensor.ndim >= 2 else set()
+        if place in own:
+            continue
+        if tensor.dtype == torch.bfloat16 and both_ways & shapes:
             weights += tensor.untyped_storage().nbytes()
         else:
             activations += tensor.untyped_storage().nbytes()
@@ -95,9 +100,12 @@ def test_a_vision_block_keeps_what_the_formula_says(half, position):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("trains", [("vision", "adapter", "llm"), ("adapter",)])
+@pytest.mark.parametrize(
+    "trains",
+    [parts.split() for parts in ("vision adapter llm", "vision adapter", "adapter", "llm")],
+)
 def test_a_whole_step_keeps_what_the_formula_says(model, recompute, half, trains):
-    stage = Stage("any", trains, recompute=recompute)
+    stage = Stage("any", tuple(trains), recompute=recompute)
     images = 10
     batch = packed_batch(model, images)
     prepare_blocks(model, stage)
@@ -110,6 +118,8 @@ def test_a_whole_step_keeps_what_the_formula_says(model, recompute, half, trains
     labels = int((batch.labels >= 0).sum())
     sizes = MicroBatch(tokens=S, keys=S, patches=16 * images, labels=labels)
     activations, weights = saved_bytes(model, forward, half)
+    if recompute:  # in the arguments of every block, where no hook sees them
+        activations += 2 * 4 * S * model.config.text.head_dim
     softmax = labels * model.config.text.vocab_size * 4  # few labels: one chunk, part of `logits`
     formula = memory.kept_bytes(model, stage, sizes, half)
     assert formula + softmax == pytest.approx(activations, rel=0.1)
