@@ -82,11 +82,12 @@ def largest_micro_batch(stage: BaseStage, ranks: int) -> MicroBatch:
         )
 
     # Images alone
-    rows = max(1, stage.rows // ranks)
     if stage.objective == "next_patch":
-        return MicroBatch(tokens=0, keys=0, patches=rows * stage.length, labels=0)
+        patches = stage.rows * stage.length // ranks
+        return MicroBatch(tokens=0, keys=0, patches=patches, labels=0)
 
     # Packed rows; accumulate 0: one at a time
+    rows = max(1, stage.rows // ranks)
     if stage.accumulate:
         rows = max(1, rows // stage.accumulate)
     else:

@@ -1,5 +1,6 @@
 """infra/memory.py: its formulas against what autograd really saves, and the paper's stages on 8 x 80 GB."""
 
+import re
 import weakref
 from dataclasses import replace
 
@@ -10,11 +11,14 @@ import pretrain
 import rl
 import sft
 from attention import Segments, attend_inside
+from data.world import World
 from infra import memory
 from infra.memory import MicroBatch, stage_memory
+from infra.plan import memory_line
 from llm import rotary_table
 from objective import supervised
 from packing import Batch
+from recipe import Setup
 from stage import RLStage, Stage
 from train import prepare_blocks
 from vlm import PRESETS, SailVL
@@ -62,12 +66,13 @@ def saved_bytes(model: torch.nn.Module, forward, half: bool) -> tuple[int, int]:
 
 
 @pytest.fixture(params=["toy", "toy-moe"])
-def model(request) -> SailVL:
+def either(request) -> SailVL:
     return SailVL(PRESETS[request.param]).init_weights()
 
 
 @pytest.mark.parametrize("half", [True, False])
-def test_a_decoder_block_keeps_what_the_formula_says(model, half):
+def test_a_decoder_block_keeps_what_the_formula_says(either, half):
+    model = either
     text = model.config.text
     segments = Segments.of([S // 2] * 2)  # equal: one call of attention, as on an accelerator
     x = torch.randn(S, text.hidden_size, requires_grad=True)
@@ -104,7 +109,8 @@ def test_a_vision_block_keeps_what_the_formula_says(half, position):
     "trains",
     [parts.split() for parts in ("vision adapter llm", "vision adapter", "adapter", "llm")],
 )
-def test_a_whole_step_keeps_what_the_formula_says(model, recompute, half, trains):
+def test_a_whole_step_keeps_what_the_formula_says(either, recompute, half, trains):
+    model = either
     stage = Stage("any", tuple(trains), recompute=recompute)
     images = 10
     batch = packed_batch(model, images)
@@ -208,3 +214,22 @@ def test_what_trains_less_takes_less_and_what_is_kept_for_ever_is_counted():
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match="--preset nothing: choose from toy"):
         stage_memory("nothing", sft.PAPER["sft1"])
+
+
+# ------------------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_says_what_a_rank_holds_by_kind(model, encoder):
+    setup = Setup(model, encoder, World())
+    parameters = sum(p.numel() for p in model.parameters())
+    supervised_line = memory_line(setup, Stage("x", rows=4))
+    assert f"{parameters / 1e6:.2f} of {parameters / 1e6:.2f} M parameters train" in supervised_line
+    assert "activations" in supervised_line and "logits" in supervised_line
+    assert "kv" not in supervised_line
+
+    # Prompts as long as those of the data, not as long as the stage would allow
+    line = memory_line(setup, RLStage("x", max_prompt=16384))
+    short = memory.model_memory(model, RLStage("x", max_prompt=300), 1, half=False)
+    assert "kv" in line
+    largest = float(re.search(r"at most ([\d.,]+) MiB", line)[1].replace(",", ""))
+    assert largest * 2**20 < 2 * short["total"]
