@@ -3,9 +3,11 @@
 import re
 import weakref
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import pretrain
 import rl
@@ -133,6 +135,43 @@ def test_a_whole_step_keeps_what_the_formula_says(either, recompute, half, train
     # Copies of weights that outlive the forward pass are no more than are counted
     if half and not recompute:
         assert memory.half_weight_bytes(model, stage) == pytest.approx(weights, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_step_never_holds_more_than_is_counted(recompute):
+    toy = PRESETS["toy"]
+    text = replace(toy.text, hidden_size=256, intermediate_size=768, num_hidden_layers=8)
+    model = SailVL(replace(toy, text=text)).init_weights()
+    stage = Stage("any", recompute=recompute)
+    batch = packed_batch(model, images=10)
+    prepare_blocks(model, stage)
+
+    def forward_and_backward() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = supervised(model, batch, stage)
+        loss.backward()
+
+    # Gradients are there from the first time on, and are counted elsewhere
+    forward_and_backward()
+    peak = peak_bytes(forward_and_backward)
+
+    labels = int((batch.labels >= 0).sum())
+    sizes = MicroBatch(tokens=S, keys=S, patches=160, labels=labels)
+    copies = memory.half_weight_bytes(model, stage)
+    forward = copies + memory.logits_bytes(model, stage, labels)
+    backward = memory.block_bytes(model, stage, sizes) + (0 if recompute else copies)
+    counted = memory.kept_bytes(model, stage, sizes) + max(forward, backward)
+    assert peak < counted < 2 * peak
+
+
+def peak_bytes(work) -> int:
+    """The most that a call allocates at once on the CPU, by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(amount for _, amount in changes))
 
 
 def packed_batch(model: SailVL, images: int) -> Batch:
