@@ -7,10 +7,11 @@ of the data it leaves out; an option that the stage does not use is an error.
 
 import math
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 from data.sample import Document
 from data.stream import EndOfStream, read_document
+from infra.memory import FP32, model_memory
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
@@ -182,8 +183,8 @@ def usable_records(setup, stage: BaseStage) -> int:
     return sum(n for task, n in tasks.items() if task in named or not named)
 
 
-def mean_length(setup, stage: BaseStage) -> float:
-    """Mean tokens of a sample, from the first ones that can be encoded."""
+def probed_lengths(setup, stage: BaseStage) -> list[int]:
+    """Tokens of the first samples that can be encoded."""
     lengths = []
     stream = setup.source.stream(stage.mixture, stage.seed, stage.turns)
     for number in range(PROBED):
@@ -193,6 +194,12 @@ def mean_length(setup, stage: BaseStage) -> float:
             break
         if isinstance(document, Document):  # faults are counted when their turn comes
             lengths.append(len(document))
+    return lengths
+
+
+def mean_length(setup, stage: BaseStage) -> float:
+    """Mean tokens of a sample, from the first ones that can be encoded."""
+    lengths = probed_lengths(setup, stage)
     return sum(lengths) / max(len(lengths), 1)
 
 
@@ -233,13 +240,40 @@ def work_lines(setup, stage: BaseStage) -> list[str]:
         if epochs > 10:
             lines.append(f"  WARNING: every record is read about {epochs:.0f} times")
 
-    trained = 0
-    for part in stage.trains:
-        trained += sum(p.numel() for p in getattr(setup.model, PARTS[part]).parameters())
-    total = sum(p.numel() for p in setup.model.parameters())
-    memory = 4 * (total + 3 * trained)  # fp32 weights; gradients and two moments of what trains
-    lines.append(
-        f"  memory: {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters train; weights, gradients, moments "
-        f"are up to {memory / 2**20:,.0f} MiB on each rank, activations come on top"
-    )
+    lines.append(memory_line(setup, stage))
     return lines
+
+
+def memory_line(setup, stage: BaseStage) -> str:
+    """What trains, and the most that a rank will hold, by kind (infra/memory.py).
+
+    Rows full of images, as long as they may be; in RL, prompts as long as the longest of the first
+    samples (question and answer).
+    """
+    if isinstance(stage, RLStage):
+        lengths = probed_lengths(setup, stage)
+        longest = max(lengths, default=stage.max_prompt)
+        stage = replace(stage, max_prompt=min(stage.max_prompt, longest))
+
+    # As `train.autocast` decides
+    on_cpu = str(setup.ranks.device).startswith("cpu")
+    half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
+    kinds = model_memory(setup.model, stage, setup.ranks.size, half)
+
+    # The large ones, which do not all exist at once
+    total = kinds.pop("total")
+    parts = [
+        f"{kind} {size_text(amount)}" for kind, amount in kinds.items() if amount >= total / 100
+    ]
+    weights = FP32 * 1e6
+    return (
+        f"  memory: {kinds['gradients'] / weights:.2f} of {kinds['weights'] / weights:.2f} M parameters "
+        f"train; at most {size_text(total)} at once on each rank, of {', '.join(parts)}"
+    )
+
+
+def size_text(amount: int) -> str:
+    """Bytes in MiB, or GiB from ten on."""
+    if amount < 10 * 2**30:
+        return f"{amount / 2**20:,.0f} MiB"
+    return f"{amount / 2**30:,.1f} GiB"

@@ -35,6 +35,7 @@ def test_the_table_of_files_is_up_to_date():
 def test_the_tables_of_stages_and_machines_are_what_the_code_says():
     assert readme.stage_table() in text_of("README.md"), "run `make readme`"
     assert readme.rung_table() in text_of("README.md"), "run `make readme`"
+    assert readme.memory_table() in text_of("RESULTS.md"), "run `make readme`"
 
 
 def test_the_papers_tokens_are_met():

@@ -6,6 +6,7 @@ newest run. A block whose run is not here keeps what it says; everything else is
 
     files, recipes, presets -> files, stages, rungs               -> README.md
     figures/ladder.json     -> rungs (what was measured)          -> README.md
+    recipes, presets        -> memory                             -> RESULTS.md
     runs/.../results.json   -> toy, real, experts                 -> RESULTS.md
     runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
 
@@ -49,8 +50,8 @@ READING = {
 # The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode show world",
-    "infra": "cli plan config weights checkpoint stopping identity journal tracker judge endpoint "
-    "text device",
+    "infra": "cli plan memory config weights checkpoint stopping identity journal tracker judge "
+    "endpoint text device",
     "scale": "parallel",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding rollouts",
@@ -278,6 +279,73 @@ def inference_gib(preset: str) -> float:
     return 2 * sum(parameters_by_module(preset).values()) / 2**30
 
 
+# Columns of the table of memory, and the kinds of infra/memory.py that each one sums.
+MEMORY_COLUMNS = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "moments": ("moments", "snapshots"),
+    "bf16 copies": ("bf16",),
+    "activations": ("activations",),
+    "one block": ("block",),
+    "logits": ("logits",),
+    "sum over ranks": ("step",),
+    "KV cache": ("kv",),
+    "at once": ("total",),
+}
+GPU_GIB = 80
+
+
+def paper_stages() -> dict[str, object]:
+    """Every stage at the paper's scale, under its command's name."""
+    import pretrain
+    import rl
+    import sft
+
+    stages = {}
+    for recipe in (pretrain, sft, rl):
+        for name, stage in recipe.PAPER.items():
+            stages[f"`{recipe.__name__}.py` {name}"] = stage
+    return stages
+
+
+def memory_table() -> str:
+    """GiB on each of eight ranks by stage and kind for the 2B, and which stages hold the 8B."""
+    from infra.memory import stage_memory
+
+    rows = []
+    for name, stage in paper_stages().items():
+        kinds = stage_memory("SAIL-VL2-2B", stage)
+        cells = []
+        for parts in MEMORY_COLUMNS.values():
+            amount = sum(kinds[part] for part in parts) / 2**30
+            cells.append(f"{amount:.1f}" if amount else "")
+        fits = "yes" if kinds["total"] < GPU_GIB * 2**30 else "no"
+        rows.append((name, *cells, fits))
+    heads = " | ".join(MEMORY_COLUMNS)
+    align = "l" + "r" * len(MEMORY_COLUMNS) + "l"
+    table = markdown_table(f"stage | {heads} | fits {GPU_GIB} GiB", align, rows)
+    return f"{table}\n\n{larger_model_sentence()}"
+
+
+def larger_model_sentence() -> str:
+    """Which stages of the 8B fit, where every rank holds all of it."""
+    from infra.memory import stage_memory
+
+    fitting = []
+    others = []
+    for name, stage in paper_stages().items():
+        total = stage_memory("SAIL-VL2-8B", stage)["total"] / 2**30
+        if total < GPU_GIB:
+            fitting.append(f"{name} ({total:.0f} GiB)")
+        else:
+            others.append(total)
+    return (
+        f"SAIL-VL2-8B does not fit, as weights are not sharded here: {len(others)} of its stages need "
+        f"{min(others):.0f} to {max(others):.0f} GiB on every rank. Those that leave the language model "
+        f"frozen do: {', '.join(fitting)}."
+    )
+
+
 def rung_table() -> str:
     """From a laptop to a cluster: command, memory, what to expect, and how it is known."""
     ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
@@ -494,6 +562,7 @@ def results_blocks() -> dict[str, str | None]:
         "toy": ladder_tables("toy"),
         "real": ladder_tables("real"),
         "experts": expert_ladders(),
+        "memory": memory_table(),
     }
     for name, (path, columns) in TABLES.items():
         blocks[name] = run_table(path, columns)
