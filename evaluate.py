@@ -210,6 +210,19 @@ def usable(sample: Sample) -> Sample:
     return sample
 
 
+def askable(samples: list[Sample], encoder: Encoder, faults: Faults) -> list[Sample]:
+    """Those that can be asked and graded, found before anything is: one with a bad picture costs itself."""
+    good = []
+    for sample in samples:
+        try:
+            encoder.prompt(usable(sample))
+        except BadSample as fault:
+            faults.add(fault)
+        else:
+            good.append(sample)
+    return good
+
+
 # ------------------------------------------------------------------------------------------- asking
 
 

@@ -35,7 +35,7 @@ from stage import ALL, BaseStage, Stage
 # ------------------------------------------------------------------------------------------ the toy
 
 EVERYTHING = UNDERSTANDING | INSTRUCTION | {"text": 0.1}
-TEXT = EVERYTHING | {"text": 1.0, "video": 0.5}
+TEXT = {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}
 ADAPTER = ("adapter",)
 EYES = ("vision", "adapter")
 

@@ -41,7 +41,7 @@ from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
-from evaluate import evaluate
+from evaluate import askable, evaluate
 from generate import load_model
 from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
@@ -55,7 +55,7 @@ from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel
 from scale.parallel import Ranks
-from stage import BaseStage, RLStage, Stage
+from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import Run, train
 from vlm import PRESETS, SailVL
@@ -200,17 +200,24 @@ def with_truth(sample: Sample) -> Sample | None:
 def reference_chains(setup: Setup, stage: BaseStage, most: int = 400) -> list[Sample]:
     """Chains of the data itself, where no policy's own were harvested."""
     # Files have the chains that they have; the drawn world makes some
-    samples: Iterable[Sample]
+    samples: Iterable[Sample | BadSample]
     if isinstance(setup.source, World):
         mixture = dict.fromkeys(REASONING, 1.0)
         samples = islice(setup.source.stream(mixture, stage.seed + 5, 1), most)
     else:
-        samples = setup.source.first()
+        samples = (setup.source[index] for index in range(len(setup.source)))
 
-    # Those that have one, asked to think
+    # Those that have one, asked to think; what cannot be is met again, and counted, in the stream
     ask = AskedToThink(setup.encoder.tokenizer.think_prompt)
-    asked = [ask(sample) for sample in samples]
-    return [sample for sample in asked if sample is not None]
+    chains = []
+    for sample in samples:
+        try:
+            asked = ask(sample) if isinstance(sample, Sample) else None
+        except BadSample:
+            continue
+        if asked is not None:
+            chains.append(asked)
+    return chains
 
 
 # ------------------------------------------------------------------------------------------ feeds
@@ -278,7 +285,9 @@ def patches(setup: Setup, stage: Stage, samples) -> tuple[PatchPredictor, Iterat
     predictor = setup.predictor or PatchPredictor(setup.model.vision_model)
     predictor.to(setup.ranks.device)
     encoder = replace(setup.encoder, root=setup.source.root)
-    return predictor, pixel_batches(encoder, stage, samples, setup.ranks, setup.faults)
+    # Every rank walks all samples: one of them counts
+    faults = setup.faults if setup.ranks.main else Faults(setup.faults.strict)
+    return predictor, pixel_batches(encoder, stage, samples, setup.ranks, faults)
 
 
 def grader_names(setup: Setup, stage: RLStage) -> set[str]:
@@ -552,9 +561,23 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     """
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
-    if stage.steps < 1:
-        raise ValueError(f"--steps {stage.steps}: at least 1")
+    refuse_impossible(stage)
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
+
+
+def refuse_impossible(stage: BaseStage) -> None:
+    """Raises ValueError for numbers, parts and objectives that no stage of this kind can have."""
+    for name in ("steps", "rows", "length", "prompts", "updates", "passes", "group", "max_new"):
+        value = getattr(stage, name, 1)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+    for part in stage.trains:
+        if part not in PARTS:
+            raise ValueError(f"--trains {part}: choose from {', '.join(PARTS)}")
+    if (stage.objective == "policy") != isinstance(stage, RLStage):
+        raise ValueError(
+            f"--objective {stage.objective}: policy belongs to the stages of rl.py, which take no other"
+        )
 
 
 def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
@@ -615,6 +638,9 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     faults = source.faults if options.data else Faults(options.strict)
     encoder = Encoder(tokenizer, config, source.root)
     harvest = read_chains(options.harvest, encoder, faults) if options.harvest else None
+    if not ranks.main:  # all ranks have read the same so far: one of them counts
+        faults.counts.clear()
+        faults.examples.clear()
     reward = judged_reward(options, encoder, ranks)
     return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest, reward)
 
@@ -653,13 +679,21 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
         )
     if options.held_out:
         held_out = Folder(options.held_out, options.images, allow_outside=options.allow_outside)
-        samples = held_out.first(64)
+        encoder = replace(setup.encoder, root=held_out.root)
+        samples = askable(held_out.first(64), encoder, held_out.faults)
+        if held_out.faults.counts and setup.ranks.main:
+            print(f"--held-out {options.held_out}:\n{held_out.faults.report()}")
+        if not samples:
+            raise ValueError(
+                f"--held-out {options.held_out}: no sample can be graded\n{held_out.faults.report()}"
+            )
     else:
+        encoder = setup.encoder
         each = 64 // len(GRADED) + 1
         samples = [s for family in GRADED for s in World().held_out(family, each)]
 
     def check(step: int) -> dict:
-        scores, graded = evaluate(setup.model, setup.encoder, samples)
+        scores, graded = evaluate(setup.model, encoder, samples)
         accuracy = scores["overall"].accuracy
         said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
         return {"accuracy": accuracy, "score": 1 - accuracy, "said": said}

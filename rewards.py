@@ -122,6 +122,7 @@ Reply with JSON only: {{"logic": 0 or 1, "grounding": 0 or 1, "consistency": 0 o
 means that every step follows, grounding that every claim about the picture is true, consistency
 that the steps lead to the final answer."""
 CHECKS = {"logic", "grounding", "consistency"}
+FENCE = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)  # many models put their JSON in one
 
 # (prompt) -> the reply of a judge model, None when there is none: infra/endpoint.py, or a function
 TextJudge = Callable[[str], str | None]
@@ -176,8 +177,9 @@ def judged_answer_reward(text: str, truth, question: str, judge: TextJudge) -> f
 
 def verdict_in(reply: str | None, checks: set[str]) -> float | None:
     """1 when all checks of a judge's reply are 1; None for anything but the JSON asked for."""
+    bare = FENCE.sub(r"\1", (reply or "").strip())
     try:
-        verdict = json.loads(reply or "")
+        verdict = json.loads(bare)
     except (ValueError, RecursionError):
         return None
     if not isinstance(verdict, dict) or set(verdict) != checks:

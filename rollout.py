@@ -442,7 +442,8 @@ class Rollouts:
     def draw(self, wanted: int) -> list[tuple[int, Sample]]:
         """The next usable samples and their numbers; fewer when the stream ends."""
         drawn: list[tuple[int, Sample]] = []
-        patience = Patience(self.faults)
+        # every rank draws the same: one of them counts what is left out
+        patience = Patience(self.faults if self.ranks.main else Faults(self.faults.strict))
         while len(drawn) < wanted:
             number = self.next_number
             try:
@@ -474,6 +475,9 @@ class Rollouts:
             )
             for group in groups:
                 own[start + group.index] = group
+
+        # Wait where SIGTERM is heard: a collective would not let go
+        parallel.meet(f"sampled {self.round}", check_stop)
 
         # Answers and rewards to everyone; a prompt with its pictures stays where it was made
         sent = [(place, group.answers, group.parts) for place, group in own.items()]

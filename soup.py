@@ -35,9 +35,9 @@ from torch import Tensor
 
 from data.encode import Encoder
 from data.readers import Folder
-from data.sample import BadSample, Faults, Sample
+from data.sample import Faults, Sample
 from data.world import FAMILIES, World
-from evaluate import evaluate
+from evaluate import askable, evaluate
 from generate import load_model
 from infra import weights
 from infra.cli import command
@@ -154,9 +154,10 @@ def farthest(states: list[Mapping[str, Tensor]]) -> float:
     Raises ValueError for weights that are not finite.
     """
     # NaN compares with nothing, so it is asked for first.
-    far = max(distance(a, b) for a, b in combinations(states, 2))
-    if math.isnan(far):
+    distances = [distance(a, b) for a, b in combinations(states, 2)]
+    if any(math.isnan(d) for d in distances):
         raise ValueError("cannot average: one of the models holds numbers that are not finite")
+    far = max(distances)
     if far > STRANGERS:
         warnings.warn(
             f"these models are {far:.2f} apart: they do not share a history and their mean is likely "
@@ -189,6 +190,10 @@ class SoupOptions:
 def cook_soup(options: SoupOptions) -> None:
     if len(options.models) < 2:
         raise ValueError("--models wants at least two directories")
+    if (options.data or options.images) and not options.greedy:
+        raise ValueError(
+            "--data and --images are what --greedy grades on: add --greedy or leave them out"
+        )
     ranks = parallel.start()
     device = pick_device(options.device, ranks.device)
 
@@ -250,17 +255,10 @@ def held_out_samples(
         faults = Faults()
 
     # Rendered once here, so that grading meets no bad picture.
-    usable = []
-    for sample in samples:
-        try:
-            encoder.prompt(sample)
-        except BadSample as fault:
-            faults.add(fault)
-        else:
-            usable.append(sample)
-    if not usable:
+    good = askable(samples, encoder, faults)
+    if not good:
         raise ValueError(f"--data {options.data}: no sample can be graded\n{faults.report()}")
-    return usable, encoder, faults
+    return good, encoder, faults
 
 
 def fill(model: SailVL, state: Mapping[str, Tensor]) -> None:

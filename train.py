@@ -134,15 +134,18 @@ def train(
             # Go on; or back, when AdaLRS begins a trial or takes one back
             step = search.observe(row["loss"]) if search else step + 1
 
-            # Look at the model from time to time, and write everything down
-            if home and home.check and home.check_every and step % home.check_every == 0:
-                row["check"] = home.check(step)
+            # Look at the model from time to time, unless told to leave, and write everything down
+            stop = keeper.told_to_stop() if keeper else False
+            check_due = home and home.check and home.check_every and step % home.check_every == 0
+            if check_due and not stop:
+                with keeper.signals.busy():
+                    row["check"] = home.check(step)
+                stop = keeper.told_to_stop()
             journal.write(row, step)
 
             # A checkpoint when it is due or the best so far, at the end, and when told to leave
             if keeper:
                 executed = len(journal.rows)
-                stop = keeper.told_to_stop()
                 score = row.get("check", {}).get("score")
                 due = keeper.due(executed) or home.improves(score)
                 if stop or due or step == stage.steps:

@@ -113,12 +113,15 @@ def read_chains(path: Path, encoder: Encoder, faults: Faults) -> list[Sample]:
     chains = []
     for index in range(len(folder)):
         sample = folder[index]
-        if isinstance(sample, Sample) and sample.messages[-1].think:
+        try:
+            if isinstance(sample, BadSample):
+                raise sample
+            if not sample.messages[-1].think:
+                raise BadSample("no chain", f"{sample.origin}: it ends without <think>")
             chains.append(asking_for_it(sample, encoder))
-        elif isinstance(sample, Sample):
-            faults.add(BadSample("no chain", f"{sample.origin}: it ends without <think>"))
-        else:
-            faults.add(sample)
+        except BadSample as fault:
+            faults.add(fault)
+    faults.merge(folder.faults)  # lines that are no record
     if not chains:
         raise ValueError(f"{path}: no chain in it; `python -m curation.chains` writes some")
     return chains
@@ -157,16 +160,15 @@ class Blend:
         self.numbered = getattr(direct, "numbered", True)
         self.faults = getattr(direct, "faults", Faults())
 
+        # What readers ask a stream about is answered by the one below, in the blend's numbers
+        self.wanted = getattr(direct, "wanted", "")
+        if hasattr(direct, "order"):
+            self.order = BlendedOrder(self)
+
     def __getitem__(self, n: int) -> Any:
         """A Sample, or what `direct` has there: a BadSample, or None. Its IndexError is the end."""
-        # How many chains come before n: those of whole blocks, and those of this one.
-        block, place = divmod(n, BLOCK)
-        places = self.places(block)
-        earlier = int(np.searchsorted(places, place))  # chains of this block before n
-        count = self.chains_before(block) + earlier
-
         # A direct number: all numbers before n that are no chains come before it.
-        is_chain = earlier < len(places) and places[earlier] == place
+        count, is_chain = self.place_of(n)
         if not is_chain:
             return self.direct[n - count]
 
@@ -191,6 +193,15 @@ class Blend:
             elif found is not None:
                 yield found
 
+    def place_of(self, n: int) -> tuple[int, bool]:
+        """How many chains come before number n, and whether it is one."""
+        # Those of whole blocks, and those of this one
+        block, place = divmod(n, BLOCK)
+        places = self.places(block)
+        earlier = int(np.searchsorted(places, place))
+        is_chain = earlier < len(places) and places[earlier] == place
+        return self.chains_before(block) + earlier, bool(is_chain)
+
     def chains_before(self, block: int) -> int:
         """In all blocks before this one: rounded down, so that in the long run the share is exact."""
         return int(block * BLOCK * self.share)
@@ -206,6 +217,19 @@ class Blend:
         epoch, place = divmod(count, len(self.chains))
         order = epoch_order(self.seed, epoch, len(self.chains))
         return self.chains[int(order[place])]
+
+
+class BlendedOrder:
+    """The order of the direct stream under the blend's numbers: a chain has the record that comes next."""
+
+    def __init__(self, blend: Blend):
+        self.blend = blend
+        self.groups = blend.direct.order.groups
+        self.drawable = blend.direct.order.drawable
+
+    def __getitem__(self, n: int) -> tuple[int, int] | None:
+        count, _ = self.blend.place_of(n)
+        return self.blend.direct.order[n - count]
 
 
 @functools.lru_cache(16)

@@ -159,6 +159,12 @@ class Faults:
         if fault.traceback:
             self.tracebacks.setdefault(fault.reason, fault.traceback)
 
+    def merge(self, other: "Faults") -> None:
+        """Count what another has counted; the first examples stay."""
+        self.counts.update(other.counts)
+        self.examples = other.examples | self.examples
+        self.tracebacks = other.tracebacks | self.tracebacks
+
     def report(self) -> str:
         """One line for each reason, the commonest first; nothing in it can steer a terminal."""
         lines = []

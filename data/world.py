@@ -90,8 +90,11 @@ PHASES = {
 
 
 def shown_in(*parts: str) -> dict[str, float]:
-    """The mixture of the families that these parts of pre-training show."""
-    return {name: family.weight for name, family in TABLE.items() if family.shown in parts}
+    """The mixture of the families that these parts of pre-training show, part after part."""
+    mixture = {}
+    for part in parts:
+        mixture |= {name: family.weight for name, family in TABLE.items() if family.shown == part}
+    return mixture
 
 
 # Mixtures (family -> share): what pre-training shows, and what later stages rehearse of it.

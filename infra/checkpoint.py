@@ -594,7 +594,9 @@ class Keeper:
         with self.signals.busy():
             position = self._position(step, executed)
             written = self._write(position, score) if self.ranks.main else False
-            (self.saved,) = parallel.gather([written] if self.ranks.main else [])
+            # what rank 0 did, and its best score: all ranks decide by it whether to save the next
+            outcome = [(written, self.home.best)] if self.ranks.main else []
+            ((self.saved, self.home.best),) = parallel.gather(outcome)
         self.last = executed
         if self.saved:
             self.written = executed

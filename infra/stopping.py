@@ -101,7 +101,7 @@ class StopSignals:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """A checkpoint is being written: it takes the time that it needs."""
+        """A checkpoint is written, or a check runs: it takes the time that it needs."""
         self._busy = True
         try:
             yield

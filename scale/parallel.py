@@ -359,6 +359,25 @@ def wait_for_note(name: str, seconds: float) -> bool:
     return True
 
 
+def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
+    """Wait for all ranks, calling `each` meanwhile: a collective cannot be interrupted, this can.
+
+    `name` must be new each time. Ranks that do not come are the next collective's affair, which
+    names them.
+    """
+    rank, size = place()
+    if _meeting.store is None:
+        return
+    # torchrun keeps its store when it starts ranks again
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = [f"{name} {life} {other}" for other in range(size)]
+    _meeting.store.set(names[rank], "yes")
+    began = time.monotonic()
+    while not _meeting.store.check(names) and time.monotonic() - began < _meeting.timeout:
+        each()
+        time.sleep(every)
+
+
 def first_line(error: BaseException) -> str:
     return printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
 

@@ -25,6 +25,7 @@ from curation.rows import RowWriter, write_rows
 from data import world
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample, Video
+from data.stream import EndOfStream, Order, Patience, Stream
 from generate import Answer
 
 RIGHT = "<think>b</think>\\boxed{3}"
@@ -453,8 +454,11 @@ def test_chains_are_harvested_from_files_to_files(tmp_path, directory, script, e
         f.write(
             '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "3"}]}\n'
         )
+        f.write('{"conversations": [\n{}\n')
+        turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<think>a</think>"}]
+        f.write(json.dumps({"conversations": turns}) + "\n")
     ready = chains.read_chains(tmp_path / "chains.jsonl", encoder, faults)
-    assert faults.counts == {"no chain": 1}
+    assert faults.counts["no chain"] == 1 and faults.counts.total() == 4
     assert all(s.messages[0].parts[-1].endswith(think_prompt) for s in ready)
     assert [s.messages[-1] for s in ready] == [s.messages[-1] for s in found]
 
@@ -469,6 +473,31 @@ def test_nothing_to_write_is_an_error_after_the_funnel(tmp_path, directory, scri
         with pytest.raises(ValueError, match=words):
             command(options(kind, directory, data, tmp_path / "out.jsonl"))
         assert "asked" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_blend_over_data_with_epochs_ends_with_it():
+    order = Order([torch.arange(100), torch.arange(50)], [1.0, 1.0], [1, 1], seed=0)
+
+    class Once(Stream):
+        def __getitem__(self, n):
+            record = order[n]
+            return None if record is None else ask("1", f"{record}")
+
+    direct = Once()
+    direct.order = order
+    blend = Blend(direct, [ask("1", "chain")], 0.1)
+    patience = Patience(Faults())
+    direct_ones = 0
+    number = 0
+    while True:
+        try:
+            found = blend[number]
+        except EndOfStream:
+            break
+        if patience.accepts(found, number, blend):
+            direct_ones += found.messages[0].parts != ("chain",)
+        number += 1
+    assert direct_ones == 150
 
 
 def test_a_harvest_without_a_chain_is_refused(tmp_path, encoder):

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -292,6 +293,55 @@ def test_stopped_inside_their_data_ranks_leave_with_the_step_before(
     assert list(checkpoints(path / "checkpoints")) == [2]
     state = json.loads((path / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert len(state["rng"]) == 2
+
+
+class WaitsForTheOther(Waits):
+    """Rank 0 has sampled and waits for rank 1, which still works, when both are told to stop."""
+
+    def __init__(self, data, rank):
+        super().__init__(data)
+        self.rank = rank
+
+    def __next__(self):
+        self.calls += 1
+        if self.calls == 3 and self.rank == 0:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            parallel.meet("third", check_stop)
+        while self.calls == 3:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            check_stop()
+        return next(self.data)
+
+
+def test_stopped_while_it_waits_for_a_slower_rank_rank_0_saves(tmp_path, config, tokenizer, warm):
+    path = tmp_path / "run"
+
+    def work(ranks):
+        data = WaitsForTheOther(made_up(tokenizer), ranks.rank)
+        model = SailVL(config).init_weights(0)
+        train(model, STAGE, data, noisy(), ranks, RunDirectory(path))
+
+    assert as_ranks(work, tmp_path) == [143, 143]
+    assert list(checkpoints(path / "checkpoints")) == [2]
+
+
+def test_ranks_agree_on_which_check_was_the_best(tmp_path, config, tokenizer, warm):
+    path = tmp_path / "run"
+    scores = [0.5, 0.7, 0.4, 0.6]
+
+    def work(ranks):
+        saves = []
+        write = Keeper.save
+        Keeper.save = lambda self, step, *rest: (saves.append(step), write(self, step, *rest))[1]
+        home = RunDirectory(
+            path, every=0, check=lambda step: {"score": scores[step - 1]}, check_every=1
+        )
+        model = SailVL(config).init_weights(0)
+        train(model, replace(STAGE, steps=4), made_up(tokenizer), noisy(), ranks, home)
+        return saves
+
+    assert as_ranks(work, tmp_path, timeout=5.0) == [[1, 3, 4], [1, 3, 4]]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from data.encode import Encoder
 from data.readers import Folder
 from data.world import World
 from infra.plan import data_lines, refuse_unused, steps_of, work_lines
-from recipe import Setup, fit, resolved
+from recipe import Setup, checker, fit, refuse_impossible, resolved
 from stage import RLStage, Stage
 from vlm import PRESETS, SailVL
 
@@ -102,6 +102,31 @@ def test_an_option_that_the_stage_does_not_use_is_refused(
     with pytest.raises(ValueError, match=word):
         refuse_unused(options, defaults, model)
     refuse_unused(defaults, defaults, model)
+
+
+@pytest.mark.parametrize(
+    "stage, word",
+    [
+        (Stage("x", trains=("visoin",)), "visoin"),
+        (Stage("x", objective="policy"), "--objective"),
+        (RLStage(objective="supervised"), "--objective"),
+        (RLStage(updates=0), "--updates"),
+        (RLStage(prompts=0), "--prompts"),
+        (Stage("x", rows=0), "--rows"),
+        (Stage("x", steps=0), "--steps"),
+    ],
+)
+def test_what_no_stage_can_have_is_refused_in_one_line(stage, word):
+    with pytest.raises(ValueError, match=word):
+        refuse_impossible(stage)
+
+
+def test_held_out_data_that_cannot_be_graded_is_refused_at_the_start(model, encoder, tmp_path):
+    records = [turn("a?", "b", image="absent.png")]
+    held_out = written(tmp_path / "held.jsonl", records)
+    options = sft.SFTOptions(stage=Stage("x"), data=held_out, held_out=held_out)
+    with pytest.raises(ValueError, match="no sample can be graded"):
+        checker(options, Setup(model, encoder, Folder(held_out)))
 
 
 def test_a_mixture_of_experts_gets_the_papers_algorithm(config):

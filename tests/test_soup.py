@@ -190,4 +190,6 @@ def test_weights_that_are_not_finite_are_refused(start):
     broken = {k: torch.full_like(v, torch.nan) for k, v in start.items()}
     with pytest.raises(ValueError, match="not finite"):
         farthest([start, broken])
+    with pytest.raises(ValueError, match="not finite"):
+        farthest([start, start, broken])
     assert distance({"w": torch.zeros(2)}, {"w": torch.zeros(2)}) == 0
