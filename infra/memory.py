@@ -162,7 +162,7 @@ def vision_block_bytes(c: ViTConfig, patches: int, half: bool = True) -> int:
     return patches * (per_patch + 4 * width * c.intermediate_size)
 
 
-def kept_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True) -> int:
+def activation_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True) -> int:
     """All activations that exist when the forward pass ends, without weights and logits.
 
     With recompute a block keeps its input alone, (S, C) fp32. What nothing behind trains keeps
@@ -338,7 +338,7 @@ def model_memory(
         weights      4 a parameter                     gradients   4 a parameter that trains
         moments      8 (AdamW) or 4 (Muon) of those    snapshots   AdaLRS: twice weights and moments
         reference    4 a parameter, with --kl          bf16        `half_weight_bytes`
-        activations  pixels (12pp a patch) and `kept_bytes`
+        activations  pixels (12pp a patch) and `activation_bytes`
         block, logits, kv, prefill    the functions of that name
         step         one bucket of all gradients (more than one rank), or Muon's updates (2 * bf16)
     """
@@ -366,7 +366,7 @@ def model_memory(
         "snapshots": snapshots,
         "reference": reference,
         "bf16": half_weight_bytes(model, stage) if half else 0,
-        "activations": pixels + kept_bytes(model, stage, batch, half),
+        "activations": pixels + activation_bytes(model, stage, batch, half),
         "block": block_bytes(model, stage, batch, half),
         "logits": logits_bytes(model, stage, batch.labels, half),
         "step": max(bucket, 2 * 2 * by_muon),

@@ -129,7 +129,7 @@ def test_a_whole_step_keeps_what_the_formula_says(either, recompute, half, train
     if recompute:  # in the arguments of every block, where no hook sees them
         activations += 2 * 4 * S * model.config.text.head_dim
     softmax = labels * model.config.text.vocab_size * 4  # few labels: one chunk, part of `logits`
-    formula = memory.kept_bytes(model, stage, sizes, half)
+    formula = memory.activation_bytes(model, stage, sizes, half)
     assert formula + softmax == pytest.approx(activations, rel=0.1)
 
     # Copies of weights that outlive the forward pass are no more than are counted
@@ -161,7 +161,7 @@ def test_a_step_never_holds_more_than_is_counted(recompute):
     copies = memory.half_weight_bytes(model, stage)
     forward = copies + memory.logits_bytes(model, stage, labels)
     backward = memory.block_bytes(model, stage, sizes) + (0 if recompute else copies)
-    counted = memory.kept_bytes(model, stage, sizes) + max(forward, backward)
+    counted = memory.activation_bytes(model, stage, sizes) + max(forward, backward)
     assert peak < counted < 2 * peak
 
 
