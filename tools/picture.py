@@ -4,6 +4,7 @@ What it teaches: a score is a distance between two points, before and after, wit
 
     runs/toy/results.json -> figures/ladder.json -> figures/ladder.svg     the numbers, then the drawing
     runs/toy/final        -> figures/answers.png, and the README's block   held-out pictures, both modes
+                            figures/bars.png     the first of them, to ask oneself
 
     python -m tools.picture --run runs/toy
 
@@ -130,7 +131,7 @@ def picture_row(pictures: list[Image.Image], side: int = 128, gap: int = 16) -> 
     return sheet
 
 
-def ask_final(run: Path) -> tuple[Image.Image, str]:
+def ask_final(run: Path) -> tuple[list[Image.Image], str]:
     """The first held-out question of some families, asked in both modes: pictures, transcript."""
     from data.encode import Encoder
     from data.world import World
@@ -155,13 +156,14 @@ def ask_final(run: Path) -> tuple[Image.Image, str]:
         lines.append(f"{i + 1}  {question}   (truth: {printable(sample.facts['answer'])})")
         lines.append(f"   directly:  {printable(text_of(direct[i], tokenizer))}")
         lines.append(f"   thinking:  {printable(text_of(thinking[i], tokenizer))}")
-    return picture_row(pictures), "\n".join(lines)
+    return pictures, "\n".join(lines)
 
 
 def write_answers(run: Path) -> None:
-    """figures/answers.png and the README's block of answers."""
-    sheet, transcript = ask_final(run)
-    sheet.save(ROOT / "figures" / "answers.png")
+    """figures/answers.png, its first picture as the model sees it, and the README's block of answers."""
+    pictures, transcript = ask_final(run)
+    picture_row(pictures).save(ROOT / "figures" / "answers.png")
+    pictures[0].save(ROOT / "figures" / "bars.png")
 
     block = (
         "![Four held-out pictures](figures/answers.png)\n\n"
