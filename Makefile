@@ -20,7 +20,7 @@ help:            ## this list (times on two cores, without the first installatio
 
 env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1: the tested versions, with hashes)
 
-toy: $(VENV)/core         ## 8 min    the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
+toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
 	$(LADDER) --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
 
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
@@ -34,10 +34,10 @@ check: $(VENV)/check      ## 1 s      lint, import order, line length, format
 test: $(VENV)/test        ## 3 min    the quick suite
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/test   ## 10 min   the tests that take more than a few seconds each
+test-slow: $(VENV)/test   ## 3 min    the tests that take more than a few seconds each
 	$(PYTEST) -m slow
 
-test-all: $(VENV)/test    ## 13 min   every test
+test-all: $(VENV)/test    ## 6 min    every test
 	$(PYTEST)
 
 readme: $(VENV)/core      ## 10 s     regenerate what README.md and RESULTS.md claim, from runs/ and the tree
