@@ -374,9 +374,8 @@ class GenerateOptions:
     """Ask a model about images or a video."""
 
     prompt: str
-    model: Path = Path(
-        "runs/toy/final"
-    )  # a model, or the directory of a run: its newest checkpoint
+    # a model, or the directory of a run: its newest checkpoint
+    model: Path = Path("runs/toy/final")
     image: tuple[Path, ...] = ()  # none, one or several
     video: tuple[Path, ...] = ()  # a GIF or WebP, a folder of frames, or several frames in order
     frames: int = MAX_FRAMES  # of a video at most, evenly spaced

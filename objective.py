@@ -106,9 +106,8 @@ def router_losses(
     counts, weight = expert_counts(routing, batch, model.image_token_id)
     own_weight = batch.weight
     layers = [block.mlp for block in model.language_model.model.layers]
-    decisions = max(
-        float(counts.sum()) / layers[0].top_k, 1.0
-    )  # a batch of padding decides nothing
+    # (a batch of padding decides nothing)
+    decisions = max(float(counts.sum()) / layers[0].top_k, 1.0)
     everyone = (counts.sum((0, 1)), decisions)
 
     # The losses

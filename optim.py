@@ -32,12 +32,8 @@ A = 3.4445
 B = -4.7750
 C = 2.0315
 
-OUTSIDE = (
-    "embed_tokens",
-    "lm_head",
-    "pos_embed",
-    "patchifier",
-)  # matrices that are no hidden layer
+# Matrices that are no hidden layer.
+OUTSIDE = ("embed_tokens", "lm_head", "pos_embed", "patchifier")
 
 
 # ------------------------------------------------------------------------------------------- Muon

@@ -406,9 +406,8 @@ class Rollouts:
         return self
 
     def __next__(self) -> list[RolloutBatch]:
-        with autocast(
-            self.stage, self.ranks.device
-        ):  # the update's: else the ratio does not start at 1
+        # The update's precision: else the ratio does not start at 1
+        with autocast(self.stage, self.ranks.device):
             return self.micro_batches()
 
     # ------------------------------------------------------------------------------- minibatches

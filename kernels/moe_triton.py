@@ -101,9 +101,8 @@ def count_slots(indices, counts, slots, n_blocks, E, BE: tl.constexpr, BLOCK: tl
     expert = tl.load(indices + at, mask=at < slots, other=0).to(tl.int32)
     n = tl.histogram(expert, BE, mask=at < slots)  # (BE,)
     experts = tl.arange(0, BE)
-    tl.store(
-        counts + experts * n_blocks + b, n, mask=experts <= E
-    )  # row E stays 0: its running sum is the end
+    # Row E stays 0: its running sum is the end
+    tl.store(counts + experts * n_blocks + b, n, mask=experts <= E)
 
 
 @triton.jit
@@ -123,9 +122,8 @@ def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.co
     """Program e writes the tiles of expert e; program E marks the unused rest with -1."""
     e, experts = tl.program_id(0), tl.arange(0, BE)
     start = tl.load(offs + experts, mask=experts < E, other=0)
-    n = tl.cdiv(
-        tl.load(offs + experts + 1, mask=experts < E, other=0) - start, BM
-    )  # tiles of every expert
+    end = tl.load(offs + experts + 1, mask=experts < E, other=0)
+    n = tl.cdiv(end - start, BM)  # tiles of every expert
     first = tl.sum(tl.where(experts < e, n, 0))
     mine = tl.where(e == E, most - first, tl.sum(tl.where(experts == e, n, 0)))
     row = tl.sum(tl.where(experts == e, start, 0))
@@ -347,9 +345,8 @@ def down_grad(
     s, keep = tl.load(weights + slot).to(tl.float32), first + i < end
     dz += first.to(tl.int64) * (2 * I)  # 64 bits once a tile, 32 within it
     scaled += first.to(tl.int64) * I
-    left, right = halves(
-        da
-    )  # four parts one after the other: registers are what this epilogue is short of
+    # Four parts one after the other: registers are what this epilogue is short of
+    left, right = halves(da)
     a, b = halves(left)
     c, d = halves(right)
     partial = swiglu_grad(a, z, dz, scaled, s, first, n, i, keep, I)

@@ -1,5 +1,10 @@
-"""Shared by all tests: one thread (the suite runs in two processes), one small model and its documents."""
+"""Shared by all tests: one thread (the suite runs in two processes), one small model and its documents.
 
+One thread also because tests fork: a child of a process whose kernels use several waits for them for
+ever. The variable is what commands follow that a test calls (scale.parallel.use_own_processors).
+"""
+
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 SHARED = ROOT.parent / "shared"
 EVERY = {f: 1.0 for f in world.FAMILIES} | {"text": 0.2}

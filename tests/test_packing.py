@@ -462,9 +462,8 @@ def test_a_run_that_is_killed_continues_with_the_same_rows(tmp_path, tokenizer, 
     rng, kills = random.Random(0), 0
     log, state = tmp_path / "log", tmp_path / "state"
     while not log.is_file() or len(log.read_text().splitlines()) < 60:
-        last = (
-            rng.randint(1, 6) if kills < 20 else None
-        )  # the file operation after which this life ends
+        # the file operation after which this life ends
+        last = rng.randint(1, 6) if kills < 20 else None
         child = os.fork()
         if child == 0:
             operations = itertools.count(1)

@@ -406,7 +406,7 @@ def rung_table() -> str:
             "none yet",
             f"8B: {gib(training_gib('SAIL-VL2-8B'))} a copy, "
             f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}",
-            "a copy exceeds a GPU, and weights are not sharded here",
+            "all of it in training exceeds a GPU, and weights are not sharded here",
             "computed",
         ),
         (
