@@ -39,12 +39,13 @@ from typing import Callable, Iterator, Literal
 import torch
 from tqdm import tqdm
 
-from data.encode import Encoder, with_thinking
+from data.encode import Encoder, known_grader, with_thinking
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from generate import Answer, generate, load_model
 from graders import (
     GRADERS,
+    JUDGED,
     accepted_truths,
     box_of,
     choice_in_sentence,
@@ -199,23 +200,37 @@ def named_option(answer: str, options: dict[str, str]) -> str:
     return inside[0] if len(inside) == 1 else ""
 
 
-def usable(sample: Sample) -> Sample:
-    """The sample. Raises BadSample when it cannot be graded: no question, or no truth."""
+def usable(sample: Sample, grader: str = "") -> Sample:
+    """The sample. Raises BadSample when it cannot be graded: no question, no truth, no such grader
+    (`grader` replaces its own)."""
     if not any(message.role == "user" for message in sample.messages):
         raise BadSample("no question", f"{sample.origin}: no user turn")
     if sample.messages[-1].role != "assistant":
         raise BadSample("no answer", f"{sample.origin}: it does not end with an answer")
     if not accepted_truths(sample.facts.get("answer")):
         raise BadSample("no truth", f"{sample.origin}: facts hold no `answer` to grade by")
+    if not grader and known_grader(sample) == JUDGED:
+        raise BadSample("wants a judge", f"{sample.origin}: only rl.py has one")
     return sample
+
+
+def gradable(samples: list[Sample], faults: Faults, grader: str = "") -> list[Sample]:
+    """Those that can be graded; the others are counted. `grader` replaces the samples' own."""
+    good = []
+    for sample in samples:
+        try:
+            good.append(usable(sample, grader))
+        except BadSample as fault:
+            faults.add(fault)
+    return good
 
 
 def askable(samples: list[Sample], encoder: Encoder, faults: Faults) -> list[Sample]:
     """Those that can be asked and graded, found before anything is: one with a bad picture costs itself."""
     good = []
-    for sample in samples:
+    for sample in gradable(samples, faults):
         try:
-            encoder.prompt(usable(sample))
+            encoder.prompt(sample)
         except BadSample as fault:
             faults.add(fault)
         else:
@@ -406,12 +421,7 @@ def evaluate(
     """
     # what can be graded
     counted = Faults() if faults is None else faults
-    kept = []
-    for sample in samples:
-        try:
-            kept.append(usable(sample))
-        except BadSample as fault:
-            counted.add(fault)
+    kept = gradable(samples, counted, grader)
 
     # asked, and graded where there is an answer
     answers = ask(model, encoder, kept, think, max_new, swap=swap, faults=counted)
@@ -686,14 +696,9 @@ def evaluate_files(options: EvaluateOptions) -> None:
     encoder = Encoder(tokenizer, model.config, folder.root)
 
     # what can be asked
-    samples = []
-    for sample in folder.first(options.limit):
-        try:
-            usable(sample)
-        except BadSample as fault:
-            folder.faults.add(fault)
-            continue
-        samples += rotations(sample) if options.circular else [sample]
+    samples = gradable(folder.first(options.limit), folder.faults, options.grader)
+    if options.circular:
+        samples = [turned for sample in samples for turned in rotations(sample)]
     if not samples:
         raise ValueError(f"{options.data}: no sample can be graded\n{folder.faults.report()}")
 

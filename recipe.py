@@ -21,6 +21,7 @@ Every stage of the toy has a command, and a command does on `--data` what the to
 """
 
 import copy
+import functools
 import math
 import random
 import warnings
@@ -35,7 +36,14 @@ import tyro
 from torch import Tensor
 
 from curation.chains import Blend, read_chains
-from data.encode import Encoder, chain_of, truth_of, with_thinking
+from data.encode import (
+    Encoder,
+    chain_of,
+    known_grader,
+    last_answer,
+    truth_of,
+    with_thinking,
+)
 from data.images import normalise
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
@@ -48,7 +56,9 @@ from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
 from infra.endpoint import ChatEndpoint
 from infra.identity import data_identity
+from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
+from infra.text import printable
 from objective import PatchPredictor
 from packing import Batches
 from rewards import COMBINE
@@ -108,15 +118,19 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
     faults = merged_faults(setup.faults)
     if faults.counts and setup.ranks.main:
         print(faults.report())
+        for reason, first in faults.tracebacks.items():
+            print(f"  the first {reason}:", *map(printable, first.splitlines()), sep="\n    ")
+    (lost,) = parallel.total(JUDGE.lost)
+    if lost and setup.ranks.main:
+        print(f"  {lost:.0f} expressions took too long to compare and count as wrong")
     return run
 
 
 def merged_faults(own: Faults) -> Faults:
     """What was left out on all ranks."""
     merged = Faults()
-    for counts, examples in parallel.gather([(dict(own.counts), dict(own.examples))]):
-        merged.counts.update(counts)
-        merged.examples = examples | merged.examples
+    for faults in parallel.gather([own]):
+        merged.merge(faults)
     return merged
 
 
@@ -154,9 +168,8 @@ def fusion(setup: Setup, stage: Stage):
 
 def questions(setup: Setup, stage: BaseStage):
     """Samples whose answer can be verified: a truth is enough."""
-    return Mapped(
-        answers(setup, stage), with_truth, "a truth to grade by (facts.answer, an answer)"
-    )
+    gradable = functools.partial(with_truth, judged=setup.reward is not None)
+    return Mapped(answers(setup, stage), gradable, "a truth to grade by (facts.answer, an answer)")
 
 
 SAMPLES: dict[str, Callable] = {
@@ -179,21 +192,26 @@ class AskedToThink:
 
 def without_thinking(sample: Sample) -> Sample:
     """A sample as a direct answer: a chain in its last turn is left out, and the box around the truth."""
-    last = sample.messages[-1]
-    if last.think is None:
+    at = last_answer(sample)
+    if at is None or sample.messages[at].think is None:
         return sample
     truth = truth_of(sample)
     said = truth if isinstance(truth, str) else truth[0]
-    direct = replace(last, think=None, parts=(said,))
-    return replace(sample, messages=(*sample.messages[:-1], direct))
+    direct = replace(sample.messages[at], think=None, parts=(said,))
+    return replace(sample, messages=(*sample.messages[:at], direct, *sample.messages[at + 1 :]))
 
 
-def with_truth(sample: Sample) -> Sample | None:
-    """A sample whose answer can be graded, with its truth among the facts."""
+def with_truth(sample: Sample, judged: bool = True) -> Sample | None:
+    """A sample whose answer can be graded, with its truth among the facts.
+
+    Raises BadSample for a grader that this run does not have: it costs its row, not the run.
+    """
     try:
         truth = truth_of(sample)
     except BadSample:
         return None
+    if known_grader(sample) == JUDGED and not judged:
+        raise BadSample("wants a judge", f"{sample.origin}: give --judge-url and --judge-model")
     return replace(sample, facts=sample.facts | {"answer": truth})
 
 
@@ -287,6 +305,7 @@ def patches(setup: Setup, stage: Stage, samples) -> tuple[PatchPredictor, Iterat
     encoder = replace(setup.encoder, root=setup.source.root)
     # Every rank walks all samples: one of them counts
     faults = setup.faults if setup.ranks.main else Faults(setup.faults.strict)
+    samples.patience.faults = faults
     return predictor, pixel_batches(encoder, stage, samples, setup.ranks, faults)
 
 
@@ -368,6 +387,10 @@ def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> It
             faults.add(fault)
             arrays = []
         fitting = [array for array in arrays if array.shape[:2] == (size, size)]
+        if len(fitting) < len(arrays):
+            faults.add(
+                BadSample("other image size", f"{sample.origin}: not {size} x {size} pixels")
+            )
 
         # A source without pictures is an error, not a silence
         idle = 0 if fitting else idle + 1
@@ -692,8 +715,12 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
         each = 64 // len(GRADED) + 1
         samples = [s for family in GRADED for s in World().held_out(family, each)]
 
+    # Asked as the stage trains: RL's questions to think
+    thinks = isinstance(options.stage, RLStage)
+    longest = options.stage.max_new if thinks else 48
+
     def check(step: int) -> dict:
-        scores, graded = evaluate(setup.model, encoder, samples)
+        scores, graded = evaluate(setup.model, encoder, samples, thinks, max_new=longest)
         accuracy = scores["overall"].accuracy
         said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
         return {"accuracy": accuracy, "score": 1 - accuracy, "said": said}

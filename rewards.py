@@ -1,4 +1,4 @@
-"""Rewards: what a completion is worth, decided by rules.
+"""Rewards: what a completion is worth, decided by rules, or by a judge model where no rule can.
 
 What it teaches: a verifiable reward is a parser and a comparison, and every laxness in either is
 something that a policy will find. So: the box is read only outside of thinking (after </think>, if
@@ -9,10 +9,10 @@ never evaluated as code, and no answer takes more than its time (infra/judge.py)
     completion -> split_think -> boxed -> a grader (graders.py) -> answer | think | format
                  or a question to a judge model (infra/endpoint.py) -> one number (COMBINE)
 
-Every function is pure: text in, number out. `finished` says that the completion ended with the end
-token. To add a reward: a function from (completion, sample, finished) to {"reward": number, ...},
-handed to `recipe.Setup`; `checked_parts` is what it goes through. To combine the parts in another way:
-a line in COMBINE.
+The rules are pure: text in, number out; a judged part asks its judge, and is None without a verdict.
+`finished` says that the completion ended with the end token. To add a reward: a function from
+(completion, sample, finished) to {"reward": number, ...}, handed to `recipe.Setup`; `checked_parts` is
+what it goes through. To combine the parts in another way: a line in COMBINE.
 
 Sources: SAIL-VL2 section 4.2 (answer, format and think rewards, each binary; mixed weights that sum
 to 1 but are not published: ours are below). The product form is the team's later SAIL-RL, arXiv

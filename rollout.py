@@ -5,8 +5,8 @@ mean what they say. The image and prompt of a group run once, in sampling and in
 ids are trained as sampled, never decoded and encoded again; the end token is inside the mask; sampling
 and scoring share one temperature and one forward, so the ratio starts at 1; log-probabilities are fp32.
 
-    stream -> draw -> generate (a group of answers each) -> rewards -> Group
-                                                  Groups that disagree -> advantages -> Completion
+    stream -> draw -> generate (a group of answers each) -> rewards, by rule or JudgedReward -> Group
+    Groups that disagree, with a verdict for each answer -> advantages -> Completion
     Completions -> minibatches -> this rank's micro-batches -> pack_rollouts -> RolloutBatch -> train.train
 
 Calls to `generate` are spread over the ranks; answers and rewards (not pictures) then travel to all, so

@@ -190,10 +190,14 @@ class SoupOptions:
 def cook_soup(options: SoupOptions) -> None:
     if len(options.models) < 2:
         raise ValueError("--models wants at least two directories")
-    if (options.data or options.images) and not options.greedy:
+    graded_on = options.data or options.images or options.allow_outside
+    if graded_on and not options.greedy:
         raise ValueError(
-            "--data and --images are what --greedy grades on: add --greedy or leave them out"
+            "--data, --images and --allow-outside are about what --greedy grades: add --greedy or leave "
+            "them out"
         )
+    if (options.images or options.allow_outside) and not options.data:
+        raise ValueError("--images and --allow-outside are about --data, which is not given")
     ranks = parallel.start()
     device = pick_device(options.device, ranks.device)
 

@@ -28,11 +28,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data.encode import Encoder, with_thinking
+from data.encode import Encoder, known_grader, truth_of, with_thinking
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from generate import generate, load_model
-from graders import GRADERS, boxed
+from graders import JUDGED, accepted_truths
 from infra.device import Precision, pick_device, torch_type
 from rewards import answer_reward, format_reward
 from scale import parallel
@@ -281,10 +281,10 @@ def prompt_of(index: int, sample: Sample | BadSample, encoder: Encoder, max_leng
     # What its answers can be graded by.
     if isinstance(sample, BadSample):
         raise sample
-    truths = truths_of(sample)
-    grader = sample.facts.get("grader") or "auto"
-    if grader not in GRADERS:
-        raise BadSample("unknown grader", f"{sample.origin}: {grader!r}")
+    truths = tuple(accepted_truths(truth_of(sample)))
+    grader = known_grader(sample)
+    if grader == JUDGED:
+        raise BadSample("wants a judge", f"{sample.origin}: only rl.py has one")
 
     # The question with its pictures.
     known = replace(sample, facts=sample.facts | {"answer": truths[0]})
@@ -300,32 +300,6 @@ def prompt_of(index: int, sample: Sample | BadSample, encoder: Encoder, max_leng
     if tokens > max_length:
         raise BadSample("too long", f"{sample.origin}: {tokens} tokens, the limit is {max_length}")
     return Prompt(index, sample.origin, encoded, truths, grader)
-
-
-def truths_of(sample: Sample) -> tuple[str, ...]:
-    """The accepted answers: `facts["answer"]`, else what the last assistant turn says (in its box).
-
-    Raises BadSample when there is none.
-    """
-    answer = sample.facts.get("answer")
-    if answer is None:
-        said = [message.parts for message in sample.messages if message.role == "assistant"]
-        last = said[-1] if said else ()
-        text = "".join(part for part in last if isinstance(part, str)).strip()
-        answer = boxed(text) or text
-
-    accepted = answer if isinstance(answer, (list, tuple)) else [answer]
-    truths = tuple(str(truth) for truth in accepted if truth not in (None, ""))
-    if not truths:
-        raise BadSample("no truth", f"{sample.origin}: no answer to grade by")
-    return truths
-
-
-def reward_of_text(text: str, finished: bool, prompt: Prompt) -> float:
-    """What the text's box earns: its best against any of the truths, against all of an annotation."""
-    if prompt.grader == "vqa":
-        return answer_reward(text, list(prompt.truths), finished, prompt.grader)
-    return max(answer_reward(text, truth, finished, prompt.grader) for truth in prompt.truths)
 
 
 def parts_of(prompts: list[Prompt], model: SailVL, sampling: Sampling) -> list[list[Prompt]]:
@@ -375,7 +349,7 @@ def answer_part(
         prompt = part[answer.prompt]
         ids = answer.ids[:-1] if answer.finished else answer.ids
         text = tokenizer.decode(ids)
-        earned = reward_of_text(text, answer.finished, prompt)
+        earned = answer_reward(text, list(prompt.truths), answer.finished, prompt.grader)
         form = format_reward(text, answer.finished)
         replies[answer.prompt].append(Reply(text, answer.finished, earned, form))
     return [Record(prompt.index, prompt.origin, tuple(said)) for prompt, said in zip(part, replies)]

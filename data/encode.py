@@ -12,9 +12,10 @@ Labels are shifted here, per document and before packing: position t is asked fo
 document is ever asked for the first token of its neighbour. `python -m data.show --data my.jsonl
 --images dir/` shows what the model will see.
 
-What is asked, and what is the truth? One rule for all formats, for fine-tuning, RL, curation and
-evaluation alike: the truth is `facts["answer"]`, else the last assistant turn; the question is what
-stands before that turn, what follows it is not asked.
+What is asked, and what is the truth? One rule for all formats, for fine-tuning, RL and curation alike:
+the truth is `facts["answer"]`, else the last assistant turn; the question is what stands before that
+turn, what follows it is not asked. (Evaluation takes only rows that end with an answer and have the
+truth among their facts.)
 
     user: how many?   assistant: <think>one, two.</think>\\boxed{2}   user: thanks!
     `with_thinking`:  user: how many? {think prompt}   assistant: <think>one, two.</think>\\boxed{2}
@@ -33,7 +34,7 @@ import numpy as np
 from data.images import frames_of, open_image
 from data.sample import BadSample, Document, Message, Sample, Video
 from data.tiling import tiles_of
-from graders import BOX, boxed
+from graders import BOX, accepted_truths, grader_of
 from tokenizer import Tokenizer
 from vlm import VLMConfig
 
@@ -197,15 +198,21 @@ def truth_of(sample: Sample) -> str | list[str]:
         at = last_answer(sample)
         truth = "" if at is None else text_of_message(sample.messages[at])
 
-    # as text, without boxes
-    several = isinstance(truth, (list, tuple))
-    given = [unboxed(str(t)) for t in (truth if several else [truth]) if t is not None]
-    accepted = [text for text in given if text]
+    # as text, without boxes; files hold numbers and true or false as well
+    accepted = accepted_truths(truth)
     if not accepted:
         raise BadSample(
             "no truth", f'{sample.origin}: neither facts["answer"] nor an assistant turn with text'
         )
-    return accepted if several else accepted[0]
+    return accepted if isinstance(truth, (list, tuple)) else accepted[0]
+
+
+def known_grader(sample: Sample) -> str:
+    """The name of the sample's grader (graders.grader_of). Raises BadSample for one that there is not."""
+    try:
+        return grader_of(sample.facts)
+    except ValueError as error:
+        raise BadSample("unknown grader", f"{sample.origin}: {error}") from None
 
 
 def chain_of(sample: Sample) -> str:
@@ -218,12 +225,6 @@ def chain_of(sample: Sample) -> str:
 
 def text_of_message(message: Message) -> str:
     return "".join(part for part in message.parts if isinstance(part, str)).strip()
-
-
-def unboxed(text: str) -> str:
-    """The content of the text's one \\boxed{...}; the text itself when it has none."""
-    inside = boxed(text)
-    return text.strip() if inside is None else inside
 
 
 def with_thinking(sample: Sample, think_prompt: str) -> Sample:

@@ -46,7 +46,7 @@ class BadSample(ValueError):
     @classmethod
     def because(cls, error: Exception, reason: str, origin: str) -> "BadSample":
         """Any error as a fault of the record at `origin`; it keeps the error's traceback, for
-        `Faults` to show the first."""
+        `Faults` to keep the first of each reason."""
         kind = type(error).__name__
         fault = cls(reason, f"{origin}: {kind} {str(error)[:300]}")
         fault.traceback = "".join(traceback.format_exception(error, limit=-8))

@@ -52,6 +52,7 @@ def refuse_unused(options, defaults, model) -> None:
         "epochs": bool(options.data),
         "turns": not options.data,
         "accumulate": stage.objective != "next_patch",
+        "trains": stage.objective != "next_patch",
         # of stages on packed rows
         "weighting": supervised,
         "everything": supervised,
@@ -66,6 +67,8 @@ def refuse_unused(options, defaults, model) -> None:
         # of reinforcement learning
         "tries": getattr(stage, "dynamic", True),
         "estimator": bool(getattr(stage, "kl", 0.0)),
+        "low": getattr(stage, "algorithm", "") != "reinforce",
+        "high": getattr(stage, "algorithm", "") != "reinforce",
     }
     used |= dict.fromkeys(EXPERT_OPTIONS, experts)
     pairs = [(options, defaults), (stage, defaults.stage)]
@@ -101,6 +104,10 @@ def why_unused(option: str) -> str:
         return "it needs --adalrs"
     if option == "tries":
         return "it needs --dynamic"
+    if option in ("trains", "accumulate"):
+        return "images alone train the ViT and its head, in one batch a step"
+    if option in ("low", "high"):
+        return "reinforce clips nothing"
     if option == "estimator":
         return "it needs --kl"
     return "it is about supervised stages"
@@ -184,7 +191,7 @@ def usable_records(setup, stage: BaseStage) -> int:
 
 
 def probed_lengths(setup, stage: BaseStage) -> list[int]:
-    """Tokens of the first samples that can be encoded."""
+    """Tokens (of images alone: patches) of the first samples that can be encoded."""
     lengths = []
     stream = setup.source.stream(stage.mixture, stage.seed, stage.turns)
     for number in range(PROBED):
@@ -193,8 +200,16 @@ def probed_lengths(setup, stage: BaseStage) -> list[int]:
         except EndOfStream:
             break
         if isinstance(document, Document):  # faults are counted when their turn comes
-            lengths.append(len(document))
+            lengths.append(work_of(document, setup, stage))
     return lengths
+
+
+def work_of(document: Document, setup, stage: BaseStage) -> int:
+    """What a sample fills of a step's rows: its tokens, or the patches of its images alone."""
+    if stage.objective != "next_patch":
+        return len(document)
+    vision = setup.model.config.vision
+    return len(document.images) * (vision.image_size // vision.patch_size) ** 2
 
 
 def mean_length(setup, stage: BaseStage) -> float:
@@ -211,7 +226,13 @@ def steps_of(setup, stage: BaseStage) -> int:
     if isinstance(stage, RLStage):
         batches = math.ceil(stage.epochs * records / stage.prompts)
         return max(1, batches * stage.updates)
-    tokens = stage.epochs * records * mean_length(setup, stage)
+    mean = mean_length(setup, stage)
+    if not mean:
+        raise ValueError(
+            f"--epochs {stage.epochs:g}: none of the first {PROBED} samples can be used; "
+            "look at the data (python -m data.show --check), or give --steps"
+        )
+    tokens = stage.epochs * records * mean
     return max(1, round(tokens / (stage.rows * stage.length)))
 
 

@@ -20,7 +20,9 @@ import rl
 import sft
 from data.encode import Encoder
 from data.readers import Folder
+from data.sample import BadSample, Faults, Message, Sample
 from data.world import World
+from evaluate import gradable
 from infra.plan import data_lines, refuse_unused, steps_of, work_lines
 from recipe import Setup, checker, fit, refuse_impossible, resolved
 from stage import RLStage, Stage
@@ -119,6 +121,51 @@ def test_an_option_that_the_stage_does_not_use_is_refused(
 def test_what_no_stage_can_have_is_refused_in_one_line(stage, word):
     with pytest.raises(ValueError, match=word):
         refuse_impossible(stage)
+
+
+def test_a_grader_that_the_run_does_not_have_costs_its_row():
+    def row(**facts):
+        turns = (Message("user", ("?",)), Message("assistant", ("yes",)))
+        return Sample(turns, facts=facts)
+
+    assert recipe.with_truth(row(answer=True)).facts["answer"] == "yes"
+    assert recipe.with_truth(row(answer=3.0)).facts["answer"] == "3"
+    with pytest.raises(BadSample, match="unknown grader"):
+        recipe.with_truth(row(grader="nobody"))
+    with pytest.raises(BadSample, match="wants a judge"):
+        recipe.with_truth(row(grader="judge"), judged=False)
+    assert recipe.with_truth(row(grader="judge"), judged=True)
+    faults = Faults()
+    kept = gradable([row(answer="a"), row(answer="a", grader="judge"), row()], faults)
+    assert len(kept) == 1 and faults.counts == {"wants a judge": 1, "no truth": 1}
+
+
+def test_a_direct_answer_loses_its_chain_also_before_thanks():
+    turns = (
+        Message("user", ("?",)),
+        Message("assistant", ("\\boxed{2}",), think="one, two."),
+        Message("user", ("thanks!",)),
+    )
+    direct = recipe.without_thinking(Sample(turns))
+    assert direct.messages[1] == Message("assistant", ("2",))
+    assert len(direct.messages) == 3
+
+
+def test_the_work_of_images_alone_is_counted_in_patches(model, encoder, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    records = [turn(f"<image>{i}?", "b", image="a.png") for i in range(64)]
+    setup = Setup(model, encoder, Folder(written(tmp_path / "my.jsonl", records)))
+    size = model.config.vision
+    patches = (size.image_size // size.patch_size) ** 2
+    stage = Stage("image", ("vision",), objective="next_patch", epochs=2.0, rows=1, length=128)
+    assert steps_of(setup, stage) == round(2 * 64 * patches / 128)
+
+
+def test_epochs_of_nothing_that_can_be_read_are_refused(model, encoder, tmp_path):
+    records = [turn("<image>?", "b", image="absent.png")] * 3
+    setup = Setup(model, encoder, Folder(written(tmp_path / "my.jsonl", records)))
+    with pytest.raises(ValueError, match="none of the first"):
+        steps_of(setup, Stage("x", epochs=2.0))
 
 
 def test_held_out_data_that_cannot_be_graded_is_refused_at_the_start(model, encoder, tmp_path):
@@ -271,7 +318,9 @@ import sys, time
 from pathlib import Path
 import torch
 from data.encode import Encoder
+from data.sample import BadSample, Faults, Message, Sample
 from data.world import World
+from evaluate import gradable
 from infra.checkpoint import RunDirectory
 from recipe import Setup, fit, new_model
 from stage import RLStage
