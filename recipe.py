@@ -664,6 +664,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     if not ranks.main:  # all ranks have read the same so far: one of them counts
         faults.counts.clear()
         faults.examples.clear()
+        faults.tracebacks.clear()
     reward = judged_reward(options, encoder, ranks)
     return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest, reward)
 

@@ -25,7 +25,7 @@ from curation.rows import RowWriter, write_rows
 from data import world
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample, Video
-from data.stream import EndOfStream, Order, Patience, Stream
+from data.stream import Documents, EndOfStream, Order, Patience, Stream
 from generate import Answer
 
 RIGHT = "<think>b</think>\\boxed{3}"
@@ -475,7 +475,7 @@ def test_nothing_to_write_is_an_error_after_the_funnel(tmp_path, directory, scri
         assert "asked" in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_blend_over_data_with_epochs_ends_with_it():
+def test_a_blend_over_data_with_epochs_ends_with_it(encoder):
     order = Order([torch.arange(100), torch.arange(50)], [1.0, 1.0], [1, 1], seed=0)
 
     class Once(Stream):
@@ -498,6 +498,12 @@ def test_a_blend_over_data_with_epochs_ends_with_it():
             direct_ones += found.messages[0].parts != ("chain",)
         number += 1
     assert direct_ones == 150
+
+    # what `Patience` and `Batches` ask a stream about
+    assert blend.order.drawable == 150
+    assert Documents(blend, encoder, Faults()).records == [100, 50]
+    direct.wanted = "a truth"
+    assert Blend(direct, [], 0.0).wanted == "a truth"
 
 
 def test_a_harvest_without_a_chain_is_refused(tmp_path, encoder):
@@ -780,8 +786,6 @@ def test_a_blend_without_chains_is_refused_unless_none_are_wanted():
 
 
 def test_a_blend_is_a_stream_for_documents(encoder):
-    from data.stream import Documents
-
     source = world.World().stream({"counting": 1.0}, 0, 1)
     harvest = [world.sample(i, 9, {"odd": 1.0}, turns=1) for i in range(3)]
     documents = Documents(Blend(source, harvest, 0.5, 2), encoder, Faults())

@@ -603,3 +603,30 @@ def test_behind_torchrun_the_failing_ranks_own_message_comes_last(tmp_path):
     assert done.returncode != 0
     last = done.stderr[-1000:]
     assert "rank 1: samples.jsonl: no such file" in last and "\x1b" not in last
+
+
+def test_ranks_that_meet_wait_for_all_of_this_life_and_not_for_ever(monkeypatch):
+    notes = {"sampled 0 0": "yes", "sampled 0 1": "yes"}  # of the life before
+
+    class Store:
+        set = staticmethod(notes.__setitem__)
+        check = staticmethod(lambda names: all(name in notes for name in names))
+
+    asked = []
+
+    def each():
+        asked.append(len(asked))
+        assert len(asked) < 500, "it waits for ever"
+        if len(asked) == 3:
+            notes["sampled 1 1"] = "yes"  # the other one comes
+
+    monkeypatch.setattr(parallel, "place", lambda: (0, 2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Store(), 30.0))
+    parallel.meet("sampled", each, every=0.01)
+    assert len(asked) == 3
+
+    # who does not come is named by the next collective
+    monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Store(), 0.1))
+    parallel.meet("trained", each, every=0.01)
+    assert 3 < len(asked) < 20

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from data.world import World
 from evaluate import gradable
 from infra.plan import data_lines, refuse_unused, steps_of, work_lines
 from recipe import Setup, checker, fit, refuse_impossible, resolved
+from scale.parallel import Ranks
 from stage import RLStage, Stage
 from vlm import PRESETS, SailVL
 
@@ -116,11 +118,21 @@ def test_an_option_that_the_stage_does_not_use_is_refused(
         (RLStage(prompts=0), "--prompts"),
         (Stage("x", rows=0), "--rows"),
         (Stage("x", steps=0), "--steps"),
+        (Stage("x", length=0), "--length"),
+        (RLStage(passes=0), "--passes"),
+        (RLStage(group=0), "--group"),
+        (RLStage(max_new=0), "--max-new"),
     ],
 )
 def test_what_no_stage_can_have_is_refused_in_one_line(stage, word):
     with pytest.raises(ValueError, match=word):
         refuse_impossible(stage)
+
+
+def test_a_command_refuses_what_no_stage_can_have(model, encoder):
+    options = sft.SFTOptions(stage=Stage("x", rows=0))
+    with pytest.raises(ValueError, match="--rows 0"):
+        recipe.settled(options, options, Setup(model, encoder, World()))
 
 
 def test_a_grader_that_the_run_does_not_have_costs_its_row():
@@ -364,3 +376,47 @@ def test_a_signal_ends_rl_within_seconds_wherever_it_is(tmp_path, phase):
     began = time.time()
     assert life.wait(timeout=60) == 143
     assert time.time() - began < 30  # 8 seconds on an idle machine; a bound against hanging
+
+
+def test_what_all_ranks_have_read_is_counted_by_one(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    data = written(tmp_path / "my.jsonl", [turn("a?", "b"), {"conversations": 3}])
+    chain = turn("a?", "<think>so</think>\\boxed{b}")
+    harvest = written(tmp_path / "chains.jsonl", [chain, turn("c?", "d")])
+    options = sft.SFTOptions(stage=Stage("x"), data=data, model=tmp_path / "model", harvest=harvest)
+    first, second = (recipe.set_up(options, Ranks(rank, 2)).faults for rank in (0, 1))
+    assert first.counts["no chain"] == 1 and first.examples
+    assert not second.counts and not second.examples and not second.tracebacks
+
+
+def test_a_check_looks_beside_its_own_file_and_scores_what_was_wrong(
+    model, encoder, tmp_path, monkeypatch
+):
+    (tmp_path / "held").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "held" / "a.png")
+    records = [turn("<image>\nwhat?", "red", image="a.png"), turn("?", "b", image="absent.png")]
+    held_out = written(tmp_path / "held" / "my.jsonl", records)
+    data = Folder(written(tmp_path / "my.jsonl", [turn("a?", "b")]))
+    options = sft.SFTOptions(stage=Stage("x"), data=tmp_path / "my.jsonl", held_out=held_out)
+    asked = []
+
+    def graded(_, encoder, samples, *rest, **more):
+        asked.append((encoder.root, len(samples)))
+        return {"overall": SimpleNamespace(accuracy=0.75)}, []
+
+    monkeypatch.setattr(recipe, "evaluate", graded)
+    check = checker(options, Setup(model, replace(encoder, root=data.root), data))
+    assert check(1) == {"accuracy": 0.75, "score": 0.25, "said": []}
+    assert asked == [(Folder(held_out).root, 1)]
+
+
+def test_the_chains_of_the_data_itself_are_all_of_them(model, encoder, tmp_path):
+    records = [turn("?", "<think>so</think>")]  # a chain without a truth
+    for i in range(9):
+        records += [turn(f"{i}?", f"<think>so {i}</think>\\boxed{{{i}}}"), turn(f"{i}?", "no")]
+    folder = Folder(written(tmp_path / "my.jsonl", records))
+    found = recipe.reference_chains(Setup(model, encoder, folder), Stage("x"))
+    assert [sample.messages[-1].think for sample in found] == [f"so {i}" for i in range(9)]
+    think_prompt = encoder.tokenizer.think_prompt
+    assert all(sample.messages[-2].parts[-1].endswith(think_prompt) for sample in found)

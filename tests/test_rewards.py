@@ -287,6 +287,10 @@ def test_a_chain_says_what_is_true_and_what_it_answers(chain, box, think):
         ('{"logic": 2, "grounding": 1, "consistency": 1}', None),
         ('{"logic": true, "grounding": 1, "consistency": 1}', None),
         ('{"logic": 1, "grounding": 1, "consistency": 1} sure!', None),
+        ('```json\n{"logic": 1,\n"grounding": 1, "consistency": 1}\n```', 1.0),
+        ('```\n{"logic": 1, "grounding": 0, "consistency": 1}\n```', 0.0),
+        ('sure: ```{"logic": 1, "grounding": 1, "consistency": 1}```', None),
+        ('```{"logic": 1, "grounding": 1, "consistency": 1}``` sure!', None),
     ],
 )
 def test_a_judges_reply_is_read_strictly(reply, verdict):

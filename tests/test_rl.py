@@ -21,6 +21,7 @@ import rl
 import rollout
 from claims import algorithms
 from data import world
+from data.sample import BadSample, Faults
 from data.stream import Drawn
 from objective import policy, sampled_logprobs
 from policy_losses import (
@@ -38,6 +39,7 @@ from policy_losses import (
 )
 from recipe import Setup, fit, resolved
 from rollout import oddities
+from scale.parallel import Ranks
 from stage import RLStage
 from vlm import PRESETS, SailVL
 
@@ -1008,3 +1010,20 @@ def test_the_toy_presets_moe_takes_the_dense_weights(config):
     model = SailVL(config).init_weights(0)
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(model.to_moe(text)(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_draw_the_same_and_one_of_them_counts_what_is_left_out(model, encoder):
+    def drawn(rank, strict=False):
+        source = world.World().stream(SMALL.mixture, SMALL.seed, 1)
+        stream = [source[0], BadSample("broken", "x"), source[1], source[2]]
+        faults = Faults(strict)
+        rollouts = rollout.Rollouts(
+            model, encoder, iter(stream), SMALL, Ranks(rank, 2), noisy, faults=faults
+        )
+        return [number for number, _ in rollouts.draw(3)], dict(faults.counts)
+
+    assert drawn(0) == ([0, 2, 3], {"broken": 1})
+    assert drawn(1) == ([0, 2, 3], {})
+    for rank in (0, 1):
+        with pytest.raises(BadSample):
+            drawn(rank, strict=True)

@@ -15,6 +15,7 @@ from test_checkpoint import STAGE, STEPS, bomb, config, forked, results, run, wh
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
 from infra.stopping import StopRequested, StopSignals, check_stop
 from scale.parallel import Ranks
+from stage import Stage
 from train import train
 from vlm import SailVL
 
@@ -268,3 +269,36 @@ def test_a_forked_child_dies_of_sigterm_and_its_parent_hears_nothing():
         assert listener._timer is None and not listener.requested
 
     assert forked(work) == 0
+
+
+@pytest.mark.parametrize("told_in, checked", [("step", 1), ("check", 2)])
+def test_told_to_stop_around_a_check_it_leaves_after_that_step(
+    tmp_path, config, tokenizer, whole, told_in, checked
+):
+    """Told in a step, it begins no check; told in a check, it trains no further step."""
+
+    def tell(place, number):
+        if place == told_in and number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work():
+        steps = []
+
+        def objective(model, batch, stage):
+            steps.append(1)
+            tell("step", len(steps))
+            return answers(model, batch, stage)
+
+        def check(step):
+            with open(tmp_path / "checks", "a") as file:
+                file.write(f"{step}\n")
+            tell("check", step)
+            return {"score": 1.0}
+
+        home = RunDirectory(tmp_path / "run", every=0, check=check, check_every=1)
+        stage = Stage("x", ("adapter", "llm"), steps=4, rows=2, length=128)
+        train(SailVL(config).init_weights(0), stage, made_up(tokenizer), objective, directory=home)
+
+    assert forked(work) == -143
+    assert (tmp_path / "checks").read_text().split() == ["1", "2"][:checked]
+    assert max(checkpoints(tmp_path / "run" / "checkpoints")) == 2

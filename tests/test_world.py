@@ -115,6 +115,7 @@ def test_the_mixtures_of_pre_training_are_what_they_were():
     captions = {"caption": 1.0, "listing": 1.0, "reading": 0.5}
     assert world.CAPTION == captions
     assert world.UNDERSTANDING == captions | {"grounding": 0.8}
+    assert list(world.UNDERSTANDING) == [*captions, "grounding"]  # files are drawn in this order
     rest = {"attributes": 3.0, "spatial": 3.0, "counting": 2.0}
     rest |= {"charts": 2.0, "arithmetic": 2.0, "odd": 1.5}
     assert world.INSTRUCTION == rest
