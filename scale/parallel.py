@@ -14,7 +14,7 @@ and every function returns at once: the loop has no branches.
 
 Ranks that differ train without an error and come apart unseen, so `agree` compares them before the
 first step. A rank that dies or hangs is named by those that waited for it (`missing_ranks`); when
-the launcher dies, its ranks end too (`end_with_parent`).
+the launcher dies, its ranks end too (`Watcher`).
 
 What listens: on one node gloo listens on the loopback interface only (GLOO_SOCKET_IFNAME decides
 otherwise). The rendezvous of torchrun listens on all interfaces, in torchrun's own process, which
@@ -70,6 +70,7 @@ class Meeting:
 
     store: dist.Store | None = None
     timeout: float = TIMEOUT
+    watcher: "Watcher | None" = None  # of the launcher
 
 
 _meeting = Meeting()
@@ -95,7 +96,8 @@ def start(timeout: float = TIMEOUT) -> Ranks:
     if kind != "cpu":
         torch.accelerator.set_device_index(local)
 
-    end_with_parent()
+    if _meeting.watcher is None or not _meeting.watcher.is_alive():
+        _meeting.watcher = Watcher()
     if not dist.is_initialized():
         join(kind, device, timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout)
@@ -165,25 +167,39 @@ def stop() -> None:
     total(0.0)
     dist.destroy_process_group()
     _meeting.store = None
+    if _meeting.watcher is not None:
+        _meeting.watcher.leave()
+        _meeting.watcher = None
 
 
-def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
-    """A thread that ends this process when its launcher is gone, however that died.
+class Watcher(threading.Thread):
+    """Ends this process when its launcher is gone, however that died.
 
-    It is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends after
-    `patience` seconds in any case.
+    The process is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends
+    after `patience` seconds in any case. `leave` ends the thread before the interpreter ends: what
+    a daemon does while that is taken apart is nobody's to say.
     """
-    parent = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(every)
+    def __init__(self, every: float = 1.0, patience: float = ORPHAN):
+        super().__init__(daemon=True)
+        self.parent = os.getppid()
+        self.every = every
+        self.patience = patience
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while os.getppid() == self.parent:
+            if self.over.wait(self.every):
+                return
         _say("the launcher is gone: this rank writes a checkpoint if it can, and ends")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(patience)
-        os._exit(128 + signal.SIGTERM)
+        if not self.over.wait(self.patience):
+            os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def leave(self) -> None:
+        self.over.set()
+        self.join()
 
 
 def place() -> tuple[int, int]:
