@@ -260,14 +260,14 @@ def passes(
     Gradients are added up in the parameters; returns what the objective said of each micro-batch.
     """
     precision = autocast(stage, ranks.device)
-    batches = (batch.to(ranks.device) for batch in micro_batches)
     if isinstance(model, Staged):
-        return model.passes(Work(list(batches), objective, stage, step_weight, precision))
+        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
+        return model.passes(work)
 
     said = []
-    for batch in batches:
+    for batch in micro_batches:
         with precision:
-            loss, statistics = objective(model, batch, stage)
+            loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
         said.append(statistics)
     return said

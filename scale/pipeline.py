@@ -23,12 +23,13 @@ Every rank of a pipeline reads the same rows and takes from them what it needs. 
 over copies and shards as ever (FSDP on each section; train.one_step).
 
 Legend: a *section* is a run of layers with what belongs to its end; S tokens of a micro-batch, C model
-width, E experts. Simplified: sections have equally many layers, although the first has the ViT as well;
-no zero-bubble schedules; pictures are decoded on every rank of a pipeline.
+width, E experts. Simplified: no zero-bubble schedules; pictures are decoded on every rank of a pipeline;
+torch keeps two buffers of a hidden state for every micro-batch of a step.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Callable
 
 import torch
@@ -54,6 +55,9 @@ SCHEDULE_CLASSES = {
     "interleaved": ScheduleInterleaved1F1B,
 }
 SECTIONS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}  # on each rank
+# Shares of tokens, by which layers are counted out: a guess, and nothing but the balance hangs on it
+VISUAL = 0.5
+LABELLED = 0.25
 
 
 # ------------------------------------------------------------------------------- who holds what
@@ -73,10 +77,43 @@ class Elsewhere(nn.Module):
         return x
 
 
-def layers_of(layers: int, sections: int) -> list[range]:
-    """The layers of each section: runs of neighbours, as equal as can be."""
-    cuts = [section * layers // sections for section in range(sections + 1)]
+def layers_of(model: SailVL, sections: int) -> list[range]:
+    """The layers of each section: neighbours, at least one, of about equal cost.
+
+    A token costs as many multiplications as it meets parameters. model: may be on the meta device.
+    """
+    text = model.config.text
+    idle = 1 - text.num_experts_per_tok / text.num_experts if text.num_experts else 0.0
+    costs = []
+    for block in model.language_model.model.layers:
+        parameters = block.named_parameters()
+        costs.append(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in parameters))
+
+    # What the ends have besides: four patches for a visual token, and logits where there are labels
+    patches = 4 * VISUAL
+    costs[0] += patches * sum(p.numel() for p in model.vision_model.parameters())
+    costs[-1] += LABELLED * model.language_model.lm_head.weight.numel()
+    cuts = even_cuts(costs, sections)
     return [range(start, end) for start, end in zip(cuts, cuts[1:])]
+
+
+def even_cuts(costs: list[float], sections: int) -> tuple[int, ...]:
+    """Where to cut a row of costs: 0, .., len(costs), so that the squares of the sections' costs sum to least."""
+    ends = [0, *accumulate(costs)]
+    # where k sections end -> (sum of their squares, their cuts), k = 0, 1, ..
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for _ in range(sections):
+        longer = {}
+        for end in range(1, len(ends)):
+            choices = [
+                (squares + (ends[end] - ends[start]) ** 2, (*cuts, end))
+                for start, (squares, cuts) in best.items()
+                if start < end
+            ]
+            if choices:
+                longer[end] = min(choices)
+        best = longer
+    return best[len(costs)][1]
 
 
 def adopt(part: SailVL, model: SailVL, layers: list[int]) -> None:
@@ -107,6 +144,7 @@ class Work:
     objective: Callable  # (model, batch, stage) -> loss, statistics
     stage: BaseStage
     weight: float  # of the whole step, over all ranks
+    device: str
     precision: torch.autocast
 
 
@@ -141,7 +179,7 @@ class Section(SailVL):
         """The next micro-batch: hidden (S, C) -> hidden (S, C); in the last section its loss (1,)."""
         self.arrived = arrived
         work = self.work
-        batch = work.batches[self.done]
+        batch = work.batches[self.done].to(work.device)
         self.done += 1
         with work.precision:
             if not self.last:
@@ -171,7 +209,7 @@ class Staged(SailVL):
 
         # Sections go around the ranks, and around again
         turns = SECTIONS[layout.schedule]
-        runs = layers_of(model.config.text.num_hidden_layers, layout.pp * turns)
+        runs = layers_of(model, layout.pp * turns)
         mine = range(ranks.stage, len(runs), layout.pp)
         self.runs = runs
         self.sections = {number: Section(model, runs[number]) for number in mine}
