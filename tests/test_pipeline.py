@@ -104,3 +104,52 @@ def outcome(run, model) -> dict:
 def whole(p):
     p = p.detach()
     return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def one_process(case: Case) -> dict:
+    model = small(case.experts)
+    return outcome(train(model, case.stage, rows(case), supervised), model)
+
+
+def in_a_pipeline(case: Case, timeout: float) -> dict:
+    ranks = parallel.start(timeout, case.layout)
+    model = shard_model(small(case.experts), ranks)
+    data = rows(case, ranks.rank, ranks.size)
+    return outcome(train(model, case.stage, data, supervised, ranks), model)
+
+
+def many(cases: dict[str, Case], folder, size: int) -> dict[str, list[dict]]:
+    """Every case on `size` ranks that are started once: what each rank has of it, or how it failed."""
+
+    def work(ranks):
+        return {name: in_a_pipeline(case, ranks.timeout) for name, case in cases.items()}
+
+    said = as_ranks(work, folder, size)
+    assert all(isinstance(part, dict) for part in said), said
+    return {name: [part[name] for part in said] for name in cases}
+
+
+def worst(numbers, expected) -> float:
+    """The largest difference, as a share of the largest expected number."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    return float((numbers - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
+
+
+def same(parts: list[dict], expected: dict, tolerance: float) -> None:
+    """The log on every rank, and the weights of all stages together, are those of one process."""
+    weights = {}
+    for part in parts:
+        for own, one in zip(part["log"], expected["log"], strict=True):
+            assert own.keys() == one.keys()
+            for key, value in one.items():
+                if isinstance(value, dict):
+                    assert own[key].keys() == value.keys(), key
+                    own_values, values = list(own[key].values()), list(value.values())
+                    assert worst(own_values, values) < tolerance, (key, own[key], value)
+                else:
+                    assert worst(own[key], value) < tolerance, (key, own[key], value)
+        weights |= part["weights"]
+    assert weights.keys() == expected["weights"].keys()
+    for name, values in expected["weights"].items():
+        assert worst(weights[name], values) < tolerance, name
