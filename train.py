@@ -38,6 +38,7 @@ from packing import Batch
 from scale import parallel
 from scale.parallel import Ranks
 from scale.pipeline import Staged, Work
+from scale.shard import begin_micro_batch
 from stage import BaseStage
 from vit import VisionBlock, ViT
 from vlm import SailVL
@@ -197,8 +198,7 @@ def one_step(
 
     # What the loss of the whole step, over all ranks, is divided by
     own_weight = sum(batch.weight for batch in micro_batches)
-    (step_weight,) = parallel.total(own_weight)
-    step_weight = max(step_weight, 1e-8)
+    step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
     # Forward and backward
     said = passes(model, micro_batches, objective, step_weight, stage, ranks)
@@ -265,12 +265,30 @@ def passes(
         return model.passes(work)
 
     said = []
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
         with precision:
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
         said.append(statistics)
     return said
+
+
+def agreed_weight(own_weight: float, micro_batches: int) -> float:
+    """The weight of a step over all ranks.
+
+    Raises ValueError when ranks have different numbers of micro-batches: some would wait in the
+    collectives of a backward pass that the others never run.
+    """
+    weight, count, squares = parallel.total(own_weight, micro_batches, micro_batches**2)
+    _, size = parallel.place()
+    if size * squares != count**2:
+        numbers = parallel.gather([micro_batches])
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, numbers))} micro-batches in this step: their data must "
+            "give each of them as many (empty ones, if need be)"
+        )
+    return weight
 
 
 def rate_search(
