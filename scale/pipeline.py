@@ -42,6 +42,8 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
 )
 
+from moe import Decisions, RouterSums, router_sums
+from objective import own_counts
 from packing import Batch
 from scale import parallel
 from scale.layout import Layout
@@ -175,18 +177,35 @@ class Section(SailVL):
             return super().embed(input_ids, images)
         return self.arrived[0]
 
-    def forward(self, *arrived: Tensor) -> Tensor:
-        """The next micro-batch: hidden (S, C) -> hidden (S, C); in the last section its loss (1,)."""
+    def forward(self, *arrived: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The next micro-batch, from what the section before sent to what the next one gets; in the last
+        section to its loss (1,)."""
         self.arrived = arrived
         work = self.work
         batch = work.batches[self.done].to(work.device)
         self.done += 1
         with work.precision:
             if not self.last:
-                return self.hidden(batch.ids, batch.images, batch.positions, batch.segments)
+                return self.run_layers(batch)
             loss, statistics = work.objective(self, batch, work.stage)
         self.statistics.append(statistics)
         return (loss / work.weight).reshape(1)
+
+    def hidden(self, *batch, routing: Decisions | None = None, **more) -> Tensor:
+        """As of the whole model; `routing` knows of the layers before these."""
+        if routing is not None and not self.first:
+            routing.earlier = RouterSums(*self.arrived[1:])
+        return super().hidden(*batch, routing=routing, **more)
+
+    def run_layers(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What goes to the next section: hidden (S, C), with experts the router's sums so far."""
+        routing = Decisions() if self.config.text.num_experts else None
+        given = (batch.ids, batch.images, batch.positions, batch.segments)
+        hidden = self.hidden(*given, routing=routing)
+        if routing is None:
+            return (hidden,)
+        counts = own_counts(routing, batch, self.image_token_id)
+        return hidden, *router_sums(routing, counts, batch.real())
 
 
 # ------------------------------------------------------------------------------------ one rank
@@ -263,8 +282,11 @@ class Staged(SailVL):
         group = self.ranks.mesh["pp"].get_group()
         stages = []
         for number, section in self.sections.items():
-            before = () if section.first else self.between(tokens)
-            after = torch.empty(1, device="meta") if section.last else self.between(tokens)
+            run = self.runs[number]
+            before = () if section.first else self.between(tokens, run.start)
+            after = self.between(tokens, run.stop)
+            if section.last:
+                after = torch.empty(1, device="meta")
             stage = PipelineStage(
                 section,
                 number,
@@ -288,17 +310,26 @@ class Staged(SailVL):
         self.schedules[key] = made
         return made
 
-    def between(self, tokens: int) -> tuple[Tensor, ...]:
-        """What sections send each other, as tensors without memory: shapes are said, never tried out.
+    def between(self, tokens: int, layers: int) -> tuple[Tensor, ...]:
+        """What is sent after so many layers, as tensors without memory: shapes are said, never tried out.
 
         (To find them out, torch would run the model on memory that nobody has written.)
         """
+        text = self.config.text
         dtype = next(self.parameters()).dtype
-        if self.ranks.layout.half:
-            dtype = torch.bfloat16
         with torch.device("meta"):
-            hidden = torch.empty(tokens, self.config.text.hidden_size, dtype=dtype)  # (S, C)
-        return (hidden.requires_grad_(),)
+            wide = torch.bfloat16 if self.ranks.layout.half else dtype
+            hidden = torch.empty(tokens, text.hidden_size, dtype=wide).requires_grad_()  # (S, C)
+            if not text.num_experts:
+                return (hidden,)
+
+            # As the router, in fp32 at least
+            precise = torch.promote_types(dtype, torch.float32)
+            counts = torch.empty(2, layers, text.num_experts)
+            probabilities = torch.empty(text.num_experts, dtype=precise).requires_grad_()
+            squares = torch.empty((), dtype=precise).requires_grad_()
+            decisions = torch.empty((), dtype=precise)
+        return hidden, *RouterSums(counts, probabilities, squares, decisions)
 
 
 # ------------------------------------------------------------------------- groups, and refusals

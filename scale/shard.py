@@ -47,6 +47,7 @@ from moe import Experts, MoE
 from scale.experts import spread_experts
 from scale.layout import Layout
 from scale.parallel import Ranks, whole
+from scale.pipeline import Staged
 from vit import VisionBlock
 from vlm import SailVL
 
@@ -61,9 +62,21 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     for a layout that this model, or this device, does not have.
     """
     layout = ranks.layout
-    if ranks.mesh is None or isinstance(model, FSDPModule):
+    if ranks.mesh is None or isinstance(model, (FSDPModule, Staged)):
         return model
     refuse_layout(model, ranks)
+    if layout.pp > 1:
+        model = Staged(model, ranks)
+        for section in model.sections.values():
+            shard_units(section, ranks)
+        return model
+    shard_units(model, ranks)
+    return model
+
+
+def shard_units(model: nn.Module, ranks: Ranks) -> None:
+    """FSDP2 over a model, or over one section of a pipeline, with its blocks as units."""
+    layout = ranks.layout
 
     # How each unit travels and rests
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -99,7 +112,6 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         module.set_force_sum_reduction_for_comms(True)
     if isinstance(model, SailVL):
         model.always_sees = True
-    return model
 
 
 def refuse_layout(model: nn.Module, ranks: Ranks) -> None:

@@ -4,13 +4,16 @@ Ranks are forked once for each number of them; every case is a whole `train()` t
 rows with and without pictures, one micro-batch in three without any.
 """
 
+import itertools
 import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_ranks import as_ranks
 
 from data.sample import Document
@@ -18,7 +21,9 @@ from objective import supervised
 from packing import collate
 from scale import parallel
 from scale.layout import Layout
+from scale.parallel import whole
 from scale.pipeline import Staged, layers_of, waiting
+from scale.shard import shard_model
 from stage import ALL, Stage
 from train import train
 from vlm import PRESETS, SailVL
@@ -94,62 +99,117 @@ def rows(case: Case, rank: int = 0, size: int = 1):
         yield batches
 
 
-def outcome(run, model) -> dict:
+def outcome(run, model) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What must be the same: the log without times, and the weights."""
-    times = ("data_seconds", "tokens_per_second", "images_per_second")
+    times = ("data_seconds", "tokens_per_second", "images_per_second", "eta")
     log = [{key: value for key, value in row.items() if key not in times} for row in run.log]
-    return {"log": log, "weights": {n: whole(p).tolist() for n, p in model.named_parameters()}}
+    return log, {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
-def whole(p):
-    p = p.detach()
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-
-def one_process(case: Case) -> dict:
+def one_process(case: Case):
     model = small(case.experts)
     return outcome(train(model, case.stage, rows(case), supervised), model)
 
 
-def in_a_pipeline(case: Case, timeout: float) -> dict:
+def in_a_pipeline(case: Case, timeout: float):
     ranks = parallel.start(timeout, case.layout)
     model = shard_model(small(case.experts), ranks)
     data = rows(case, ranks.rank, ranks.size)
     return outcome(train(model, case.stage, data, supervised, ranks), model)
 
 
-def many(cases: dict[str, Case], folder, size: int) -> dict[str, list[dict]]:
-    """Every case on `size` ranks that are started once: what each rank has of it, or how it failed."""
+def many(cases: dict[str, Case], folder, size: int) -> dict[str, list]:
+    """Every case on `size` ranks that are started once: what each rank has of it."""
 
     def work(ranks):
-        return {name: in_a_pipeline(case, ranks.timeout) for name, case in cases.items()}
+        rank, _ = parallel.place_of_all()
+        for name, case in cases.items():
+            log, weights = in_a_pipeline(case, ranks.timeout)
+            save_file(weights, folder / f"{name} {rank}.safetensors")
+            (folder / f"{name} {rank}.json").write_text(json.dumps(log))
+        return "done"
 
-    said = as_ranks(work, folder, size)
-    assert all(isinstance(part, dict) for part in said), said
-    return {name: [part[name] for part in said] for name in cases}
+    assert as_ranks(work, folder, size) == ["done"] * size
+    said: dict[str, list] = defaultdict(list)
+    for name, rank in itertools.product(cases, range(size)):
+        log = json.loads((folder / f"{name} {rank}.json").read_text())
+        said[name].append((log, load_file(folder / f"{name} {rank}.safetensors")))
+    return said
 
 
 def worst(numbers, expected) -> float:
     """The largest difference, as a share of the largest expected number."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    expected = torch.tensor(expected, dtype=torch.float64)
+    numbers = torch.as_tensor(numbers, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
     return float((numbers - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
 
 
-def same(parts: list[dict], expected: dict, tolerance: float) -> None:
+def same(parts: list, expected, tolerance: float) -> None:
     """The log on every rank, and the weights of all stages together, are those of one process."""
+    expected_log, expected_weights = expected
     weights = {}
-    for part in parts:
-        for own, one in zip(part["log"], expected["log"], strict=True):
+    for log, own_weights in parts:
+        weights |= own_weights
+        for own, one in zip(log, expected_log, strict=True):
             assert own.keys() == one.keys()
             for key, value in one.items():
+                found = own[key]
                 if isinstance(value, dict):
-                    assert own[key].keys() == value.keys(), key
-                    own_values, values = list(own[key].values()), list(value.values())
-                    assert worst(own_values, values) < tolerance, (key, own[key], value)
-                else:
-                    assert worst(own[key], value) < tolerance, (key, own[key], value)
-        weights |= part["weights"]
-    assert weights.keys() == expected["weights"].keys()
-    for name, values in expected["weights"].items():
+                    assert found.keys() == value.keys(), key
+                    found, value = list(found.values()), list(value.values())
+                assert worst(found, value) < tolerance, (key, found, value)
+
+    assert weights.keys() == expected_weights.keys()
+    for name, values in expected_weights.items():
         assert worst(weights[name], values) < tolerance, name
+
+
+ADAPTER = replace(STAGE, trains=("adapter",))
+LANGUAGE = replace(STAGE, trains=("llm",))
+EYES = replace(STAGE, trains=("vision", "adapter"))
+TWO = {
+    "1f1b": Case(Layout(pp=2)),
+    "gpipe": Case(Layout(pp=2, schedule="gpipe")),
+    "interleaved": Case(Layout(pp=2, schedule="interleaved")),
+    "experts": Case(Layout(pp=2), experts=True),
+    "experts, interleaved": Case(Layout(pp=2, schedule="interleaved"), experts=True),
+    "experts, bias": Case(Layout(pp=2), experts=True, stage=replace(STAGE, expert_bias_rate=0.01)),
+    "adapter": Case(Layout(pp=2), stage=ADAPTER),
+    "language": Case(Layout(pp=2), stage=LANGUAGE),
+    "language, experts": Case(Layout(pp=2), experts=True, stage=LANGUAGE),
+    "eyes": Case(Layout(pp=2), stage=EYES),
+    "muon": Case(Layout(pp=2), stage=replace(STAGE, optimizer="muon")),
+    "recompute": Case(Layout(pp=2), experts=True, stage=replace(STAGE, recompute=True)),
+    "one micro-batch": Case(Layout(pp=2), micro_batches=1),
+}
+FOUR = {
+    "four stages": Case(Layout(pp=4)),
+    "four stages, experts": Case(Layout(pp=4), experts=True),
+    "copies": Case(Layout(pp=2, copies=2)),
+    "copies, experts": Case(Layout(pp=2, copies=2), experts=True),
+    "shards": Case(Layout(pp=2, shard=2)),
+    "shards, experts": Case(Layout(pp=2, shard=2), experts=True),
+    "shards, interleaved": Case(Layout(pp=2, shard=2, schedule="interleaved")),
+    "spread experts": Case(Layout(pp=2, shard=2, ep=2), experts=True),
+    "shards, language": Case(Layout(pp=2, shard=2), stage=LANGUAGE),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return many(TWO, tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return many(FOUR, tmp_path_factory.mktemp("four"), 4)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_stages_train_as_one_process_does(two, name):
+    same(two[name], one_process(TWO[name]), 1e-6)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_train_as_one_process_does(four, name):
+    same(four[name], one_process(FOUR[name]), 1e-6)
