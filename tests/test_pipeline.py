@@ -100,9 +100,9 @@ def rows(case: Case, rank: int = 0, size: int = 1):
 
 
 def outcome(run, model) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """What must be the same: the log without times, and the weights."""
-    times = ("data_seconds", "tokens_per_second", "images_per_second", "eta")
-    log = [{key: value for key, value in row.items() if key not in times} for row in run.log]
+    """What must be the same: the log without times and what each rank says of its own rows; the weights."""
+    own = ("data_seconds", "tokens_per_second", "images_per_second", "eta", "filled")
+    log = [{key: value for key, value in row.items() if key not in own} for row in run.log]
     return log, {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
@@ -144,9 +144,14 @@ def worst(numbers, expected) -> float:
     return float((numbers - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
 
 
-def same(parts: list, expected, tolerance: float) -> None:
-    """The log on every rank, and the weights of all stages together, are those of one process."""
+def differences(parts: list, expected) -> tuple[float, float, float]:
+    """Of every rank's log, and of the weights of all stages together, from those of one process.
+
+    The largest, each as a share of what it is compared with: of losses, of other numbers, of weights.
+    """
     expected_log, expected_weights = expected
+    of_losses = [0.0]
+    of_others = [0.0]
     weights = {}
     for log, own_weights in parts:
         weights |= own_weights
@@ -157,11 +162,12 @@ def same(parts: list, expected, tolerance: float) -> None:
                 if isinstance(value, dict):
                     assert found.keys() == value.keys(), key
                     found, value = list(found.values()), list(value.values())
-                assert worst(found, value) < tolerance, (key, found, value)
+                kind = of_losses if key in ("loss", "tasks") else of_others
+                kind.append(worst(found, value))
 
     assert weights.keys() == expected_weights.keys()
-    for name, values in expected_weights.items():
-        assert worst(weights[name], values) < tolerance, name
+    of_weights = [worst(weights[name], values) for name, values in expected_weights.items()]
+    return max(of_losses), max(of_others), max(of_weights)
 
 
 ADAPTER = replace(STAGE, trains=("adapter",))
@@ -207,9 +213,10 @@ def four(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_stages_train_as_one_process_does(two, name):
-    same(two[name], one_process(TWO[name]), 1e-6)
+    assert differences(two[name], one_process(TWO[name])) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_train_as_one_process_does(four, name):
-    same(four[name], one_process(FOUR[name]), 1e-6)
+    losses, others, weights = differences(four[name], one_process(FOUR[name]))
+    assert losses < 5e-7 and others < 1e-5 and weights < 1e-5
