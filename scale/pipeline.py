@@ -178,8 +178,7 @@ class Section(SailVL):
         return self.arrived[0]
 
     def forward(self, *arrived: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The next micro-batch, from what the section before sent to what the next one gets; in the last
-        section to its loss (1,)."""
+        """The next micro-batch: what the section before sent -> what the next one gets, or the loss."""
         self.arrived = arrived
         work = self.work
         batch = work.batches[self.done].to(work.device)
@@ -189,7 +188,7 @@ class Section(SailVL):
                 return self.run_layers(batch)
             loss, statistics = work.objective(self, batch, work.stage)
         self.statistics.append(statistics)
-        return (loss / work.weight).reshape(1)
+        return loss / work.weight
 
     def hidden(self, *batch, routing: Decisions | None = None, **more) -> Tensor:
         """As of the whole model; `routing` knows of the layers before these."""
@@ -286,7 +285,7 @@ class Staged(SailVL):
             before = () if section.first else self.between(tokens, run.start)
             after = self.between(tokens, run.stop)
             if section.last:
-                after = torch.empty(1, device="meta")
+                after = torch.empty((), device="meta")
             stage = PipelineStage(
                 section,
                 number,
@@ -306,7 +305,7 @@ class Staged(SailVL):
         if self.ranks.main:
             print(waiting(count, layout), flush=True)
         what = stages if layout.schedule == "interleaved" else stages[0]
-        made = kind(what, count, loss_fn=lambda loss, _: loss.sum(), scale_grads=False)
+        made = kind(what, count, loss_fn=lambda loss, _: loss, scale_grads=False)
         self.schedules[key] = made
         return made
 
