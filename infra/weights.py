@@ -145,11 +145,11 @@ def split_into_shards(stored: dict[str, Tensor], shard_bytes: int) -> dict[str, 
     return dict(zip(file_names(len(groups)), groups))
 
 
-def file_names(count: int) -> list[str]:
-    """Of so many files of weights."""
+def file_names(count: int, stem: str = "model") -> list[str]:
+    """Of so many files of weights (or of something else)."""
     if count == 1:
-        return [SINGLE]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def write_json(path, value) -> None:
@@ -207,7 +207,7 @@ def load_weights(
     return model
 
 
-def check_names(stored: dict[str, Path], wanted: dict[str, Tensor], directory) -> None:
+def check_names(stored: dict[str, Path], wanted: dict, directory) -> None:
     """Raises ValueError unless file and model have the same names."""
     missing = wanted.keys() - stored.keys()
     unused = stored.keys() - wanted.keys()

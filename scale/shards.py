@@ -255,7 +255,7 @@ def read_weights(
 
     # What is wrong on one rank is wrong for all
     everyone = parallel.gather([[stored for part in own.values() for stored, _ in part]], True)
-    wanted = {name for names in everyone for name in names}
+    wanted = dict.fromkeys(name for names in everyone for name in names)
     try:
         stored = weights.locate(directory)
         if weights.is_tied(model):  # one tensor, which may be stored under both of its names
@@ -361,6 +361,12 @@ def plan_files(
             mine.append(PlannedFile(writers.rank, names, nbytes))
     everyone = writers.gather(mine)
     return dict(zip(weights.file_names(len(everyone)), everyone))
+
+
+def index_of_plan(plan: dict[str, PlannedFile]) -> dict:
+    """The index of several files."""
+    shards = {file: planned.names for file, planned in plan.items()}
+    return weights.index_of(shards, sum(planned.nbytes for planned in plan.values()))
 
 
 @torch.no_grad()
