@@ -149,7 +149,7 @@ def train(
             if keeper:
                 executed = len(journal.rows)
                 score = row.get("check", {}).get("score")
-                due = keeper.due(executed) or home.improves(score)
+                due = keeper.due(executed) or keeper.improves(score)
                 if stop or due or step == stage.steps:
                     journal.sync()
                     keeper.save(step, executed, score)
@@ -165,6 +165,8 @@ def train(
         if ended_early and keeper:
             journal.sync()
             keeper.save(step, len(journal.rows))
+        if keeper:
+            keeper.finish()
     finally:
         journal.close()
         if keeper:

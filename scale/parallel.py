@@ -280,19 +280,22 @@ def gather(values: list, everyone: bool = False) -> list:
     return [value for part in parts for value in part]
 
 
-def agree(items: dict[str, object]) -> None:
+def agree(items: dict[str, object], among: object = None) -> None:
     """Compare what must be equal on all ranks, before the first step.
 
-    items: name -> a dict of options, or anything that JSON can hold (a digest, best). Raises
-    ValueError on every rank, which names each rank that differs from rank 0, and in what.
+    items: name -> a dict of options, or anything that JSON can hold (a digest, best). among: only ranks
+    that give the same here are compared. Raises ValueError on every rank, which names each rank that
+    differs from the first one, and in what.
     """
     plain = json.loads(json.dumps(items, default=str))
-    first, *others = gather([plain], everyone=True)
+    firsts: dict = {}
     odd = []
-    for rank, other in enumerate(others, start=1):
+    for rank, (group, other) in enumerate(gather([(among, plain)], everyone=True)):
+        model, first = firsts.setdefault(group, (rank, other))
         for name in first:
             if other.get(name) != first[name]:
-                odd.append(f"rank {rank} has other {name} than rank 0{detail(first, other, name)}")
+                what = detail(first, other, name)
+                odd.append(f"rank {rank} has other {name} than rank {model}{what}")
     if odd:
         raise ValueError(
             f"the ranks were not started alike: {'; '.join(odd)}. Start all of them with the same "
@@ -456,10 +459,27 @@ def report_failure(error: BaseException) -> None:
         pass  # torchrun's own words must do
 
 
-def leave_note(name: str) -> None:
-    """Tell the other ranks something without a collective; see `wait_for_note`."""
-    if _meeting.store is not None:
-        _meeting.store.set(name, "yes")
+def leave_note(name: str, text: str = "yes") -> None:
+    """Tell the other ranks something without a collective, while there is a rendezvous.
+
+    See `wait_for_note` and `read_note`.
+    """
+    if _meeting.store is None:
+        return
+    try:
+        _meeting.store.set(name, text)
+    except RuntimeError:
+        _say("no note can be left: the launcher is gone")
+
+
+def read_note(name: str) -> str | None:
+    """Another rank's note, if it is there by now: this does not wait."""
+    if _meeting.store is None:
+        return None
+    try:
+        return _meeting.store.get(name).decode() if _meeting.store.check([name]) else None
+    except RuntimeError:
+        return None
 
 
 def wait_for_note(name: str, seconds: float) -> bool:
@@ -473,6 +493,22 @@ def wait_for_note(name: str, seconds: float) -> bool:
     return True
 
 
+def all_come(name: str, seconds: float) -> bool:
+    """Whether all ranks call this within some seconds: only then a collective is safe. `name`: new."""
+    rank, size = place_of_all()
+    if _meeting.store is None:
+        return True
+    leave_note(note_of(name, rank))
+    deadline = time.monotonic() + seconds
+    others = [note_of(name, other) for other in range(size)]
+    return all(wait_for_note(other, max(deadline - time.monotonic(), 0.01)) for other in others)
+
+
+def note_of(name: str, rank: int) -> str:
+    """What a rank's note is called in this life: torchrun keeps its store when it starts ranks again."""
+    return f"{name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {rank}"
+
+
 def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
     """Wait for all ranks, calling `each` meanwhile: a collective cannot be interrupted, this can.
 
@@ -482,9 +518,7 @@ def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
     rank, size = place_of_all()
     if _meeting.store is None:
         return
-    # torchrun keeps its store when it starts ranks again
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    names = [f"{name} {life} {other}" for other in range(size)]
+    names = [note_of(name, other) for other in range(size)]
     _meeting.store.set(names[rank], "yes")
     began = time.monotonic()
     while not _meeting.store.check(names) and time.monotonic() - began < _meeting.timeout:

@@ -25,7 +25,7 @@ from generate import (
     next_token,
     stream,
 )
-from infra.checkpoint import commit
+from infra.checkpoint import commit, seal
 from infra.cli import one_line_errors
 from infra.device import pick_device
 from tokenizer import Tokenizer, train_bpe
@@ -477,7 +477,7 @@ def a_checkpoint(run: Path, step: int, config, tokenizer=None, seed: int = 0) ->
         json.dumps({"config": {}, "step": step, "executed": step})
     )
     save_file({}, temporary / "state.safetensors")
-    commit(temporary, run / "checkpoints" / f"step-{step:08d}")
+    commit(temporary, run / "checkpoints" / f"step-{step:08d}", seal(temporary.iterdir()))
 
 
 def test_a_run_that_has_not_ended_answers_from_its_newest_whole_checkpoint(
