@@ -66,6 +66,7 @@ from scale import parallel
 from scale.layout import Layout
 from scale.parallel import Ranks
 from scale.shard import frozen_copy, shard_model, whole_weights
+from scale.shards import save_released
 from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import Run, train
@@ -107,11 +108,13 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
             raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
-    shard_model(model, setup.ranks)
+    laid_out = shard_model(model, setup.ranks)
+    if model is setup.model:
+        setup.model = laid_out
 
     # The loop
     try:
-        run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+        run = train(laid_out, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
             batches.documents.close()  # its worker processes
@@ -550,10 +553,10 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
 
         # Train, and save what came of it
         run = fit(setup, options.stage)
+        save_released(setup.model, options.out, ranks)
         if ranks.main:
             if isinstance(setup.reward, JudgedReward):
                 print(setup.reward.report())
-            setup.model.save_pretrained(options.out)
             setup.encoder.tokenizer.save(options.out)
             print(
                 f"stage {options.stage.name}: loss {run.log[0]['loss']:.3f} -> {run.tail():.3f} in "
@@ -588,6 +591,11 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
     refuse_impossible(stage)
+    if options.layout.pp > 1 and stage.objective != "supervised":
+        raise ValueError(
+            f"--layout.pp {options.layout.pp}: a pipeline wants micro-batches of one size, packed rows; "
+            f"{stage.name} has others: use --layout.shard"
+        )
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
 

@@ -250,7 +250,10 @@ class Staged(SailVL):
         for section in self.sections.values():
             section.language_model.recompute = self.language_model.recompute
             section.begin(work)
-        schedule = self.schedule(len(work.batches), work.batches[0].ids.numel())
+        sizes = {batch.ids.numel() for batch in work.batches}
+        if len(sizes) > 1:
+            raise ValueError(f"--layout.pp: micro-batches of one size are wanted, not of {sizes} tokens")
+        schedule = self.schedule(len(work.batches), sizes.pop())
 
         # A loss of its own for each micro-batch: targets are only counted
         try:
@@ -270,6 +273,28 @@ class Staged(SailVL):
         for section in self.sections.values():
             section.begin(None)
         return said[0]
+
+    @torch.no_grad()
+    def copy_whole(self, plain: SailVL) -> None:
+        """Every parameter of all stages into a plain model, on every rank. All ranks together."""
+        own = dict(self.named_parameters())
+        names: list = [None] * self.ranks.layout.pp
+        with parallel.named_failure():
+            dist.all_gather_object(names, set(own), group=self.line)
+
+        # One at a time, from the stage that has it
+        group = self.ranks.mesh["pp"].get_group()
+        for name, target in plain.named_parameters():
+            if name in own:
+                target.copy_(parallel.whole(own[name]))
+            holder = next(stage for stage, held in enumerate(names) if name in held)
+            with parallel.named_failure():
+                dist.broadcast(target, group=group, group_src=holder)
+
+        # What moves the routers' choice is known to all
+        layers = zip(self.language_model.model.layers, plain.language_model.model.layers)
+        for here, there in layers:
+            there.mlp.bias = getattr(here.mlp, "bias", None)
 
     def schedule(self, count: int, tokens: int):
         """The schedule of `count` micro-batches of `tokens` tokens each."""

@@ -58,9 +58,9 @@ ENTRANCES = ("hidden", "logprobs", "loss")
 
 
 def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Lay a model out over the ranks, in place, before optimizers are made; a second time does nothing.
+    """Lay a model out over the ranks, before optimizers are made; a second time does nothing.
 
-    On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
+    In place, but for a pipeline, where `Staged` holds what this rank keeps of its modules. On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
     for a layout that this model, or this device, does not have.
     """
     layout = ranks.layout
@@ -177,12 +177,12 @@ def frozen_copy(model: SailVL, ranks: Ranks) -> SailVL:
 
 @contextmanager
 def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
-    """The model itself, or of a sharded one a plain copy on every rank, for as long as it is needed.
+    """The model itself, or of one in parts a plain copy on every rank, for as long as it is needed.
 
     All ranks enter together; inside, each may run what it likes, as often as it likes. The copy's
     weights are those that travel: bf16 with --layout.half, routers excepted.
     """
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, (FSDPModule, Staged)):
         yield model
         return
     with torch.device("meta"):
@@ -193,7 +193,10 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
         router.gate.to(dtype)  # as in training: what decides a token's way keeps its precision
     plain.to_empty(device=ranks.device)
     plain.image_token_id = model.image_token_id
-    copy_parameters(model, plain)
+    if isinstance(model, Staged):
+        model.copy_whole(plain)
+    else:
+        copy_parameters(model, plain)
     yield plain.train(model.training).requires_grad_(False)
 
 
