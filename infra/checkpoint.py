@@ -48,6 +48,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NoReturn, Protocol, runtime_checkable
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -298,7 +299,7 @@ def put_aside(path: Path) -> Path | None:
 def not_finite(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
     """Name of the first tensor that holds a NaN or an infinity, in what this rank has of it."""
     for name, tensor in itertools.chain(model.state_dict().items(), tensors.items()):
-        values = shards.held(tensor)
+        values = parallel.local(tensor)
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             return name
     return None
@@ -336,8 +337,7 @@ class RunDirectory:
     best: list | None = None  # [score, executed] of the best checkpoint
     committed: int = 0  # executed steps at the last one that was written; 0: none
     lock: int | None = None  # of the open lock file
-    begun: int = 0  # checkpoints that were begun
-    draft: "Draft | None" = None  # the one that is being written
+    draft: "Draft | None" = None  # the checkpoint that is being written
 
     def __post_init__(self):
         if self.keep < 1 or self.every < 0 or self.check_every < 0:
@@ -502,9 +502,8 @@ class RunDirectory:
         push out good ones.
         """
         assert self.draft is None, "the one before is still being written"
-        self.begun += 1
         writers = Writers.among(ranks)
-        draft = Draft(self.folder, executed, writers, values, self.begun, ranks.timeout)
+        draft = Draft(self.folder, executed, writers, values, ranks.timeout)
         self.draft = draft
 
         # Rank 0 makes room; every rank looks for what must not be written
@@ -512,8 +511,9 @@ class RunDirectory:
         broken = None if there else not_finite(model, tensors)
         if broken:
             problem = problem or f"{broken} is not finite"
-        everyone = writers.gather([(there, problem)])
-        problems = [problem for _, problem in everyone if problem]
+        everyone = writers.gather([(there, problem, uuid4().hex)])
+        draft.token = everyone[0][2]
+        problems = [problem for _, problem, _ in everyone if problem]
         if everyone[0][0] or problems:
             if problems and writers.main:
                 self._fail(draft, problems[0])
@@ -612,8 +612,8 @@ class Draft:
     executed: int
     writers: Writers
     values: dict
-    number: int  # of all that this process began: tells the notes of one from those of another
     patience: float  # seconds that rank 0 waits for the others
+    token: str = ""  # the same on all ranks, and nobody else's: what their notes are called
     began: float = field(default_factory=time.monotonic)
 
     # Copies
@@ -637,7 +637,7 @@ class Draft:
         return self.folder / f"tmp-{self.executed:08d}"
 
     def note(self, rank: int) -> str:
-        return parallel.note_of(f"wrote {self.number} of {self.executed}", rank)
+        return parallel.note_of(f"wrote {self.token}", rank)
 
     def copy(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """To host memory: this rank's share of the weights, whole tensors as released, and its state."""

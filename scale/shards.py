@@ -103,12 +103,6 @@ def box_of(tensor: Tensor) -> Box:
     return Box(tuple(begin), tuple(shape))
 
 
-def held(tensor: Tensor) -> Tensor:
-    """This rank's own values of a tensor, without a copy."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def on_host(tensor: Tensor) -> Tensor:
     """A copy in host memory that nothing else shares."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
@@ -202,7 +196,7 @@ def fill(target: Tensor, pieces: list[Piece], files: Files) -> None:
     Raises ValueError where they do not make it whole.
     """
     own = box_of(target)
-    values = held(target)
+    values = parallel.local(target.detach())
     filled = 0
     for piece in pieces:
         both = own.overlap(piece.box)
@@ -267,7 +261,7 @@ def read_weights(
                 for piece in pieces:
                     files.check(piece)
                 fill(p, pieces, files)
-                if not weights.is_finite(held(p)):
+                if not weights.is_finite(parallel.local(p.detach())):
                     raise ValueError(f"{directory}: {name} holds values that are not finite numbers")
             read = files.read_bytes
     except (ValueError, OSError) as error:
@@ -382,7 +376,7 @@ def own_weights(
     copies = {}
     for name, p in model.named_parameters():
         with parallel.named_failure():
-            whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+            whole = parallel.whole(p.detach())
         if owner_of[name] == writers.row:
             copies |= {stored: on_host(view) for stored, view in layout(name, whole).items()}
         # before the next one is there
@@ -524,8 +518,8 @@ def own_state(tensors: dict[str, Tensor], writers: Writers) -> tuple[dict[str, T
     for name, tensor in tensors.items():
         box = box_of(tensor)
         whole = box.shape == tuple(tensor.shape)
-        if is_first(tensor, writers) and (whole or held(tensor).numel()):
-            copies[name] = on_host(held(tensor))
+        if is_first(tensor, writers) and (whole or parallel.local(tensor).numel()):
+            copies[name] = on_host(parallel.local(tensor.detach()))
             if not whole:
                 boxes[name] = [list(tensor.shape), list(box.begin)]
     return copies, {BOXES: json.dumps(boxes)} if boxes else {}
