@@ -618,7 +618,9 @@ class Draft:
 
     # Copies
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file -> what is in it
-    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> what it says of itself
+    metadata: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # file -> what it says of itself
     config: dict = field(default_factory=dict)  # the model's
     index: dict | None = None  # of the files of weights, where they are several
     state: str = ""  # JSON

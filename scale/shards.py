@@ -51,9 +51,7 @@ FILE_BYTES = 5 << 30  # of a file of weights, at most
 
 # Keys of what belongs to a parameter, by number (0.5, 7) or by name:
 # optimizer.0.5.exp_avg, adalrs.older.o.0.5.exp_avg, and a snapshot of the parameter itself, adalrs.older.t.7
-OF_A_PARAMETER = re.compile(
-    r"(optimizer\.|adalrs\.\w+\.o\.)(.+)\.(\w+)|(adalrs\.\w+\.t\.)(.+)"
-)
+OF_A_PARAMETER = re.compile(r"(optimizer\.|adalrs\.\w+\.o\.)(.+)\.(\w+)|(adalrs\.\w+\.t\.)(.+)")
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -226,13 +224,13 @@ def materialise(
     No rank ever holds more than its shards and one piece. Returns bytes read by this rank. All ranks
     together; raises ValueError as `read_weights` does.
     """
-    model.to(dtype).to_empty(device=device)
+    # of a pipeline's rank, section by section: what is sharded together is theirs
+    for part in [*getattr(model, "sections", {}).values()] or [model]:
+        part.to(dtype).to_empty(device=device)
     return read_weights(model, directory, layout)
 
 
-def read_weights(
-    model: nn.Module, directory, layout: weights.Layout = weights.published
-) -> int:
+def read_weights(model: nn.Module, directory, layout: weights.Layout = weights.published) -> int:
     """Overwrite a model's parameters, sharded or not, with a released directory's (or a checkpoint's).
 
     All ranks together, each reads what it holds. Returns the bytes that this rank read. Raises
@@ -262,7 +260,9 @@ def read_weights(
                     files.check(piece)
                 fill(p, pieces, files)
                 if not weights.is_finite(parallel.local(p.detach())):
-                    raise ValueError(f"{directory}: {name} holds values that are not finite numbers")
+                    raise ValueError(
+                        f"{directory}: {name} holds values that are not finite numbers"
+                    )
             read = files.read_bytes
     except (ValueError, OSError) as error:
         problem = str(error)
