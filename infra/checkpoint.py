@@ -232,7 +232,7 @@ def fault(directory: Path, share: int = 0, shares: int = 1) -> str | None:
     return None if isinstance(config, dict) else f"{STATE} holds no configuration"
 
 
-def parts_of(stem: str, names: Iterable[str]) -> list[str]:
+def part_files(stem: str, names: Iterable[str]) -> list[str]:
     """Those of these files that are parts of one thing: stem.safetensors, or stem-0000i-of-0000n."""
     pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     return sorted(name for name in names if pattern.fullmatch(name))
@@ -240,7 +240,7 @@ def parts_of(stem: str, names: Iterable[str]) -> list[str]:
 
 def lacks(stem: str, names: Iterable[str]) -> str | None:
     """The first of those parts that is not there."""
-    found = parts_of(stem, names)
+    found = part_files(stem, names)
     of = re.search(r"of-(\d+)", found[0]) if found else None
     wanted = weights.file_names(int(of[1]) if of else 1, stem)
     return next((name for name in wanted if name not in found), None)
@@ -689,7 +689,7 @@ class Draft:
         """What this rank has written: its tensors, and on rank 0 all that is no part of them."""
         paths = []
         for path in sorted(self.temporary.iterdir()):
-            part = parts_of("model", [path.name]) or parts_of("state", [path.name])
+            part = part_files("model", [path.name]) or part_files("state", [path.name])
             if path.name in self.metadata or (self.writers.main and not part):
                 paths.append(path)
         return paths
@@ -819,7 +819,7 @@ class Keeper:
 
         # Optimizers and search, under the numbers that they have here
         names = self._names()
-        files = [found / name for name in parts_of("state", os.listdir(found))]
+        files = [found / name for name in part_files("state", os.listdir(found))]
         with shards.SavedState(files) as state:
             rest = names.numbered_rest(values["optimizer"])
             load_optimizer_state(self.optimizers, Part(state, names, "optimizer."), rest)

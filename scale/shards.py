@@ -91,7 +91,7 @@ class Box:
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape))
 
 
-def box_of(tensor: Tensor) -> Box:
+def held_box(tensor: Tensor) -> Box:
     """What this rank holds of a tensor."""
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.ndim, tuple(tensor.shape))
@@ -188,12 +188,12 @@ class Files:
 
 
 @torch.no_grad()
-def fill(target: Tensor, pieces: list[Piece], files: Files) -> None:
+def fill_from(target: Tensor, pieces: list[Piece], files: Files) -> None:
     """Copy all that pieces have of what this rank holds of a tensor.
 
     Raises ValueError where they do not make it whole.
     """
-    own = box_of(target)
+    own = held_box(target)
     values = parallel.local(target.detach())
     filled = 0
     for piece in pieces:
@@ -258,7 +258,7 @@ def read_weights(model: nn.Module, directory, layout: weights.Layout = weights.p
                 pieces = [Piece(stored[n], n, box) for n, box in own[name]]
                 for piece in pieces:
                     files.check(piece)
-                fill(p, pieces, files)
+                fill_from(p, pieces, files)
                 if not weights.is_finite(parallel.local(p.detach())):
                     raise ValueError(
                         f"{directory}: {name} holds values that are not finite numbers"
@@ -410,7 +410,7 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
     if writers.main:
         shards = {file: planned.names for file, planned in plan.items()}
         total = sum(planned.nbytes for planned in plan.values())
-        weights.describe(directory, model.config.to_dict(), shards, total)
+        weights.write_index(directory, model.config.to_dict(), shards, total)
     parallel.total(0.0, everyone=True)
 
 
@@ -516,7 +516,7 @@ def own_state(tensors: dict[str, Tensor], writers: Writers) -> tuple[dict[str, T
     copies = {}
     boxes = {}
     for name, tensor in tensors.items():
-        box = box_of(tensor)
+        box = held_box(tensor)
         whole = box.shape == tuple(tensor.shape)
         if is_first(tensor, writers) and (whole or parallel.local(tensor).numel()):
             copies[name] = on_host(parallel.local(tensor.detach()))
@@ -551,7 +551,7 @@ class SavedState(Files):
             tensor = torch.empty_like(like.detach(), dtype=dtype)
         else:
             tensor = torch.empty(self.shapes[name], dtype=dtype)
-        fill(tensor, pieces, self)
+        fill_from(tensor, pieces, self)
         return tensor
 
 
