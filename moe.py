@@ -28,7 +28,7 @@ Three ways to compute the same, with one signature:
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -50,6 +50,19 @@ class Routing:
     weights: Tensor
 
 
+class RouterSums(NamedTuple):
+    """What the router's losses and statistics are made of: sums over the decisions of some layers.
+
+    counts (2, layers, E): slots of each expert, by text and by visual tokens. probabilities (E,).
+    squares (): of each decision's log-sum-exp. decisions (): how many there are, tokens times layers.
+    """
+
+    counts: Tensor
+    probabilities: Tensor
+    squares: Tensor
+    decisions: Tensor
+
+
 class Decisions:
     """Where each MoE layer leaves its `Routing` in a forward pass, in the order of the layers.
 
@@ -60,6 +73,8 @@ class Decisions:
 
     def __init__(self):
         self.by_layer: dict[int, Routing] = {}
+        # of layers that ran before these, elsewhere (scale/pipeline.py)
+        self.earlier: RouterSums | None = None
 
     def note(self, layer: object, decision: Routing) -> None:
         self.by_layer.setdefault(id(layer), decision)
@@ -390,6 +405,27 @@ def all_logits(routing: Iterable[Routing], keep: Tensor | None) -> Tensor:
     return torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
 
 
+def router_sums(routing: Decisions, counts: Tensor, keep: Tensor | None = None) -> RouterSums:
+    """Of these layers, with those before them. counts: (2, layers, E) of these layers alone."""
+    logits = all_logits(routing, keep)  # (layers * S, E)
+    own = RouterSums(
+        counts,
+        logits.softmax(-1).sum(0),
+        logits.logsumexp(-1).square().sum(),
+        torch.full((), len(logits), device=logits.device, dtype=logits.dtype),
+    )
+    earlier = routing.earlier
+    if earlier is None:
+        return own
+    sums = [before + here for before, here in zip(earlier[1:], own[1:])]
+    return RouterSums(torch.cat([earlier.counts, counts], 1), *sums)
+
+
+def earlier_sums(routing: Iterable[Routing]) -> RouterSums | None:
+    """Those of the layers that another rank ran before these."""
+    return routing.earlier if isinstance(routing, Decisions) else None
+
+
 def balance_loss(
     routing: Iterable[Routing],
     keep: Tensor | None = None,
@@ -407,12 +443,17 @@ def balance_loss(
     """
     probabilities = all_logits(routing, keep).softmax(-1)  # (layers * S, E)
     decisions, experts = probabilities.shape
+    sums = probabilities.sum(0)  # (E,)
+    earlier = earlier_sums(routing)
+    if earlier is not None:
+        assert everyone is not None, "layers elsewhere are counted over all ranks"
+        sums = earlier.probabilities + sums
     if everyone is None:
         counts = tokens_per_expert(routing, keep).sum(0)
     else:
         counts, decisions = everyone
     f = counts.to(probabilities) / decisions  # (E,)
-    f_times_p = f * probabilities.sum(0) / decisions  # (E,)
+    f_times_p = f * sums / decisions  # (E,)
     return experts * f_times_p.sum()
 
 
@@ -421,7 +462,11 @@ def z_loss(routing: Iterable[Routing], keep: Tensor | None = None) -> Tensor:
 
     Keeps them where a softmax in fp32 is sharp.
     """
-    return all_logits(routing, keep).logsumexp(-1).square().mean()
+    squares = all_logits(routing, keep).logsumexp(-1).square()  # (layers * S,)
+    earlier = earlier_sums(routing)
+    if earlier is None:
+        return squares.mean()
+    return (earlier.squares + squares.sum()) / (earlier.decisions + len(squares))
 
 
 @torch.no_grad()

@@ -105,9 +105,8 @@ def router_losses(
     """
     counts, weight = expert_counts(routing, batch, model.image_token_id)
     own_weight = batch.weight
-    layers = [block.mlp for block in model.language_model.model.layers]
     # (a batch of padding decides nothing)
-    decisions = max(float(counts.sum()) / layers[0].top_k, 1.0)
+    decisions = max(float(counts.sum()) / model.config.text.num_experts_per_tok, 1.0)
     everyone = (counts.sum((0, 1)), decisions)
 
     # The losses
@@ -132,13 +131,20 @@ def expert_counts(routing: moe.Decisions, batch: Batch, image_token: int) -> tup
 
     In an evaluation, which ranks need not do together, over this rank alone.
     """
-    image = batch.ids.reshape(-1) == image_token
-    text_counts = moe.tokens_per_expert(routing, batch.real() & ~image)
-    counts = torch.stack([text_counts, moe.tokens_per_expert(routing, image)])
+    counts = own_counts(routing, batch, image_token)
+    if routing.earlier is not None:
+        counts = torch.cat([routing.earlier.counts, counts], 1)
     if not torch.is_grad_enabled():
         return counts, batch.weight
     *summed, weight = parallel.total(*counts.flatten().tolist(), batch.weight)
     return torch.tensor(summed, device=counts.device).view_as(counts), weight
+
+
+def own_counts(routing: moe.Decisions, batch: Batch, image_token: int) -> Tensor:
+    """(2: text and vision, layers, E) slots of each expert, of this rank's tokens and layers."""
+    image = batch.ids.reshape(-1) == image_token
+    text_counts = moe.tokens_per_expert(routing, batch.real() & ~image)
+    return torch.stack([text_counts, moe.tokens_per_expert(routing, image)])
 
 
 # ----------------------------------------------------------------------------------------- policy

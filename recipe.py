@@ -107,11 +107,13 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
             raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
-    shard_model(model, setup.ranks)
+    laid_out = shard_model(model, setup.ranks)
+    if model is setup.model:
+        setup.model = laid_out
 
     # The loop
     try:
-        run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+        run = train(laid_out, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
             batches.documents.close()  # its worker processes
@@ -588,6 +590,11 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
     refuse_impossible(stage)
+    if options.layout.pp > 1 and stage.objective != "supervised":
+        raise ValueError(
+            f"--layout.pp {options.layout.pp}: a pipeline wants micro-batches of one size, packed rows; "
+            f"{stage.name} has others: use --layout.shard"
+        )
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
 

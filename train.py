@@ -32,11 +32,12 @@ from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
 from infra.stopping import StopRequested
 from llm import LLM, Block
-from objective import OBJECTIVES, Objective, mean_by_task
+from objective import OBJECTIVES, Objective, Statistics, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
 from packing import Batch
 from scale import parallel
 from scale.parallel import Ranks
+from scale.pipeline import Staged, Work
 from scale.shard import begin_micro_batch
 from stage import BaseStage
 from vit import VisionBlock, ViT
@@ -201,16 +202,12 @@ def one_step(
     own_weight = sum(batch.weight for batch in micro_batches)
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
-    # Forward and backward, a micro-batch at a time
+    # Forward and backward
+    said = passes(model, micro_batches, objective, step_weight, stage, ranks)
     sums: dict[str, float] = defaultdict(float)
     tasks = []
     expert_counts = []  # of slots, by layer and expert, over all ranks
-    for number, batch in enumerate(micro_batches, start=1):
-        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
-        with autocast(stage, ranks.device):
-            loss, statistics = objective(model, batch.to(ranks.device), stage)
-        (loss / step_weight).backward()
-
+    for statistics in said:
         tasks.append(statistics.pop("tasks", {}))
         if "expert_counts" in statistics:
             expert_counts.append(statistics.pop("expert_counts"))
@@ -250,6 +247,33 @@ def one_step(
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
+
+
+def passes(
+    model: nn.Module,
+    micro_batches: list[Batch],
+    objective: Objective,
+    step_weight: float,
+    stage: BaseStage,
+    ranks: Ranks,
+) -> list[Statistics]:
+    """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
+
+    Gradients are added up in the parameters; returns what the objective said of each micro-batch.
+    """
+    precision = autocast(stage, ranks.device)
+    if isinstance(model, Staged):
+        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
+        return model.passes(work)
+
+    said = []
+    for number, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
+        with precision:
+            loss, statistics = objective(model, batch.to(ranks.device), stage)
+        (loss / step_weight).backward()
+        said.append(statistics)
+    return said
 
 
 def agreed_weight(own_weight: float, micro_batches: int) -> float:

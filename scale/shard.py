@@ -49,6 +49,7 @@ from moe import Experts, MoE
 from scale.experts import spread_experts
 from scale.layout import Layout
 from scale.parallel import Ranks, whole
+from scale.pipeline import Staged
 from vit import VisionBlock
 from vlm import SailVL
 
@@ -57,15 +58,27 @@ ENTRANCES = ("hidden", "logprobs", "loss")
 
 
 def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Lay a model out over the ranks, in place, before optimizers are made; a second time does nothing.
+    """Lay a model out over the ranks, before optimizers are made; a second time does nothing.
 
-    On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
+    In place, but for a pipeline, where `Staged` holds what this rank keeps of its modules. On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
     for a layout that this model, or this device, does not have.
     """
     layout = ranks.layout
-    if ranks.mesh is None or isinstance(model, FSDPModule):
+    if ranks.mesh is None or isinstance(model, (FSDPModule, Staged)):
         return model
     refuse_layout(model, ranks)
+    if layout.pp > 1:
+        model = Staged(model, ranks)
+        for section in model.sections.values():
+            shard_units(section, ranks)
+        return model
+    shard_units(model, ranks)
+    return model
+
+
+def shard_units(model: nn.Module, ranks: Ranks) -> None:
+    """FSDP2 over a model, or over one section of a pipeline, with its blocks as units."""
+    layout = ranks.layout
 
     # How each unit travels and rests
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -106,7 +119,6 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         module.set_force_sum_reduction_for_comms(True)
     if isinstance(model, SailVL):
         model.always_sees = True
-    return model
 
 
 def refuse_layout(model: nn.Module, ranks: Ranks) -> None:
@@ -165,12 +177,12 @@ def frozen_copy(model: SailVL, ranks: Ranks) -> SailVL:
 
 @contextmanager
 def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
-    """The model itself, or of a sharded one a plain copy on every rank, for as long as it is needed.
+    """The model itself, or of one in parts a plain copy on every rank, for as long as it is needed.
 
     All ranks enter together; inside, each may run what it likes, as often as it likes. The copy's
     weights are those that travel: bf16 with --layout.half, routers excepted.
     """
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, (FSDPModule, Staged)):
         yield model
         return
     with torch.device("meta"):
@@ -181,7 +193,10 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
         router.gate.to(dtype)  # as in training: what decides a token's way keeps its precision
     plain.to_empty(device=ranks.device)
     plain.image_token_id = model.image_token_id
-    copy_parameters(model, plain)
+    if isinstance(model, Staged):
+        model.copy_whole(plain)
+    else:
+        copy_parameters(model, plain)
     yield plain.train(model.training).requires_grad_(False)
 
 

@@ -51,6 +51,7 @@ LAYOUTS = {
     "copies": Layout(copies=2, shard=2),
     "ep 2": Layout(shard=4, ep=2),
     "ep 2, copies": Layout(copies=2, shard=2, ep=2),
+    "pp 2": Layout(pp=2, shard=2),
 }
 
 
@@ -84,7 +85,7 @@ def life(ranks, config, tokenizer, path: Path, model=None):
     vlm.token_logprobs = exact_logprobs
     if model is None:
         model = SailVL(config).init_weights(0).double()
-    shard_model(model, ranks)
+    model = shard_model(model, ranks)
     data = FewRows(tokenizer, ranks, dtype=torch.float64)
     run = train(model, SEARCHED, data, ranks=ranks, directory=RunDirectory(path, every=AT, keep=9))
     return model, [row["loss"] for row in run.log]
