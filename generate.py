@@ -301,18 +301,12 @@ def load_model(
 ) -> tuple[SailVL, Tokenizer]:
     """A model directory, or that of a run which has not ended -> model and tokenizer that agree.
 
-    Of a run without a model of its own the newest whole checkpoint is taken, and named on stderr.
     Raises ValueError when there is none, when the device is not there, or when the tokenizer has more
     tokens than the model.
     """
     pick_device(device)
     directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; give that of a saved or released model")
-    place = directory
-    if not (directory / "config.json").is_file() and (directory / "checkpoints").is_dir():
-        place = newest_checkpoint(directory)
-        print(f"{directory} holds no finished model: using {place}", file=sys.stderr)
+    place = weights_place(directory)
     read_config(place)  # its absence is named first
     tokenizer = Tokenizer.load(tokenizer_place(directory, place))
     model = SailVL.from_pretrained(place, dtype, device)
@@ -327,6 +321,20 @@ def load_model(
     model.image_token_id = tokenizer.image
     model.config = replace(model.config, image_token_id=tokenizer.image)
     return model.eval(), tokenizer
+
+
+def weights_place(directory: Path) -> Path:
+    """Where the weights of a model directory are.
+
+    Of a run without a model of its own the newest whole checkpoint is taken, and named on stderr.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; give that of a saved or released model")
+    if (directory / "config.json").is_file() or not (directory / "checkpoints").is_dir():
+        return directory
+    place = newest_checkpoint(directory)
+    print(f"{directory} holds no finished model: using {place}", file=sys.stderr)
+    return place
 
 
 def newest_checkpoint(directory: Path) -> Path:

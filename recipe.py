@@ -49,7 +49,7 @@ from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import askable, evaluate
-from generate import load_model
+from generate import load_model, weights_place
 from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
@@ -62,11 +62,10 @@ from objective import PatchPredictor
 from packing import Batches
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
-from scale import parallel
+from scale import parallel, shards
 from scale.layout import Layout
 from scale.parallel import Ranks
 from scale.shard import frozen_copy, shard_model, whole_weights
-from scale.shards import save_released
 from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import Run, train
@@ -553,7 +552,7 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
 
         # Train, and save what came of it
         run = fit(setup, options.stage)
-        save_released(setup.model, options.out, ranks)
+        shards.save_released(setup.model, options.out, ranks)
         if ranks.main:
             if isinstance(setup.reward, JudgedReward):
                 print(setup.reward.report())
@@ -641,9 +640,10 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     if options.data:
         source = Folder(options.data, options.images, options.strict, options.allow_outside)
 
-    # What learns: a model that exists, or a new one
+    # What learns: a model that exists (read in parts, once it is laid out), or a new one
+    in_parts = reads_in_parts(options, ranks)
     if options.model:
-        model, tokenizer = load_model(options.model)
+        model, tokenizer = load_model(options.model, "meta" if in_parts else "cpu")
     else:
         model, tokenizer = new_model(options.preset, source, options.stage.seed)
 
@@ -667,8 +667,14 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     if options.think_prompt is not None:
         tokenizer.think_prompt = options.think_prompt
 
+    # Onto the device, whole or in parts
+    if in_parts:
+        model = lay_out_and_read(model, options.model, ranks)
+    else:
+        model.to(ranks.device)
+    model.train()
+
     # What goes along
-    model.to(ranks.device).train()
     faults = source.faults if options.data else Faults(options.strict)
     encoder = Encoder(tokenizer, config, source.root)
     harvest = read_chains(options.harvest, encoder, faults) if options.harvest else None
@@ -678,6 +684,21 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
         faults.tracebacks.clear()
     reward = judged_reward(options, encoder, ranks)
     return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest, reward)
+
+
+def reads_in_parts(options: RunOptions, ranks: Ranks) -> bool:
+    """Whether a model goes from its files straight into shards; not where it is changed as a whole first."""
+    changed = options.llm or options.fresh_adapter or options.experts
+    whole_model = options.stage.objective != "next_patch"
+    return bool(ranks.mesh and options.model and whole_model and not changed)
+
+
+def lay_out_and_read(model: SailVL, directory: Path, ranks: Ranks) -> SailVL:
+    """A model on the meta device -> sharded, each rank with the values of what it holds."""
+    model = shard_model(model, ranks)
+    device = "cpu" if ranks.layout.offload else ranks.device
+    shards.materialise(model, weights_place(directory), device=device)
+    return model
 
 
 def judged_reward(options: RunOptions, encoder: Encoder, ranks: Ranks) -> JudgedReward | None:

@@ -335,7 +335,10 @@ class SailVL(nn.Module):
 
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
-        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
+        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit.
+
+        device "meta": the model alone, without memory; scale/shards.py fills it in parts.
+        """
         # Sizes, and how pictures were cut when the weights were trained.
         processor = None
         if Path(directory, "preprocessor_config.json").is_file():
@@ -349,6 +352,8 @@ class SailVL(nn.Module):
 
         with torch.device("meta"):
             model = SailVL(config)
+        if torch.device(device).type == "meta":
+            return model
         return weights.load_weights(model, directory, dtype, device)
 
     def save_pretrained(self, directory) -> None:

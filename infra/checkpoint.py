@@ -48,6 +48,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NoReturn, Protocol, runtime_checkable
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def fault(directory: Path, share: int = 0, shares: int = 1) -> str | None:
     return None if isinstance(config, dict) else f"{STATE} holds no configuration"
 
 
-def parts_of(stem: str, names: Iterable[str]) -> list[str]:
+def part_files(stem: str, names: Iterable[str]) -> list[str]:
     """Those of these files that are parts of one thing: stem.safetensors, or stem-0000i-of-0000n."""
     pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     return sorted(name for name in names if pattern.fullmatch(name))
@@ -239,7 +240,7 @@ def parts_of(stem: str, names: Iterable[str]) -> list[str]:
 
 def lacks(stem: str, names: Iterable[str]) -> str | None:
     """The first of those parts that is not there."""
-    found = parts_of(stem, names)
+    found = part_files(stem, names)
     of = re.search(r"of-(\d+)", found[0]) if found else None
     wanted = weights.file_names(int(of[1]) if of else 1, stem)
     return next((name for name in wanted if name not in found), None)
@@ -298,7 +299,7 @@ def put_aside(path: Path) -> Path | None:
 def not_finite(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
     """Name of the first tensor that holds a NaN or an infinity, in what this rank has of it."""
     for name, tensor in itertools.chain(model.state_dict().items(), tensors.items()):
-        values = shards.held(tensor)
+        values = parallel.local(tensor)
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             return name
     return None
@@ -336,8 +337,7 @@ class RunDirectory:
     best: list | None = None  # [score, executed] of the best checkpoint
     committed: int = 0  # executed steps at the last one that was written; 0: none
     lock: int | None = None  # of the open lock file
-    begun: int = 0  # checkpoints that were begun
-    draft: "Draft | None" = None  # the one that is being written
+    draft: "Draft | None" = None  # the checkpoint that is being written
 
     def __post_init__(self):
         if self.keep < 1 or self.every < 0 or self.check_every < 0:
@@ -502,9 +502,8 @@ class RunDirectory:
         push out good ones.
         """
         assert self.draft is None, "the one before is still being written"
-        self.begun += 1
         writers = Writers.among(ranks)
-        draft = Draft(self.folder, executed, writers, values, self.begun, ranks.timeout)
+        draft = Draft(self.folder, executed, writers, values, ranks.timeout)
         self.draft = draft
 
         # Rank 0 makes room; every rank looks for what must not be written
@@ -512,8 +511,9 @@ class RunDirectory:
         broken = None if there else not_finite(model, tensors)
         if broken:
             problem = problem or f"{broken} is not finite"
-        everyone = writers.gather([(there, problem)])
-        problems = [problem for _, problem in everyone if problem]
+        everyone = writers.gather([(there, problem, uuid4().hex)])
+        draft.token = everyone[0][2]
+        problems = [problem for _, problem, _ in everyone if problem]
         if everyone[0][0] or problems:
             if problems and writers.main:
                 self._fail(draft, problems[0])
@@ -612,13 +612,15 @@ class Draft:
     executed: int
     writers: Writers
     values: dict
-    number: int  # of all that this process began: tells the notes of one from those of another
     patience: float  # seconds that rank 0 waits for the others
+    token: str = ""  # the same on all ranks, and nobody else's: what their notes are called
     began: float = field(default_factory=time.monotonic)
 
     # Copies
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file -> what is in it
-    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> what it says of itself
+    metadata: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # file -> what it says of itself
     config: dict = field(default_factory=dict)  # the model's
     index: dict | None = None  # of the files of weights, where they are several
     state: str = ""  # JSON
@@ -637,7 +639,7 @@ class Draft:
         return self.folder / f"tmp-{self.executed:08d}"
 
     def note(self, rank: int) -> str:
-        return parallel.note_of(f"wrote {self.number} of {self.executed}", rank)
+        return parallel.note_of(f"wrote {self.token}", rank)
 
     def copy(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         """To host memory: this rank's share of the weights, whole tensors as released, and its state."""
@@ -687,7 +689,7 @@ class Draft:
         """What this rank has written: its tensors, and on rank 0 all that is no part of them."""
         paths = []
         for path in sorted(self.temporary.iterdir()):
-            part = parts_of("model", [path.name]) or parts_of("state", [path.name])
+            part = part_files("model", [path.name]) or part_files("state", [path.name])
             if path.name in self.metadata or (self.writers.main and not part):
                 paths.append(path)
         return paths
@@ -817,7 +819,7 @@ class Keeper:
 
         # Optimizers and search, under the numbers that they have here
         names = self._names()
-        files = [found / name for name in parts_of("state", os.listdir(found))]
+        files = [found / name for name in part_files("state", os.listdir(found))]
         with shards.SavedState(files) as state:
             rest = names.numbered_rest(values["optimizer"])
             load_optimizer_state(self.optimizers, Part(state, names, "optimizer."), rest)

@@ -96,7 +96,7 @@ def save_weights(
         del copies  # before the next shard's
 
     total = sum(t.nbytes for t in stored.values())
-    describe(directory, config, shards, total)
+    write_index(directory, config, shards, total)
 
 
 def replace_file(copies: dict[str, Tensor], path: Path) -> None:
@@ -106,7 +106,7 @@ def replace_file(copies: dict[str, Tensor], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def describe(directory: Path, config: dict, shards: dict[str, list[str]], total: int) -> None:
+def write_index(directory: Path, config: dict, shards: dict[str, list[str]], total: int) -> None:
     """What says how to read the files; what is left of an earlier checkpoint goes.
 
     shards: file -> the tensors in it, `total` bytes of them.

@@ -51,9 +51,7 @@ FILE_BYTES = 5 << 30  # of a file of weights, at most
 
 # Keys of what belongs to a parameter, by number (0.5, 7) or by name:
 # optimizer.0.5.exp_avg, adalrs.older.o.0.5.exp_avg, and a snapshot of the parameter itself, adalrs.older.t.7
-OF_A_PARAMETER = re.compile(
-    r"(optimizer\.|adalrs\.\w+\.o\.)(.+)\.(\w+)|(adalrs\.\w+\.t\.)(.+)"
-)
+OF_A_PARAMETER = re.compile(r"(optimizer\.|adalrs\.\w+\.o\.)(.+)\.(\w+)|(adalrs\.\w+\.t\.)(.+)")
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -93,7 +91,7 @@ class Box:
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape))
 
 
-def box_of(tensor: Tensor) -> Box:
+def held_box(tensor: Tensor) -> Box:
     """What this rank holds of a tensor."""
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.ndim, tuple(tensor.shape))
@@ -101,12 +99,6 @@ def box_of(tensor: Tensor) -> Box:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return Box(tuple(begin), tuple(shape))
-
-
-def held(tensor: Tensor) -> Tensor:
-    """This rank's own values of a tensor, without a copy."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -196,13 +188,13 @@ class Files:
 
 
 @torch.no_grad()
-def fill(target: Tensor, pieces: list[Piece], files: Files) -> None:
+def fill_from(target: Tensor, pieces: list[Piece], files: Files) -> None:
     """Copy all that pieces have of what this rank holds of a tensor.
 
     Raises ValueError where they do not make it whole.
     """
-    own = box_of(target)
-    values = held(target)
+    own = held_box(target)
+    values = parallel.local(target.detach())
     filled = 0
     for piece in pieces:
         both = own.overlap(piece.box)
@@ -232,13 +224,13 @@ def materialise(
     No rank ever holds more than its shards and one piece. Returns bytes read by this rank. All ranks
     together; raises ValueError as `read_weights` does.
     """
-    model.to(dtype).to_empty(device=device)
+    # of a pipeline's rank, section by section: what is sharded together is theirs
+    for part in [*getattr(model, "sections", {}).values()] or [model]:
+        part.to(dtype).to_empty(device=device)
     return read_weights(model, directory, layout)
 
 
-def read_weights(
-    model: nn.Module, directory, layout: weights.Layout = weights.published
-) -> int:
+def read_weights(model: nn.Module, directory, layout: weights.Layout = weights.published) -> int:
     """Overwrite a model's parameters, sharded or not, with a released directory's (or a checkpoint's).
 
     All ranks together, each reads what it holds. Returns the bytes that this rank read. Raises
@@ -266,9 +258,11 @@ def read_weights(
                 pieces = [Piece(stored[n], n, box) for n, box in own[name]]
                 for piece in pieces:
                     files.check(piece)
-                fill(p, pieces, files)
-                if not weights.is_finite(held(p)):
-                    raise ValueError(f"{directory}: {name} holds values that are not finite numbers")
+                fill_from(p, pieces, files)
+                if not weights.is_finite(parallel.local(p.detach())):
+                    raise ValueError(
+                        f"{directory}: {name} holds values that are not finite numbers"
+                    )
             read = files.read_bytes
     except (ValueError, OSError) as error:
         problem = str(error)
@@ -382,7 +376,7 @@ def own_weights(
     copies = {}
     for name, p in model.named_parameters():
         with parallel.named_failure():
-            whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+            whole = parallel.whole(p.detach())
         if owner_of[name] == writers.row:
             copies |= {stored: on_host(view) for stored, view in layout(name, whole).items()}
         # before the next one is there
@@ -416,7 +410,7 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
     if writers.main:
         shards = {file: planned.names for file, planned in plan.items()}
         total = sum(planned.nbytes for planned in plan.values())
-        weights.describe(directory, model.config.to_dict(), shards, total)
+        weights.write_index(directory, model.config.to_dict(), shards, total)
     parallel.total(0.0, everyone=True)
 
 
@@ -522,10 +516,10 @@ def own_state(tensors: dict[str, Tensor], writers: Writers) -> tuple[dict[str, T
     copies = {}
     boxes = {}
     for name, tensor in tensors.items():
-        box = box_of(tensor)
+        box = held_box(tensor)
         whole = box.shape == tuple(tensor.shape)
-        if is_first(tensor, writers) and (whole or held(tensor).numel()):
-            copies[name] = on_host(held(tensor))
+        if is_first(tensor, writers) and (whole or parallel.local(tensor).numel()):
+            copies[name] = on_host(parallel.local(tensor.detach()))
             if not whole:
                 boxes[name] = [list(tensor.shape), list(box.begin)]
     return copies, {BOXES: json.dumps(boxes)} if boxes else {}
@@ -557,7 +551,7 @@ class SavedState(Files):
             tensor = torch.empty_like(like.detach(), dtype=dtype)
         else:
             tensor = torch.empty(self.shapes[name], dtype=dtype)
-        fill(tensor, pieces, self)
+        fill_from(tensor, pieces, self)
         return tensor
 
 
