@@ -169,7 +169,8 @@ def poisoned(released: Path, copy: Path) -> None:
     save_file(tensors, last, {"format": "pt"})
 
 
-def test_released_files_from_two_ranks_and_straight_into_their_shards(tmp_path, small):
+@pytest.mark.parametrize("layout", [Layout(shard=2, ep=2), Layout(pp=2)], ids=["shards", "stages"])
+def test_released_files_from_two_ranks_and_straight_into_their_shards(tmp_path, small, layout):
     """The tensors that one process writes, bit for bit; each rank reads what it keeps; a fault is both's."""
     released = tmp_path / "released"
 
@@ -193,12 +194,12 @@ def test_released_files_from_two_ranks_and_straight_into_their_shards(tmp_path, 
         parallel.stop()
         return [read, len(same), all(same), str(refused.value)]
 
-    first, second = as_ranks(work, tmp_path, layout=Layout(shard=2, ep=2))
+    first, second = as_ranks(work, tmp_path, layout=layout)
     one = SailVL(small).init_weights(3)
     size = sum(p.numel() * 4 for p in one.parameters())
-    assert first[1:] == second[1:] and first[2]
-    assert "holds values that are not finite numbers" in first[3]
-    assert first[0] + second[0] == size and abs(first[0] - second[0]) < 0.1 * size
+    assert first[2] and second[2] and first[0] + second[0] == size
+    assert first[3] == second[3] and "holds values that are not finite numbers" in first[3]
+    assert layout.pp > 1 or abs(first[0] - second[0]) < 0.1 * size
 
     whole = SailVL.from_pretrained(released)
     assert len(list(released.glob("model-*"))) > 4
