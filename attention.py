@@ -76,10 +76,10 @@ class Segments:
         # Nothing continues anything: the same as saying nothing.
         if after == tuple(range(len(after))):
             after = ()
-        return Segments(lengths, running_sum(lengths).to(device), after)
+        return Segments(lengths, running_sum(lengths).to(device, non_blocking=True), after)
 
     def to(self, device) -> "Segments":
-        return Segments(self.lengths, self.cu.to(device), self.after)
+        return Segments(self.lengths, self.cu.to(device, non_blocking=True), self.after)
 
     def positions(self) -> Tensor:
         """(S,) int64: from 0 in every document, or from where the continued one ends."""
@@ -89,7 +89,7 @@ class Segments:
             parent = self.after[document] if self.after else document
             start = self.lengths[parent] if parent != document else 0
             parts.append(torch.arange(start, start + length))
-        return torch.cat(parts).to(self.cu.device)
+        return torch.cat(parts).to(self.cu.device, non_blocking=True)
 
     @cached_property
     def keys(self) -> tuple[Tensor, "Segments"]:
@@ -111,7 +111,7 @@ class Segments:
             places += visible
             counts.append(len(visible))
         device = self.cu.device
-        return torch.tensor(places, device=device), Segments.of(counts, device)
+        return torch.tensor(places).to(device, non_blocking=True), Segments.of(counts, device)
 
 
 def running_sum(lengths: tuple[int, ...]) -> Tensor:

@@ -70,15 +70,15 @@ class Replay(list):
         place = self.places.setdefault(id(layer), len(self.places))
         return self.choices[place]
 
-    def rerouted_share(self) -> float:
-        """Share of the replayed choices that the present router would not make."""
+    def rerouted_share(self) -> Tensor:
+        """Share of the replayed choices that the present router would not make: a scalar."""
         kept = []
         for routing, choices in zip(self, self.choices, strict=True):
             k = choices.shape[1]
             own = routing.logits.topk(k, dim=-1).indices
             same = choices[:, :, None] == own[:, None]  # (S, K, K)
             kept.append(same.any(2).float().mean())
-        return 1 - float(sum(kept)) / len(kept)
+        return 1 - torch.stack(kept).mean()
 
 
 def route(
@@ -164,8 +164,7 @@ class GroupedExperts(torch.autograd.Function):
         order = expert.argsort(stable=True)
         rows = torch.arange(len(order), device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows).view_as(indices)  # (S, K)
-        counts = torch.bincount(expert, minlength=gate_up.shape[0])
-        ends = counts.cumsum(0).to(torch.int32)  # (E,)
+        ends = slots_of(expert, gate_up.shape[0]).cumsum(0).to(torch.int32)  # (E,)
 
         # Every expert on its own rows.
         token = order // indices.shape[1]
@@ -219,6 +218,15 @@ class GroupedExperts(torch.autograd.Function):
             x_rows = x.index_select(0, token)
             d_gate_up = F.grouped_mm(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
         return d_x, None, d_weights, d_gate_up, d_down
+
+
+def slots_of(experts: Tensor, E: int, counted: Tensor | None = None) -> Tensor:
+    """(E,) int64: how often each expert stands in `experts` (n,), where `counted` (n,) bool says so.
+
+    `bincount` would do, but on an accelerator it makes the host wait, to look at the largest number.
+    """
+    ones = torch.ones_like(experts) if counted is None else counted.to(experts.dtype)
+    return experts.new_zeros(E).scatter_add_(0, experts, ones)
 
 
 def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -331,16 +339,15 @@ def tokens_per_expert(routing: list[Routing], keep: Tensor | None = None) -> Ten
     """(layers, E) how many slots each expert received; `keep` (S,) bool leaves tokens out."""
     counts = []
     for r in routing:
-        indices = r.indices if keep is None else r.indices[keep]
-        experts = r.logits.shape[-1]
-        count = torch.bincount(indices.reshape(-1), minlength=experts)
+        counted = None if keep is None else keep[:, None].expand_as(r.indices).reshape(-1)
+        count = slots_of(r.indices.reshape(-1), r.logits.shape[-1], counted)
         counts.append(count.float())
     return torch.stack(counts)
 
 
 def expert_load(indices: Tensor, experts: int) -> Tensor:
     """(E,) share of the routed slots that each expert received; sums to 1."""
-    counts = torch.bincount(indices.reshape(-1), minlength=experts)
+    counts = slots_of(indices.reshape(-1), experts)
     return counts.float() / max(indices.numel(), 1)
 
 
@@ -351,17 +358,22 @@ def entropy(load: Tensor) -> Tensor:
 
 
 def all_logits(routing: list[Routing], keep: Tensor | None) -> Tensor:
-    """(layers * S, E), less the tokens that `keep` (S,) bool leaves out."""
+    """(layers * S, E), less the tokens that `keep` leaves out.
+
+    keep: (S,) bool, or the positions (n,) int64, whose number nobody has to wait for.
+    """
     return torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
 
 
 def balance_loss(
-    routing: list[Routing], keep: Tensor | None = None, everyone: tuple[Tensor, float] | None = None
+    routing: list[Routing],
+    keep: Tensor | None = None,
+    everyone: tuple[Tensor, Tensor | float] | None = None,
 ) -> Tensor:
     """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE.
 
     f_e: how often expert e was chosen per token (over e it sums to K). P_e: its mean probability. The
-    loss is K at perfect balance and more when skewed. `keep` (S,) bool leaves padding out.
+    loss is K at perfect balance and more when skewed. `keep` (as in `all_logits`) leaves padding out.
 
     Balance is wanted over the global batch: a rank whose few documents are all of one kind should be
     free to use few experts. everyone: the choices (E,) and the number of token decisions of all

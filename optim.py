@@ -196,10 +196,11 @@ def training_memory(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
     )
 
 
-def clip_gradients(model: nn.Module, limit: float) -> tuple[float, dict[str, float]]:
+def clip_gradients(model: nn.Module, limit: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Scale all gradients so that their joint norm is at most `limit`.
 
-    Returns the norm before, and that of each part.
+    Returns the norm before, and for each part those of its parameters: on the device, as the host need
+    not know them to scale.
     """
     # What has a gradient
     names = []
@@ -214,9 +215,8 @@ def clip_gradients(model: nn.Module, limit: float) -> tuple[float, dict[str, flo
     total = torch.linalg.vector_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
 
-    # And each part's own, for the log
-    squares: dict[str, float] = defaultdict(float)
-    for name, norm in zip(names, norms.tolist()):
-        squares[part_of(name)] += norm**2
-    by_part = {part: math.sqrt(square) for part, square in squares.items()}
-    return float(total), by_part
+    # And those of each part, for the log
+    by_part: dict[str, list[Tensor]] = defaultdict(list)
+    for name, norm in zip(names, norms.unbind()):
+        by_part[part_of(name)].append(norm)
+    return total, {part: torch.stack(own) for part, own in by_part.items()}

@@ -146,19 +146,6 @@ class RolloutBatch(Batch):
     def weight(self) -> float:
         return self.divisor
 
-    def to(self, device) -> "RolloutBatch":
-        if str(device) == "cpu":
-            return self
-        moved = {}
-        for name in ("at", "sequence", "place", "old", "mask", "advantage", "reference"):
-            value = getattr(self, name)
-            moved[name] = None if value is None else value.to(device)
-        choices = None if self.choices is None else [c.to(device) for c in self.choices]
-        packed = vars(super().to(device))
-        return RolloutBatch(
-            **packed, **moved, choices=choices, divisor=self.divisor, stats=self.stats
-        )
-
 
 @dataclass
 class Group:

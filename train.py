@@ -32,7 +32,7 @@ from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
 from infra.stopping import StopRequested
 from llm import LLM, Block
-from objective import OBJECTIVES, Objective, mean_by_task
+from objective import OBJECTIVES, Objective, Statistics, fetch, loss_by_task, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
 from packing import Batch
 from scale import parallel
@@ -200,23 +200,24 @@ def one_step(
     step_weight = max(step_weight, 1e-8)
 
     # Forward and backward, a micro-batch at a time
-    sums: dict[str, float] = defaultdict(float)
-    tasks = []
+    collected: list[Statistics] = []
     expert_counts = []  # of slots, by layer and expert, over all ranks
     for batch in micro_batches:
         with autocast(stage, ranks.device):
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
-
-        tasks.append(statistics.pop("tasks", {}))
         if "expert_counts" in statistics:
             expert_counts.append(statistics.pop("expert_counts"))
-        for key, value in statistics.items():
-            sums[key] += value
+        collected.append(statistics)
 
     # One gradient for all ranks, of a bounded norm
     parallel.sum_gradients([p for p in model.parameters() if p.requires_grad])
-    norm, norm_by_part = clip_gradients(model, stage.clip)
+    norms = clip_gradients(model, stage.clip)
+
+    # The one wait for the device: all that it has found out in this step
+    (norm, norms_by_part), collected = fetch((norms, collected))
+    norm_by_part = {part: math.sqrt(sum(n * n for n in own)) for part, own in norms_by_part.items()}
+    sums, tasks = summed(collected, micro_batches)
 
     # Statistics over all ranks
     tokens = sum(batch.ids.numel() for batch in micro_batches)
@@ -247,6 +248,23 @@ def one_step(
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
+
+
+def summed(
+    collected: list[Statistics], micro_batches: list[Batch]
+) -> tuple[dict[str, float], list[dict]]:
+    """Statistics of the micro-batches, as numbers -> their sums, and (loss, weight) by task of each."""
+    sums: dict[str, float] = defaultdict(float)
+    tasks = []
+    for statistics, batch in zip(collected, micro_batches, strict=True):
+        documents = statistics.pop("tasks", [])
+        means = statistics.pop("means", {})
+        tasks.append(loss_by_task(batch.owners, documents) if documents else {})
+        for key, value in statistics.items():
+            sums[key] += value
+        for key, value in means.items():
+            sums[key] += value * batch.weight
+    return sums, tasks
 
 
 def rate_search(

@@ -206,6 +206,16 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
+def sum_where_it_lies(value: Tensor) -> Tensor:
+    """Sum over ranks of a tensor, on its own device: the host does not wait for what it holds."""
+    if not dist.is_initialized():
+        return value
+    value = value.contiguous()
+    with named_failure():
+        dist.all_reduce(value)
+    return value
+
+
 def gather(values: list) -> list:
     """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights)."""
     if not dist.is_initialized():
