@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attend
 from infra import weights
 from infra.config import read_config, read_llm, write_llm
-from moe import HAS_TRITON, MoE
+from moe import HAS_TRITON, Decisions, MoE
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Decisions | None = None) -> Tensor:
         gate = self.gate_proj(x)  # (S, I)
         up = self.up_proj(x)
         return self.down_proj(choose_elementwise(gate).swiglu(gate, up))
@@ -247,7 +247,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, attend: Attend, layer: int, routing: list | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope, attend: Attend, layer: int, routing: Decisions | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
         return x + self.mlp(self.post_attention_layernorm(x), routing)
 
@@ -286,11 +288,11 @@ class LLM(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None
+        self, x: Tensor, positions: Tensor, attend: Attend, routing: Decisions | None = None
     ) -> Tensor:
         """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm.
 
-        Logits are `lm_head` of that. `routing`, when a list, receives one `moe.Routing` from each
+        Logits are `lm_head` of that. `routing`, when given, receives one `moe.Routing` from each
         MoE layer (for the balance loss and statistics).
         """
         # The same turns for all layers.

@@ -39,6 +39,7 @@ from evaluate import text_of
 from generate import Answer, generate
 from infra.endpoint import in_threads, png_of
 from infra.stopping import check_stop
+from moe import Decisions
 from objective import sampled_logprobs
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
@@ -777,7 +778,7 @@ def pack_rollouts(
 @torch.no_grad()
 def chosen_experts(model: SailVL, batch: RolloutBatch) -> list[Tensor]:
     """Per MoE layer the experts (S, K) that the present policy sends each token to."""
-    routing: list = []
+    routing = Decisions()
     batch = batch.to(model.language_model.lm_head.weight.device)
     model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
     return [layer.indices.cpu() for layer in routing]

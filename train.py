@@ -37,6 +37,7 @@ from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, tra
 from packing import Batch
 from scale import parallel
 from scale.parallel import Ranks
+from scale.shard import begin_micro_batch
 from stage import BaseStage
 from vit import VisionBlock, ViT
 from vlm import SailVL
@@ -196,13 +197,13 @@ def one_step(
 
     # What the loss of the whole step, over all ranks, is divided by
     own_weight = sum(batch.weight for batch in micro_batches)
-    (step_weight,) = parallel.total(own_weight)
-    step_weight = max(step_weight, 1e-8)
+    step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
     # Forward and backward, a micro-batch at a time
     collected: list[Statistics] = []
     expert_counts = []  # of slots, by layer and expert, over all ranks
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
         with autocast(stage, ranks.device):
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
@@ -212,12 +213,10 @@ def one_step(
 
     # One gradient for all ranks, of a bounded norm
     parallel.sum_gradients([p for p in model.parameters() if p.requires_grad])
-    norms = clip_gradients(model, stage.clip)
+    norm, norm_by_part = clip_gradients(model, stage.clip)
 
-    # The one wait for the device: all that it has found out in this step
-    (norm, norms_by_part), collected = fetch((norms, collected))
-    norm_by_part = {part: math.sqrt(sum(n * n for n in own)) for part, own in norms_by_part.items()}
-    sums, tasks = summed(collected, micro_batches)
+    # All else that the device has found out in this step, at once: it waits for the norm only
+    sums, tasks = summed(fetch(collected), micro_batches)
 
     # Statistics over all ranks
     tokens = sum(batch.ids.numel() for batch in micro_batches)
@@ -265,6 +264,23 @@ def summed(
         for key, value in means.items():
             sums[key] += value * batch.weight
     return sums, tasks
+
+
+def agreed_weight(own_weight: float, micro_batches: int) -> float:
+    """The weight of a step over all ranks.
+
+    Raises ValueError when ranks have different numbers of micro-batches: some would wait in the
+    collectives of a backward pass that the others never run.
+    """
+    weight, count, squares = parallel.total(own_weight, micro_batches, micro_batches**2)
+    _, size = parallel.place()
+    if size * squares != count**2:
+        numbers = parallel.gather([micro_batches])
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, numbers))} micro-batches in this step: their data must "
+            "give each of them as many (empty ones, if need be)"
+        )
+    return weight
 
 
 def rate_search(
