@@ -15,11 +15,12 @@ z (S*K, 2I). Sources: Qwen3-MoE as released; SAIL-VL2 section 2.2, which names "
 load-balancing loss and average activation across ranks" and gives no formula: the loss below is the
 standard one of Switch and Qwen3-MoE.
 
-Three ways to compute the same, with one signature:
+Four ways to compute the same, with one signature:
 
     expert_mixture              the definition; any dtype; reads only the experts that were hit,
                                 which is what decoding wants
     expert_mixture_grouped      one autograd function around grouped products; the CPU's fast path
+    expert_mixture_npu          the same with an Ascend NPU's grouped product (kernels/npu.py; not run here)
     expert_mixture_triton       the same on a GPU (kernels/moe_triton.py)
 
 `choose_path` is the one place that picks; tests compare outputs and all gradients.
@@ -163,19 +164,34 @@ def expert_mixture_grouped(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """The same by one sort and grouped products: no loop, and no zeroed full-size gradients."""
-    return GroupedExperts.apply(x, indices, weights, gate_up, down)
+    return GroupedExperts.apply(x, indices, weights, gate_up, down, F.grouped_mm)
+
+
+def expert_mixture_npu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`expert_mixture_grouped` by the grouped product of an Ascend NPU."""
+    from kernels.npu import grouped_product_npu  # other devices have no use for it
+
+    return GroupedExperts.apply(x, indices, weights, gate_up, down, grouped_product_npu)
 
 
 class GroupedExperts(torch.autograd.Function):
     """Sort, two grouped products, weighted sum; expert e owns the rows ends[e - 1] : ends[e].
 
     Autograd would keep the sorted copy of x, silu(gate), a and y as well; this keeps x and z and
-    computes the rest again. Gradients of frozen inputs are not computed.
+    computes the rest again. Gradients of frozen inputs are not computed. product: as `F.grouped_mm`.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+        ctx,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        product: Callable[..., Tensor],
     ) -> Tensor:
         gate_up = gate_up.contiguous()  # grouped products want rows of whole 16 bytes
         down = down.contiguous()
@@ -190,12 +206,13 @@ class GroupedExperts(torch.autograd.Function):
         # Every expert on its own rows.
         token = order // indices.shape[1]
         x_rows = x.index_select(0, token)  # (S*K, C)
-        z = F.grouped_mm(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
+        z = product(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
         del x_rows  # before y exists, which is as large
         gate, up = z.chunk(2, dim=-1)
         a = F.silu(gate).mul_(up)  # (S*K, I)
-        y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
+        y = product(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
 
+        ctx.product = product
         ctx.save_for_backward(x, z, weights, order, inverse, ends, gate_up, down)
         return combine_slots(y, inverse, weights)
 
@@ -203,7 +220,8 @@ class GroupedExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, z, weights, order, inverse, ends, gate_up, down = ctx.saved_tensors
-        needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad
+        needs_x, _, needs_weights, needs_gate_up, needs_down, _ = ctx.needs_input_grad
+        product = ctx.product
         d_x = d_weights = d_gate_up = d_down = None
 
         # What the forward pass had and did not keep.
@@ -216,7 +234,7 @@ class GroupedExperts(torch.autograd.Function):
         # Through the sum over slots and W2: to a, as if every routing weight were 1.
         grad_rows = grad.contiguous().index_select(0, token)  # (S*K, C)
         if needs_x or needs_weights or needs_gate_up:
-            d_a = F.grouped_mm(grad_rows, down, offs=ends)  # (S*K, I)
+            d_a = product(grad_rows, down, offs=ends)  # (S*K, I)
 
         # To the routing weights: <dO, y> = <dO W2, a>, and the second form needs no y.
         if needs_weights:
@@ -224,7 +242,7 @@ class GroupedExperts(torch.autograd.Function):
 
         # To W2, with the routing weight on the smaller of the two factors.
         if needs_down:
-            d_down = F.grouped_mm(grad_rows.T, a.mul_(share), offs=ends)  # (E, C, I)
+            d_down = product(grad_rows.T, a.mul_(share), offs=ends)  # (E, C, I)
 
         # Through SwiGLU to z, and from there to x and W13.
         if needs_x or needs_gate_up:
@@ -234,11 +252,11 @@ class GroupedExperts(torch.autograd.Function):
             d_z = torch.cat([d_gate, d_up], dim=-1)  # (S*K, 2I)
             del d_gate
         if needs_x:
-            d_x = combine_slots(F.grouped_mm(d_z, gate_up, offs=ends), inverse)  # (S, C)
+            d_x = combine_slots(product(d_z, gate_up, offs=ends), inverse)  # (S, C)
         if needs_gate_up:
             x_rows = x.index_select(0, token)
-            d_gate_up = F.grouped_mm(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
-        return d_x, None, d_weights, d_gate_up, d_down
+            d_gate_up = product(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
+        return d_x, None, d_weights, d_gate_up, d_down, None
 
 
 def slots_of(experts: Tensor, E: int, counted: Tensor | None = None) -> Tensor:
@@ -277,6 +295,9 @@ def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Ca
         from kernels.moe_triton import expert_mixture_triton  # a CPU has no use for Triton
 
         return expert_mixture_triton
+
+    if x.device.type == "npu":
+        return expert_mixture_npu
 
     many_slots = indices.numel() >= gate_up.shape[0]
     return expert_mixture_grouped if many_slots else expert_mixture
