@@ -26,7 +26,9 @@ are units of their own, in fp32. `--layout.offload`: parts rest in host memory, 
 steps.
 """
 
+import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Iterator
 
@@ -40,7 +42,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from llm import Block
 from moe import Experts, MoE
@@ -86,8 +88,13 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, (Block, VisionBlock)):
             unit(module, mesh=dense, mp_policy=policy, shard_placement_fn=cut_of(layout.shard))
+    trains = any(p.requires_grad for p in model.parameters())
     fully_shard(
-        model, mesh=dense, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
+        model,
+        mesh=dense,
+        mp_policy=policy,
+        offload_policy=offload,
+        reshard_after_forward=not trains,
     )
 
     # Where one may come in, and how gradients are summed
@@ -137,7 +144,23 @@ def begin_micro_batch(model: nn.Module, layout: Layout, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
-# --------------------------------------------------------------------------------- whole copies
+# --------------------------------------------------------------------------------------- copies
+
+
+def frozen_copy(model: SailVL, ranks: Ranks) -> SailVL:
+    """The same weights a second time, laid out alike, not to be trained: what a KL penalty refers to."""
+    if not isinstance(model, FSDPModule):
+        twin = copy.deepcopy(model)
+    else:
+        with torch.device("meta"):
+            twin = SailVL(model.config)
+        twin.image_token_id = model.image_token_id
+    twin.requires_grad_(False)
+    shard_model(twin, replace(ranks, layout=replace(ranks.layout, zero=3)))
+    if isinstance(model, FSDPModule):
+        twin.to_empty(device="cpu" if ranks.layout.offload else ranks.device)
+        copy_parameters(model, twin)
+    return twin.train(model.training)
 
 
 @contextmanager
@@ -151,27 +174,26 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
         yield model
         return
     with torch.device("meta"):
-        copy = SailVL(model.config)
-    if ranks.layout.half:
-        copy.bfloat16()
-    copy.to_empty(device=ranks.device)
-    copy.image_token_id = model.image_token_id
-    copy_whole(model, copy)
-    yield copy.train(model.training).requires_grad_(False)
+        plain = SailVL(model.config)
+    dtype = next(model.parameters()).dtype
+    plain.to(torch.bfloat16 if ranks.layout.half else dtype)
+    for router in routers_of(plain):
+        router.gate.to(dtype)  # as in training: what decides a token's way keeps its precision
+    plain.to_empty(device=ranks.device)
+    plain.image_token_id = model.image_token_id
+    copy_parameters(model, plain)
+    yield plain.train(model.training).requires_grad_(False)
 
 
 @torch.no_grad()
-def copy_whole(model: nn.Module, copy: nn.Module) -> None:
-    """Every parameter of a sharded model, one at a time, into a plain one, on all ranks."""
-    # What decides a token's way keeps its precision, and what is no parameter goes along
-    for here, there in zip(routers_of(model), routers_of(copy), strict=True):
-        there.gate.to(here.gate.weight.dtype)
-        there.bias = here.bias
-
-    parameters = zip(model.named_parameters(), copy.named_parameters(), strict=True)
+def copy_parameters(model: nn.Module, twin: nn.Module) -> None:
+    """Of a sharded model into another one that is sharded alike, or not at all. On all ranks together."""
+    parameters = zip(model.named_parameters(), twin.named_parameters(), strict=True)
     for (name, p), (other, q) in parameters:
         assert name == other, f"a copy of another model: {name}, {other}"
-        q.copy_(whole(p))
+        q.copy_(p if isinstance(q, DTensor) else whole(p))
+    for here, there in zip(routers_of(model), routers_of(twin), strict=True):
+        there.bias = here.bias
 
 
 def routers_of(model: nn.Module) -> list[MoE]:
