@@ -118,7 +118,7 @@ def test_replayed_routing_survives_experts_elsewhere(tmp_path, sparse, encoder):
 def test_without_company_the_rank_that_goes_on_waits_in_vain(
     tmp_path, sparse, encoder, monkeypatch
 ):
-    """The defect that `catch_up` mends: it ends, by the timeout and with the missing rank's name."""
+    """The defect that `catch_up` mends: no answer within the timeout, on either rank."""
     monkeypatch.setattr("scale.parallel.ROLL_CALL", 0.3)
     monkeypatch.setattr(Rounds, "catch_up", lambda self, each: None)
 
@@ -126,7 +126,7 @@ def test_without_company_the_rank_that_goes_on_waits_in_vain(
         return learned(sparse, encoder, ranks)
 
     said = as_ranks(work, tmp_path, 2, 5.0, Layout(shard=2, ep=2))
-    assert any("did not take part" in str(text) for text in said)
+    assert all("Error: " in text for text in said), said
 
 
 def test_the_company_is_kept_until_the_last_rank_has_ended(tmp_path, sparse):
