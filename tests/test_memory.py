@@ -228,15 +228,15 @@ def test_the_cache_is_what_generation_allocates():
 
 @pytest.mark.parametrize("at_once", [0, 2])
 def test_sampling_never_holds_more_than_is_counted(at_once):
-    """Twelve answers to one prompt of the paper's proportions: four times as long as an answer."""
+    """Eight answers to one prompt of the paper's proportions: four times as long as an answer."""
     from generate import generate
 
     model = SailVL(PRESETS["toy"]).init_weights()
-    stage = RLStage(prompts=1, group=12, batch=1, max_prompt=400, max_new=100, at_once=at_once)
-    prompt = (torch.arange(400) % 300).tolist()
+    stage = RLStage(prompts=1, group=8, batch=1, max_prompt=80, max_new=20, at_once=at_once)
+    prompt = (torch.arange(80) % 300).tolist()
 
     def sample() -> None:
-        generate(model, [(prompt, [])], -1, 100, 12, 1.0, at_once=at_once)
+        generate(model, [(prompt, [])], -1, 20, 8, 1.0, at_once=at_once)
 
     peak = peak_bytes(sample)
     cache = memory.cache_bytes(model.config.text, stage, 1, half=False)
@@ -267,11 +267,12 @@ def test_what_trains_less_takes_less_and_what_is_kept_for_ever_is_counted():
     assert alone["step"] == 0  # nothing is summed
     kept = stage_memory("SAIL-VL2-2B", replace(sft1, recompute=False))
     assert kept["total"] > 80e9  # what recompute is for
-    leashed = replace(rl.PAPER["verifiable"], kl=0.1)
-    leash = stage_memory("SAIL-VL2-2B", leashed)
+    leash = stage_memory("SAIL-VL2-2B", replace(rl.PAPER["verifiable"], kl=0.1))
     assert leash["reference"] == 4 * parameters
-    # With a reference beside it, half of a group at a time is what fits
-    assert leash["total"] > 80e9 > stage_memory("SAIL-VL2-2B", replace(leashed, at_once=4))["total"]
+    # Two prompts in a call: their sixteen answers do not fit, eight at a time do
+    two = replace(rl.PAPER["verifiable"], batch=2)
+    assert stage_memory("SAIL-VL2-2B", two)["total"] > 80e9
+    assert stage_memory("SAIL-VL2-2B", replace(two, at_once=8))["total"] < 80e9
 
 
 def test_an_unknown_preset_is_named():
