@@ -345,7 +345,7 @@ class Pixels:
     weight: float = 1.0
 
     def to(self, device) -> "Pixels":
-        return replace(self, images=self.images.to(device))
+        return replace(self, images=self.images.to(device, non_blocking=True))
 
 
 def pixel_batches(

@@ -266,6 +266,17 @@ def total(*values: float, everyone: bool = False) -> list[float]:
     return sums.tolist()
 
 
+def sum_where_it_lies(value: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks of `total`, on its own device: the host does not wait for it."""
+    if not dist.is_initialized():
+        return value
+    group = _meeting.mesh["dp"].get_group() if _meeting.mesh else None
+    value = value.contiguous()
+    with named_failure():
+        dist.all_reduce(value, group=group)
+    return value
+
+
 def gather(values: list, everyone: bool = False) -> list:
     """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights).
 

@@ -44,11 +44,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from infra.stopping import StopRequested
 from llm import Block
 from moe import Experts, MoE
-from scale.experts import spread_experts
+from scale.experts import Rounds, catch_up, spread_experts
 from scale.layout import Layout
-from scale.parallel import Ranks, whole
+from scale.parallel import Ranks, local, whole
 from scale.pipeline import Staged
 from vit import VisionBlock
 from vlm import SailVL
@@ -176,8 +177,10 @@ def frozen_copy(model: SailVL, ranks: Ranks) -> SailVL:
 def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     """The model itself, or of one in parts a plain copy on every rank, for as long as it is needed.
 
-    All ranks enter together; inside, each may run what it likes, as often as it likes. The copy's
-    weights are those that travel: bf16 with --layout.half, routers excepted.
+    All ranks enter and leave together; inside, each may run what it likes, as often as it likes. The
+    copy's weights are those that travel: bf16 with --layout.half, routers excepted. Experts that are
+    spread stay spread (a pipeline's do not), each whole on its rank: ranks that share them run in step
+    (`experts.Rounds`), and one that is to meet the others calls `experts.catch_up` before it does.
     """
     if not isinstance(model, (FSDPModule, Staged)):
         yield model
@@ -188,13 +191,32 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     plain.to(torch.bfloat16 if ranks.layout.half else dtype)
     for router in routers_of(plain):
         router.gate.to(dtype)  # as in training: what decides a token's way keeps its precision
+    together = ranks.layout.ep > 1 and not isinstance(model, Staged)
+    spread = [m for m in plain.modules() if isinstance(m, Experts) and together]
+    for module in spread:
+        spread_experts(module, ranks.mesh["ep"])
     plain.to_empty(device=ranks.device)
     plain.image_token_id = model.image_token_id
     if isinstance(model, Staged):
         model.copy_whole(plain)
     else:
         copy_parameters(model, plain)
-    yield plain.train(model.training).requires_grad_(False)
+
+    # Ranks that share experts go on together, also when one of them was told to stop
+    if spread:
+        rounds = Rounds(plain, ranks.mesh["ep"].get_group())
+        for module in spread:
+            module.mixture.rounds = rounds
+    try:
+        yield plain.train(model.training).requires_grad_(False)
+    except StopRequested:
+        catch_up(plain, each=no_matter)
+        raise
+    catch_up(plain, each=no_matter)
+
+
+def no_matter() -> None:
+    """Nothing more can end this wait."""
 
 
 @torch.no_grad()
@@ -203,7 +225,14 @@ def copy_parameters(model: nn.Module, twin: nn.Module) -> None:
     parameters = zip(model.named_parameters(), twin.named_parameters(), strict=True)
     for (name, p), (other, q) in parameters:
         assert name == other, f"a copy of another model: {name}, {other}"
-        q.copy_(p if isinstance(q, DTensor) else whole(p))
+        alike = isinstance(q, DTensor) and q.device_mesh == p.device_mesh
+        if alike:
+            q.copy_(p)
+        elif isinstance(q, DTensor):  # experts, spread alike and sharded no further
+            mesh = q.device_mesh
+            local(q).copy_(whole(p).chunk(mesh.size())[mesh.get_local_rank()])
+        else:
+            q.copy_(whole(p))
     for here, there in zip(routers_of(model), routers_of(twin), strict=True):
         there.bias = here.bias
 

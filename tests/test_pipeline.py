@@ -197,6 +197,7 @@ MUON = replace(STAGE, optimizer="muon")
 RECOMPUTE = replace(STAGE, recompute=True)
 # (the z-loss is a mean over each rank's own tokens, with and without a pipeline)
 BALANCE = replace(STAGE, router_z=0.0)
+HALF = replace(STAGE, precision="bf16")
 WIDE = torch.float64
 TURNS = "interleaved"
 
@@ -216,6 +217,8 @@ TWO_MORE = {
     "eyes": Case(Layout(pp=2, schedule=TURNS), stage=EYES),
     "muon": Case(Layout(pp=2), stage=MUON),
     "recompute": Case(Layout(pp=2), True, RECOMPUTE),
+    "autocast": Case(Layout(pp=2), True, HALF),
+    "weights travel as bf16": Case(Layout(pp=2, half=True), True),
     "one micro-batch": Case(Layout(pp=2), micro_batches=1),
 }
 FOUR = {
@@ -254,7 +257,9 @@ four_more = started(FOUR_MORE, 4)
 def check(case: Case, parts: list) -> None:
     """Another order of sums, with more than one copy or shard, is seen in fp64 alone; without, nothing."""
     losses, others, weights = differences(parts, reference(case))
-    if case.rows_together > 1:
+    if case.layout.half:
+        assert 0 < losses < 1e-2
+    elif case.rows_together > 1:
         assert losses < 1e-14 and others < 1e-14 and weights < 1e-11
     else:
         # balance and z-loss are added up by section
