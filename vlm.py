@@ -199,7 +199,9 @@ class SailVL(nn.Module):
         """
         placeholders = input_ids == self.image_token_id  # (B, T)
         if torch.is_grad_enabled() and not input_ids.is_cpu:
-            torch._assert_async(placeholders.sum() == visual)
+            torch._assert_async(
+                placeholders.sum() == visual, "image placeholders are not as many as visual tokens"
+            )
             return
         by_row = placeholders.sum(1).tolist()
         if sum(by_row) == visual:

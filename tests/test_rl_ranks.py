@@ -10,13 +10,15 @@ import pytest
 import torch
 from ranks_helpers import as_ranks
 
+from attention import Segments, attend_inside
 from data import world
 from evaluate import evaluate
+from infra.stopping import StopRequested
 from recipe import Setup, fit
-from scale.experts import Rounds
+from scale.experts import Rounds, catch_up
 from scale.layout import Layout
 from scale.parallel import Ranks, local
-from scale.shard import whole_weights
+from scale.shard import shard_model, whole_weights
 from stage import RLStage
 from vlm import PRESETS, SailVL
 
@@ -130,25 +132,31 @@ def test_without_company_the_rank_that_goes_on_waits_in_vain(
 
 
 def test_the_company_is_kept_until_the_last_rank_has_ended(tmp_path, sparse):
-    """Passes of different numbers and lengths; one rank waits twice, the other meets it in between."""
+    """Passes of different numbers and lengths; then one rank is told to stop, and the other goes on."""
+
+    def passes(llm, lengths: list[int]) -> list[float]:
+        met = []
+        for length in lengths:
+            tokens = torch.arange(length)
+            alone = attend_inside(Segments.of([length]), causal=True)
+            hidden = llm(llm.embed(tokens), tokens, alone)
+            met.append(float(hidden.square().mean()))
+        return met
 
     def work(ranks):
-        from attention import Segments, attend_inside
-        from scale.experts import catch_up
-        from scale.shard import shard_model
-
         model = shard_model(SailVL(sparse).init_weights(0), ranks)
-        met = []
         with whole_weights(model, ranks) as plain, torch.no_grad():
-            llm = plain.language_model
-            for length in [3, 1, 5, 2, 2][: 5 if ranks.rank else 2]:
-                tokens = torch.arange(length)
-                alone = attend_inside(Segments.of([length]), causal=True)
-                hidden = llm(llm.embed(tokens), tokens, alone)
-                met.append(float(hidden.square().mean()))
+            met = passes(plain.language_model, [3, 1, 5, 2, 2][: 5 if ranks.rank else 2])
             catch_up(plain, lambda: met.append(-1.0))
+        try:
+            with whole_weights(model, ranks) as plain, torch.no_grad():
+                if ranks.rank == 0:
+                    raise StopRequested()
+                met += passes(plain.language_model, [4, 4])
+        except StopRequested:
+            met.append(-2.0)
         return met
 
     first, second = as_ranks(work, tmp_path, 2, 30.0, Layout(shard=2, ep=2))
-    assert first[:2] == pytest.approx(second[:2]) and first[2:] == [-1.0] * 3
-    assert len(second) == 5 and min(second) > 0
+    assert first[:2] == pytest.approx(second[:2]) and first[2:] == [-1.0, -1.0, -1.0, -2.0]
+    assert len(second) == 7 and min(second) > 0
