@@ -44,7 +44,7 @@ from data.encode import (
     truth_of,
     with_thinking,
 )
-from data.images import normalise
+from data.images import stacked
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
@@ -60,7 +60,7 @@ from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
 from infra.text import printable
 from objective import PatchPredictor
-from packing import Batches
+from packing import Batches, sent
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel
@@ -112,7 +112,7 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
         run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
-            batches.documents.close()  # its worker processes
+            batches.close()  # its worker processes
 
     # Nothing is left out without a word, on any rank
     faults = merged_faults(setup.faults)
@@ -254,7 +254,7 @@ def packed_rows(setup: Setup, stage: Stage, samples) -> tuple[SailVL, Batches]:
     )
 
     # Documents in numbered lanes, rows in the same order for any number of ranks
-    documents = Documents(samples, encoder, setup.faults, workers=setup.workers)
+    documents = Documents(samples, encoder, setup.faults)
     batches = Batches(
         documents,
         stage.length,
@@ -264,6 +264,7 @@ def packed_rows(setup: Setup, stage: Stage, samples) -> tuple[SailVL, Batches]:
         setup.ranks.rank,
         setup.ranks.size,
         per_sample=by_sample,
+        workers=setup.workers,
     )
     return setup.model, batches
 
@@ -334,14 +335,14 @@ FEEDS: dict[str, Callable] = {
 class Pixels:
     """A batch of images as the loop takes it; `ids` is what tokens a second are counted by."""
 
-    images: Tensor  # (N, 3, H, W)
+    images: Tensor  # (N, 3, H, W) uint8
     prefix: int  # patches that are seen both ways
     ids: Tensor  # (N, patches)
     filled: float = 1.0
     weight: float = 1.0
 
     def to(self, device) -> "Pixels":
-        return replace(self, images=self.images.to(device))
+        return replace(self, images=sent(self.images, device))
 
 
 def pixel_batches(
@@ -372,7 +373,7 @@ def pixel_batches(
 
         prefix = rng.randrange(per_image // 2)
         ids = torch.zeros(count, per_image, dtype=torch.int64)
-        yield [Pixels(normalise(images), prefix, ids, weight=count / total)]
+        yield [Pixels(stacked(images), prefix, ids, weight=count / total)]
 
 
 def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> Iterator:

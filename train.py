@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from infra.stopping import StopRequested
 from llm import LLM, Block
 from objective import OBJECTIVES, Objective, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
-from packing import Batch
+from packing import Batch, weight_of
 from scale import parallel
 from scale.parallel import Ranks
 from stage import BaseStage
@@ -63,7 +63,7 @@ class Run:
 def train(
     model: nn.Module,
     stage: BaseStage,
-    data: Iterator[list[Batch]],
+    data: Iterator[Sequence[Batch]],
     objective: Objective | None = None,
     ranks: Ranks = Ranks(),
     directory: Path | RunDirectory | None = None,
@@ -181,7 +181,7 @@ def train(
 def one_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    micro_batches: list[Batch],
+    micro_batches: Sequence[Batch],
     objective: Objective,
     rate: float,
     stage: BaseStage,
@@ -195,19 +195,24 @@ def one_step(
     began = time.time()
 
     # What the loss of the whole step, over all ranks, is divided by
-    own_weight = sum(batch.weight for batch in micro_batches)
-    (step_weight,) = parallel.total(own_weight)
+    (step_weight,) = parallel.total(weight_of(micro_batches))
     step_weight = max(step_weight, 1e-8)
 
     # Forward and backward, a micro-batch at a time
     sums: dict[str, float] = defaultdict(float)
     tasks = []
+    tokens = 0
+    images = 0
+    filled = 0.0
     expert_counts = []  # of slots, by layer and expert, over all ranks
     for batch in micro_batches:
         with autocast(stage, ranks.device):
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
 
+        tokens += batch.ids.numel()
+        images += 0 if batch.images is None else len(batch.images)
+        filled += batch.filled
         tasks.append(statistics.pop("tasks", {}))
         if "expert_counts" in statistics:
             expert_counts.append(statistics.pop("expert_counts"))
@@ -219,8 +224,6 @@ def one_step(
     norm, norm_by_part = clip_gradients(model, stage.clip)
 
     # Statistics over all ranks
-    tokens = sum(batch.ids.numel() for batch in micro_batches)
-    images = sum(len(batch.images) for batch in micro_batches if batch.images is not None)
     *totals, all_tokens, all_images = parallel.total(*sums.values(), tokens, images)
     row = {key: value / step_weight for key, value in zip(sums, totals)}
 
@@ -243,7 +246,7 @@ def one_step(
         "grad_norm": norm,
         "grad_norms": norm_by_part,
         "skipped": not finite,
-        "filled": sum(batch.filled for batch in micro_batches) / len(micro_batches),
+        "filled": filled / len(micro_batches),
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }

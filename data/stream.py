@@ -614,6 +614,11 @@ def _begin(samples: Any, encoder: Encoder | None) -> None:
     """What a worker process does first."""
     global _mine
     _mine = (samples, encoder)
+    end_with_starter()
+
+
+def end_with_starter() -> None:
+    """A process that works for another: one thread, and no longer life."""
     torch.set_num_threads(1)
 
     # Ctrl-C is for the parent, which saves first; and without a parent there is nothing to do
