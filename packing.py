@@ -27,7 +27,7 @@ import math
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -496,16 +496,19 @@ class Opening:
 
 def pieces(
     samples: Any, encoder: Any, faults: Faults, workers: int, cut: Cut, row: int, states: dict
-) -> Iterator[Opening | dict]:
+) -> Generator[Opening | dict, None, None]:
     """Steps without end, each an Opening and its micro-batches: what the packing process makes. Its
     own worker processes read and decode."""
     documents = Documents(samples, encoder, faults, workers=workers)
-    lanes = Lanes(documents, cut, row, states)
-    while True:
-        step = lanes.step()
-        yield Opening(len(step), step.weight, step.made, step.after, faults.copy())
-        for batch in step:
-            yield as_arrays(batch)
+    try:
+        lanes = Lanes(documents, cut, row, states)
+        while True:
+            step = lanes.step()
+            yield Opening(len(step), step.weight, step.made, step.after, faults.copy())
+            for batch in step:
+                yield as_arrays(batch)
+    finally:
+        documents.close(wait=True)
 
 
 TENSORS = ("ids", "labels", "weights", "positions")

@@ -15,7 +15,8 @@ chooses, lays out rows and stacks pixels. Items travel pickled, arrays as bytes;
 
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any, Callable, Iterator
+from multiprocessing.util import Finalize
+from typing import Any, Callable, Generator
 
 import torch
 
@@ -23,13 +24,13 @@ from data.stream import end_with_starter
 
 
 class Ahead:
-    """The iterator that `make()` returns in another process; at most `most` items are in the works.
+    """The generator that `make()` returns in another process; at most `most` items are in the works.
 
     make: something that can be pickled, as a `functools.partial` of a function of a module. What the
-    iterator raises is raised here, at its turn; BrokenProcessPool when the process dies.
+    generator raises is raised here, at its turn; BrokenProcessPool when the process dies.
     """
 
-    def __init__(self, make: Callable[[], Iterator], most: int):
+    def __init__(self, make: Callable[[], Generator], most: int):
         self.most = most
         self.coming: deque[Future] = deque()
         context = torch.multiprocessing.get_context("spawn")
@@ -49,11 +50,15 @@ class Ahead:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin_items(make: Callable[[], Iterator]) -> None:
+def _begin_items(make: Callable[[], Generator]) -> None:
     """What the process does first."""
     global _items
     end_with_starter()
     _items = make()
+
+    # A process waits for its own workers before it ends. They must be told before the queue to them
+    # is closed, which has priority 10.
+    Finalize(None, _items.close, exitpriority=100)
 
 
 def _next_item() -> Any:

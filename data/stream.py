@@ -479,10 +479,10 @@ class Documents:
     def share(self, part: int, parts: int) -> "Share":
         return Share(self, part, parts)
 
-    def close(self) -> None:
-        """End the worker processes, if there are any."""
+    def close(self, wait: bool = False) -> None:
+        """End the worker processes, if there are any; `wait` until they are gone."""
         if self.workers:
-            self.workers.close()
+            self.workers.close(wait)
 
 
 class Share:
@@ -606,8 +606,8 @@ class Workers:
         self.generation += 1
         self.open()
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def close(self, wait: bool = False) -> None:
+        self.pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _begin(samples: Any, encoder: Encoder | None) -> None:
