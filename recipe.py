@@ -45,7 +45,8 @@ from data.encode import (
     with_thinking,
 )
 from data.images import stacked
-from data.readers import Folder
+from data.readers import CACHE, CACHE_BYTES, Folder
+from data.remote import ShardCache
 from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
@@ -55,7 +56,6 @@ from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
 from infra.endpoint import ChatEndpoint
-from infra.identity import data_identity
 from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
 from infra.text import printable
@@ -497,6 +497,8 @@ class RunOptions:
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead; 0: none
     strict: bool = False  # make the first bad sample an error
+    cache: Path = CACHE  # copies of remote shards, if --data is an address (s3://...)
+    cache_gib: float = CACHE_BYTES / 2**30  # most that they may take on this machine
     # image paths may lead out of the images' folder, also through links
     allow_outside: bool = False
 
@@ -608,7 +610,8 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("grace", "timeout", "row", "judge_url", "judge_key", "judge_timeout")
+    free += ("cache", "cache_gib", "grace", "timeout", "row")
+    free += ("judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,
         {key: value for key, value in asdict(options).items() if key not in free},
@@ -619,7 +622,7 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
         options.check_every,
         options.tracker,
         tokenizer=setup.encoder.tokenizer,
-        data_identity=data_identity(path for path, _ in setup.source.files) if options.data else "",
+        data_identity=setup.source.identity() if options.data else "",
         grace=options.grace,
     )
 
@@ -629,7 +632,14 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     # What it learns from
     source = World()
     if options.data:
-        source = Folder(options.data, options.images, options.strict, options.allow_outside)
+        source = Folder(
+            options.data,
+            options.images,
+            options.strict,
+            options.allow_outside,
+            ShardCache(options.cache, int(options.cache_gib * 2**30)),
+            options.timeout,
+        )
 
     # What learns: a model that exists, or a new one
     if options.model:

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 
 from data.encode import Encoder
+from data.remote import StoreError
 from data.sample import BadSample, Document, Faults, Sample
 from infra.text import printable
 
@@ -298,6 +299,9 @@ def fault_of(error: Exception, origin: str) -> BadSample:
     the first of."""
     if isinstance(error, BadSample):
         return error
+    # of a store that is away, no record is guilty
+    if isinstance(error, StoreError):
+        raise error
     kind = type(error).__name__
     fault = BadSample(f"unexpected {kind}", f"{origin}: {error}"[:300])
     fault.traceback = "".join(traceback.format_exception(error))
