@@ -51,8 +51,12 @@ def place_on_node() -> tuple[int, int]:
 
 
 def key_of_index(parts: list) -> str:
+    """A digest of what an index depends on: these parts, and the code of this room."""
     text = json.dumps(parts, default=str, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:32]
 
 
 def folder_of_indexes() -> Path:

@@ -37,7 +37,7 @@ from data.mixture import Dataset, datasets_of, files_of, unread_files
 from data.remote import ShardCache, is_remote
 from data.sample import BadSample, Faults, Sample, Video
 from data.stream import Drawn, Order
-from infra.identity import data_identity, revision
+from infra.identity import data_identity
 
 # Where copies of remote shards lie unless a command says otherwise, and how many bytes of them.
 CACHE = Path("~/.cache/nanosail/shards")
@@ -128,7 +128,7 @@ class Folder:
 
     def key(self) -> str:
         """What an index of these shards depends on, in short."""
-        return key_of_index([revision(), self.datasets, self.faults.strict, self.versions])
+        return key_of_index([self.datasets, self.faults.strict, self.versions])
 
     def versions_of_shards(self) -> list:
         """What tells each shard from another one in its place."""

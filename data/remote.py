@@ -197,7 +197,7 @@ class ShardCache:
         while time.monotonic() < until:
             with locked(entry / "lock", fcntl.LOCK_SH):
                 if copy.exists():
-                    os.utime(copy)
+                    mark_used(copy)
                     yield copy
                     return
             # not there, or others have just removed it
@@ -224,8 +224,10 @@ class ShardCache:
         found = version_of(address, self.patience)
         if known_version(entry) != found:
             with locked(entry / "lock", fcntl.LOCK_EX):
-                remove_files(entry / "data")
-                write_whole(entry / "version.json", json.dumps(found))
+                # unless a neighbour has done so in the meantime
+                if known_version(entry) != found:
+                    remove_files(entry / "data")
+                    write_whole(entry / "version.json", json.dumps(found))
         return found
 
     def fetch(self, address: str, entry: Path, copy: Path) -> None:
@@ -298,7 +300,7 @@ class ShardCache:
                 about = file.stat()
             except FileNotFoundError:
                 continue
-            files.append((about.st_mtime_ns, about.st_size, file))
+            files.append((about.st_atime_ns, about.st_size, file))
         used = sum(bytes_of for _, bytes_of, _ in files)
 
         for _, bytes_of, file in sorted(files):
@@ -309,6 +311,11 @@ class ShardCache:
                     file.unlink(missing_ok=True)
                     used -= bytes_of
         return used + size <= self.limit
+
+
+def mark_used(file: Path) -> None:
+    """Its time of use alone: its time of change tells readers whether what they kept of it is true."""
+    os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
 
 
 def known_version(entry: Path) -> dict | None:

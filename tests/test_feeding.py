@@ -8,18 +8,23 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY
-from test_packing import told
+from conftest import EVERY, ROOT
+from test_packing import record, told
 
 import packing
-from data import world
+from data import index, readers, world
 from data.encode import Encoder
 from data.images import normalise, stacked
+from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, Drawn
 from data.world import World
@@ -188,3 +193,128 @@ def test_real_processes_make_the_steps_of_this_one_and_may_be_killed(encoder, ca
     ahead.close()
     assert ahead.documents.faults.counts == plain.documents.faults.counts
     assert "the packing process died and is replaced" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- one index a node
+
+
+def as_neighbours(work, folder: Path, size: int = 3) -> list:
+    """work(rank) in processes that torchrun would have started on one machine; what each returned, or
+    the error that it ended with."""
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            try:
+                said = work(rank)
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            (folder / f"said-{rank}").write_text(json.dumps(said))
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [json.loads((folder / f"said-{rank}").read_text()) for rank in range(size)]
+
+
+def contents(folder: Folder) -> list:
+    """All that a source knows after its first look."""
+    groups = [[k, task, found.tolist()] for (k, task), found in folder.groups.items()]
+    files = [[str(path), k] for path, k in folder.files]
+    return [folder.spans.tolist(), groups, files, *map(dict, folder.faults.held())]
+
+
+def two_files(place: Path) -> Path:
+    """Sixty records of two tasks, three of them bad."""
+    for name in "ab":
+        rows = [record("?", f"{name}{i}", "x.png") | {"task": f"t{i % 2}"} for i in range(30)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text + "{broken\n" * (1 + (name == "b")))
+    return place
+
+
+def test_one_rank_of_a_machine_parses_and_all_know_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    place = two_files(tmp_path / "data")
+    want = json.loads(json.dumps(contents(Folder(place))))
+
+    def work(rank: int) -> list:
+        parsed = []
+        plain = readers.read
+        monkeypatch.setattr(readers, "read", lambda *a: parsed.append(1) or plain(*a))
+        if rank == 0:
+            time.sleep(0.3)  # the others must wait, however late it comes
+        folder = Folder(place)
+        again = Folder(place)
+        return [contents(folder), contents(again) == contents(folder), len(parsed)]
+
+    said = as_neighbours(work, tmp_path)
+    assert all(found == want and alike for found, alike, _ in said)
+    assert [count for *_, count in said] == [63, 0, 0]
+
+    # a file that changed is another index
+    with open(place / "a.jsonl", "a") as file:
+        file.write(json.dumps(record("?", "new", "x.png")) + "\n")
+    said = as_neighbours(lambda rank: len(Folder(place)), tmp_path)
+    assert said == [61] * 3
+
+
+def test_what_the_first_rank_refuses_all_refuse_and_nobody_waits_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    place = two_files(tmp_path / "data")
+    said = as_neighbours(lambda rank: contents(Folder(place, strict=True)), tmp_path)
+    assert said[0].startswith("BadSample: malformed record: a.jsonl:31") and len(set(said)) == 1
+
+    def work(rank: int) -> int:
+        if rank == 0:
+            return 0  # gone, or stuck
+        return len(Folder(place, timeout=0.2))
+
+    _, *others = as_neighbours(work, tmp_path)
+    assert all(text.startswith("TimeoutError: waited 0.2 s for the first rank") for text in others)
+
+
+def test_old_indexes_are_forgotten_and_a_process_alone_writes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    place = two_files(tmp_path / "data")
+    Folder(place)
+    assert not list(tmp_path.glob("nanosail-index-*"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(index, "KEPT", 2)
+    for i in range(4):
+        os.utime(place / "a.jsonl", (i, i))
+        Folder(place)
+    (folder,) = tmp_path.glob("nanosail-index-*")
+    assert len(list(folder.iterdir())) == 2 and folder.stat().st_mode & 0o77 == 0
+
+
+SCRIPT = """
+import sys
+import test_feeding
+from data import index, readers, world
+from data.encode import Encoder
+from recipe import THINK
+from tokenizer import Tokenizer, train_bpe
+from vlm import PRESETS
+if __name__ == "__main__":
+    tokenizer = Tokenizer(train_bpe(world.corpus(100), 300), "", THINK)
+    batches = test_feeding.fed(Encoder(tokenizer, PRESETS["toy"], max_length=256), 1)
+    next(batches)
+    if sys.argv[1] == "closed":
+        batches.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["closed", "left"])
+def test_a_script_that_reads_ahead_ends(tmp_path, how):
+    """Its packing process has processes of its own: each must be told before it is waited for."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(tmp_path / "script.py"), how]
+    assert subprocess.run(words, env=environment, timeout=240).returncode == 0
