@@ -34,7 +34,7 @@ from packing import Batch
 from policy_losses import ALGORITHMS, aggregate, kl_penalty, log_ratio, loss, sequence_log_ratio
 from scale import parallel
 from stage import BaseStage, RLStage, Stage
-from vit import ViT, patchify
+from vit import ViT, normalised, patchify
 from vlm import SailVL
 
 Statistics = dict[str, Any]
@@ -288,6 +288,7 @@ class PatchPredictor(nn.Module):
 
     def loss(self, images: Tensor, prefix: int) -> Tensor:
         """images (N, 3, H, W) -> mean squared error over the patches after the prefix (a scalar)."""
+        images = normalised(images)
         patches = patchify(images, self.config.patch_size)  # (N, L, 3 p p)
         N, L, _ = patches.shape
 

@@ -8,7 +8,11 @@ whose ViT work brings it to the stream's mean. That is a subset-sum in two dimen
 integers: bit s of `reach[c]` is set when some subset has s tokens and c units of vision. Every rank
 aims at the same mean, so their ViTs finish together without a word between them.
 
-    numbered Documents -> lanes, each a `Rows` (a buffer, exact choice) -> rows -> `collate` -> Batch
+    numbered Documents -> Lanes, each a `Rows` (a buffer, exact choice) -> rows -> Step of Batches
+
+What a step weighs is known from its rows, so its pixels need not be there at once: a `Step` makes
+its micro-batches one at a time (`laid_out` first, `pictures_of` last). With worker processes all of
+it happens ahead of the loop in a process of its own (`StepsAhead`), and the same steps come out.
 
     python -m bench.packing_rules --example lengths.txt --mix tiles     # stated lengths to try it on
     python -m bench.packing_rules --lengths lengths.txt                 # against simpler rules
@@ -19,19 +23,23 @@ rule: oldest first with subset-sum is our choice.
 """
 
 import copy
+import functools
 import math
-from dataclasses import dataclass, field
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Iterator
+from typing import Any, Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attention import Segments
-from data.images import normalise
-from data.sample import BadSample, Document
-from data.stream import Documents
+from data.ahead import Ahead
+from data.images import stacked
+from data.sample import BadSample, Document, Faults
+from data.stream import DEATHS, Documents
 from scale import parallel
 
 # The task of the document that fills up a row.
@@ -44,8 +52,8 @@ class Batch:
 
     ids, labels (B, T) int64 (labels shifted, -100 = ignored); weights (B, T) fp32; positions (B, T)
     restart per document; segments: the documents of all rows (padding is a document of its own);
-    images: (N, 3, H, W), a list, or None; owners: per document (row-major) its task. `filled` is
-    the share of real tokens, `count` the number of documents that have something to learn.
+    images: uint8 (N, 3, H, W), a list, or None; owners: per document (row-major) its task. `filled`
+    is the share of real tokens, `count` the number of documents that have something to learn.
 
     `weight` is what the loss, a sum over tokens, is divided by: the sum of the loss weights, or
     with `per_sample` the number of documents (the paper's Eq. 2 and 3 as they stand).
@@ -103,8 +111,16 @@ def moved_to(device, value):
     if isinstance(value, list):
         return [moved_to(device, part) for part in value]
     if torch.is_tensor(value):
-        return value.to(device, non_blocking=True)
+        return sent(value, device)
     return value.to(device) if isinstance(value, Segments) else value
+
+
+def sent(tensor: Tensor, device) -> Tensor:
+    """The tensor on its way to a device. From pinned memory nobody waits for the copy: what is
+    computed with it there comes after it."""
+    if tensor.device.type == "cpu" and torch.accelerator.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # ----------------------------------------------------------------------------------------- choosing
@@ -288,6 +304,20 @@ def collate(
     group: list[list[Document]], capacity: int | None, pad: int, per_sample: bool = False
 ) -> Batch:
     """B rows of documents -> a Batch. capacity None: as long as the longest row."""
+    batch = laid_out(group, capacity, pad, per_sample)
+    return replace(batch, images=pictures_of(group))
+
+
+def pictures_of(group: list[list[Document]]) -> Tensor | list[Tensor] | None:
+    """All pictures of some rows, in the order of their placeholders; None when there is none."""
+    images = [image for row in group for document in row for image in document.images]
+    return stacked(images) if images else None
+
+
+def laid_out(
+    group: list[list[Document]], capacity: int | None, pad: int, per_sample: bool = False
+) -> Batch:
+    """The Batch of `collate` without its pictures: all that is cheap, and all that its weight needs."""
     # empty rows
     B = len(group)
     T = capacity or max(sum(map(len, row)) for row in group)
@@ -316,16 +346,14 @@ def collate(
             lengths.append(T - at)
             owners.append(PADDING)
 
-    # all pictures, in the order of their placeholders
     documents = [document for row in group for document in row]
-    images = [image for document in documents for image in document.images]
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(labels),
         torch.from_numpy(weights),
         torch.from_numpy(positions),
         Segments.of(lengths),
-        normalise(images) if images else None,
+        None,
         owners,
         filled=sum(map(len, documents)) / (B * T),
         count=sum(bool((document.labels >= 0).any()) for document in documents),
@@ -333,12 +361,280 @@ def collate(
     )
 
 
+# -------------------------------------------------------------------------------------------- steps
+
+
+class Step(Sequence[Batch]):
+    """The micro-batches of a step, each made when it is asked for.
+
+    weight: what their losses are divided by, together, known before the first is made. made: rows
+    that have documents, of all lanes that this rank reads; after: where those lanes are behind this
+    step, as `Batches.state_dict` has it.
+    """
+
+    def __init__(
+        self, size: int, weight: float, made: int, after: dict, make: Callable[[int], Batch]
+    ):
+        self.size = size
+        self.weight = weight
+        self.made = made
+        self.after = after
+        self.make = make
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Batch:
+        if not 0 <= i < self.size:
+            raise IndexError(f"micro-batch {i} of {self.size}")
+        return self.make(i)
+
+
+def weight_of(step: Sequence[Batch]) -> float:
+    """What this rank's losses of a step weigh; of a `Step` without making its micro-batches."""
+    if isinstance(step, Step):
+        return step.weight
+    return sum(batch.weight for batch in step)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How this rank's rows are cut from the stream: see `Batches`."""
+
+    capacity: int
+    rows_per_step: int
+    accumulate: int
+    pad: int
+    rank: int
+    ranks: int
+    buffer: int
+    per_sample: bool
+    lanes: int
+
+    def lanes_of_rank(self) -> list[int]:
+        """The rows of a rank come around to the same lanes again and again."""
+        rows = range(self.rank, self.lanes * self.ranks, self.ranks)
+        return sorted({row % self.lanes for row in rows})
+
+
+class Lanes:
+    """The lanes of this rank from row `row` on, each from the start or from its state, and the
+    steps that are cut from them: all that needs no other rank.
+
+    Behind their end come steps of empty rows: whether others have rows left, `Batches` asks.
+    """
+
+    def __init__(self, documents: Documents, cut: Cut, row: int, states: dict):
+        self.documents = documents
+        self.cut = cut
+        self.row = row
+        self.rows: dict[int, Rows] = {}
+        for lane in cut.lanes_of_rank():
+            share = documents.share(lane, cut.lanes)
+            self.rows[lane] = Rows(share, cut.capacity, cut.buffer)
+            # go on where the state says
+            if str(lane) in states:
+                state = states[str(lane)]
+                self.rows[lane].waiting = self.read_again(state["waiting"])
+                self.rows[lane].seen = list(state["seen"])
+                share.go_to(state["next"])
+
+    def read_again(self, numbers: list[int]) -> list[Document]:
+        """The documents that waited in a buffer. One that cannot be read any more is a fault."""
+        waiting = []
+        for number in numbers:
+            found = self.documents[number]
+            if isinstance(found, Document):
+                waiting.append(found)
+            elif isinstance(found, BadSample):
+                self.documents.faults.add(found)
+        return waiting
+
+    def step(self) -> Step:
+        """The next step: the rows of these lanes are made, those of this rank are kept."""
+        cut = self.cut
+        made = 0
+        kept: list[list[Document]] = []
+        for g in range(self.row, self.row + cut.rows_per_step):
+            lane = g % cut.lanes
+            row = next(self.rows[lane], []) if lane in self.rows else []
+            made += bool(row)
+            if g % cut.ranks == cut.rank:
+                kept.append(row)
+        self.row += cut.rows_per_step
+
+        # in micro-batches, for now without their pictures
+        share = len(kept) // cut.accumulate
+        groups = [kept[i * share : (i + 1) * share] for i in range(cut.accumulate)]
+        plans = [laid_out(group, cut.capacity, cut.pad, cut.per_sample) for group in groups]
+        weight = sum(plan.weight for plan in plans)
+
+        def make(i: int) -> Batch:
+            return replace(plans[i], images=pictures_of(groups[i]))
+
+        return Step(cut.accumulate, weight, made, self.after(), make)
+
+    def after(self) -> dict:
+        """For each lane the next number to read, the numbers that wait in its buffer, two sums."""
+        states = {}
+        for lane, rows in self.rows.items():
+            states[str(lane)] = {
+                "next": rows.source.next,
+                "waiting": [d.number for d in rows.waiting],
+                "seen": list(rows.seen),
+            }
+        return states
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self.documents.close()
+
+
+# -------------------------------------------------------------------------------------------- ahead
+
+# Micro-batches that may be made before they are asked for.
+MOST_AHEAD = 8
+
+
+@dataclass
+class Opening:
+    """What goes before a step's micro-batches on their way from another process: what a `Step`
+    holds, and all faults so far."""
+
+    size: int
+    weight: float
+    made: int
+    after: dict
+    faults: Faults
+
+
+def pieces(
+    samples: Any, encoder: Any, faults: Faults, workers: int, cut: Cut, row: int, states: dict
+) -> Generator[Opening | dict, None, None]:
+    """Steps without end, each an Opening and its micro-batches: what the packing process makes. Its
+    own worker processes read and decode."""
+    documents = Documents(samples, encoder, faults, workers=workers)
+    try:
+        lanes = Lanes(documents, cut, row, states)
+        while True:
+            step = lanes.step()
+            yield Opening(len(step), step.weight, step.made, step.after, faults.copy())
+            for batch in step:
+                yield as_arrays(batch)
+    finally:
+        documents.close(wait=True)
+
+
+TENSORS = ("ids", "labels", "weights", "positions")
+
+
+def as_arrays(batch: Batch) -> dict:
+    """A Batch as arrays, which travel as bytes; pixels in the order in which they were decoded."""
+    images = batch.images
+    if isinstance(images, list):
+        images = [image.permute(1, 2, 0).numpy() for image in images]  # (H, W, 3)
+    elif images is not None:
+        images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    arrays = {name: getattr(batch, name).numpy() for name in TENSORS}
+    values = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+    return values | arrays | {"segments": batch.segments.lengths, "images": images}
+
+
+def from_arrays(values: dict) -> Batch:
+    """The inverse of `as_arrays`."""
+    images = values["images"]
+    if isinstance(images, list):
+        images = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    elif images is not None:
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    tensors = {name: torch.from_numpy(values[name]) for name in TENSORS}
+    segments = Segments.of(values["segments"])
+    return Batch(**(values | tensors | {"segments": segments, "images": images}))
+
+
+class StepsAhead:
+    """The steps of `Lanes`, made ahead of time by another process, which has `workers` of its own.
+
+    Faults are counted when their step is taken. Micro-batches can be taken once and in order; those
+    that nobody takes are passed over. A process that dies is replaced, and makes again what is
+    missing; raises ValueError when it dies again and again.
+    """
+
+    def __init__(self, documents: Documents, workers: int, cut: Cut, row: int, states: dict):
+        self.documents = documents
+        self.workers = workers
+        self.cut = cut
+        # where the present step begins, how many of its pieces were taken, and where it ends
+        self.row = row
+        self.states = states
+        self.faults = documents.faults.copy()
+        self.taken = 0
+        self.opening: Opening | None = None
+        self.open()
+
+    def open(self) -> None:
+        """A process that begins with the present step; what was taken of it is to be passed over."""
+        documents = self.documents
+        work = (documents.samples, documents.encoder, self.faults, self.workers)
+        make = functools.partial(pieces, *work, self.cut, self.row, self.states)
+        self.ahead = Ahead(make, MOST_AHEAD)
+        self.again = self.taken
+
+    def step(self) -> Step:
+        """The next step, the rest of the present one passed over."""
+        present = self.opening
+        if present is not None:
+            while self.taken <= present.size:
+                self.piece()
+            self.row += self.cut.rows_per_step
+            self.states = present.after
+            self.faults = present.faults
+            self.taken = 0
+
+        opening = self.piece()
+        self.opening = opening
+        self.documents.faults.become(opening.faults)
+        make = functools.partial(self.micro_batch, self.row)
+        return Step(opening.size, opening.weight, opening.made, opening.after, make)
+
+    def micro_batch(self, row: int, i: int) -> Batch:
+        """Micro-batch i of the step that begins with that row."""
+        assert (row, i + 1) == (self.row, self.taken), "micro-batches come once and in order"
+        return from_arrays(self.piece())
+
+    def piece(self) -> Any:
+        """The next Opening or micro-batch."""
+        for _ in range(DEATHS):
+            try:
+                while self.again:
+                    next(self.ahead)
+                    self.again -= 1
+                found = next(self.ahead)
+            except BrokenProcessPool:
+                print("the packing process died and is replaced", file=sys.stderr, flush=True)
+                self.ahead.close()
+                self.open()
+                continue
+            self.taken += 1
+            return found
+        raise ValueError(
+            f"--workers {self.workers}: the packing process died {DEATHS} times in a row; is there "
+            "memory for it? --workers 0 packs in this process"
+        )
+
+    def close(self) -> None:
+        """End the process and its workers."""
+        self.ahead.close()
+
+
+# ------------------------------------------------------------------------------------------ batches
+
 # At most so many lanes: a power of two, so that as many ranks share nothing.
 LANES = 32
 
 
 class Batches:
-    """An endless iterator over steps: a list of `accumulate` micro-batches of this rank's rows.
+    """An endless iterator over steps: a `Step` of `accumulate` micro-batches of this rank's rows.
     What the loop consumes.
 
     Row g of the run (g = 0, 1, 2, ...; `rows_per_step` of them are a step) comes from lane g %
@@ -360,7 +656,8 @@ class Batches:
     overrides their number).
 
     per_sample: the loss is divided by the number of documents instead of the sum of their weights
-    (`Batch.weight`).
+    (`Batch.weight`). workers: processes that read and decode, and one more that packs, ahead of the
+    loop (0: all of it here, when a step is asked for; so are streams that have no numbers).
 
     `state_dict` (called on all ranks together) is small: for each lane the next number to read, the
     numbers that wait in the buffer and two sums. With it, any number of ranks and workers continues
@@ -383,25 +680,16 @@ class Batches:
         buffer: int = 64,
         lanes: int = 0,
         per_sample: bool = False,
+        workers: int = 0,
     ):
         # how a step is cut up: by ranks, then by micro-batches (0: a row at a time)
-        accumulate = accumulate or max(1, rows_per_step // ranks)
-        if rows_per_step % (ranks * accumulate):
-            raise ValueError(
-                f"{rows_per_step} rows a step do not divide over {ranks} ranks x {accumulate} "
-                "accumulation steps"
-            )
+        check_division(rows_per_step, ranks, accumulate)
+        accumulate = accumulate or rows_per_step // ranks
         if not isinstance(documents, Documents):
             documents = Documents(documents, None)
         self.documents = documents
-        self.capacity = capacity
         self.rows_per_step = rows_per_step
-        self.accumulate = accumulate
-        self.pad = pad
-        self.rank = rank
-        self.ranks = ranks
-        self.buffer = buffer
-        self.per_sample = per_sample
+        self.workers = workers if documents.numbered else 0
         self.row = 0
 
         # all ranks must see the same data
@@ -413,48 +701,49 @@ class Batches:
             )
 
         usual = math.gcd(rows_per_step, LANES) if self.documents.numbered else 1
-        self.open(lanes or usual, {})
+        self.cut = Cut(
+            capacity,
+            rows_per_step,
+            accumulate,
+            pad,
+            rank,
+            ranks,
+            buffer,
+            per_sample,
+            lanes or usual,
+        )
+        self.reader: Lanes | StepsAhead | None = None
+        self.open({})
 
-    def open(self, lanes: int, states: dict) -> None:
-        """Lanes from the start, or each from its state."""
-        self.lanes = lanes
-        self.mine: dict[int, Rows] = {}
-        # the rows of a rank come around to the same lanes again and again
-        rows_of_mine = range(self.rank, lanes * self.ranks, self.ranks)
-        for lane in sorted({row % lanes for row in rows_of_mine}):
-            share = self.documents.share(lane, lanes)
-            self.mine[lane] = Rows(share, self.capacity, self.buffer)
-            # go on where the state says
-            if str(lane) in states:
-                state = states[str(lane)]
-                self.mine[lane].waiting = self.read_again(state["waiting"])
-                self.mine[lane].seen = list(state["seen"])
-                share.go_to(state["next"])
+    def open(self, states: dict) -> None:
+        """Lanes from the start, or each from its state; here, or in a process of their own."""
+        self.close()
+        self.mine = self.cut.lanes_of_rank()
+        self.after = {}
+        for lane in self.mine:
+            start = {"next": lane, "waiting": [], "seen": [0, 0]}
+            self.after[str(lane)] = states.get(str(lane), start)
+        if self.workers:
+            self.reader = StepsAhead(self.documents, self.workers, self.cut, self.row, states)
+        else:
+            self.reader = Lanes(self.documents, self.cut, self.row, states)
 
-    def read_again(self, numbers: list[int]) -> list[Document]:
-        """The documents that waited in a buffer. One that cannot be read any more is a fault."""
-        waiting = []
-        for number in numbers:
-            found = self.documents[number]
-            if isinstance(found, Document):
-                waiting.append(found)
-            elif isinstance(found, BadSample):
-                self.documents.faults.add(found)
-        return waiting
+    def close(self) -> None:
+        """End the processes that read ahead, if there are any."""
+        if self.reader is not None:
+            self.reader.close()
+
+    @property
+    def lanes(self) -> int:
+        return self.cut.lanes
 
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> list[Batch]:
-        # the step's rows: those of my lanes are made, those of my rank are kept
-        made = 0
-        kept: list[list[Document]] = []
-        for g in range(self.row, self.row + self.rows_per_step):
-            lane = g % self.lanes
-            row = next(self.mine[lane], []) if lane in self.mine else []
-            made += bool(row)
-            if g % self.ranks == self.rank:
-                kept.append(row)
+    def __next__(self) -> Step:
+        step = self.reader.step()
+        self.after = step.after
+        made = step.made
 
         # the end: no rank has a row. With all lanes in sight, or without an end, there is nobody to ask
         alone = len(self.mine) == self.lanes or self.documents.endless
@@ -467,23 +756,13 @@ class Batches:
         if not made:
             raise StopIteration
 
-        # cut mine into micro-batches
         self.row += self.rows_per_step
-        share = len(kept) // self.accumulate
-        parts = [kept[i * share : (i + 1) * share] for i in range(self.accumulate)]
-        return [collate(part, self.capacity, self.pad, self.per_sample) for part in parts]
+        return step
 
     def state_dict(self) -> dict:
-        mine = {}
-        for lane, rows in self.mine.items():
-            mine[str(lane)] = {
-                "next": rows.source.next,
-                "waiting": [d.number for d in rows.waiting],
-                "seen": rows.seen,
-            }
         # a lane that several ranks read is in the same state on all of them
         buffers: dict[str, dict] = {}
-        for part in parallel.gather([mine]):
+        for part in parallel.gather([self.after]):
             buffers |= part
         return {
             "row": self.row,
@@ -510,4 +789,27 @@ class Batches:
                 "with --resume false"
             )
         self.row = state["row"]
-        self.open(state["lanes"], state["buffers"])
+        self.cut = replace(self.cut, lanes=state["lanes"])
+        self.open(state["buffers"])
+
+
+def check_division(rows: int, ranks: int, accumulate: int) -> None:
+    """Raises ValueError for rows of a step that do not divide over ranks and micro-batches, with the
+    nearest numbers that do."""
+    parts = ranks * max(1, accumulate)
+    if rows % parts == 0:
+        return
+    more = (rows // parts + 1) * parts
+    least = max(0, more - parts)
+    fitting = [n for n in range(1, rows + 1) if rows % (n * max(1, accumulate)) == 0]
+    fewer = [n for n in fitting if n < ranks][-1:]
+    further = [n for n in fitting if n > ranks][:1]
+    counts = [str(n) for n in (least, more) if n]
+    words = [f"--rows {' or '.join(counts)}"]
+    if fewer + further:
+        words.append(f"{' or '.join(map(str, fewer + further))} ranks")
+    cut = f" x {accumulate} accumulation steps" if accumulate else ""
+    raise ValueError(
+        f"{rows} rows a step do not divide over {ranks} ranks{cut}; the nearest that do: "
+        f"{', or '.join(words)}"
+    )

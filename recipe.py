@@ -43,8 +43,9 @@ from data.encode import (
     truth_of,
     with_thinking,
 )
-from data.images import normalise
-from data.readers import Folder
+from data.images import stacked
+from data.readers import CACHE, CACHE_BYTES, Folder
+from data.remote import ShardCache
 from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
@@ -54,12 +55,11 @@ from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
 from infra.endpoint import ChatEndpoint
-from infra.identity import data_identity
 from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
 from infra.text import printable
 from objective import PatchPredictor
-from packing import Batches
+from packing import Batches, sent
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel, shards
@@ -116,7 +116,7 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
         run = train(laid_out, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
-            batches.documents.close()  # its worker processes
+            batches.close()  # its worker processes
 
     # Nothing is left out without a word, on any rank
     faults = merged_faults(setup.faults)
@@ -258,7 +258,7 @@ def packed_rows(setup: Setup, stage: Stage, samples) -> tuple[SailVL, Batches]:
     )
 
     # Documents in numbered lanes, rows in the same order for any number of ranks
-    documents = Documents(samples, encoder, setup.faults, workers=setup.workers)
+    documents = Documents(samples, encoder, setup.faults)
     batches = Batches(
         documents,
         stage.length,
@@ -268,6 +268,7 @@ def packed_rows(setup: Setup, stage: Stage, samples) -> tuple[SailVL, Batches]:
         setup.ranks.rank,
         setup.ranks.size,
         per_sample=by_sample,
+        workers=setup.workers,
     )
     return setup.model, batches
 
@@ -338,14 +339,14 @@ FEEDS: dict[str, Callable] = {
 class Pixels:
     """A batch of images as the loop takes it; `ids` is what tokens a second are counted by."""
 
-    images: Tensor  # (N, 3, H, W)
+    images: Tensor  # (N, 3, H, W) uint8
     prefix: int  # patches that are seen both ways
     ids: Tensor  # (N, patches)
     filled: float = 1.0
     weight: float = 1.0
 
     def to(self, device) -> "Pixels":
-        return replace(self, images=self.images.to(device, non_blocking=True))
+        return replace(self, images=sent(self.images, device))
 
 
 def pixel_batches(
@@ -376,7 +377,7 @@ def pixel_batches(
 
         prefix = rng.randrange(per_image // 2)
         ids = torch.zeros(count, per_image, dtype=torch.int64)
-        yield [Pixels(normalise(images), prefix, ids, weight=count / total)]
+        yield [Pixels(stacked(images), prefix, ids, weight=count / total)]
 
 
 def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> Iterator:
@@ -500,6 +501,8 @@ class RunOptions:
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead; 0: none
     strict: bool = False  # make the first bad sample an error
+    cache: Path = CACHE  # copies of remote shards, if --data is an address (s3://...)
+    cache_gib: float = CACHE_BYTES / 2**30  # most that they may take on this machine
     # image paths may lead out of the images' folder, also through links
     allow_outside: bool = False
 
@@ -622,7 +625,8 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("grace", "timeout", "layout", "row", "judge_url", "judge_key", "judge_timeout")
+    free += ("cache", "cache_gib", "grace", "timeout", "layout", "row")
+    free += ("judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,
         {key: value for key, value in asdict(options).items() if key not in free},
@@ -633,7 +637,7 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
         options.check_every,
         options.tracker,
         tokenizer=setup.encoder.tokenizer,
-        data_identity=data_identity(path for path, _ in setup.source.files) if options.data else "",
+        data_identity=setup.source.identity() if options.data else "",
         grace=options.grace,
     )
 
@@ -643,7 +647,14 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     # What it learns from
     source = World()
     if options.data:
-        source = Folder(options.data, options.images, options.strict, options.allow_outside)
+        source = Folder(
+            options.data,
+            options.images,
+            options.strict,
+            options.allow_outside,
+            ShardCache(options.cache, int(options.cache_gib * 2**30)),
+            options.timeout,
+        )
 
     # What learns: a model that exists (read in parts, once it is laid out), or a new one
     in_parts = reads_in_parts(options, ranks)

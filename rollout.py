@@ -32,7 +32,7 @@ from torch import Tensor
 import rewards
 from attention import Segments
 from data.encode import Encoder, question_turns, text_of_message, with_thinking
-from data.images import normalise, open_image
+from data.images import open_image, stacked
 from data.sample import BadSample, Faults, Sample
 from data.stream import EndOfStream, Patience, as_stream, read_sample
 from evaluate import text_of
@@ -765,7 +765,7 @@ def pack_rollouts(
         weights=torch.ones(len(labels)),
         positions=segments.positions()[None],
         segments=segments,
-        images=normalise(row.images) if row.images else None,
+        images=stacked(row.images) if row.images else None,
         owners=row.owners,
         at=torch.tensor(row.at),
         sequence=sequence,

@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from infra.stopping import StopRequested
 from llm import LLM, Block
 from objective import OBJECTIVES, Objective, Statistics, fetch, loss_by_task, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
-from packing import Batch
+from packing import Batch, weight_of
 from scale import parallel
 from scale.parallel import Ranks
 from scale.pipeline import Staged, Work
@@ -65,7 +65,7 @@ class Run:
 def train(
     model: nn.Module,
     stage: BaseStage,
-    data: Iterator[list[Batch]],
+    data: Iterator[Sequence[Batch]],
     objective: Objective | None = None,
     ranks: Ranks = Ranks(),
     directory: Path | RunDirectory | None = None,
@@ -185,7 +185,7 @@ def train(
 def one_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    micro_batches: list[Batch],
+    micro_batches: Sequence[Batch],
     objective: Objective,
     rate: float,
     stage: BaseStage,
@@ -199,11 +199,11 @@ def one_step(
     began = time.time()
 
     # What the loss of the whole step, over all ranks, is divided by
-    own_weight = sum(batch.weight for batch in micro_batches)
+    own_weight = weight_of(micro_batches)
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
     # Forward and backward
-    collected = passes(model, micro_batches, objective, step_weight, stage, ranks)
+    collected, seen = passes(model, micro_batches, objective, step_weight, stage, ranks)
     counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
@@ -211,11 +211,11 @@ def one_step(
     norm, norm_by_part = clip_gradients(model, stage.clip)
 
     # All else that the device has found out in this step, at once: it waits for the norm only
-    sums, tasks = summed(fetch(collected), micro_batches)
+    sums, tasks = summed(fetch(collected), seen)
 
     # Statistics over all ranks
-    tokens = sum(batch.ids.numel() for batch in micro_batches)
-    images = sum(len(batch.images) for batch in micro_batches if batch.images is not None)
+    tokens = sum(one.tokens for one in seen)
+    images = sum(one.images for one in seen)
     *totals, all_tokens, all_images = parallel.total(*sums.values(), tokens, images)
     row = {key: value / step_weight for key, value in zip(sums, totals)}
 
@@ -239,46 +239,71 @@ def one_step(
         "grad_norm": norm,
         "grad_norms": norm_by_part,
         "skipped": not finite,
-        "filled": sum(batch.filled for batch in micro_batches) / len(micro_batches),
+        "filled": sum(one.filled for one in seen) / len(seen),
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the log says of a micro-batch, whose tensors are gone by then."""
+
+    weight: float
+    tokens: int
+    images: int
+    filled: float  # share of its tokens that are no padding
+    owners: list[str]  # task of each document
+
+    @classmethod
+    def of(cls, batch) -> "Seen":
+        images = getattr(batch, "images", None)
+        return cls(
+            batch.weight,
+            batch.ids.numel(),
+            0 if images is None else len(images),
+            batch.filled,
+            getattr(batch, "owners", []),
+        )
+
+
 def passes(
     model: nn.Module,
-    micro_batches: list[Batch],
+    micro_batches: Sequence[Batch],
     objective: Objective,
     step_weight: float,
     stage: BaseStage,
     ranks: Ranks,
-) -> list[Statistics]:
+) -> tuple[list[Statistics], list[Seen]]:
     """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
 
-    Gradients are added up in the parameters; returns what the objective said of each micro-batch.
+    Gradients are added up in the parameters. Returns what the objective said of each micro-batch, and
+    what there was to see.
     """
     precision = autocast(stage, ranks.device)
     if isinstance(model, Staged):
-        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
-        return model.passes(work)
+        # Several are on their way at once
+        batches = list(micro_batches)
+        work = Work(batches, objective, stage, step_weight, ranks.device, precision)
+        return model.passes(work), [Seen.of(batch) for batch in batches]
 
     said = []
+    seen = []
     for number, batch in enumerate(micro_batches, start=1):
         begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
         with precision:
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
         said.append(statistics)
-    return said
+        seen.append(Seen.of(batch))
+    return said, seen
 
 
-def summed(
-    collected: list[Statistics], micro_batches: list[Batch]
-) -> tuple[dict[str, float], list[dict]]:
+def summed(collected: list[Statistics], seen: list[Seen]) -> tuple[dict[str, float], list[dict]]:
     """Statistics of the micro-batches, as numbers -> their sums, and (loss, weight) by task of each."""
     sums: dict[str, float] = defaultdict(float)
     tasks = []
-    for statistics, batch in zip(collected, micro_batches, strict=True):
+    for statistics, batch in zip(collected, seen, strict=True):
         documents = statistics.pop("tasks", [])
         means = statistics.pop("means", {})
         tasks.append(loss_by_task(batch.owners, documents) if documents else {})

@@ -5,7 +5,7 @@ by one strided convolution, get an RMSNorm and a learned position, then pass pre
 attention and SwiGLU. There is no class token: all patch features go on to the language model. Images
 of different sizes are packed end to end and attend inside themselves only.
 
-    pixels (N, 3, H, W) --patchify, one matmul, norm--> (S, C) --+ position of each patch--> blocks
+    pixels (N, 3, H, W) --normalised, patchify, matmul, norm--> (S, C) --+ position of each--> blocks
                                                         --post_trunk_norm--> features (S, C), grids
 
 Positions. The paper's text (section 2.1.2) says that the learned table "is resized to match the input
@@ -38,6 +38,9 @@ from attention import Attend, Segments, attend_inside
 from infra import weights
 from infra.config import read_config, read_vit, write_vit
 from llm import RMSNorm, choose_elementwise, rotary_table
+
+MEAN = (0.485, 0.456, 0.406)  # of red, green, blue: ImageNet's, as in the released preprocessor
+STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,16 @@ class VisionTrunk(nn.Module):
         self.post_trunk_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
+def normalised(images: Tensor) -> Tensor:
+    """uint8 pixels (..., 3, H, W) -> floats as the ViT was trained on; floats are so already."""
+    if images.dtype != torch.uint8:
+        return images
+    # Filled where the pixels are: a list would be copied there, and the host would wait for it.
+    mean = torch.stack([torch.full((1, 1), m, device=images.device) for m in MEAN]) * 255
+    std = torch.stack([torch.full((1, 1), s, device=images.device) for s in STD]) * 255  # (3, 1, 1)
+    return (images.float() - mean) / std
+
+
 def patchify(images: Tensor, size: int) -> Tensor:
     """(N, 3, H, W) -> (N, h*w, 3 * size * size).
 
@@ -213,11 +226,11 @@ class ViT(nn.Module):
     def forward(
         self, images: Tensor | list[Tensor], attend: Attend | None = None
     ) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalised pixels -> features (S, C) and the (h, w) grid of each image.
+        """Pixels -> features (S, C) and the (h, w) grid of each image.
 
-        images: (N, 3, H, W), or a list of (3, H_i, W_i). `attend` replaces full attention inside each
-        image (the autoregressive stand-in for AIMv2 passes a prefix-causal one). Raises ValueError
-        when a side is not a whole number of patches.
+        images: (N, 3, H, W), or a list of (3, H_i, W_i); uint8, or normalised floats. `attend`
+        replaces full attention inside each image (the autoregressive stand-in for AIMv2 passes a
+        prefix-causal one). Raises ValueError when a side is not a whole number of patches.
         """
         # Patches of all images end to end, with their positions.
         stacks = [images] if torch.is_tensor(images) else [image[None] for image in images]
@@ -253,7 +266,7 @@ class ViT(nn.Module):
         # Patches do not overlap, so the convolution is a matrix product.
         patchifier = self.preprocessor.patchifier
         weight = patchifier.proj.weight  # (C, 3, size, size)
-        patches = patchify(images, self.config.patch_size).to(weight.dtype)
+        patches = patchify(normalised(images), self.config.patch_size).to(weight.dtype)
         x = F.linear(patches, weight.flatten(1), patchifier.proj.bias)
         return patchifier.norm(x)
 

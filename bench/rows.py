@@ -1,4 +1,4 @@
-"""What full and balanced rows are worth: three measurements on the toy model, each within one run.
+"""What full, balanced and early rows are worth: five measurements, each within one run.
 
 What it teaches: a row that is half padding costs a whole row, and two ranks wait for the slower one.
 
@@ -7,6 +7,8 @@ What it teaches: a row that is half padding costs a whole row, and two ranks wai
     python -m bench.rows packing   # training step: padded, as they come, ours; equal supervised tokens
     python -m bench.rows vision    # two ranks, any resolution: time of the slower rank's ViT
     python -m bench.rows decode    # JPEG to packed batch, samples a second, against what the model takes
+    python -m bench.rows feed      # seconds that a step waits for its rows, without and with --workers
+    python -m bench.rows memory    # bytes of a step of 64 rows on the host: floats at once, bytes in turn
 
 Lengths are those of bench/packing_rules.py, a quarter as long. Times are CPU times of one thread, medians
 over rounds; the rules take turns, so that a busy machine slows all of them.
@@ -14,6 +16,8 @@ over rounds; the rules take turns, so that a busy machine slows all of them.
 
 import io
 import json
+import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
@@ -30,15 +34,16 @@ from bench.packing_rules import Size, example_sizes, naive
 from data.encode import Encoder
 from data.images import normalise
 from data.readers import Folder
-from data.sample import Document, Faults, Sample
+from data.sample import Document, Faults, Message, Sample
 from data.stream import Documents, Drawn
 from data.world import World
 from infra.cli import command
 from objective import supervised
-from packing import Batch, Batches, Rows, collate
+from packing import Batch, Batches, Rows, Step, collate
 from recipe import new_model
 from stage import Stage
 from tokenizer import Tokenizer
+from vit import normalised
 from vlm import PRESETS, SailVL
 
 CAPACITY = 2048  # tokens of a row
@@ -47,9 +52,9 @@ SHORTER = 4  # how much shorter documents are than those of `packing_rules.examp
 
 @dataclass
 class RowsOptions:
-    """packing, vision or decode."""
+    """packing, vision, decode, feed or memory."""
 
-    what: Positional[Literal["packing", "vision", "decode"]]
+    what: Positional[Literal["packing", "vision", "decode", "feed", "memory"]]
     samples: int = 320
     rounds: int = 3
     seed: int = 0
@@ -302,13 +307,117 @@ def compare_decode(options: RowsOptions) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------- feed
+
+STEP = 2.0  # seconds for which an accelerator would be busy with a step
+WORKERS = 1  # processes that decode, beside the one that packs
+
+
+def photographs(n: int) -> Sample:
+    """Sample n of an endless stream: a JPEG of 1344 x 896 and a question about it."""
+    rng = np.random.default_rng(n % 16)
+    noise = Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    noise.resize((1344, 896), Image.BICUBIC).save(file, "JPEG", quality=85)
+    messages = (Message("user", (file.getvalue(), "what?")), Message("assistant", ("a picture",)))
+    return Sample(messages, "photograph", f"photograph {n}")
+
+
+def waits_of(steps: Batches, count: int) -> list[float]:
+    """Seconds that each step waits for its rows and micro-batches, while an accelerator would compute
+    in between and leave this machine alone."""
+    waits = []
+    for _ in range(count):
+        began = time.perf_counter()
+        step = next(steps)
+        waited = time.perf_counter() - began
+        micro_batches = iter(step)
+        for _ in range(len(step)):
+            began = time.perf_counter()
+            next(micro_batches)
+            waited += time.perf_counter() - began
+            time.sleep(STEP / len(step))
+        waits.append(waited)
+    return waits
+
+
+def compare_feeding(options: RowsOptions) -> None:
+    """Rows of 2,048 tokens with seven tiles a photograph: made when asked for, and made ahead."""
+    config = replace(PRESETS["SAIL-VL2-2B"], max_tiles=12, min_tiles=1)
+    encoder = Encoder(Tokenizer({bytes([b]): b for b in range(256)}, ""), config)
+    medians = {}
+    for workers in (0, WORKERS):
+        documents = Documents(Drawn(photographs), encoder, Faults())
+        steps = Batches(documents, CAPACITY, 4, 2, 0, buffer=8, workers=workers)
+        waits = waits_of(steps, 1 + 2 * options.rounds)
+        steps.close()
+        medians[workers] = statistics.median(waits[1:])
+        print(
+            f"--workers {workers}: a step waits {medians[workers]:6.3f} s for its rows "
+            f"({medians[workers] / STEP:.0%} of its {STEP:g} s); the first {waits[0]:.1f} s"
+        )
+    print(f"ahead it waits {medians[0] / medians[WORKERS]:.0f} times less")
+
+
+# --------------------------------------------------------------------------------------- memory
+
+ROWS = 64  # of a step
+TILES = 28  # of 448 x 448 in each
+
+
+def step_bytes(step: Step, floats: bool) -> int:
+    """Most bytes of pixels that a step holds at once: as floats in all micro-batches, or one at a
+    time as it is."""
+    if floats:
+        kept = [normalised(batch.images) for batch in step]
+        return sum(images.numel() * images.element_size() for images in kept)
+    return max(batch.images.numel() * batch.images.element_size() for batch in step)
+
+
+def resident(work: Callable[[], int]) -> tuple[int, int]:
+    """(what a call returns, bytes by which it raises this process's peak), in a child process."""
+    receiver, sender = multiprocessing.Pipe(False)
+
+    def measure() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = work()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sender.send((found, 1024 * (after - before)))
+
+    child = multiprocessing.get_context("fork").Process(target=measure)
+    child.start()
+    found = receiver.recv()
+    child.join()
+    return found
+
+
+def compare_memory(options: RowsOptions) -> None:
+    """Rows that share one tile, so that only what the step makes of it is counted."""
+    tile = np.full((448, 448, 3), 7, np.uint8)
+    row = np.zeros(256 * TILES, np.int64)
+    weights = np.ones(len(row), np.float32)
+    document = Document(row, row, weights, (tile,) * TILES, "", "", {}, vision=TILES)
+    documents = Documents([document] * ROWS, None)
+    for name, floats in (("floats, all at once", True), ("bytes, one at a time", False)):
+
+        def take() -> int:
+            return step_bytes(next(Batches(documents, len(row), ROWS, 0, 0, buffer=1)), floats)
+
+        pixels, peak = resident(take)
+        print(
+            f"{name:22s} {pixels / 2**30:6.3f} GiB of pixels, peak of the process +{peak / 2**30:6.3f}"
+        )
+
+
 def bench_rows(options: RowsOptions) -> None:
-    """One of the three measurements, on one thread."""
+    """One of the measurements, on one thread."""
     torch.set_num_threads(1)
     measurements = {
         "packing": compare_packing,
         "vision": compare_vision,
         "decode": compare_decode,
+        "feed": compare_feeding,
+        "memory": compare_memory,
     }
     measurements[options.what](options)
 

@@ -1,4 +1,4 @@
-"""Pictures and videos: decoded safely, made RGB, and normalised for the ViT.
+"""Pictures and videos: decoded safely, made RGB, and stacked for the ViT.
 
 What it teaches: a picture from elsewhere is a program in the language of its decoder. So few
 decoders are let near it, what its header promises is checked before a pixel is allocated (each
@@ -8,10 +8,10 @@ on white, 16-bit greys scaled and not clipped.
 
     path, bytes --inside root?--> header: format, size --> pixels --> turned by EXIF --> RGB
     Video: folder, list, animation --> which frames? --> each as above, in order of time
-    RGB --tiling.py--> tiles (H, W, 3) --normalise--> (N, 3, H, W)
+    RGB --tiling.py--> tiles (H, W, 3) --stacked--> (N, 3, H, W) uint8 --vit.normalised--> float
 
-Legend: N images, H x W pixels. Source: mean and deviation of the released preprocessor; 16 frames
-of a video, drawn at random: the paper's evaluation (Table 9); all limits are our choice.
+Legend: N images, H x W pixels. Source: 16 frames of a video, drawn at random: the paper's
+evaluation (Table 9); all limits are our choice.
 Simplified: of the EXIF block only the orientation is read; colour profiles are ignored; video files
 (MP4) are not decoded: extract their frames into a folder.
 """
@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from data.sample import BadSample, Video
+from vit import normalised
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no other parser ever sees a user's file
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -40,9 +41,6 @@ MAX_ASPECT = 200  # of the longer side to the shorter
 MAX_VIDEO_PIXELS = 1 << 27  # of all frames that are taken: sixteen of 3840 x 2160
 MAX_ANIMATION = 1 << 14  # frames that an animation may have
 MAX_DECODED = 1 << 30  # pixels that are decoded on the way to the last frame that is taken
-
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in the released preprocessor
-STD = (0.229, 0.224, 0.225)
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -369,18 +367,21 @@ def skip_blocks(file: BinaryIO) -> None:
 # ---------------------------------------------------------------------------------- for the ViT
 
 
-def normalise(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
-    """uint8 (H, W, 3) each -> (N, 3, H, W) float when all are equal in size, else a list of (3,
-    H_i, W_i)."""
-    mean = torch.tensor(MEAN)[:, None, None] * 255  # (3, 1, 1)
-    std = torch.tensor(STD)[:, None, None] * 255  # (3, 1, 1)
-
+def stacked(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
+    """uint8 (H, W, 3) each -> (N, 3, H, W) uint8 when all are equal in size, else a list of (3,
+    H_i, W_i). The ViT normalises them, where it runs: a byte a value is what travels."""
     # tiles: all of one size
     shapes = {image.shape for image in images}
     if len(shapes) == 1:
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        return (stacked.float() - mean) / std
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (N, 3, H, W)
 
     # any resolution: each has its own
-    each = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]  # (3, H, W)
-    return [(image.float() - mean) / std for image in each]
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
+
+
+def normalise(images: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
+    """The same as floats, by `vit.normalised`."""
+    pixels = stacked(images)
+    if torch.is_tensor(pixels):
+        return normalised(pixels)
+    return [normalised(image) for image in pixels]

@@ -39,6 +39,7 @@ from data.container_base import (
     unreadable,
 )
 from data.containers import SPANS
+from data.remote import files_in_store, is_remote, store_address
 from data.sample import MAX_FRAMES, BadSample
 
 MAX_META = 1 << 24  # bytes of a mixture file: a larger one is data
@@ -123,7 +124,8 @@ def datasets_of(path: Path, images=None, allow_outside: bool = False) -> list[Da
         # its paths start beside the mixture file, and stay there
         for key in ("data", "images"):
             if values[key]:
-                values[key] = str(path.parent / values[key])
+                if not is_remote(values[key]):
+                    values[key] = str(path.parent / values[key])
                 if not allow_outside:
                     check_inside(values[key], path.parent, f'{where}: "{key}"')
         # its shards as well: a pattern or a link may lead out
@@ -258,7 +260,7 @@ def check_inside(path: str, folder: Path, where: str) -> None:
     while glob.has_magic(str(fixed)):  # of a pattern, the part before its first sign
         fixed = fixed.parent
     try:
-        inside = fixed.resolve().is_relative_to(folder.resolve())
+        inside = not is_remote(path) and fixed.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):
         inside = False
     if not inside:
@@ -272,9 +274,14 @@ def check_inside(path: str, folder: Path, where: str) -> None:
 
 def files_of(dataset: Dataset) -> list[Path]:
     """The shards of a dataset, sorted. Raises ValueError when there is none."""
-    # a folder, a file or a pattern
+    # a folder, a file or a pattern, here or in a store
     path = Path(dataset.data)
-    if path.is_dir():
+    if is_remote(dataset.images):
+        raise ValueError(f"--images {dataset.images}: pictures that are files must lie here")
+    if is_remote(path):
+        found = files_in_store(store_address(path))
+        found = [file for file in found if is_shard(file) and not is_noise(file.name)]
+    elif path.is_dir():
         found = [file for file in files_below(path) if is_shard(file)]
     elif path.is_file():
         found = [path]

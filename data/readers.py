@@ -11,11 +11,16 @@ whatever is wrong with it is a counted fault of that record, not the end of a ru
 A path may be a file, a folder of shards, a pattern ("shards/*.tar"), a mixture file or InternVL's
 meta JSON. Nothing outside the images' folder is opened, unless its owner allows it.
 
+An address ("s3://bucket/shards/*.tar") is read through copies on this machine (remote.py). The walk at
+the start is made by one rank of a machine, for all of them (index.py).
+
 Simplified: a shard must be a file that can be sought in; a parquet reader reads whole row groups,
 so keep them small (Hugging Face writes 100 rows of images); text containers are parsed once at the
 start, to find faults and tasks.
 """
 
+import hashlib
+import json
 from array import array
 from collections import Counter
 from dataclasses import replace
@@ -24,12 +29,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.container_base import Span
+from data.container_base import Span, stamp_of
 from data.containers import CHEAP, fields_of, spans_of
 from data.formats import to_sample
+from data.index import Index, key_of_index, shared_index
 from data.mixture import Dataset, datasets_of, files_of, unread_files
+from data.remote import ShardCache, is_remote
 from data.sample import BadSample, Faults, Sample, Video
 from data.stream import Drawn, Order
+from infra.identity import data_identity
+
+# Where copies of remote shards lie unless a command says otherwise, and how many bytes of them.
+CACHE = Path("~/.cache/nanosail/shards")
+CACHE_BYTES = 64 << 30
 
 
 def read(path: Path, first: int, last: int, number: int, dataset: Dataset) -> Sample | BadSample:
@@ -64,68 +76,121 @@ def unconfined(sample: Sample) -> Sample:
 # ---------------------------------------------------------------------------------- source
 
 
+def drawn(dataset: Dataset) -> bool:
+    """Whether anything is ever drawn from it."""
+    return dataset.weight != 0 and dataset.repeat != 0
+
+
 class Folder:
     """A user's data as a source: `stream` for training, `first` to look at. Its records stay on
     disk; spans are kept.
 
     images: the folder where image paths start, and which they may not leave (default: that of their
     file). strict: the first fault is an error. allow_outside: image paths and a mixture file's
-    paths may lead anywhere; nothing in a file can ask for it.
+    paths may lead anywhere; nothing in a file can ask for it. cache: where copies of remote shards
+    lie. timeout: seconds to wait for the rank of this machine that indexes.
 
     `faults` counts what the first look finds; the rest is counted when it is read. Raises
-    ValueError when nothing can be used.
+    ValueError when nothing can be used, StoreError when a remote shard cannot be read.
     """
 
-    def __init__(self, path, images=None, strict: bool = False, allow_outside: bool = False):
+    def __init__(
+        self,
+        path,
+        images=None,
+        strict: bool = False,
+        allow_outside: bool = False,
+        cache: ShardCache | None = None,
+        timeout: float = 1800.0,
+    ):
         self.path = Path(path)
         self.faults = Faults(strict)
         self.allow_outside = allow_outside
+        self.cache = cache or ShardCache(CACHE, CACHE_BYTES)
         self.datasets = datasets_of(self.path, images, allow_outside)
-        self.files: list[tuple[Path, int]] = []  # of each shard its dataset
-        self.groups: dict[tuple[int, str], torch.Tensor] = {}  # (dataset, task) -> its records
-        spans = array("q")  # four numbers a record: shard, and its span there
-        for k in range(len(self.datasets)):
-            self.scan(k, spans)
 
-        if not self.groups:
+        # one rank of a machine looks, all of them know
+        self.shards = [files_of(d) if drawn(d) else [] for d in self.datasets]
+        self.versions = self.versions_of_shards()
+        remote = any(is_remote(file) for files in self.shards for file in files)
+        index = shared_index(self.key, self.walk, timeout, keep=remote)
+        self.faults.merge(index.faults)
+        self.files = [(Path(file), k) for file, k in index.files]  # of each shard its dataset
+
+        if not index.groups:
             raise ValueError(f"{self.path}: 0 usable samples\n{self.faults.report()}")
-        # tensors, so that worker processes share them
-        self.spans = torch.from_numpy(np.array(spans)).view(-1, 4)
+        # tensors, so that worker processes share them: (dataset, task) -> its records
+        self.groups = {key: torch.from_numpy(found) for key, found in index.groups.items()}
+        self.spans = torch.from_numpy(index.spans)
         self.root = None
         if len(self.datasets) == 1:
             self.root = self.datasets[0].root(self.files[0][0])
 
-    def scan(self, k: int, spans: array) -> None:
+    def key(self) -> str:
+        """What an index of these shards depends on, in short."""
+        return key_of_index([self.datasets, self.faults.strict, self.versions])
+
+    def versions_of_shards(self) -> list:
+        """What tells each shard from another one in its place."""
+        versions = []
+        for file in (file for files in self.shards for file in files):
+            if is_remote(file):
+                versions.append(self.cache.renew(file))
+            else:
+                versions.append((str(file.absolute()), *stamp_of(file)))
+        return versions
+
+    def identity(self) -> str:
+        """Digest of what the shards hold, for a run that goes on and for ranks to compare."""
+        local = data_identity(file for file, _ in self.files if not is_remote(file))
+        remote = [version for version in self.versions if isinstance(version, dict)]
+        if not remote:
+            return local
+        return hashlib.sha256(json.dumps([local, remote]).encode()).hexdigest()
+
+    def walk(self) -> Index:
+        """What all shards hold."""
+        spans = array("q")  # four numbers a record: shard, and its span there
+        index = Index(np.zeros((0, 4), np.int64), {}, [], Faults(self.faults.strict))
+        for k in range(len(self.datasets)):
+            self.scan(k, spans, index)
+        index.spans = np.array(spans).reshape(-1, 4)
+        return index
+
+    def scan(self, k: int, spans: array, index: Index) -> None:
         """Walk over the shards of dataset k: append the spans of its records, and group by task
         those that are kept."""
         dataset = self.datasets[k]
-        if dataset.weight == 0 or dataset.repeat == 0:
-            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: a weight of 0"))
+        if not drawn(dataset):
+            index.faults.add(BadSample("nothing drawn", f"{dataset.data}: a weight of 0"))
             return
         for fault in unread_files(dataset):
-            self.faults.add(fault)
+            index.faults.add(fault)
 
         # the place and the task of each record, as numbers
         first = len(spans) // 4
         tasks = array("q")
         numbers: dict[str, int] = {}
-        for file in files_of(dataset):
-            for span in spans_of(file):
-                task = self.look(file, span, dataset)
-                if task is not None:
-                    tasks.append(numbers.setdefault(task, len(numbers)))
-                    spans.extend((len(self.files), *span))
-            self.files.append((file, k))
+        for file in self.shards[k]:
+            with self.cache.held(file) as here:
+                for span in spans_of(here):
+                    task = self.look(here, span, dataset, index.faults)
+                    if task is not None:
+                        tasks.append(numbers.setdefault(task, len(numbers)))
+                        spans.extend((len(index.files), *span))
+            index.files.append((str(file), k))
 
         # the groups from which a stream draws
-        kept = self.kept(len(tasks), dataset)
-        task_of = torch.from_numpy(np.array(tasks))[kept]
+        kept = self.kept(len(tasks), dataset, index.faults)
+        task_of = np.array(tasks, np.int64)[kept]
         for task, number in numbers.items():
             mine = task_of == number
             if mine.any():
-                self.groups[k, task] = first + kept[mine]
+                index.groups[k, task] = first + kept[mine]
 
-    def look(self, file: Path, span: Span | BadSample, dataset: Dataset) -> str | None:
+    def look(
+        self, file: Path, span: Span | BadSample, dataset: Dataset, faults: Faults
+    ) -> str | None:
         """The task of a record, None when it cannot be used. Counts the fault."""
         found = span
         if not isinstance(span, BadSample):
@@ -133,11 +198,11 @@ class Folder:
                 return dataset.task
             found = read(file, *span, dataset)
         if isinstance(found, BadSample):
-            self.faults.add(found)
+            faults.add(found)
             return None
         return found.task
 
-    def kept(self, n: int, dataset: Dataset) -> torch.Tensor:
+    def kept(self, n: int, dataset: Dataset, faults: Faults) -> np.ndarray:
         """Which of n records are used: all, or as many as `cap` says, evenly spaced."""
         cap = n if dataset.cap is None else dataset.cap
         limit = int(cap) if cap >= 1 else int(cap * n)
@@ -147,14 +212,15 @@ class Folder:
         drawn = int(dataset.epochs * limit) if dataset.epochs else limit
         if n and not drawn:
             share = f"cap {cap:g}, epochs {dataset.epochs:g}, of {n} records"
-            self.faults.add(BadSample("nothing drawn", f"{dataset.data}: {share}"))
-            return torch.arange(0)
-        return torch.arange(limit) * n // max(1, limit)
+            faults.add(BadSample("nothing drawn", f"{dataset.data}: {share}"))
+            return np.arange(0)
+        return np.arange(limit) * n // max(1, limit)
 
     def __getitem__(self, i: int) -> Sample | BadSample:
         file, *span = self.spans[i].tolist()
         path, k = self.files[file]
-        found = read(path, *span, self.datasets[k])
+        with self.cache.held(path) as here:
+            found = read(here, *span, self.datasets[k])
         if self.allow_outside and isinstance(found, Sample):
             return unconfined(found)
         return found

@@ -165,6 +165,21 @@ class Faults:
         self.examples = other.examples | self.examples
         self.tracebacks = other.tracebacks | self.tracebacks
 
+    def copy(self) -> "Faults":
+        """The same, which stays as it is when more are counted."""
+        twin = Faults(self.strict)
+        twin.merge(self)
+        return twin
+
+    def become(self, other: "Faults") -> None:
+        """Hold what another holds."""
+        for own, new in zip(self.held(), other.held()):
+            own.clear()
+            own.update(new)
+
+    def held(self) -> tuple[dict, dict, dict]:
+        return self.counts, self.examples, self.tracebacks
+
     def report(self) -> str:
         """One line for each reason, the commonest first; nothing in it can steer a terminal."""
         lines = []

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 
 from data.encode import Encoder
+from data.remote import StoreError
 from data.sample import BadSample, Document, Faults, Sample
 from infra.text import printable
 
@@ -298,6 +299,9 @@ def fault_of(error: Exception, origin: str) -> BadSample:
     the first of."""
     if isinstance(error, BadSample):
         return error
+    # of a store that is away, no record is guilty
+    if isinstance(error, StoreError):
+        raise error
     kind = type(error).__name__
     fault = BadSample(f"unexpected {kind}", f"{origin}: {error}"[:300])
     fault.traceback = "".join(traceback.format_exception(error))
@@ -479,10 +483,10 @@ class Documents:
     def share(self, part: int, parts: int) -> "Share":
         return Share(self, part, parts)
 
-    def close(self) -> None:
-        """End the worker processes, if there are any."""
+    def close(self, wait: bool = False) -> None:
+        """End the worker processes, if there are any; `wait` until they are gone."""
         if self.workers:
-            self.workers.close()
+            self.workers.close(wait)
 
 
 class Share:
@@ -606,14 +610,19 @@ class Workers:
         self.generation += 1
         self.open()
 
-    def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def close(self, wait: bool = False) -> None:
+        self.pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _begin(samples: Any, encoder: Encoder | None) -> None:
     """What a worker process does first."""
     global _mine
     _mine = (samples, encoder)
+    end_with_starter()
+
+
+def end_with_starter() -> None:
+    """A process that works for another: one thread, and no longer life."""
     torch.set_num_threads(1)
 
     # Ctrl-C is for the parent, which saves first; and without a parent there is nothing to do

@@ -37,6 +37,8 @@ def refuse_unused(options, defaults, model) -> None:
         # of the run
         "images": bool(options.data),
         "strict": bool(options.data),
+        "cache": bool(options.data),
+        "cache_gib": bool(options.data),
         "allow_outside": bool(options.data),
         "preset": not options.model,
         "llm": bool(options.model),
@@ -84,7 +86,7 @@ def refuse_unused(options, defaults, model) -> None:
 
 def why_unused(option: str) -> str:
     """What the option would need."""
-    if option in ("images", "strict", "allow_outside", "epochs"):
+    if option in ("images", "strict", "allow_outside", "epochs", "cache", "cache_gib"):
         return "it is about --data"
     if option == "turns":
         return "it is about the drawn world; files have the turns that they have"

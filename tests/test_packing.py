@@ -27,7 +27,7 @@ from bench.packing_rules import (
 )
 from data import world
 from data.encode import Encoder
-from data.images import normalise
+from data.images import stacked
 from data.readers import Folder
 from data.sample import Document, Faults
 from data.stream import Documents, Drawn
@@ -35,6 +35,7 @@ from packing import Batches, Rows, choose_subset, collate
 from scale import parallel
 from stage import Stage
 from train import one_step
+from vit import normalised
 
 CAPACITY = 256
 DRAWS = {
@@ -201,7 +202,7 @@ def test_pictures_of_a_batch_come_in_the_order_of_their_placeholders(documents, 
     group = [documents[:3], documents[3:5]]
     batch = collate(group, 512, tokenizer.pad)
     arrays = [a for row in group for d in row for a in d.images]
-    assert len(arrays) > 2 and torch.equal(batch.images, normalise(arrays))
+    assert len(arrays) > 2 and torch.equal(batch.images, stacked(arrays))
     per_image = int((batch.ids == tokenizer.image).sum()) / len(arrays)
     counts = [int((d.ids == tokenizer.image).sum()) for row in group for d in row]
     assert counts == [per_image * len(d.images) for row in group for d in row]
@@ -744,7 +745,9 @@ def test_one_batch_of_four_rows_and_four_batches_of_one_have_the_same_loss_and_g
     group = [found[:4], found[4:5], found[5:7], found[7:]]  # rows of very different weight
 
     def objective(m, b, stage):
-        return answers(m, replace(b, images=None if b.images is None else b.images.double()))
+        return answers(
+            m, replace(b, images=None if b.images is None else normalised(b.images).double())
+        )
 
     def step(micro):
         parameters = list(model.parameters())

@@ -24,6 +24,7 @@ from scale import parallel
 from stage import Stage
 from tokenizer import ADDED, Tokenizer, train_bpe
 from train import train
+from vit import normalised
 from vlm import SailVL
 
 # --------------------------------------------------------------------------------- tokens and masks
@@ -291,7 +292,7 @@ def test_gradients_do_not_depend_on_accumulation(model, documents, tokenizer):
     def gradient(parts):
         weight = sum(b.weight for b in parts)
         for b in parts:
-            b.images = b.images.double() if b.images is not None else None
+            b.images = normalised(b.images).double() if b.images is not None else None
             (answers(model, b)[0] / weight).backward()
         out = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
