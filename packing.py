@@ -118,9 +118,21 @@ def moved_to(device, value):
 def sent(tensor: Tensor, device) -> Tensor:
     """The tensor on its way to a device. From pinned memory nobody waits for the copy: what is
     computed with it there comes after it."""
-    if tensor.device.type == "cpu" and torch.accelerator.is_available():
+    if tensor.device.type == "cpu" and can_pin():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@functools.cache
+def can_pin() -> bool:
+    """Whether there is pinned memory: not every kind of accelerator has it."""
+    if not torch.accelerator.is_available():
+        return False
+    try:
+        torch.empty(1).pin_memory()
+    except RuntimeError:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------- choosing
