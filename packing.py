@@ -22,11 +22,13 @@ section 5.1 describes stream packing with a buffer per node and visual packing, 
 rule: oldest first with subset-sum is our choice.
 """
 
+import copy
 import functools
 import math
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Callable, Generator, Iterator, Sequence
 
 import numpy as np
@@ -68,45 +70,69 @@ class Batch:
     count: int = 0
     per_sample: bool = False
 
-    @property
+    @cached_property
     def weight(self) -> float:
         return float(self.count) if self.per_sample else float(self.weights.sum())
+
+    @cached_property
+    def at(self) -> Tensor:
+        """(n,) int64: flat positions that have a label."""
+        return (self.labels.reshape(-1) >= 0).nonzero()[:, 0]
+
+    @cached_property
+    def real_at(self) -> Tensor:
+        """(n,) int64: flat positions that belong to a document."""
+        return self.real().nonzero()[:, 0]
 
     def real(self) -> Tensor:
         """(B*T,) bool: positions that belong to a document."""
         lengths = torch.tensor(self.segments.lengths)
         real = torch.tensor([owner != PADDING for owner in self.owners])
-        return real.repeat_interleave(lengths).to(self.ids.device)
+        return real.repeat_interleave(lengths).to(self.ids.device, non_blocking=True)
 
     def to(self, device) -> "Batch":
+        """The same on a device, in copies that the host does not wait for.
+
+        What has a size that only the numbers tell (`at`, `real_at`) is worked out before: there,
+        each would be a wait for all work that the device has before it.
+        """
         if str(device) == "cpu":
             return self
-        # images of different sizes are a list
-        images = self.images
-        if isinstance(images, list):
-            images = [sent(image, device) for image in images]
-        elif images is not None:
-            images = sent(images, device)
-        return Batch(
-            sent(self.ids, device),
-            sent(self.labels, device),
-            sent(self.weights, device),
-            sent(self.positions, device),
-            replace(self.segments, cu=sent(self.segments.cu, device)),
-            images,
-            self.owners,
-            self.filled,
-            self.count,
-            self.per_sample,
-        )
+        known_here = (self.weight, self.at, self.real_at)
+        assert all(value is not None for value in known_here), "a batch without positions"
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            vars(moved)[name] = moved_to(device, value)
+        return moved
+
+
+def moved_to(device, value):
+    """A tensor, `Segments` or a list of tensors on a device; anything else as it is."""
+    if isinstance(value, list):
+        return [moved_to(device, part) for part in value]
+    if torch.is_tensor(value):
+        return sent(value, device)
+    if isinstance(value, Segments):
+        return replace(value, cu=sent(value.cu, device))
+    return value
 
 
 def sent(tensor: Tensor, device) -> Tensor:
     """The tensor on its way to a device. From pinned memory nobody waits for the copy: what is
     computed with it there comes after it."""
-    if tensor.device.type == "cpu" and torch.accelerator.is_available():
+    if tensor.device.type == "cpu" and can_pin():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@functools.cache
+def can_pin() -> bool:
+    """Whether the accelerator can read host memory by itself; no accelerator cannot."""
+    try:
+        torch.empty(1).pin_memory()
+    except RuntimeError:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------- choosing
@@ -521,20 +547,21 @@ def as_arrays(batch: Batch) -> dict:
         images = [image.permute(1, 2, 0).numpy() for image in images]  # (H, W, 3)
     elif images is not None:
         images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
-    arrays = {name: getattr(batch, name).numpy() for name in TENSORS}
-    return vars(batch) | arrays | {"segments": batch.segments.lengths, "images": images}
+    plain = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    arrays = {name: plain[name].numpy() for name in TENSORS}
+    return plain | arrays | {"segments": batch.segments.lengths, "images": images}
 
 
-def from_arrays(fields: dict) -> Batch:
+def from_arrays(plain: dict) -> Batch:
     """The inverse of `as_arrays`."""
-    images = fields["images"]
+    images = plain["images"]
     if isinstance(images, list):
         images = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     elif images is not None:
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
-    tensors = {name: torch.from_numpy(fields[name]) for name in TENSORS}
-    segments = Segments.of(fields["segments"])
-    return Batch(**(fields | tensors | {"segments": segments, "images": images}))
+    tensors = {name: torch.from_numpy(plain[name]) for name in TENSORS}
+    segments = Segments.of(plain["segments"])
+    return Batch(**(plain | tensors | {"segments": segments, "images": images}))
 
 
 class StepsAhead:

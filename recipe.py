@@ -20,7 +20,6 @@ be resumed anywhere and read by worker processes; `FEEDS[stage.objective]` turns
 Every stage of the toy has a command, and a command does on `--data` what the toy does on the drawn world.
 """
 
-import copy
 import functools
 import math
 import random
@@ -51,7 +50,7 @@ from data.sample import BadSample, Faults, Sample
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import askable, evaluate
-from generate import load_model
+from generate import load_model, weights_place
 from graders import JUDGED, grader_of, symbolic_note
 from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
@@ -63,8 +62,10 @@ from objective import PatchPredictor
 from packing import Batches, sent
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
-from scale import parallel
+from scale import parallel, shards
+from scale.layout import Layout
 from scale.parallel import Ranks
+from scale.shard import frozen_copy, shard_model, whole_weights
 from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import Run, train
@@ -106,10 +107,13 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
             raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
+    laid_out = shard_model(model, setup.ranks)
+    if model is setup.model:
+        setup.model = laid_out
 
     # The loop
     try:
-        run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
+        run = train(laid_out, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
             batches.close()  # its worker processes
@@ -292,7 +296,7 @@ def rollouts(setup: Setup, stage: RLStage, samples) -> tuple[SailVL, Rollouts]:
 
     # The KL penalty measures against the model as it is now
     encoder = replace(setup.encoder, root=setup.source.root)
-    reference = copy.deepcopy(setup.model).requires_grad_(False) if stage.kl else None
+    reference = frozen_copy(setup.model, setup.ranks) if stage.kl else None
     feed = Rollouts(
         setup.model, encoder, samples, stage, setup.ranks, setup.reward, reference, setup.faults
     )
@@ -340,6 +344,7 @@ class Pixels:
     ids: Tensor  # (N, patches)
     filled: float = 1.0
     weight: float = 1.0
+    owners: list[str] = field(default_factory=list)  # images have no tasks
 
     def to(self, device) -> "Pixels":
         return replace(self, images=sent(self.images, device))
@@ -495,7 +500,7 @@ class RunOptions:
     experts: int = 0  # make a dense model a mixture of so many experts (upcycling), two a token
     out: Path = Path("runs/out")  # directory for the trained model and the log
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
-    workers: int = 0  # processes on each rank that read and decode ahead; 0: none
+    workers: int = 0  # processes on each rank that read and decode ahead, and one that packs; 0: none
     strict: bool = False  # make the first bad sample an error
     cache: Path = CACHE  # copies of remote shards, if --data is an address (s3://...)
     cache_gib: float = CACHE_BYTES / 2**30  # most that they may take on this machine
@@ -528,6 +533,7 @@ class RunOptions:
     tracker: str = ""  # module to log to as well: wandb, trackio, tensorboard
     grace: float = 8.0  # seconds from SIGTERM to the end of a step, at least
     timeout: float = 1800.0  # seconds that ranks wait for the slowest one
+    layout: Layout = Layout()  # how the model lies on several ranks
     row: tyro.conf.Fixed[str] = ""  # of the recipe: the word on the command line
 
 
@@ -540,7 +546,7 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     options, defaults = stage_from_words(options_class, recipes)
     with one_line_errors():
         # Everything that a stage needs; what it leaves to the model and the data; where it lives
-        ranks = parallel.start(options.timeout)
+        ranks = parallel.start(options.timeout, options.layout)
         torch.manual_seed(options.stage.seed)
         setup = set_up(options, ranks)
         options = settled(options, defaults, setup)
@@ -550,10 +556,10 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
 
         # Train, and save what came of it
         run = fit(setup, options.stage)
+        shards.save_released(setup.model, options.out, ranks)
         if ranks.main:
             if isinstance(setup.reward, JudgedReward):
                 print(setup.reward.report())
-            setup.model.save_pretrained(options.out)
             setup.encoder.tokenizer.save(options.out)
             print(
                 f"stage {options.stage.name}: loss {run.log[0]['loss']:.3f} -> {run.tail():.3f} in "
@@ -588,6 +594,7 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
     refuse_impossible(stage)
+    refuse_in_stages(stage, options.layout)
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
 
@@ -606,11 +613,20 @@ def refuse_impossible(stage: BaseStage) -> None:
         )
 
 
+def refuse_in_stages(stage: BaseStage, layout: Layout) -> None:
+    """Raises ValueError for a stage that cannot train in a pipeline."""
+    if layout.pp > 1 and stage.objective != "supervised":
+        raise ValueError(
+            f"--layout.pp {layout.pp}: a pipeline wants micro-batches of one size, packed rows; stage "
+            f"{stage.name} has others, use --layout.shard"
+        )
+
+
 def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("cache", "cache_gib", "grace", "timeout", "row")
+    free += ("cache", "cache_gib", "grace", "timeout", "layout", "row")
     free += ("judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,
@@ -641,9 +657,10 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
             options.timeout,
         )
 
-    # What learns: a model that exists, or a new one
+    # What learns: a model that exists (read in parts, once it is laid out), or a new one
+    in_parts = reads_in_parts(options, ranks)
     if options.model:
-        model, tokenizer = load_model(options.model)
+        model, tokenizer = load_model(options.model, "meta" if in_parts else "cpu")
     else:
         model, tokenizer = new_model(options.preset, source, options.stage.seed)
 
@@ -667,8 +684,14 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     if options.think_prompt is not None:
         tokenizer.think_prompt = options.think_prompt
 
+    # Onto the device, whole or in parts
+    if in_parts:
+        model = lay_out_and_read(model, options.model, ranks)
+    else:
+        model.to(ranks.device)
+    model.train()
+
     # What goes along
-    model.to(ranks.device).train()
     faults = source.faults if options.data else Faults(options.strict)
     encoder = Encoder(tokenizer, config, source.root)
     harvest = read_chains(options.harvest, encoder, faults) if options.harvest else None
@@ -678,6 +701,21 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
         faults.tracebacks.clear()
     reward = judged_reward(options, encoder, ranks)
     return Setup(model, encoder, source, ranks, None, faults, options.workers, harvest, reward)
+
+
+def reads_in_parts(options: RunOptions, ranks: Ranks) -> bool:
+    """Whether a model goes from its files straight into shards; not where it is changed as a whole first."""
+    changed = options.llm or options.fresh_adapter or options.experts
+    whole_model = options.stage.objective != "next_patch"
+    return bool(ranks.mesh and options.model and whole_model and not changed)
+
+
+def lay_out_and_read(model: SailVL, directory: Path, ranks: Ranks) -> SailVL:
+    """A model on the meta device -> sharded, each rank with the values of what it holds."""
+    model = shard_model(model, ranks)
+    device = "cpu" if ranks.layout.offload else ranks.device
+    shards.materialise(model, weights_place(directory), device=device)
+    return model
 
 
 def judged_reward(options: RunOptions, encoder: Encoder, ranks: Ranks) -> JudgedReward | None:
@@ -732,7 +770,8 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
     longest = options.stage.max_new if thinks else 48
 
     def check(step: int) -> dict:
-        scores, graded = evaluate(setup.model, encoder, samples, thinks, max_new=longest)
+        with whole_weights(setup.model, setup.ranks) as model:
+            scores, graded = evaluate(model, encoder, samples, thinks, max_new=longest)
         accuracy = scores["overall"].accuracy
         said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
         return {"accuracy": accuracy, "score": 1 - accuracy, "said": said}

@@ -39,11 +39,14 @@ from evaluate import text_of
 from generate import Answer, generate
 from infra.endpoint import in_threads, png_of
 from infra.stopping import check_stop
+from moe import Decisions
 from objective import sampled_logprobs
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
 from scale import parallel
+from scale.experts import catch_up
 from scale.parallel import Ranks
+from scale.shard import whole_weights
 from stage import RLStage
 from train import autocast
 from vlm import SailVL
@@ -73,6 +76,8 @@ def oddities(stage: RLStage, experts: int = 0) -> list[str]:
         raise ValueError(
             f"--overlong {stage.overlong} leaves no length of {stage.max_new} unpunished"
         )
+    if stage.at_once < 0:
+        raise ValueError(f"--at-once {stage.at_once}: at least 1 answer, or 0 for all of a call")
     if stage.accumulate < 1:
         raise ValueError(f"--accumulate {stage.accumulate}: at least 1 micro-batch in RL")
     if stage.kl and stage.estimator not in ("k1", "k2", "k3"):
@@ -145,19 +150,6 @@ class RolloutBatch(Batch):
     @property
     def weight(self) -> float:
         return self.divisor
-
-    def to(self, device) -> "RolloutBatch":
-        if str(device) == "cpu":
-            return self
-        moved = {}
-        for name in ("at", "sequence", "place", "old", "mask", "advantage", "reference"):
-            value = getattr(self, name)
-            moved[name] = None if value is None else value.to(device)
-        choices = None if self.choices is None else [c.to(device) for c in self.choices]
-        packed = vars(super().to(device))
-        return RolloutBatch(
-            **packed, **moved, choices=choices, divisor=self.divisor, stats=self.stats
-        )
 
 
 @dataclass
@@ -338,6 +330,7 @@ def rollout(
         stage.group,
         stage.temperature,
         seed=seed,
+        at_once=stage.at_once,
         each_step=check_stop,
     )
     completions = []
@@ -387,6 +380,7 @@ class Rollouts:
             )
         # What samples, from what, and who rewards
         self.model = model
+        self.sampler = model  # the same policy, its weights whole on every rank while it samples
         self.encoder = encoder
         self.stream = as_stream(stream)
         self.stage = stage
@@ -416,7 +410,9 @@ class Rollouts:
         """This rank's share of the next minibatch. Every rank gets as many micro-batches."""
         # New rollouts when the last ones are used up
         if not self.queue:
-            self.collect()
+            with whole_weights(self.model, self.ranks) as self.sampler:
+                self.collect()
+            self.sampler = self.model
         minibatch = self.queue.pop(0)
 
         # This rank's part, and as many micro-batches as the busiest rank has
@@ -470,12 +466,13 @@ class Rollouts:
             samples = [sample for _, sample in drawn[start : start + per_call]]
             seed = self.stage.seed + 7919 * self.round + call
             groups = rollout(
-                self.model, self.encoder, samples, self.stage, seed, self.reward, self.faults
+                self.sampler, self.encoder, samples, self.stage, seed, self.reward, self.faults
             )
             for group in groups:
                 own[start + group.index] = group
 
         # Wait where SIGTERM is heard: a collective would not let go
+        catch_up(self.sampler, check_stop)
         parallel.meet(f"sampled {self.round}", check_stop)
 
         # Answers and rewards to everyone; a prompt with its pictures stays where it was made
@@ -530,7 +527,7 @@ class Rollouts:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.lm_head.weight.device
+        return torch.device(self.ranks.device)
 
     def score_again(self) -> None:
         """Log-probabilities by the very forward that the update will run, in the same micro-batches.
@@ -546,10 +543,12 @@ class Rollouts:
             for part in self.parts_of(minibatch, self.ranks.rank):
                 batch = self.pack(part).to(self.device)
                 with torch.no_grad():
-                    logp = sampled_logprobs(self.model, batch, self.stage.temperature)
+                    logp = sampled_logprobs(self.sampler, batch, self.stage.temperature)
                 for completion, row in zip(part, logp):
                     length = len(completion.answer.ids)
                     scored[m, places[id(completion)]] = row[:length].tolist()
+
+        catch_up(self.sampler, check_stop)
 
         # Known to everyone; of several passes the first one counts, where the ratio is to be 1
         done: set[int] = set()
@@ -563,7 +562,7 @@ class Rollouts:
         """The experts that the sampling policy chose for a group; on every rank, so that all queues agree."""
         batch = pack_rollouts(completions, self.encoder, self.stage, {})
         by_layer = [
-            layer.split(batch.segments.lengths) for layer in chosen_experts(self.model, batch)
+            layer.split(batch.segments.lengths) for layer in chosen_experts(self.sampler, batch)
         ]
         for i, completion in enumerate(completions):  # documents: the prompt, then its completions
             completion.choices = [torch.cat((prompt, answers[i])) for prompt, *answers in by_layer]
@@ -790,7 +789,7 @@ def pack_rollouts(
 @torch.no_grad()
 def chosen_experts(model: SailVL, batch: RolloutBatch) -> list[Tensor]:
     """Per MoE layer the experts (S, K) that the present policy sends each token to."""
-    routing: list = []
+    routing = Decisions()
     batch = batch.to(model.language_model.lm_head.weight.device)
     model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
     return [layer.indices.cpu() for layer in routing]

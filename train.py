@@ -32,11 +32,13 @@ from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
 from infra.stopping import StopRequested
 from llm import LLM, Block
-from objective import OBJECTIVES, Objective, mean_by_task
+from objective import OBJECTIVES, Objective, Statistics, fetch, loss_by_task, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
 from packing import Batch, weight_of
 from scale import parallel
 from scale.parallel import Ranks
+from scale.pipeline import Staged, Work
+from scale.shard import begin_micro_batch
 from stage import BaseStage
 from vit import VisionBlock, ViT
 from vlm import SailVL
@@ -147,7 +149,7 @@ def train(
             if keeper:
                 executed = len(journal.rows)
                 score = row.get("check", {}).get("score")
-                due = keeper.due(executed) or home.improves(score)
+                due = keeper.due(executed) or keeper.improves(score)
                 if stop or due or step == stage.steps:
                     journal.sync()
                     keeper.save(step, executed, score)
@@ -163,6 +165,8 @@ def train(
         if ended_early and keeper:
             journal.sync()
             keeper.save(step, len(journal.rows))
+        if keeper:
+            keeper.finish()
     finally:
         journal.close()
         if keeper:
@@ -195,35 +199,23 @@ def one_step(
     began = time.time()
 
     # What the loss of the whole step, over all ranks, is divided by
-    (step_weight,) = parallel.total(weight_of(micro_batches))
-    step_weight = max(step_weight, 1e-8)
+    own_weight = weight_of(micro_batches)
+    step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
-    # Forward and backward, a micro-batch at a time
-    sums: dict[str, float] = defaultdict(float)
-    tasks = []
-    tokens = 0
-    images = 0
-    filled = 0.0
-    expert_counts = []  # of slots, by layer and expert, over all ranks
-    for batch in micro_batches:
-        with autocast(stage, ranks.device):
-            loss, statistics = objective(model, batch.to(ranks.device), stage)
-        (loss / step_weight).backward()
-
-        tokens += batch.ids.numel()
-        images += 0 if batch.images is None else len(batch.images)
-        filled += batch.filled
-        tasks.append(statistics.pop("tasks", {}))
-        if "expert_counts" in statistics:
-            expert_counts.append(statistics.pop("expert_counts"))
-        for key, value in statistics.items():
-            sums[key] += value
+    # Forward and backward
+    collected, facts = passes(model, micro_batches, objective, step_weight, stage, ranks)
+    counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
     parallel.sum_gradients([p for p in model.parameters() if p.requires_grad])
     norm, norm_by_part = clip_gradients(model, stage.clip)
 
+    # All else that the device has found out in this step, at once: it waits for the norm only
+    sums, tasks = summed(fetch(collected), facts)
+
     # Statistics over all ranks
+    tokens = sum(fact.tokens for fact in facts)
+    images = sum(fact.images for fact in facts)
     *totals, all_tokens, all_images = parallel.total(*sums.values(), tokens, images)
     row = {key: value / step_weight for key, value in zip(sums, totals)}
 
@@ -235,9 +227,10 @@ def one_step(
         if finite and norm > 0:
             optimizer.step()
         optimizer.zero_grad()
-    if expert_counts and finite:  # balancing without a loss, for comparison
+    if counts and finite:  # balancing without a loss, for comparison; slots by layer and expert
         layers = [block.mlp for block in model.language_model.model.layers]
-        moe.update_expert_bias(layers, sum(expert_counts), stage.expert_bias_rate)
+        summed_counts = sum(torch.as_tensor(count, device=ranks.device) for count in counts)
+        moe.update_expert_bias(layers, summed_counts, stage.expert_bias_rate)
 
     # One line of the log
     seconds = time.time() - began
@@ -246,10 +239,90 @@ def one_step(
         "grad_norm": norm,
         "grad_norms": norm_by_part,
         "skipped": not finite,
-        "filled": filled / len(micro_batches),
+        "filled": sum(fact.filled for fact in facts) / len(facts),
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the log wants to know of a micro-batch, and what is left when it is done with."""
+
+    weight: float
+    tokens: int
+    images: int
+    filled: float
+    owners: list[str]
+
+    @staticmethod
+    def of(batch: Batch) -> "Facts":
+        images = 0 if batch.images is None else len(batch.images)
+        return Facts(batch.weight, batch.ids.numel(), images, batch.filled, batch.owners)
+
+
+def passes(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    step_weight: float,
+    stage: BaseStage,
+    ranks: Ranks,
+) -> tuple[list[Statistics], list[Facts]]:
+    """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
+
+    Gradients are added up in the parameters; returns what the objective said of each micro-batch, and
+    what is to be known of it.
+    """
+    precision = autocast(stage, ranks.device)
+    if isinstance(model, Staged):
+        # Several of them are on their way at once
+        batches = list(micro_batches)
+        work = Work(batches, objective, stage, step_weight, ranks.device, precision)
+        return model.passes(work), [Facts.of(batch) for batch in batches]
+
+    said = []
+    facts = []
+    for number, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
+        with precision:
+            loss, statistics = objective(model, batch.to(ranks.device), stage)
+        (loss / step_weight).backward()
+        said.append(statistics)
+        facts.append(Facts.of(batch))
+    return said, facts
+
+
+def summed(collected: list[Statistics], facts: list[Facts]) -> tuple[dict[str, float], list[dict]]:
+    """Statistics of the micro-batches, as numbers -> their sums, and (loss, weight) by task of each."""
+    sums: dict[str, float] = defaultdict(float)
+    tasks = []
+    for statistics, fact in zip(collected, facts, strict=True):
+        documents = statistics.pop("tasks", [])
+        means = statistics.pop("means", {})
+        tasks.append(loss_by_task(fact.owners, documents) if documents else {})
+        for key, value in statistics.items():
+            sums[key] += value
+        for key, value in means.items():
+            sums[key] += value * fact.weight
+    return sums, tasks
+
+
+def agreed_weight(own_weight: float, micro_batches: int) -> float:
+    """The weight of a step over all ranks.
+
+    Raises ValueError when ranks have different numbers of micro-batches: some would wait in the
+    collectives of a backward pass that the others never run.
+    """
+    weight, count, squares = parallel.total(own_weight, micro_batches, micro_batches**2)
+    _, size = parallel.place()
+    if size * squares != count**2:
+        numbers = parallel.gather([micro_batches])
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, numbers))} micro-batches in this step: their data must "
+            "give each of them as many (empty ones, if need be)"
+        )
+    return weight
 
 
 def rate_search(

@@ -32,7 +32,7 @@ from infra import weights
 from infra.cli import command
 from infra.config import read_config, read_vlm, write_vlm
 from llm import LLM, LLMConfig
-from moe import upcycle
+from moe import Decisions, upcycle
 from vit import ViT, ViTConfig
 
 
@@ -132,7 +132,11 @@ PRESETS = {
 
 
 class SailVL(nn.Module):
-    """Pixels and tokens in, hidden states, logits or log-probabilities out."""
+    """Pixels and tokens in, hidden states, logits or log-probabilities out.
+
+    always_sees: run the vision modules on a batch without an image also where they are frozen, as
+    sharded weights want (see `touch_vision`).
+    """
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -141,6 +145,7 @@ class SailVL(nn.Module):
         self.vision_model = ViT(config.vision)
         self.mlp1 = Adapter(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = LLM(config.text)
+        self.always_sees = False
 
     def embed(self, input_ids: Tensor, images: Tensor | list[Tensor] | None) -> Tensor:
         """ids (B, T) and normalised pixels -> embeddings (B*T, C), visual tokens in their places.
@@ -150,19 +155,16 @@ class SailVL(nn.Module):
         ids = input_ids.reshape(-1)
         x = self.language_model.embed(ids)  # (B*T, C)
         placeholders = ids == self.image_token_id
-        count = int(placeholders.sum())
 
         # No image: every rank runs the same modules all the same.
         if images is None or len(images) == 0:
-            if count:
-                raise ValueError(self._mismatch(input_ids, 0))
+            self.check_placeholders(input_ids, 0)
             return x + self.touch_vision()
 
         # Visual tokens of all images, four patches each.
         features, grids = self.vision_model(images)  # (S, Cv)
         visual = self.mlp1(features, grids).to(x.dtype)  # (S/4, C)
-        if visual.shape[0] != count:
-            raise ValueError(self._mismatch(input_ids, visual.shape[0]))
+        self.check_placeholders(input_ids, visual.shape[0])
 
         # In order, into the places of the placeholders: the only joint of the two halves.
         return x.masked_scatter(placeholders[:, None], visual)
@@ -173,15 +175,14 @@ class SailVL(nn.Module):
         So a text-only batch is like any other. Without it, these parameters would have no gradient
         when no rank has an image, and the optimizer would leave out their momentum and decay; with
         a gradient of zero a step is the same on one rank and on many, and modules that are sharded
-        are gathered by all ranks together. Costs one minimal image, where vision trains at all.
+        are gathered by all ranks together (those of frozen modules too: `always_sees`). Costs one
+        minimal image, where vision trains at all or all ranks must see.
         """
         weight = self.vision_model.preprocessor.patchifier.proj.weight
-        no_gradient = torch.zeros((), device=weight.device)
-        if not torch.is_grad_enabled():
-            return no_gradient
         vision = (*self.vision_model.parameters(), *self.mlp1.parameters())
-        if not any(p.requires_grad for p in vision):
-            return no_gradient
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in vision)
+        if not trains and not self.always_sees:
+            return torch.zeros((), device=weight.device)
 
         # The smallest image.
         c = self.config.vision
@@ -190,9 +191,22 @@ class SailVL(nn.Module):
         features, grids = self.vision_model(blank)
         return self.mlp1(features, grids).sum() * 0.0
 
-    def _mismatch(self, input_ids: Tensor, visual: int) -> str:
-        by_row = (input_ids == self.image_token_id).sum(1).tolist()
-        return (
+    def check_placeholders(self, input_ids: Tensor, visual: int) -> None:
+        """Raises ValueError when the batch has another number of placeholders than of visual tokens.
+
+        While it trains on an accelerator the device compares them, and fails by itself (RuntimeError,
+        in a later call): the host would wait for it in every micro-batch.
+        """
+        placeholders = input_ids == self.image_token_id  # (B, T)
+        if torch.is_grad_enabled() and not input_ids.is_cpu:
+            torch._assert_async(
+                placeholders.sum() == visual, "image placeholders are not as many as visual tokens"
+            )
+            return
+        by_row = placeholders.sum(1).tolist()
+        if sum(by_row) == visual:
+            return
+        raise ValueError(
             f"{sum(by_row)} image placeholders (id {self.image_token_id}) in the batch but {visual} "
             f"visual tokens from the images; placeholders per sample: {dict(enumerate(by_row))}. "
             "Each image needs one placeholder per visual token."
@@ -205,7 +219,7 @@ class SailVL(nn.Module):
         positions: Tensor | None = None,
         segments: Segments | None = None,
         attend: Attend | None = None,
-        routing: list | None = None,
+        routing: Decisions | None = None,
     ) -> Tensor:
         """Everything up to the last norm: ids (B, T) -> (B*T, C).
 
@@ -245,7 +259,7 @@ class SailVL(nn.Module):
         at: Tensor,
         labels: Tensor,
         temperature: float = 1.0,
-        routing: list | None = None,
+        routing: Decisions | None = None,
     ) -> Tensor:
         """log p(labels) at the flat positions `at` (n,) of a packed batch -> (n,) fp32.
 
@@ -331,7 +345,10 @@ class SailVL(nn.Module):
 
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "SailVL":
-        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit."""
+        """A released SAIL-VL2 directory or one of ours. Raises ValueError naming what does not fit.
+
+        device "meta": the model alone, without memory; scale/shards.py fills it in parts.
+        """
         # Sizes, and how pictures were cut when the weights were trained.
         processor = None
         if Path(directory, "preprocessor_config.json").is_file():
@@ -345,6 +362,8 @@ class SailVL(nn.Module):
 
         with torch.device("meta"):
             model = SailVL(config)
+        if torch.device(device).type == "meta":
+            return model
         return weights.load_weights(model, directory, dtype, device)
 
     def save_pretrained(self, directory) -> None:

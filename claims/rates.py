@@ -510,7 +510,8 @@ class Connector(Problem):
     def final(self) -> float:
         from objective import supervised
 
-        return supervised(self.setup.model, self.held, self.stage)[1]["loss"] / self.held.weight
+        _, statistics = supervised(self.setup.model, self.held, self.stage)
+        return float(statistics["loss"]) / self.held.weight
 
 
 OLD = {

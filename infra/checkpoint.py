@@ -6,11 +6,19 @@ written last, and only then is the directory renamed to its name: a kill at any 
 previous one. No format in torch notices a flipped bit, so sums are compared at load; a checkpoint
 with any fault is named, put aside, and the one before it is used.
 
+Training waits only for a copy in host memory; a thread writes it. Of a sharded model every rank copies,
+writes and sums its own part (scale/shards.py), and rank 0 renames when all have told it their sums:
+
+    step ── copy ── step ── step ── step ── copy (waits until the former one is there) ── step ..
+               └─ thread: files, sums ─ (rank 0: all sums) ─ manifest ─ rename
+
     run/.lock  log.jsonl  run.json  checkpoints/step-00000120/
                                         manifest.json      bytes and sha256 of every other file
                                         config.json, model.safetensors       a model, as released
                                         tokenizer.tiktoken, template.json    its tokenizer, if given
                                         state.safetensors  optimizers, AdaLRS's snapshot, generators
+                                                           (model-0000i-of-n, state-0000i-of-n: of n
+                                                           ranks that write)
                                         state.json         the rest: steps, options, data position,
                                                            AdaLRS in the middle of a trial, config,
                                                            identity of the data, code revision
@@ -21,7 +29,8 @@ is the newest state, also in the middle of a trial.
 
 Everything is restored bit for bit: a run that was killed and resumed writes the same log as one that
 was not (on a CPU with the same number of threads). Weights that are not finite are never written.
-Simplified: weights are replicated over ranks, so rank 0 writes; each rank's generators are kept.
+Any layout of ranks goes on from any other's checkpoint; those of before, which number their optimizers'
+state, are read as well. Simplified: where every rank holds all weights, rank 0 writes.
 """
 
 import fcntl
@@ -33,15 +42,18 @@ import random
 import re
 import shutil
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn, Protocol, runtime_checkable
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Protocol, runtime_checkable
+from uuid import uuid4
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adalrs import AdaLRS, load_optimizer_state, optimizer_state
@@ -50,12 +62,14 @@ from infra.identity import differences, fingerprint, revision
 from infra.stopping import STOPPED, StopSignals
 from infra.text import printable
 from infra.tracker import require_tracker
-from scale import parallel
+from scale import parallel, shards
+from scale.shards import Names, Part, Writers
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-TENSORS = "state.safetensors"
 LONGEST_GRACE = 25.0  # seconds: torchrun and most schedulers kill 30 s after they told
+COMING = 15.0  # seconds in which all ranks of a sharded model must have left their work
+LAST_WORDS = 10.0  # seconds that a run which ends waits for the other ranks' parts of a checkpoint
 LARGEST_MANIFEST = 16 << 20  # bytes: one that is larger was not written here
 
 # what a faulty file can raise while it is looked at
@@ -150,32 +164,45 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Sums of all files, everything to the disk, then the rename that makes it a checkpoint."""
-    files = sorted(path for path in temporary.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in (*files, temporary / MANIFEST, temporary):
+def seal(paths: Iterable[Path]) -> dict[str, dict]:
+    """Files to the disk, and their entries of the manifest."""
+    entries = {}
+    for path in paths:
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
         sync(path)
+    return entries
+
+
+def commit(temporary: Path, final: Path, entries: dict[str, dict]) -> None:
+    """The manifest of files that are on the disk, and the rename that makes them a checkpoint."""
+    (temporary / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
+    sync(temporary / MANIFEST)
+    sync(temporary)
 
     # the name itself is an entry of the parent directory, which has to reach the disk as well
     os.rename(temporary, final)
     sync(final.parent)
 
 
-def fault(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, as a sentence that names the file; None if it is whole."""
+def fault(directory: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, as a sentence that names the file; None if it is whole.
+
+    Of several ranks each compares the sums of its share of the files.
+    """
     try:
         listed = read_manifest(directory / MANIFEST)
     except FAULTS as error:
         return printable(f"{MANIFEST} is unreadable ({type(error).__name__}: {error})")[:300]
 
-    # every file as it was written
-    for name, (size, sha256) in listed.items():
+    # every file as it was written; large ones in turn, so that shares are alike
+    by_size = sorted(listed, key=lambda name: -listed[name][0])
+    for at, name in enumerate(by_size):
+        size, sha256 = listed[name]
         path = directory / name
         try:
             found = path.stat().st_size if path.is_file() else None
-            altered = found == size and digest(path) != sha256
+            mine = at % shares == share
+            altered = mine and found == size and digest(path) != sha256
         except OSError as error:
             return printable(f"{name} cannot be read ({error.strerror or error})")
         if found is None:
@@ -189,11 +216,13 @@ def fault(directory: Path) -> str | None:
     foreign = {path.name for path in directory.iterdir()} - set(listed) - {MANIFEST}
     if foreign:
         return printable(f"{min(foreign)} does not belong to it")
-    for name in ("config.json", STATE, TENSORS):
+    for name in ("config.json", STATE):
         if name not in listed:
             return f"{MANIFEST} does not list {name}"
-    if not any(re.fullmatch(r"model.*\.safetensors", name) for name in listed):
-        return f"{MANIFEST} lists no weights"
+    for stem in ("model", "state"):
+        lacking = lacks(stem, listed)
+        if lacking:
+            return f"{MANIFEST} does not list {lacking}"
 
     # and a state that can be read
     try:
@@ -201,6 +230,20 @@ def fault(directory: Path) -> str | None:
     except FAULTS as error:
         return printable(f"{STATE} is unreadable ({type(error).__name__}: {error})")[:300]
     return None if isinstance(config, dict) else f"{STATE} holds no configuration"
+
+
+def part_files(stem: str, names: Iterable[str]) -> list[str]:
+    """Those of these files that are parts of one thing: stem.safetensors, or stem-0000i-of-0000n."""
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    return sorted(name for name in names if pattern.fullmatch(name))
+
+
+def lacks(stem: str, names: Iterable[str]) -> str | None:
+    """The first of those parts that is not there."""
+    found = part_files(stem, names)
+    of = re.search(r"of-(\d+)", found[0]) if found else None
+    wanted = weights.file_names(int(of[1]) if of else 1, stem)
+    return next((name for name in wanted if name not in found), None)
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -211,6 +254,8 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     if any(Path(name).name != name for name in listed):
         raise ValueError("it names a file outside")
+    if not all(isinstance(size, int) for size, _ in listed.values()):
+        raise ValueError("a number of bytes is none")
     return listed
 
 
@@ -227,12 +272,15 @@ def latest(folder: Path) -> Path | None:
         problem = fault(path)
         if problem is None:
             return path
-        aside = put_aside(path)
-        where = f"kept as {aside.name}" if aside else "left where it is"
-        announce(
-            f"CHECKPOINT REFUSED: {path}: {problem}. It is {where}; the one before it is used."
-        )
+        refuse(path, problem)
     return None
+
+
+def refuse(path: Path, problem: str) -> None:
+    """Name a broken checkpoint, loudly, and put it aside."""
+    aside = put_aside(path)
+    where = f"kept as {aside.name}" if aside else "left where it is"
+    announce(f"CHECKPOINT REFUSED: {path}: {problem}. It is {where}; the one before it is used.")
 
 
 def put_aside(path: Path) -> Path | None:
@@ -249,9 +297,10 @@ def put_aside(path: Path) -> Path | None:
 
 
 def not_finite(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds a NaN or an infinity."""
+    """Name of the first tensor that holds a NaN or an infinity, in what this rank has of it."""
     for name, tensor in itertools.chain(model.state_dict().items(), tensors.items()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        values = parallel.local(tensor)
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             return name
     return None
 
@@ -286,7 +335,9 @@ class RunDirectory:
     # longer); a process that has not ended its step by then ends without a checkpoint of it
     failures: int = 0  # checkpoints that could not be written
     best: list | None = None  # [score, executed] of the best checkpoint
+    committed: int = 0  # executed steps at the last one that was written; 0: none
     lock: int | None = None  # of the open lock file
+    draft: "Draft | None" = None  # the checkpoint that is being written
 
     def __post_init__(self):
         if self.keep < 1 or self.every < 0 or self.check_every < 0:
@@ -307,28 +358,64 @@ class RunDirectory:
 
     def open(self, ranks: parallel.Ranks) -> Path | None:
         """Take the directory for this run; returns the checkpoint to resume from, if any."""
-        answer = ("", "")
+        candidates = self._decide(ranks, self._take)
+
+        # The newest whole one: every rank compares the sums of some files
+        found = None
+        for path in candidates:
+            problem = self._fault_of_all(path)
+            if problem is None:
+                found = path
+                break
+            if ranks.main:
+                refuse(path, problem)
+        self._decide(ranks, lambda: self._settle(found))
+        return found
+
+    def _decide(self, ranks: parallel.Ranks, work: Callable[[], Any]) -> Any:
+        """What rank 0 finds is what all do: a refusal ends all of them, with its reason."""
+        answer = (None, "")
         if ranks.main:
             try:
-                answer = (str(self._take() or ""), "")
+                answer = (work(), "")
             except (ValueError, OSError) as error:
-                answer = ("", str(error))
-
-        # what rank 0 found is what all do: a refusal ends all of them, with its reason
-        found, refusal = parallel.gather([answer] if ranks.main else [])[0]
+                answer = (None, str(error))
+        found, refusal = parallel.gather([answer] if ranks.main else [], everyone=True)[0]
         if refusal:
             self.close()
             raise ValueError(refusal)
-        return Path(found) if found else None
+        return found
+
+    def _fault_of_all(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, found by all ranks. Raises ValueError where one sees nothing."""
+        rank, size = parallel.place_of_all()
+        found = (rank, path.exists(), fault(path, rank, size))
+        everyone = parallel.gather([found], everyone=True)
+        for rank, sees, _ in everyone:
+            if not sees:
+                self.close()
+                raise ValueError(
+                    f"rank {rank} does not see {path}: --out must be in a file system that all "
+                    "nodes share"
+                )
+        return next((problem for *_, problem in everyone if problem), None)
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Let go of the directory; what is being written is finished first, if the other ranks' parts come.
+
+        No collective: other ranks may be gone.
+        """
+        if self.draft is not None:
+            longest = time.monotonic() - self.draft.began + LAST_WORDS
+            self.draft.patience = min(self.draft.patience, longest)
+            self.draft.written.result()
+            self.draft = None
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
 
-    def _take(self) -> Path | None:
-        """On rank 0: lock, clean, find the newest whole checkpoint, see that it is this run's."""
+    def _take(self) -> list[Path]:
+        """On rank 0: lock, clean; the checkpoints, newest first."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
 
@@ -340,13 +427,13 @@ class RunDirectory:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
         sync(self.path)
+        return list(reversed(checkpoints(self.folder).values()))
 
-        # what this run is, for people, once it is sure that it may be here
-        found = latest(self.folder)
+    def _settle(self, found: Path | None) -> None:
+        """On rank 0: see that the checkpoint is this run's; say what this run is, for people."""
         if found:
             self._compare(json.loads((found / STATE).read_text()))
         weights.write_json(self.path / "run.json", self.config | {"revision": revision()})
-        return found
 
     def _lock(self) -> None:
         """One writer at a time. The file is neither followed nor emptied: it may be somebody's."""
@@ -396,51 +483,105 @@ class RunDirectory:
     def write(
         self, executed: int, model: nn.Module, tensors: dict[str, Tensor], values: dict
     ) -> bool:
-        """One checkpoint. A full disk (or any OSError) leaves the previous ones, and costs only this.
+        """One checkpoint, from one process, there when this returns. See `begin`."""
+        self.begin(executed, model, tensors, values)
+        return self.finish()
 
-        Weights or optimizer state that are not finite are refused: they would push out good ones.
+    def begin(
+        self,
+        executed: int,
+        model: nn.Module,
+        tensors: dict[str, Tensor],
+        values: dict,
+        ranks: parallel.Ranks = parallel.Ranks(),
+    ) -> None:
+        """One checkpoint: copied now, written by a thread; `finish` says whether it was.
+
+        All ranks that write call it together. A full disk (or any OSError) on one leaves the previous
+        ones, and costs only this. Weights or optimizer state that are not finite are refused: they would
+        push out good ones.
         """
-        final = self.folder / f"step-{executed:08d}"
-        temporary = self.folder / f"tmp-{executed:08d}"
+        assert self.draft is None, "the one before is still being written"
+        writers = Writers.among(ranks)
+        draft = Draft(self.folder, executed, writers, values, ranks.timeout)
+        self.draft = draft
 
-        # one that is there already holds the same bits, if it is whole
-        if final.exists():
-            if fault(final) is None:
-                return True
-            put_aside(final)
-
-        broken = not_finite(model, tensors)
+        # Rank 0 makes room; every rank looks for what must not be written
+        there, problem = self._make_room(draft) if writers.main else (False, "")
+        broken = None if there else not_finite(model, tensors)
         if broken:
-            return self._fail(executed, f"{broken} is not finite")
+            problem = problem or f"{broken} is not finite"
+        everyone = writers.gather([(there, problem, uuid4().hex)])
+        draft.token = everyone[0][2]
+        problems = [problem for _, problem, _ in everyone if problem]
+        if everyone[0][0] or problems:
+            if problems and writers.main:
+                self._fail(draft, problems[0])
+            draft.part.set_result(({}, ""))
+            draft.written.set_result(not problems)
+            return
 
-        copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        # everything into a directory that is no checkpoint yet
+        # Copies, from here on nobody's but the thread's
+        draft.copy(model, tensors)
         own = {
             "config": self.config,
             "data_identity": self.data_identity,
             "revision": revision(),
         }
-        try:
-            if temporary.is_dir():  # of an attempt that failed
-                shutil.rmtree(temporary)
-            model.save_pretrained(temporary)
-            if self.tokenizer is not None:
-                self.tokenizer.save(temporary)
-            save_file(copies, temporary / TENSORS)
-            (temporary / STATE).write_text(json.dumps(values | own))
-            commit(temporary, final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            return self._fail(executed, str(error))
+        draft.state = json.dumps(values | own)
+        threading.Thread(target=self._write_apart, args=[draft], daemon=True).start()
 
-        self.best = values.get("best", self.best)
-        self._prune(executed)
+    def finish(self) -> bool:
+        """Wait for what was begun, all writers together. Whether it is written: rank 0 knows."""
+        draft = self.draft
+        if draft is None:
+            return False
+        draft.parts = draft.writers.gather([draft.part.result()])
+        written = draft.written.result()
+        self.draft = None
+        return written
+
+    def _make_room(self, draft: "Draft") -> tuple[bool, str]:
+        """A directory that is no checkpoint yet. Returns (whether the checkpoint is there already,
+        what is wrong)."""
+        try:
+            # one that is there already holds the same bits, if it is whole
+            if draft.final.exists():
+                if fault(draft.final) is None:
+                    return True, ""
+                put_aside(draft.final)
+            if draft.temporary.is_dir():  # of an attempt that failed
+                shutil.rmtree(draft.temporary)
+            draft.temporary.mkdir(parents=True)
+        except OSError as error:
+            return False, str(error)
+        return False, ""
+
+    def _write_apart(self, draft: "Draft") -> None:
+        """What the thread does: this rank's files, and on rank 0 the checkpoint once all have theirs."""
+        try:
+            draft.part.set_result(draft.write(self.tokenizer))
+            draft.written.set_result(self._commit(draft) if draft.writers.main else True)
+        except Exception as error:  # a fault of this program: raised where the outcome is asked for
+            for future in (draft.part, draft.written):
+                if not future.done():
+                    future.set_exception(error)
+
+    def _commit(self, draft: "Draft") -> bool:
+        try:
+            commit(draft.temporary, draft.final, draft.entries_of_all())
+        except OSError as error:
+            return self._fail(draft, str(error))
+        self.committed = draft.executed
+        self.best = draft.values.get("best", self.best)
+        self._prune(draft.executed)
         return True
 
-    def _fail(self, executed: int, reason: str) -> bool:
+    def _fail(self, draft: "Draft", reason: str) -> bool:
+        shutil.rmtree(draft.temporary, ignore_errors=True)
         self.failures += 1
         announce(
-            f"CHECKPOINT NOT WRITTEN after {executed} steps ({reason}); training goes on, the "
+            f"CHECKPOINT NOT WRITTEN after {draft.executed} steps ({reason}); training goes on, the "
             f"previous one stands ({self.failures} so far)"
         )
         return False
@@ -463,6 +604,125 @@ class RunDirectory:
                 announce(f"an old checkpoint could not be removed: {error}")
 
 
+@dataclass
+class Draft:
+    """A checkpoint that is being written: what this rank puts into which of its files."""
+
+    folder: Path
+    executed: int
+    writers: Writers
+    values: dict
+    patience: float  # seconds that rank 0 waits for the others
+    token: str = ""  # the same on all ranks, and nobody else's: what their notes are called
+    began: float = field(default_factory=time.monotonic)
+
+    # Copies
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file -> what is in it
+    metadata: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # file -> what it says of itself
+    config: dict = field(default_factory=dict)  # the model's
+    index: dict | None = None  # of the files of weights, where they are several
+    state: str = ""  # JSON
+
+    # Outcomes: this rank's entries of the manifest and what went wrong; whether all is written
+    part: Future = field(default_factory=Future)
+    written: Future = field(default_factory=Future)
+    parts: list | None = None  # of all ranks, once they have met
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"step-{self.executed:08d}"
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / f"tmp-{self.executed:08d}"
+
+    def note(self, rank: int) -> str:
+        return parallel.note_of(f"wrote {self.token}", rank)
+
+    def copy(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """To host memory: this rank's share of the weights, whole tensors as released, and its state."""
+        writers = self.writers
+        plan = shards.plan_files(model, writers)
+        copies = shards.own_weights(model, writers)
+        for file, planned in plan.items():
+            if planned.rank == writers.rank:
+                self.tensors[file] = {name: copies.pop(name) for name in planned.names}
+                self.metadata[file] = {"format": "pt"}
+        if len(plan) > 1:
+            self.index = shards.index_of_plan(plan)
+        self.config = model.config.to_dict()
+
+        state = weights.file_names(writers.size, "state")[writers.rank]
+        self.tensors[state], self.metadata[state] = shards.own_state(tensors, writers)
+
+    def write(self, tokenizer) -> tuple[dict[str, dict], str]:
+        """This rank's files, on the disk: (their entries of the manifest, or what went wrong)."""
+        entries: dict[str, dict] = {}
+        problem = ""
+        try:
+            self.write_tensors()
+            if self.writers.main:
+                self.write_rest(tokenizer)
+            entries = seal(self.own_paths())
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if not self.writers.main:
+            parallel.leave_note(self.note(self.writers.rank), json.dumps([entries, problem]))
+        return entries, problem
+
+    def write_tensors(self) -> None:
+        for file in list(self.tensors):
+            save_file(self.tensors.pop(file), self.temporary / file, self.metadata[file] or None)
+
+    def write_rest(self, tokenizer) -> None:
+        """What exists once, on rank 0: how to read the tensors, and the plain values."""
+        weights.write_json(self.temporary / "config.json", self.config)
+        if self.index:
+            weights.write_json(self.temporary / weights.INDEX, self.index)
+        if tokenizer is not None:
+            tokenizer.save(self.temporary)
+        (self.temporary / STATE).write_text(self.state)
+
+    def own_paths(self) -> list[Path]:
+        """What this rank has written: its tensors, and on rank 0 all that is no part of them."""
+        paths = []
+        for path in sorted(self.temporary.iterdir()):
+            part = part_files("model", [path.name]) or part_files("state", [path.name])
+            if path.name in self.metadata or (self.writers.main and not part):
+                paths.append(path)
+        return paths
+
+    def entries_of_all(self) -> dict[str, dict]:
+        """On rank 0: the manifest, once all have written their files.
+
+        Ranks leave a note; where none arrives, the loop brings their word when it comes to `finish`.
+        Raises OSError where one has not written, or not in time.
+        """
+        entries, problem = self.part.result()
+        for rank in range(1, self.writers.size):
+            if problem:
+                break
+            theirs, problem = self.word_of(rank)
+            problem = problem and f"rank {rank}: {problem}"
+            entries = entries | theirs
+        if problem:
+            raise OSError(problem)
+        return entries
+
+    def word_of(self, rank: int) -> tuple[dict[str, dict], str]:
+        """What another rank's `write` returned."""
+        while time.monotonic() - self.began < self.patience:
+            text = parallel.read_note(self.note(rank))
+            if text is not None:
+                return json.loads(text)
+            if self.parts is not None:
+                return self.parts[rank]
+            time.sleep(0.02)
+        return {}, f"its part is not written after {self.patience:g} s"
+
+
 def is_growth(name: str, old: object, new: object) -> bool:
     """Whether a changed option asks only for more of the same run."""
     numbers = isinstance(old, (int, float)) and isinstance(new, (int, float))
@@ -476,7 +736,8 @@ class Keeper:
     """What the loop calls: resume at its start, save when due, save and leave when told to stop.
 
     keeper.resume() -> values of the checkpoint                 once
-    keeper.told_to_stop(), .due(executed), .save(..), .stop(..) after every step
+    keeper.told_to_stop(), .due(executed), .improves(score), .save(..), .stop(..) after every step
+    keeper.finish()                                             at the end
     keeper.mark(step, executed)                                 after every step
     keeper.leave()                                              where `next(data)` raised StopRequested
     """
@@ -496,17 +757,18 @@ class Keeper:
         self.search = search
         self.data = data
         self.ranks = ranks
+        self.writers = Writers.among(ranks)
         self.last = 0  # executed steps at the last checkpoint that was due
-        self.written = 0  # executed steps at the last one that was written; 0: none
-        self.saved = False  # whether the last attempt was
+        self.begun = 0  # executed steps at the one that is being written; 0: none
+        self.saved = False  # whether the last one was written
         self.marked: dict | None = None  # position after the last step, for `leave`
         self.asked = time.monotonic()  # when the last step ended
         self.signals = StopSignals(home.grace, self.standing)
 
     def standing(self) -> str:
         """What is left if the process ends now."""
-        if self.written:
-            return f"the checkpoint after {self.written} steps in {self.home.folder} stands"
+        if self.home.committed:
+            return f"the checkpoint after {self.home.committed} steps in {self.home.folder} stands"
         return "there is no checkpoint yet"
 
     def close(self) -> None:
@@ -524,8 +786,7 @@ class Keeper:
             self._agree_on_the_run()
             found = self.home.open(self.ranks)
             values = self._restore(found) if found else {}
-            if self.ranks.size > 1:
-                parallel.agree({"weights": fingerprint(self.model)})
+            self._agree_on_weights()
         except (ValueError, OSError):
             self.close()
             raise
@@ -546,33 +807,43 @@ class Keeper:
             }
         )
 
+    def _agree_on_weights(self) -> None:
+        """Ranks that hold the same shards begin with the same."""
+        shard = 0 if self.ranks.mesh is None else self.ranks.mesh["shard"].get_local_rank()
+        parallel.agree({"weights": fingerprint(self.model)}, (self.ranks.stage, shard))
+
     def _restore(self, found: Path) -> dict:
-        """Model, optimizers, search, data and generators as a checkpoint has them."""
+        """Model, optimizers, search, data and generators as a checkpoint has them, of whatever layout."""
         values = json.loads((found / STATE).read_text())
-        tensors = load_file(found / TENSORS)
+        shards.read_weights(self.model, found)
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+        # Optimizers and search, under the numbers that they have here
+        names = self._names()
+        files = [found / name for name in part_files("state", os.listdir(found))]
+        with shards.SavedState(files) as state:
+            rest = names.numbered_rest(values["optimizer"])
+            load_optimizer_state(self.optimizers, Part(state, names, "optimizer."), rest)
+            if self.search:
+                snapshots = dict(Part(state, names, "adalrs."))
+                plain = with_rests(values["adalrs"], names.numbered_rest)
+                self.search.load_state_dict(snapshots, plain)
 
-        # model, optimizers, search
-        first = next(self.model.parameters())
-        weights.load_weights(self.model, found, first.dtype, first.device)
-        load_optimizer_state(self.optimizers, part("optimizer."), values["optimizer"])
-        if self.search:
-            snapshot = {name: t.to(first.device) for name, t in part("adalrs.").items()}
-            self.search.load_state_dict(snapshot, values["adalrs"])
-
-        # data and generators: a rank that did not exist then goes on with its own
-        self.data.load_state_dict(values["data"])
-        if self.ranks.rank < len(values["rng"]):
-            set_rng(tensors[f"rng.{self.ranks.rank}"], values["rng"][self.ranks.rank])
+            # Data and generators: a rank that did not exist then goes on with its own
+            self.data.load_state_dict(values["data"])
+            rank, _ = parallel.place_of_all()
+            if rank < len(values["rng"]):
+                set_rng(state.tensor(f"rng.{rank}"), values["rng"][rank])
 
         self.home.best = values["best"]
+        self.home.committed = values["executed"]
         self.last = values["executed"]
-        self.written = values["executed"]
         if self.ranks.main:
             print(f"resumed from {found} (code {values['revision'][:12]})", flush=True)
         return values
+
+    def _names(self) -> Names:
+        searched = self.search.tensors if self.search else []
+        return Names(self.model, self.optimizers, searched)
 
     # --------------------------------------------------------------------------- after a step
 
@@ -589,21 +860,36 @@ class Keeper:
         """Whether `every` steps were executed since the last checkpoint, steps taken back included."""
         return self.home.every > 0 and executed - self.last >= self.home.every
 
-    def save(self, step: int, executed: int, score: float | None = None) -> bool:
-        """A checkpoint, on rank 0; the others wait. `executed`: how many lines the log must have."""
+    def improves(self, score: float | None) -> bool:
+        """Whether a check is the best so far, also of what is still being written: all ranks ask."""
+        if score is not None:
+            self.finish()
+        return self.home.improves(score)
+
+    def save(self, step: int, executed: int, score: float | None = None) -> None:
+        """Begin a checkpoint, once the one before is there. `executed`: how many lines the log must have."""
+        self.finish()
         with self.signals.busy():
-            position = self._position(step, executed)
-            written = self._write(position, score) if self.ranks.main else False
+            self._begin(self._position(step, executed), score)
+        self.last = executed
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is being written, on all ranks; whether the last one was."""
+        if not self.begun:
+            return self.saved
+        with self.signals.busy():
+            written = self.home.finish() if self.writers.writes else False
             # what rank 0 did, and its best score: all ranks decide by it whether to save the next
             outcome = [(written, self.home.best)] if self.ranks.main else []
-            ((self.saved, self.home.best),) = parallel.gather(outcome)
-        self.last = executed
+            ((self.saved, self.home.best),) = parallel.gather(outcome, everyone=True)
         if self.saved:
-            self.written = executed
+            self.home.committed = self.begun
+        self.begun = 0
         return self.saved
 
     def stop(self, step: int) -> NoReturn:
         """Leave after `save`: 143 is what a scheduler that sent SIGTERM expects to see."""
+        self.finish()
         if self.ranks.main and self.saved:
             announce(
                 f"told to stop: checkpoint of step {step} ({self.last} executed) written in "
@@ -630,14 +916,15 @@ class Keeper:
     def leave(self) -> NoReturn:
         """Stopped inside `next(data)`: the state after the last step is saved, and the process ends.
 
-        No collective is used, as other ranks may be anywhere. Weights and optimizers are still those
-        of the last step.
+        Weights and optimizers are still those of the last step. Other ranks may be anywhere: where rank 0
+        has all it needs it saves alone, else only if all of them come here.
         """
         with self.signals.busy():
-            if self.marked and self.ranks.main:
-                self.saved = self._write(self.marked, None)
-                if self.saved:
-                    self.written = self.marked["values"]["executed"]
+            if self.marked and self.writers.size > 1:
+                if parallel.all_come("leaves", COMING):
+                    self._save_marked()
+            elif self.marked and self.ranks.main:
+                self._save_marked()
                 parallel.leave_note("left")
             elif self.marked:
                 parallel.wait_for_note("left", seconds=120)
@@ -646,11 +933,17 @@ class Keeper:
         self.close()
         sys.exit(STOPPED)
 
+    def _save_marked(self) -> None:
+        """What is being written, then the position after the last step; the writers together."""
+        self.home.finish()
+        self._begin(self.marked, None)
+        self.saved = self.home.finish()
+
     # ------------------------------------------------------------------------------- in parts
 
     def _position(self, step: int, executed: int) -> dict:
         """Where the run is: counts, data, every rank's generators. All ranks take part."""
-        everyone = parallel.gather([get_rng()])
+        everyone = parallel.gather([get_rng()], everyone=True)
         values = {
             "step": step,
             "executed": executed,
@@ -660,20 +953,44 @@ class Keeper:
         tensors = {f"rng.{rank}": state for rank, (state, _) in enumerate(everyone)}
         return {"values": values, "tensors": tensors}
 
-    def _write(self, position: dict, score: float | None) -> bool:
-        """A position, with what the model and its optimizers are now."""
+    def _begin(self, position: dict, score: float | None) -> None:
+        """Begin a checkpoint of a position, with what the model and its optimizers are now."""
+        self.begun = position["values"]["executed"]
+        if not self.writers.writes:
+            return
         values = dict(position["values"])
-        tensors = dict(position["tensors"])
+        tensors = dict(position["tensors"]) if self.writers.main else {}
 
-        # optimizers, and the search in the middle of whatever it does
-        held, values["optimizer"] = optimizer_state(self.optimizers)
-        tensors |= {f"optimizer.{name}": t for name, t in held.items()}
+        # optimizers, and the search in the middle of whatever it does, by the names of parameters
+        names = self._names()
+        held, rest = optimizer_state(self.optimizers)
+        tensors |= {names.named(f"optimizer.{key}"): t for key, t in held.items()}
+        values["optimizer"] = self._of_all_stages(names.named_rest(rest))
         if self.search:
-            held, values["adalrs"] = self.search.state_dict()
-            tensors |= {f"adalrs.{name}": t for name, t in held.items()}
+            held, plain = self.search.state_dict()
+            tensors |= {names.named(f"adalrs.{key}"): t for key, t in held.items()}
+            values["adalrs"] = with_rests(
+                plain, lambda rest: self._of_all_stages(names.named_rest(rest))
+            )
 
         # it becomes the best one once it is written
         values["best"] = self.home.best
-        if score is not None and (self.home.best is None or score < self.home.best[0]):
+        if self.home.improves(score):
             values["best"] = [score, values["executed"]]
-        return self.home.write(values["executed"], self.model, tensors, values)
+        self.home.begin(values["executed"], self.model, tensors, values, self.ranks)
+
+    def _of_all_stages(self, entries: list) -> list:
+        """A pipeline's stages have optimizers of their own; ranks that share a stage have the same."""
+        return self.writers.gather(entries if self.writers.row == 0 else [])
+
+
+def with_rests(search: dict, change: Callable[[list], list]) -> dict:
+    """AdaLRS's plain values, with another form of what its snapshots know of the optimizers."""
+    changed = dict(search)
+    for name in ("older", "newer"):
+        if search[name]:
+            rest = search[name]["rest"]
+            changed[name] = search[name] | {
+                "rest": rest | {"optimizers": change(rest["optimizers"])}
+            }
+    return changed

@@ -18,6 +18,7 @@ from typing import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 ENDS = 64 << 10  # bytes at the head and at the tail of a shard that are looked at
 
@@ -60,7 +61,8 @@ def data_identity(files: Iterable[Path]) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of all parameters and buffers: for each, the sum of its values read as whole numbers.
+    """Digest of all parameters and buffers that this rank holds: for each, the sum of its values read
+    as whole numbers.
 
     Whole numbers, because their sum does not depend on its order: any number of threads, and any
     device, gives the same one. A flipped bit changes it.
@@ -68,8 +70,9 @@ def fingerprint(model: nn.Module) -> str:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        bits = tensor.detach().contiguous().view(whole[tensor.element_size()])
-        total = int(bits.sum(dtype=torch.int64)) if tensor.numel() else 0
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        bits = values.detach().contiguous().view(whole[values.element_size()])
+        total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
         found.update(f"{name} {tuple(tensor.shape)} {total}\n".encode())
     return found.hexdigest()
 

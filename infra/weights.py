@@ -85,32 +85,48 @@ def save_weights(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stored = tensors(model, layout)
-    if _is_tied(model):
+    if is_tied(model):
         stored = {name: t for name, t in stored.items() if not name.endswith(HEAD)}
 
-    # The files, each under its name only once it is whole.
+    # The files; copies: views of stacked experts must not share storage in a file.
     shards = split_into_shards(stored, shard_bytes)
     for file, names in shards.items():
-        # Copies: views of stacked experts must not share storage in a file.
         copies = {name: stored[name].cpu().contiguous().clone() for name in names}
-        temporary = directory / (file + ".tmp")
-        save_file(copies, temporary, metadata={"format": "pt"})
-        os.replace(temporary, directory / file)
+        replace_file(copies, directory / file)
         del copies  # before the next shard's
 
-    # What says how to read them; an earlier checkpoint's index would be believed.
+    total = sum(t.nbytes for t in stored.values())
+    write_index(directory, config, shards, total)
+
+
+def replace_file(copies: dict[str, Tensor], path: Path) -> None:
+    """A file of weights, under its name only once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(copies, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def write_index(directory: Path, config: dict, shards: dict[str, list[str]], total: int) -> None:
+    """What says how to read the files; what is left of an earlier checkpoint goes.
+
+    shards: file -> the tensors in it, `total` bytes of them.
+    """
+    # An earlier checkpoint's index would be believed.
     write_json(directory / "config.json", config)
     if len(shards) > 1:
-        total = sum(t.nbytes for t in stored.values())
-        file_of = {name: file for file, names in shards.items() for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+        write_json(directory / INDEX, index_of(shards, total))
     else:
         (directory / INDEX).unlink(missing_ok=True)
 
-    # What is left of an earlier checkpoint.
     for old in (*directory.glob(SINGLE), *directory.glob("model-*-of-*.safetensors")):
         if old.name not in shards:
             old.unlink()
+
+
+def index_of(shards: dict[str, list[str]], total: int) -> dict:
+    """The index of several files."""
+    file_of = {name: file for file, names in shards.items() for name in names}
+    return {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
 def split_into_shards(stored: dict[str, Tensor], shard_bytes: int) -> dict[str, list[str]]:
@@ -126,10 +142,14 @@ def split_into_shards(stored: dict[str, Tensor], shard_bytes: int) -> dict[str, 
             size = 0
         groups[-1].append(name)
         size += tensor.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    of = len(groups)
-    return {f"model-{i:05d}-of-{of:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return dict(zip(file_names(len(groups)), groups))
+
+
+def file_names(count: int, stem: str = "model") -> list[str]:
+    """Of so many files of weights (or of something else)."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def write_json(path, value) -> None:
@@ -159,17 +179,17 @@ def load_weights(
     """
     stored = locate(directory)
     wanted = tensors(model, layout)
-    if _is_tied(model):  # such a checkpoint may leave the head out
+    if is_tied(model):  # such a checkpoint may leave the head out
         wanted = {n: t for n, t in wanted.items() if n in stored or not n.endswith(HEAD)}
     check_names(stored, wanted, directory)
     check_shapes(stored, wanted)
 
     # Memory. Two names of one tensor would get a storage each: the head is tied again afterwards.
     llm = getattr(model, "language_model", model)
-    if _is_tied(model):
+    if is_tied(model):
         llm.lm_head.weight = None
     model.to(dtype).to_empty(device=device)
-    if _is_tied(model):
+    if is_tied(model):
         llm.lm_head.weight = llm.model.embed_tokens.weight
 
     # Values.
@@ -187,7 +207,7 @@ def load_weights(
     return model
 
 
-def check_names(stored: dict[str, Path], wanted: dict[str, Tensor], directory) -> None:
+def check_names(stored: dict[str, Path], wanted: dict, directory) -> None:
     """Raises ValueError unless file and model have the same names."""
     missing = wanted.keys() - stored.keys()
     unused = stored.keys() - wanted.keys()
@@ -327,6 +347,7 @@ def same_tensor(stored: dict[str, Path], a: str, b: str) -> bool:
         return torch.equal(file_a.get_tensor(a), file_b.get_tensor(b))
 
 
-def _is_tied(model: nn.Module) -> bool:
+def is_tied(model: nn.Module) -> bool:
+    """Whether one tensor is both the embedding and the head."""
     llm = getattr(model, "language_model", model)
     return getattr(llm.config, "tie_word_embeddings", False)

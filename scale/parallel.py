@@ -14,7 +14,7 @@ and every function returns at once: the loop has no branches.
 
 Ranks that differ train without an error and come apart unseen, so `agree` compares them before the
 first step. A rank that dies or hangs is named by those that waited for it (`missing_ranks`); when
-the launcher dies, its ranks end too (`end_with_parent`).
+the launcher dies, its ranks end too (`Watcher`).
 
 What listens: on one node gloo listens on the loopback interface only (GLOO_SOCKET_IFNAME decides
 otherwise). The rendezvous of torchrun listens on all interfaces, in torchrun's own process, which
@@ -26,6 +26,7 @@ done only once.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -41,9 +42,11 @@ from typing import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.identity import differences
 from infra.text import printable
+from scale.layout import Layout, Mesh, mesh_of
 
 TIMEOUT = 1800.0  # seconds: longer than one rank takes to write and hash a large checkpoint
 ROLL_CALL = 3.0  # seconds in which the ranks that are left report, once a collective has failed
@@ -52,16 +55,24 @@ ORPHAN = 45.0  # seconds that a rank has for its last checkpoint once its launch
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its rank of `size`, its device, the most seconds it waits for others."""
+    """This process among all that see different rows: its rank of `size`, its device, its patience.
+
+    Those of one row, the stages of a pipeline, have the same rank. mesh: None where every rank holds
+    the whole model.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    timeout: float = TIMEOUT
+    timeout: float = TIMEOUT  # the most seconds that it waits for others
+    layout: Layout = Layout()
+    mesh: Mesh | None = None
+    stage: int = 0  # of the pipeline
 
     @property
     def main(self) -> bool:
-        return self.rank == 0
+        """Whether this is the one process that prints and writes what exists once."""
+        return self.rank == 0 and self.stage == 0
 
 
 @dataclass
@@ -70,6 +81,10 @@ class Meeting:
 
     store: dist.Store | None = None
     timeout: float = TIMEOUT
+    watcher: "Watcher | None" = None  # of the launcher
+    mesh: Mesh | None = None  # None: every rank holds the whole model
+    # ranks that see different rows, on the CPU's transport; None: all
+    rows: dist.ProcessGroup | None = None
 
 
 _meeting = Meeting()
@@ -78,16 +93,22 @@ _meeting = Meeting()
 # ------------------------------------------------------------------------------ begin and end
 
 
-def start(timeout: float = TIMEOUT) -> Ranks:
+def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
     """Join torchrun's process group if there is one. Device: CUDA, another accelerator, else the CPU.
 
     timeout: seconds that a collective waits for the slowest rank. Raises ConnectionError when not
-    all ranks come.
+    all ranks come, ValueError for a layout that does not fit their number.
     """
     kind = device_kind()
     use_own_processors()
+    layout = layout.fitted(int(os.environ.get("WORLD_SIZE", 1)))
     if "WORLD_SIZE" not in os.environ:
-        return Ranks(device=kind, timeout=timeout)
+        if not layout.plain:
+            raise ValueError(
+                "--layout.half and --layout.offload want a process group also for one process: "
+                "torchrun --nproc-per-node 1"
+            )
+        return Ranks(device=kind, timeout=timeout, layout=layout)
 
     # this process's accelerator
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -95,10 +116,39 @@ def start(timeout: float = TIMEOUT) -> Ranks:
     if kind != "cpu":
         torch.accelerator.set_device_index(local)
 
-    end_with_parent()
+    if _meeting.watcher is None or not _meeting.watcher.is_alive():
+        _meeting.watcher = Watcher()
     if not dist.is_initialized():
         join(kind, device, timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout)
+    if layout.plain:
+        return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout, layout)
+
+    # Coordinates, and who shares small numbers: the ranks of one stage
+    mesh = mesh_of(layout, kind, timeout)
+    _meeting.mesh = mesh
+    if layout.pp > 1:
+        _meeting.rows = group_of_rows(layout, timeout)
+    rows = mesh["dp"]
+    return Ranks(
+        rows.get_local_rank(),
+        rows.size(),
+        device,
+        timeout,
+        layout,
+        mesh,
+        mesh["pp"].get_local_rank(),
+    )
+
+
+def group_of_rows(layout: Layout, timeout: float) -> dist.ProcessGroup:
+    """The ranks of this one's pipeline stage, over gloo. Every rank makes the groups of all stages."""
+    size = dist.get_world_size() // layout.pp
+    patience = timedelta(seconds=timeout)
+    groups = []
+    for stage in range(layout.pp):
+        members = list(range(stage * size, (stage + 1) * size))
+        groups.append(dist.new_group(members, timeout=patience, backend="gloo"))
+    return groups[dist.get_rank() // size]
 
 
 def device_kind() -> str:
@@ -162,32 +212,55 @@ def stop() -> None:
     """Leave together: a rank that is gone early breaks the last collective of those behind it."""
     if not dist.is_initialized():
         return
-    total(0.0)
+    total(0.0, everyone=True)
     dist.destroy_process_group()
     _meeting.store = None
+    if _meeting.watcher is not None:
+        _meeting.watcher.leave()
+        _meeting.watcher = None
+    _meeting.mesh = None
+    _meeting.rows = None
 
 
-def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
-    """A thread that ends this process when its launcher is gone, however that died.
+class Watcher(threading.Thread):
+    """Ends this process when its launcher is gone, however that died.
 
-    It is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends after
-    `patience` seconds in any case.
+    The process is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends
+    after `patience` seconds in any case. `leave` ends the thread before the interpreter ends: what
+    a daemon does while that is taken apart is nobody's to say.
     """
-    parent = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(every)
+    def __init__(self, every: float = 1.0, patience: float = ORPHAN):
+        super().__init__(daemon=True)
+        self.parent = os.getppid()
+        self.every = every
+        self.patience = patience
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while os.getppid() == self.parent:
+            if self.over.wait(self.every):
+                return
         _say("the launcher is gone: this rank writes a checkpoint if it can, and ends")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(patience)
-        os._exit(128 + signal.SIGTERM)
+        if not self.over.wait(self.patience):
+            os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def leave(self) -> None:
+        self.over.set()
+        self.join()
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of ranks) of this process."""
+    """(rank, number of ranks) of this process among those that see different rows."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(_meeting.rows), dist.get_world_size(_meeting.rows)
+
+
+def place_of_all() -> tuple[int, int]:
+    """(rank, number of ranks) of this process among all, the stages of a pipeline counted."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -196,39 +269,60 @@ def place() -> tuple[int, int]:
 # -------------------------------------------------------------------- small numbers and objects
 
 
-def total(*values: float) -> list[float]:
-    """Sum over ranks of each value, in float64, on the CPU: exact, and no device waits for it."""
+def total(*values: float, everyone: bool = False) -> list[float]:
+    """Sum over ranks of each value, in float64, on the CPU: exact, and no device waits for it.
+
+    Over the ranks that see different rows; everyone: over all stages of a pipeline as well.
+    """
     if not dist.is_initialized():
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     with named_failure():
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=None if everyone else _meeting.rows)
     return sums.tolist()
 
 
-def gather(values: list) -> list:
-    """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights)."""
+def sum_where_it_lies(value: Tensor) -> Tensor:
+    """Sum of a tensor over the ranks of `total`, on its own device: the host does not wait for it."""
+    if not dist.is_initialized():
+        return value
+    group = _meeting.mesh["dp"].get_group() if _meeting.mesh else None
+    value = value.contiguous()
+    with named_failure():
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def gather(values: list, everyone: bool = False) -> list:
+    """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights).
+
+    Over the same ranks as `total`. The transport is the CPU's: objects come as bytes on the CPU.
+    """
     if not dist.is_initialized():
         return values
-    everyone: list = [None] * dist.get_world_size()
+    group = None if everyone else _meeting.rows
+    parts: list = [None] * dist.get_world_size(group)
     with named_failure():
-        dist.all_gather_object(everyone, values)
-    return [value for part in everyone for value in part]
+        dist.all_gather_object(parts, values, group=group)
+    return [value for part in parts for value in part]
 
 
-def agree(items: dict[str, object]) -> None:
+def agree(items: dict[str, object], among: object = None) -> None:
     """Compare what must be equal on all ranks, before the first step.
 
-    items: name -> a dict of options, or anything that JSON can hold (a digest, best). Raises
-    ValueError on every rank, which names each rank that differs from rank 0, and in what.
+    items: name -> a dict of options, or anything that JSON can hold (a digest, best). among: only ranks
+    that give the same here are compared. Raises ValueError on every rank, which names each rank that
+    differs from the first one, and in what.
     """
     plain = json.loads(json.dumps(items, default=str))
-    first, *others = gather([plain])
+    firsts: dict = {}
     odd = []
-    for rank, other in enumerate(others, start=1):
+    for rank, (group, other) in enumerate(gather([(among, plain)], everyone=True)):
+        model, first = firsts.setdefault(group, (rank, other))
         for name in first:
             if other.get(name) != first[name]:
-                odd.append(f"rank {rank} has other {name} than rank 0{detail(first, other, name)}")
+                what = detail(first, other, name)
+                odd.append(f"rank {rank} has other {name} than rank {model}{what}")
     if odd:
         raise ValueError(
             f"the ranks were not started alike: {'; '.join(odd)}. Start all of them with the same "
@@ -262,6 +356,10 @@ def divide(
     if size == 1 or not values:
         return work(values)
 
+    # sharded values are made whole, and their results cut like them
+    likes = values
+    values = [whole(value) for value in values]
+
     # who does what: by where the middle of a value lies on the line of all costs
     ends = list(accumulate(costs))
     middles = [end - cost / 2 for end, cost in zip(ends, costs)]
@@ -275,22 +373,68 @@ def divide(
             continue
         bucket = torch.cat([value.flatten() for value in share])
         with named_failure():
-            dist.broadcast(bucket.view(torch.uint8), owner)
+            dist.broadcast(bucket.view(torch.uint8), group=large_group(), group_src=owner)
         parts = bucket.split([value.numel() for value in share])
         shares[owner] = [part.view_as(value) for part, value in zip(parts, share)]
-    return [value for share in shares for value in share]
+    results = [value for share in shares for value in share]
+    return [cut_like(result, like) for result, like in zip(results, likes)]
+
+
+def large_group() -> dist.ProcessGroup | None:
+    """The ranks of `place` on the transport of large tensors; None: all."""
+    return _meeting.mesh["dp"].get_group() if _meeting.mesh else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that lies here, as a plain tensor; of a plain one all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank that has a part: a collective for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, alike on all ranks, sharded as another one is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def share_of(tensor: Tensor) -> float:
+    """What a sum over this rank's part counts for, so that all ranks' sums make that of the whole.
+
+    1 where every rank holds the whole model, and no sum over ranks is wanted.
+    """
+    if _meeting.mesh is None:
+        return 1.0
+    if not isinstance(tensor, DTensor):
+        return 1 / place()[1]
+    lies = zip(tensor.device_mesh.shape, tensor.placements)
+    return 1 / math.prod(ranks for ranks, how in lies if how.is_replicate())
+
+
+def total_of_parts(*sums: float) -> list[float]:
+    """Sums over parts, by `share_of`, of all ranks: one small collective over whatever meshes."""
+    return total(*sums, everyone=True) if _meeting.mesh else list(sums)
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum the gradients of all ranks in place. A rank without one for a parameter adds zero."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Sum the gradients of all ranks in place. A rank without one for a parameter adds zero.
+
+    Those of sharded parameters were summed in the backward pass (scale/shard.py).
+    """
+    _, size = place()
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if size == 1 or not parameters:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     bucket = torch.cat([parameter.grad.flatten() for parameter in parameters])
     with named_failure():
-        dist.all_reduce(bucket)
+        dist.all_reduce(bucket, group=large_group())
     parts = bucket.split([parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts):
         parameter.grad.copy_(part.view_as(parameter))
@@ -305,7 +449,7 @@ def named_failure() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        rank, _ = place()
+        rank, _ = place_of_all()
         raise ConnectionError(
             f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
             f"{first_line(error)})"
@@ -314,7 +458,7 @@ def named_failure() -> Iterator[None]:
 
 def missing_ranks() -> str:
     """After a collective that failed: every rank that can leaves a note; who leaves none is missing."""
-    rank, size = place()
+    rank, size = place_of_all()
     if _meeting.store is None:
         return "another rank did not take part in a collective"
     try:
@@ -342,10 +486,27 @@ def report_failure(error: BaseException) -> None:
         pass  # torchrun's own words must do
 
 
-def leave_note(name: str) -> None:
-    """Tell the other ranks something without a collective; see `wait_for_note`."""
-    if _meeting.store is not None:
-        _meeting.store.set(name, "yes")
+def leave_note(name: str, text: str = "yes") -> None:
+    """Tell the other ranks something without a collective, while there is a rendezvous.
+
+    See `wait_for_note` and `read_note`.
+    """
+    if _meeting.store is None:
+        return
+    try:
+        _meeting.store.set(name, text)
+    except RuntimeError:
+        _say("no note can be left: the launcher is gone")
+
+
+def read_note(name: str) -> str | None:
+    """Another rank's note, if it is there by now: this does not wait."""
+    if _meeting.store is None:
+        return None
+    try:
+        return _meeting.store.get(name).decode() if _meeting.store.check([name]) else None
+    except RuntimeError:
+        return None
 
 
 def wait_for_note(name: str, seconds: float) -> bool:
@@ -359,18 +520,32 @@ def wait_for_note(name: str, seconds: float) -> bool:
     return True
 
 
+def all_come(name: str, seconds: float) -> bool:
+    """Whether all ranks call this within some seconds: only then a collective is safe. `name`: new."""
+    rank, size = place_of_all()
+    if _meeting.store is None:
+        return True
+    leave_note(note_of(name, rank))
+    deadline = time.monotonic() + seconds
+    others = [note_of(name, other) for other in range(size)]
+    return all(wait_for_note(other, max(deadline - time.monotonic(), 0.01)) for other in others)
+
+
+def note_of(name: str, rank: int) -> str:
+    """What a rank's note is called in this life: torchrun keeps its store when it starts ranks again."""
+    return f"{name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {rank}"
+
+
 def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
     """Wait for all ranks, calling `each` meanwhile: a collective cannot be interrupted, this can.
 
     `name` must be new each time. Ranks that do not come are the next collective's affair, which
     names them.
     """
-    rank, size = place()
+    rank, size = place_of_all()
     if _meeting.store is None:
         return
-    # torchrun keeps its store when it starts ranks again
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    names = [f"{name} {life} {other}" for other in range(size)]
+    names = [note_of(name, other) for other in range(size)]
     _meeting.store.set(names[rank], "yes")
     began = time.monotonic()
     while not _meeting.store.check(names) and time.monotonic() - began < _meeting.timeout:

@@ -696,7 +696,8 @@ def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp
     assert keeper.standing() == "there is no checkpoint yet"
     assert [keeper.due(n) for n in (2, 3, 4)] == [False, True, True]
     for executed, score in ((3, 0.5), (6, 0.2), (9, 0.4), (12, None)):
-        assert keeper.save(step=1, executed=executed, score=score)
+        keeper.save(step=1, executed=executed, score=score)
+        assert keeper.finish()
         assert not keeper.due(executed + 2) and keeper.due(executed + 3)
     assert home.best == [0.2, 6]
     assert list(checkpoint.checkpoints(home.folder)) == [6, 12]

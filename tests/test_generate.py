@@ -25,7 +25,7 @@ from generate import (
     next_token,
     stream,
 )
-from infra.checkpoint import commit
+from infra.checkpoint import commit, seal
 from infra.cli import one_line_errors
 from infra.device import pick_device
 from tokenizer import Tokenizer, train_bpe
@@ -152,6 +152,33 @@ def test_returned_log_probabilities_are_those_of_the_training_forward(
                 torch.tensor(answer.ids),
                 temperature or 1.0,
             )
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
+
+
+def test_rows_that_wait_for_their_turn_get_the_same_answers(model, prompts):
+    """Prompts once, never more rows than there is room for, and log-probabilities as ever."""
+    greedy = generate(model, prompts[:3], NEVER, max_new=6, samples=2)
+    inputs = []
+    handle = model.language_model.register_forward_hook(
+        lambda module, given, output: inputs.append(len(given[0]))
+    )
+    in_turns = generate(model, prompts[:3], NEVER, max_new=6, samples=2, at_once=4)
+    handle.remove()
+    tokens = sum(len(ids) for ids, _ in prompts[:3])
+    assert inputs == [tokens] + [4] * 5 + [2] * 5
+    assert [(a.prompt, a.ids) for a in in_turns] == [(a.prompt, a.ids) for a in greedy]
+
+    # An end in the middle of a turn, and groups that are cut by it
+    end = stop_in(greedy)
+    how = {"max_new": 6, "samples": 3, "temperature": 1.0, "seed": 5}
+    for answer in generate(model, prompts[:3], end, at_once=2, **how):
+        ids, images = prompts[answer.prompt]
+        assert answer.ids.count(end) == answer.finished and len(answer.ids) <= 6
+        row = torch.tensor([ids + answer.ids[:-1]])
+        at = torch.arange(len(answer.ids)) + len(ids) - 1
+        pixels = normalise(images) if images else None
+        with torch.no_grad():
+            wanted = model.logprobs(row, pixels, None, None, at, torch.tensor(answer.ids))
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
 
 
@@ -477,7 +504,7 @@ def a_checkpoint(run: Path, step: int, config, tokenizer=None, seed: int = 0) ->
         json.dumps({"config": {}, "step": step, "executed": step})
     )
     save_file({}, temporary / "state.safetensors")
-    commit(temporary, run / "checkpoints" / f"step-{step:08d}")
+    commit(temporary, run / "checkpoints" / f"step-{step:08d}", seal(temporary.iterdir()))
 
 
 def test_a_run_that_has_not_ended_answers_from_its_newest_whole_checkpoint(

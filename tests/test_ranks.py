@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, answers, made_up
+from ranks_helpers import as_ranks, free_port
 from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
@@ -36,48 +36,6 @@ __all__ = ["config"]  # a fixture of test_checkpoint
 def warm(tmp_path_factory, config, tokenizer):
     """What a first step imports is imported here, once, and not in every child."""
     run(tmp_path_factory.mktemp("warm"), config, tokenizer, stage=replace(STAGE, steps=1))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def as_ranks(work, folder: Path, size: int = 2, timeout: float = 30.0) -> list:
-    """work(ranks) in `size` processes; what each returned, or the error that it ended with, or its status."""
-    folder.mkdir(exist_ok=True)
-    port = free_port()
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            os._exit(one_rank(work, folder, rank, size, port, timeout))
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    files = [folder / f"said-{rank}.json" for rank in range(size)]
-    return [json.loads(f.read_text()) if f.exists() else s for f, s in zip(files, statuses)]
-
-
-def one_rank(work, folder: Path, rank: int, size: int, port: int, timeout: float) -> int:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    try:
-        said = work(parallel.start(timeout))
-    except SystemExit as end:
-        return end.code
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
-    return 0
 
 
 # ----------------------------------------------------------------------------- ranks that differ
@@ -181,7 +139,7 @@ def test_when_its_launcher_is_killed_a_rank_ends(tmp_path):
 
     def launcher():
         if os.fork() == 0:
-            parallel.end_with_parent(every=0.05)
+            parallel.Watcher(every=0.05)
             note.write_text(str(os.getpid()))
             time.sleep(100)
             os._exit(0)
@@ -211,7 +169,7 @@ def test_a_rank_that_ignores_its_launchers_death_ends_all_the_same():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         real = os.getppid()
         os.getppid = lambda: real
-        parallel.end_with_parent(every=0.01, patience=0.05)
+        parallel.Watcher(every=0.01, patience=0.05)
         os.getppid = lambda: 1
         time.sleep(100)
 
@@ -408,15 +366,15 @@ def test_numbers_objects_gradients_and_divided_work(tmp_path):
         assert said[3] == [[10.0], [20.0] * 2, [30.0] * 3] and said[4] == [rank, 2]
 
 
-def test_ranks_leave_together(tmp_path):
+def test_ranks_leave_together_and_leave_no_thread_behind(tmp_path):
     def work(ranks):
         if ranks.rank == 0:
             time.sleep(0.3)
             (tmp_path / "done").write_text("late")
         parallel.stop()
-        return (tmp_path / "done").exists()
+        return [(tmp_path / "done").exists(), threading.active_count()]
 
-    assert as_ranks(work, tmp_path) == [True, True]
+    assert as_ranks(work, tmp_path) == [[True, 1], [True, 1]]
 
 
 def test_on_one_node_gloo_listens_on_the_loopback_interface_only(tmp_path):
@@ -620,7 +578,7 @@ def test_ranks_that_meet_wait_for_all_of_this_life_and_not_for_ever(monkeypatch)
         if len(asked) == 3:
             notes["sampled 1 1"] = "yes"  # the other one comes
 
-    monkeypatch.setattr(parallel, "place", lambda: (0, 2))
+    monkeypatch.setattr(parallel, "place_of_all", lambda: (0, 2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Store(), 30.0))
     parallel.meet("sampled", each, every=0.01)

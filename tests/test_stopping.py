@@ -119,13 +119,13 @@ def test_a_checkpoint_of_the_last_executed_steps_always_exists(
     tmp_path, config, tokenizer, monkeypatch
 ):
     seen = []
-    real = RunDirectory.write
+    real = RunDirectory.begin
 
-    def write(self, executed, *rest):
+    def begin(self, executed, *rest):
         seen.append(executed)
         return real(self, executed, *rest)
 
-    monkeypatch.setattr(RunDirectory, "write", write)
+    monkeypatch.setattr(RunDirectory, "begin", begin)
     result, _ = run(tmp_path, config, tokenizer, every=3)
     assert len(result.log) > STEPS
     assert seen == [*range(3, len(result.log), 3), len(result.log)]

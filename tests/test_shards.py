@@ -1,0 +1,441 @@
+"""Weights and training state of sharded models, to disk and back: any layout saves, any other loads.
+
+Protects: what is read is what was written, to the last bit, however it was cut; every rank reads its part
+and no more; checkpoints of earlier versions load; a rank that dies or a disk that is full on one rank costs
+one checkpoint.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_helpers import STAGE, SameRows, as_ranks, exact_logprobs, far
+from safetensors.torch import load_file, save_file
+
+import vit
+import vlm
+from infra import checkpoint, weights
+from infra.checkpoint import (
+    RunDirectory,
+    checkpoints,
+    fault,
+    lacks,
+    latest,
+    seal,
+    with_rests,
+)
+from infra.stopping import check_stop
+from optim import make_optimizers
+from scale import parallel, shards
+from scale.layout import Layout
+from scale.parallel import Ranks
+from scale.shard import shard_model
+from scale.shards import Box, Names
+from train import rate_search, train
+from vlm import TOY_MOE, SailVL
+
+# AdaLRS goes back after three steps: a trial is in progress at the checkpoint that is loaded
+SEARCHED = replace(STAGE, steps=12, adalrs=True, adalrs_k=3, adalrs_window=(0.0, 0.9))
+AT = 4
+LAYOUTS = {
+    "plain": Layout(),
+    "zero 3": Layout(shard=4),
+    "zero 2": Layout(shard=4, zero=2),
+    "copies": Layout(copies=2, shard=2),
+    "ep 2": Layout(shard=4, ep=2),
+    "ep 2, copies": Layout(copies=2, shard=2, ep=2),
+    "pp 2": Layout(pp=2, shard=2),
+}
+
+
+@pytest.fixture(scope="module")
+def small(config):
+    """A mixture of experts of two layers."""
+    text = replace(
+        TOY_MOE,
+        vocab_size=448,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        moe_intermediate_size=32,
+    )
+    vision = replace(config.vision, hidden_size=48, intermediate_size=64, num_hidden_layers=1)
+    return replace(config, text=text, vision=vision)
+
+
+class FewRows(SameRows):
+    """The data ends two steps after the checkpoint."""
+
+    def __next__(self):
+        if self.step == AT + 2:
+            raise StopIteration
+        return super().__next__()
+
+
+def life(ranks, config, tokenizer, path: Path, model=None):
+    """A run in doubles in this directory, from the checkpoint that is there; its model and its losses."""
+    vlm.token_logprobs = exact_logprobs
+    if model is None:
+        model = SailVL(config).init_weights(0).double()
+    model = shard_model(model, ranks)
+    data = FewRows(tokenizer, ranks, dtype=torch.float64)
+    run = train(model, SEARCHED, data, ranks=ranks, directory=RunDirectory(path, every=AT, keep=9))
+    return model, [row["loss"] for row in run.log]
+
+
+def forget(path: Path) -> None:
+    """As if the run had been killed after the checkpoint at AT."""
+    for number, directory in checkpoints(path / "checkpoints").items():
+        if number > AT:
+            shutil.rmtree(directory)
+
+
+# ------------------------------------------------------------------------------------- the matrix
+
+
+@pytest.mark.slow
+def test_every_layout_goes_on_from_every_layouts_checkpoint(tmp_path, small, tokenizer, capfd):
+    """The losses that follow are those of the run that was not interrupted, in doubles to the last bits."""
+    _, expected = life(Ranks(), small, tokenizer, tmp_path / "one process")
+    forget(tmp_path / "one process")
+    saved = ["one process", *LAYOUTS]
+
+    def on(layout: Layout):
+        parallel._meeting.rows = None
+        return parallel.start(60.0, layout)
+
+    def save(ranks):
+        logs = {}
+        for name, layout in LAYOUTS.items():
+            _, logs[name] = life(on(layout), small, tokenizer, tmp_path / name)
+            if ranks.main:
+                forget(tmp_path / name)
+        return logs
+
+    for logs in as_ranks(save, tmp_path / "said", 4, 60.0):
+        assert isinstance(logs, dict), logs
+        for name, losses in logs.items():
+            assert len(losses) == len(expected) == AT + 2
+            assert far({"losses": losses}, {"losses": expected}) < 1e-12, name
+
+    def load(ranks):
+        found = {}
+        for name, layout in LAYOUTS.items():
+            model = None
+            for source in saved:
+                path = tmp_path / f"{source} as {name}"
+                if ranks.main:
+                    shutil.copytree(tmp_path / source, path)
+                parallel.total(0.0, everyone=True)
+                model, found[path.name] = life(on(layout), small, tokenizer, path, model)
+        return found
+
+    resumed = {}
+    for found in as_ranks(load, tmp_path / "said again", 4, 60.0):
+        assert isinstance(found, dict), found
+        resumed |= found
+    for source in saved:
+        path = tmp_path / f"{source} as one process"
+        shutil.copytree(tmp_path / source, path)
+        _, resumed[path.name] = life(Ranks(), small, tokenizer, path)
+
+    # Nothing was begun again, and nothing refused
+    assert len(resumed) == len(saved) ** 2
+    said = capfd.readouterr().out
+    assert [name for name in resumed if f"{name}/checkpoints/step-{AT:08d} (code" not in said] == []
+    assert not list(tmp_path.glob("*/checkpoints/broken-*"))
+    after = {name: {"losses": losses[AT:]} for name, losses in resumed.items()}
+    worst = max(after, key=lambda name: far(after[name], {"losses": expected[AT:]}))
+    assert far(after[worst], {"losses": expected[AT:]}) < 1e-14, worst
+
+
+# ------------------------------------------------------------------------------------ two ranks
+
+
+def poisoned(released: Path, copy: Path) -> None:
+    """One value of the last file, which rank 1 alone holds, is no number."""
+    shutil.copytree(released, copy)
+    last = sorted(copy.glob("model-*"))[-1]
+    tensors = load_file(last)
+    max(tensors.values(), key=len)[-1] = float("nan")
+    save_file(tensors, last, {"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", [Layout(shard=2, ep=2), Layout(pp=2)], ids=["shards", "stages"])
+def test_released_files_from_two_ranks_and_straight_into_their_shards(tmp_path, small, layout):
+    """The tensors that one process writes, bit for bit; each rank reads what it keeps; a fault is both's."""
+    released = tmp_path / "released"
+
+    def work(ranks):
+        model = shard_model(SailVL(small).init_weights(3), ranks)
+        shards.save_released(model, released, ranks, file_bytes=1 << 17)
+        with torch.device("meta"):
+            twin = shard_model(SailVL(small), ranks)
+        read = shards.materialise(twin, released)
+        same = [
+            torch.equal(parallel.local(a), parallel.local(b))
+            for a, b in zip(twin.parameters(), model.parameters(), strict=True)
+        ]
+
+        # What one refuses
+        if ranks.main:
+            poisoned(released, tmp_path / "poisoned")
+        parallel.total(0.0)
+        with pytest.raises(ValueError) as refused:
+            shards.read_weights(twin, tmp_path / "poisoned")
+        parallel.stop()
+        return [read, len(same), all(same), str(refused.value)]
+
+    first, second = as_ranks(work, tmp_path, layout=layout)
+    one = SailVL(small).init_weights(3)
+    size = sum(p.numel() * 4 for p in one.parameters())
+    assert first[2] and second[2] and first[0] + second[0] == size
+    assert first[3] == second[3] and "holds values that are not finite numbers" in first[3]
+    assert layout.pp > 1 or abs(first[0] - second[0]) < 0.1 * size
+
+    whole = SailVL.from_pretrained(released)
+    assert len(list(released.glob("model-*"))) > 4
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), one.state_dict().values())
+    )
+
+
+def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_no_rendezvous_costs_none(
+    tmp_path, small, tokenizer, capfd
+):
+    def work(ranks):
+        # The first checkpoint does not fit on rank 1's disk
+        real = checkpoint.save_file
+
+        def full(*_):
+            checkpoint.save_file = real
+            raise OSError(28, "No space left on device")
+
+        if ranks.rank == 1:
+            checkpoint.save_file = full
+        life(ranks, small, tokenizer, tmp_path / "full")
+
+        # Ranks tell each other at the next meeting that they have written when they can leave no notes
+        parallel._meeting.store = None
+        life(ranks, small, tokenizer, tmp_path / "alone")
+
+    assert as_ranks(work, tmp_path, layout=Layout(shard=2)) == [None, None]
+    said = capfd.readouterr().err
+    assert said.count("NOT WRITTEN") == 1
+    assert f"NOT WRITTEN after {AT} steps (rank 1: [Errno 28] No space left on device)" in said
+    assert list(checkpoints(tmp_path / "full" / "checkpoints")) == [AT + 2]
+    assert list(checkpoints(tmp_path / "alone" / "checkpoints")) == [AT, AT + 2]
+    for number in (AT, AT + 2):
+        written = tmp_path / "alone" / "checkpoints" / f"step-{number:08d}"
+        assert fault(written) is None and fault(written, 1, 2) is None
+        names = {path.name for path in written.iterdir()}
+        assert lacks("state", names) is None and lacks("model", names) is None
+        (written / "state-00002-of-00002.safetensors").unlink()
+        assert "state-00002-of-00002.safetensors is missing" == fault(written)
+
+
+class Told(SameRows):
+    """Data that is told to stop inside its third `next`, one rank later than the other."""
+
+    interruptible = True
+
+    def __next__(self):
+        if self.step == 2:
+            time.sleep(0.3 * self.ranks.rank)
+            os.kill(os.getpid(), signal.SIGTERM)
+            check_stop()
+        return super().__next__()
+
+
+def test_told_to_stop_inside_their_data_the_ranks_of_a_sharded_model_save_together(
+    tmp_path, small, tokenizer
+):
+    def work(ranks):
+        model = shard_model(SailVL(small).init_weights(0), ranks)
+        home = RunDirectory(tmp_path / "run", every=1)
+        train(model, STAGE, Told(tokenizer, ranks), ranks=ranks, directory=home)
+
+    assert as_ranks(work, tmp_path, layout=Layout(shard=2)) == [143, 143]
+    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [1, 2]
+    assert latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
+
+
+# --------------------------------------------------------------------------- while training goes on
+
+
+def test_training_goes_on_while_a_thread_writes_what_was_copied(
+    tmp_path, small, tokenizer, monkeypatch
+):
+    """The disk answers only after the next step: a loop that waits for it would never make that step."""
+    _, expected = life(Ranks(), small, tokenizer, tmp_path / "quick")
+    gone_on = threading.Event()
+    real_save = checkpoint.save_file
+    real_next = FewRows.__next__
+
+    def slow(*arguments):
+        assert gone_on.wait(30), "the loop waits for the disk"
+        real_save(*arguments)
+
+    def rows(self):
+        if self.step == AT + 1:
+            gone_on.set()
+        return real_next(self)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(FewRows, "__next__", rows)
+    _, losses = life(Ranks(), small, tokenizer, tmp_path / "slow")
+    assert losses == expected
+    for name in ("model.safetensors", "state.safetensors"):
+        one, other = (
+            load_file(tmp_path / run / "checkpoints" / f"step-{AT:08d}" / name)
+            for run in ("quick", "slow")
+        )
+        assert all(torch.equal(t, other[key]) for key, t in one.items() if "rng" not in key)
+
+
+def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(
+    tmp_path, small, tokenizer, monkeypatch
+):
+    def fails(self):
+        if self.step == AT:
+            raise ValueError("no more")
+        return SameRows.__next__(self)
+
+    monkeypatch.setattr(FewRows, "__next__", fails)
+    with pytest.raises(ValueError, match="no more"):
+        life(Ranks(), small, tokenizer, tmp_path)
+    assert list(checkpoints(tmp_path / "checkpoints")) == [AT]
+
+
+def test_a_fault_of_the_program_in_the_thread_is_raised(tmp_path, small, monkeypatch):
+    def wrong(*_):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(checkpoint, "save_file", wrong)
+    home = RunDirectory(tmp_path)
+    with pytest.raises(TypeError, match="a mistake"):
+        home.write(1, SailVL(small).init_weights(0), {"x": torch.ones(1)}, {})
+
+
+# ---------------------------------------------------------------------------------------- boxes
+
+
+def test_what_two_boxes_share():
+    one = Box((2, 0), (3, 4))
+    assert one.overlap(Box((4, 3), (9, 9))) == Box((4, 3), (1, 1))
+    assert one.overlap(Box((5, 0), (1, 4))) is None
+    assert Box((), ()).overlap(Box((), ())) == Box((), ())
+    values = torch.arange(12).view(3, 4)  # rows 2 to 4 of a whole
+    assert values[Box((4, 3), (1, 1)).inside(one)].tolist() == [[11]]
+
+
+@pytest.mark.parametrize("layout", [weights.published, vit.transformers_names])
+def test_a_stored_tensor_is_the_box_that_the_layout_shows(layout):
+    """Experts apart, gate and up apart; query, key and value apart; a table without its first axis."""
+    shapes = {
+        "model.layers.0.mlp.experts.gate_up_proj": (3, 4, 5),
+        "model.layers.0.mlp.experts.down_proj": (3, 5, 2),
+        "trunk.blocks.0.attn.qkv.weight": (6, 2),
+        "preprocessor.pos_embed": (1, 4, 3),
+        "norm.weight": (7,),
+    }
+    for name, shape in shapes.items():
+        value = torch.randn(shape)
+        boxes = shards.boxes_on_disk(name, value.shape, layout)
+        views = layout(name, value)
+        assert boxes.keys() == views.keys()
+        for stored, view in views.items():
+            box = boxes[stored]
+            taken = value[box.inside(Box((0,) * value.ndim, tuple(value.shape)))]
+            assert torch.equal(taken.reshape(view.shape), view)
+
+
+def test_parts_make_a_whole_and_what_is_missing_is_said(tmp_path):
+    """Two files of five rows, three and two: a whole, in any order; without one of them, an error."""
+    whole = torch.randn(5, 2)
+    for i, (begin, end) in enumerate(((0, 3), (3, 5))):
+        metadata = {"boxes": json.dumps({"x": [[5, 2], [begin, 0]]})}
+        save_file({"x": whole[begin:end].contiguous()}, tmp_path / f"{i}.safetensors", metadata)
+    paths = [tmp_path / "1.safetensors", tmp_path / "0.safetensors"]
+    with shards.SavedState(paths) as state:
+        assert torch.equal(state.tensor("x"), whole)
+    with shards.SavedState(paths[:1]) as state:
+        with pytest.raises(ValueError, match="x: its files hold 4 of the 10 values"):
+            state.tensor("x")
+
+
+def test_every_byte_has_one_owner_and_all_own_about_as_much(small):
+    model = SailVL(small)
+    owner_of = shards.owners(model, 3)
+    owned = [0, 0, 0]
+    for name, p in model.named_parameters():
+        owned[owner_of[name]] += p.numel()
+    largest = max(p.numel() for p in model.parameters())
+    assert max(owned) - min(owned) <= 2 * largest and set(owner_of.values()) == {0, 1, 2}
+
+
+# ---------------------------------------------------------------------------- earlier checkpoints
+
+
+def as_before(saved: Path, model, optimizers, search) -> None:
+    """Turn a checkpoint into one of the former version: optimizers' state by number, one file."""
+    names = Names(model, optimizers, search.tensors)
+    state = json.loads((saved / "state.json").read_text())
+    state["optimizer"] = names.numbered_rest(state["optimizer"])
+    state["adalrs"] = with_rests(state["adalrs"], names.numbered_rest)
+    (saved / "state.json").write_text(json.dumps(state))
+
+    stored = load_file(saved / "state.safetensors")
+    numbered = {}
+    for name, tensor in stored.items():
+        of_a_parameter = name.startswith(("optimizer.", "adalrs."))
+        numbered[names.numbered(name)[0] if of_a_parameter else name] = tensor
+    assert "optimizer.0.0.exp_avg" in numbered and "adalrs.older.t.0" in numbered
+    save_file(numbered, saved / "state.safetensors")
+    (saved / "manifest.json").unlink()
+    entries = json.dumps(seal(saved.iterdir()))
+    (saved / "manifest.json").write_text(entries)
+
+
+def test_a_checkpoint_of_before_goes_on_alike(tmp_path, small, tokenizer):
+    model, expected = life(Ranks(), small, tokenizer, tmp_path)
+    forget(tmp_path)
+    optimizers = make_optimizers(model, SEARCHED)
+    search = rate_search(list(model.parameters()), optimizers, SEARCHED)
+    as_before(latest(tmp_path / "checkpoints"), model, optimizers, search)
+    assert life(Ranks(), small, tokenizer, tmp_path)[1] == expected
+
+
+def test_optimizers_that_are_grouped_otherwise_find_their_state():
+    """A pipeline's stage has some of the parameters, in other places; numbers of no tensor come along."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    one, two = model
+    groups = [
+        {"params": [one.weight, two.weight], "a": 1},
+        {"params": [one.bias, two.bias], "a": 2},
+    ]
+    saved = Names(model, [torch.optim.SGD(groups, lr=1.0)], list(model.parameters()))
+    entries = saved.named_rest(
+        [{"numbers": {"1.count": 7, "2.count": 8}, "options": [{"a": 1}, {"a": 2}]}]
+    )
+    assert saved.named("optimizer.0.3.step") == "optimizer.1.bias.step"
+    assert saved.named("adalrs.older.t.2") == "adalrs.older.t.1.weight"
+
+    stage = torch.nn.ModuleDict({"1": two})
+    other = Names(stage, [torch.optim.SGD([two.bias, two.weight])], [two.weight])
+    assert other.numbered("optimizer.1.bias.step")[0] == "optimizer.0.0.step"
+    assert other.numbered("adalrs.newer.o.1.weight.step")[0] == "adalrs.newer.o.0.1.step"
+    assert other.numbered("adalrs.older.t.1.weight") == ("adalrs.older.t.0", two.weight)
+    assert other.numbered("optimizer.0.bias.step") is None
+    assert other.numbered("adalrs.older.t.0.bias") is None
+    assert other.numbered_rest(entries) == [{"numbers": {"1.count": 7}, "options": [{"a": 2}]}]
+    with pytest.raises(ValueError, match="no optimizer state for 1.bias"):
+        other.numbered_rest(entries[:1])
