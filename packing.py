@@ -112,7 +112,9 @@ def moved_to(device, value):
         return [moved_to(device, part) for part in value]
     if torch.is_tensor(value):
         return sent(value, device)
-    return value.to(device) if isinstance(value, Segments) else value
+    if isinstance(value, Segments):
+        return replace(value, cu=sent(value.cu, device))
+    return value
 
 
 def sent(tensor: Tensor, device) -> Tensor:
@@ -125,9 +127,7 @@ def sent(tensor: Tensor, device) -> Tensor:
 
 @functools.cache
 def can_pin() -> bool:
-    """Whether there is pinned memory: not every kind of accelerator has it."""
-    if not torch.accelerator.is_available():
-        return False
+    """Whether the accelerator can read host memory by itself; no accelerator cannot."""
     try:
         torch.empty(1).pin_memory()
     except RuntimeError:
@@ -547,21 +547,21 @@ def as_arrays(batch: Batch) -> dict:
         images = [image.permute(1, 2, 0).numpy() for image in images]  # (H, W, 3)
     elif images is not None:
         images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
-    arrays = {name: getattr(batch, name).numpy() for name in TENSORS}
-    values = {f.name: getattr(batch, f.name) for f in fields(Batch)}
-    return values | arrays | {"segments": batch.segments.lengths, "images": images}
+    plain = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    arrays = {name: plain[name].numpy() for name in TENSORS}
+    return plain | arrays | {"segments": batch.segments.lengths, "images": images}
 
 
-def from_arrays(values: dict) -> Batch:
+def from_arrays(plain: dict) -> Batch:
     """The inverse of `as_arrays`."""
-    images = values["images"]
+    images = plain["images"]
     if isinstance(images, list):
         images = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     elif images is not None:
         images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
-    tensors = {name: torch.from_numpy(values[name]) for name in TENSORS}
-    segments = Segments.of(values["segments"])
-    return Batch(**(values | tensors | {"segments": segments, "images": images}))
+    tensors = {name: torch.from_numpy(plain[name]) for name in TENSORS}
+    segments = Segments.of(plain["segments"])
+    return Batch(**(plain | tensors | {"segments": segments, "images": images}))
 
 
 class StepsAhead:

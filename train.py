@@ -203,7 +203,7 @@ def one_step(
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
     # Forward and backward
-    collected, seen = passes(model, micro_batches, objective, step_weight, stage, ranks)
+    collected, facts = passes(model, micro_batches, objective, step_weight, stage, ranks)
     counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
@@ -211,11 +211,11 @@ def one_step(
     norm, norm_by_part = clip_gradients(model, stage.clip)
 
     # All else that the device has found out in this step, at once: it waits for the norm only
-    sums, tasks = summed(fetch(collected), seen)
+    sums, tasks = summed(fetch(collected), facts)
 
     # Statistics over all ranks
-    tokens = sum(one.tokens for one in seen)
-    images = sum(one.images for one in seen)
+    tokens = sum(fact.tokens for fact in facts)
+    images = sum(fact.images for fact in facts)
     *totals, all_tokens, all_images = parallel.total(*sums.values(), tokens, images)
     row = {key: value / step_weight for key, value in zip(sums, totals)}
 
@@ -239,32 +239,26 @@ def one_step(
         "grad_norm": norm,
         "grad_norms": norm_by_part,
         "skipped": not finite,
-        "filled": sum(one.filled for one in seen) / len(seen),
+        "filled": sum(fact.filled for fact in facts) / len(facts),
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the log says of a micro-batch, whose tensors are gone by then."""
+class Facts:
+    """What the log wants to know of a micro-batch, and what is left when it is done with."""
 
     weight: float
     tokens: int
     images: int
-    filled: float  # share of its tokens that are no padding
-    owners: list[str]  # task of each document
+    filled: float
+    owners: list[str]
 
-    @classmethod
-    def of(cls, batch) -> "Seen":
-        images = getattr(batch, "images", None)
-        return cls(
-            batch.weight,
-            batch.ids.numel(),
-            0 if images is None else len(images),
-            batch.filled,
-            getattr(batch, "owners", []),
-        )
+    @staticmethod
+    def of(batch: Batch) -> "Facts":
+        images = 0 if batch.images is None else len(batch.images)
+        return Facts(batch.weight, batch.ids.numel(), images, batch.filled, batch.owners)
 
 
 def passes(
@@ -274,43 +268,43 @@ def passes(
     step_weight: float,
     stage: BaseStage,
     ranks: Ranks,
-) -> tuple[list[Statistics], list[Seen]]:
+) -> tuple[list[Statistics], list[Facts]]:
     """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
 
-    Gradients are added up in the parameters. Returns what the objective said of each micro-batch, and
-    what there was to see.
+    Gradients are added up in the parameters; returns what the objective said of each micro-batch, and
+    what is to be known of it.
     """
     precision = autocast(stage, ranks.device)
     if isinstance(model, Staged):
-        # Several are on their way at once
+        # Several of them are on their way at once
         batches = list(micro_batches)
         work = Work(batches, objective, stage, step_weight, ranks.device, precision)
-        return model.passes(work), [Seen.of(batch) for batch in batches]
+        return model.passes(work), [Facts.of(batch) for batch in batches]
 
     said = []
-    seen = []
+    facts = []
     for number, batch in enumerate(micro_batches, start=1):
         begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
         with precision:
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
         said.append(statistics)
-        seen.append(Seen.of(batch))
-    return said, seen
+        facts.append(Facts.of(batch))
+    return said, facts
 
 
-def summed(collected: list[Statistics], seen: list[Seen]) -> tuple[dict[str, float], list[dict]]:
+def summed(collected: list[Statistics], facts: list[Facts]) -> tuple[dict[str, float], list[dict]]:
     """Statistics of the micro-batches, as numbers -> their sums, and (loss, weight) by task of each."""
     sums: dict[str, float] = defaultdict(float)
     tasks = []
-    for statistics, batch in zip(collected, seen, strict=True):
+    for statistics, fact in zip(collected, facts, strict=True):
         documents = statistics.pop("tasks", [])
         means = statistics.pop("means", {})
-        tasks.append(loss_by_task(batch.owners, documents) if documents else {})
+        tasks.append(loss_by_task(fact.owners, documents) if documents else {})
         for key, value in statistics.items():
             sums[key] += value
         for key, value in means.items():
-            sums[key] += value * batch.weight
+            sums[key] += value * fact.weight
     return sums, tasks
 
 

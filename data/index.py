@@ -88,7 +88,7 @@ def shared_index(
         failed.unlink(missing_ok=True)
         if not place.is_dir():
             try:
-                write_index(walk(), place)
+                put_index(walk(), place)
             except BaseException:
                 failed.touch()
                 raise
@@ -106,7 +106,7 @@ def shared_index(
     return map_index(place) if place.is_dir() else walk()
 
 
-def write_index(index: Index, place: Path) -> None:
+def put_index(index: Index, place: Path) -> None:
     """All of it in place at once."""
     part = Path(tempfile.mkdtemp(prefix="part-", dir=place.parent))
     np.save(part / "spans.npy", index.spans)
