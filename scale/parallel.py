@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate
 from typing import Callable, Iterator
@@ -81,10 +81,10 @@ class Meeting:
 
     store: dist.Store | None = None
     timeout: float = TIMEOUT
-    watcher: "Watcher | None" = None  # of the launcher
     mesh: Mesh | None = None  # None: every rank holds the whole model
     # ranks that see different rows, on the CPU's transport; None: all
     rows: dist.ProcessGroup | None = None
+    watcher: "Watcher | None" = None  # of the launcher
 
 
 _meeting = Meeting()
@@ -120,6 +120,7 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
         _meeting.watcher = Watcher()
     if not dist.is_initialized():
         join(kind, device, timeout)
+    agree({"layout": asdict(layout)})
     if layout.plain:
         return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout, layout)
 
@@ -215,11 +216,11 @@ def stop() -> None:
     total(0.0, everyone=True)
     dist.destroy_process_group()
     _meeting.store = None
+    _meeting.mesh = None
+    _meeting.rows = None
     if _meeting.watcher is not None:
         _meeting.watcher.leave()
         _meeting.watcher = None
-    _meeting.mesh = None
-    _meeting.rows = None
 
 
 class Watcher(threading.Thread):
@@ -350,7 +351,8 @@ def divide(
 ) -> list[Tensor]:
     """work(values), each rank doing a run of neighbours of about equal cost and sending its results.
 
-    Results have the shapes and the type of their values, which every rank has alike.
+    Results have the shapes and the type of their values, which every rank has alike. Simplified:
+    sharded values are gathered on all ranks, not only on the one that works on them.
     """
     rank, size = place()
     if size == 1 or not values:
