@@ -275,7 +275,7 @@ class ViT(nn.Module):
         # Computed.
         if self.config.position == "sincos":
             weight = self.preprocessor.patchifier.norm.weight
-            return sincos(h, w, self.config.hidden_size).to(weight)
+            return sincos(h, w, self.config.hidden_size).to(weight, non_blocking=True)
 
         # Learned, and at its own size.
         table = self.preprocessor.pos_embed[0]  # (side * side, C)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +44,27 @@ def test_interpreted_kernels_are_the_reference():
 @pytest.mark.slow
 def test_interpreted_norm_swiglu_and_rotation_are_their_definitions():
     alone("between", "between_poisoned", interpret=True)
+
+
+def test_each_device_gets_its_own_functions_between_products():
+    """Where a tensor says that it lies is enough: a GPU is not needed to choose."""
+    from kernels import block_triton
+    from llm import DEFINITIONS, WRITTEN_OUT, choose_elementwise
+
+    names = ("rms_norm_triton", "swiglu_triton", "rotate_triton")
+    on_a_gpu = tuple(getattr(block_triton, name) for name in names)
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float32):
+            assert (
+                tuple(choose_elementwise(torch.empty(2, 8, dtype=dtype, device="cuda"))) == on_a_gpu
+            )
+        doubles = torch.empty(2, 8, dtype=torch.float64, device="cuda")
+        assert choose_elementwise(doubles) is WRITTEN_OUT
+        assert choose_elementwise(torch.empty(0, 8, device="cuda")) is DEFINITIONS
+    assert choose_elementwise(torch.empty(2, 8)) is WRITTEN_OUT
+    assert choose_elementwise(torch.empty(2, 8, dtype=torch.bfloat16)) is DEFINITIONS
+    with torch.no_grad():
+        assert choose_elementwise(torch.empty(2, 8)) is DEFINITIONS
 
 
 @pytest.mark.slow

@@ -231,8 +231,8 @@ def test_the_count_is_not_blind():
     assert forked(work) == 0
 
 
-def test_a_step_waits_for_the_device_once(small, tokenizer):
-    """Four micro-batches, one of them without a picture. At most three waits were promised."""
+def test_a_step_waits_for_its_norm_and_for_what_it_found_out(small, tokenizer):
+    """Four micro-batches, one of them without a picture. Three waits would be allowed."""
     micro_batches = four_rows(tokenizer)
     stage = Stage(steps=1, optimizer="adamw", precision="fp32")
 
@@ -244,7 +244,7 @@ def test_a_step_waits_for_the_device_once(small, tokenizer):
 
 
 def test_experts_do_not_make_a_step_wait_more_often(small, tokenizer):
-    """Routing, balance and z-loss over real tokens, a bias on the choice, recomputed. Promised: five."""
+    """Routing, balance and z-loss over real tokens, a bias on the choice, recomputed. Five would be."""
     micro_batches = four_rows(tokenizer)
     text = replace(PRESETS["toy-moe"].text, vocab_size=448, num_hidden_layers=1)
     model = SailVL(replace(small, text=text)).init_weights(0)
@@ -257,7 +257,7 @@ def test_experts_do_not_make_a_step_wait_more_often(small, tokenizer):
     assert forked(work) == 0
 
 
-def test_an_update_in_rl_waits_once(small, encoder, tokenizer):
+def test_an_update_in_rl_waits_no_more_often(small, encoder, tokenizer):
     """Groups whose answers continue one prompt, a leash to a reference model."""
     stage = replace(
         SMALL,
