@@ -555,7 +555,6 @@ class Factorisation(Problem):
     the start, then a fall.
     """
 
-    steps = 1000
     grid = (-2.5, 1.0)
     optimizer = "momentum"
     sigma = 0.3  # standard deviation of an entry's noise
@@ -616,7 +615,6 @@ class Crosswise(Problem):
     has, so that Adam's scale for each weight does not help.
     """
 
-    steps = 1000
     grid = (-3.5, 0.5)
 
     def __init__(self, seed: int):

@@ -11,7 +11,7 @@ tenth) but Schedule-Free, which has its own. The problems stand in claims/rate_p
 
     python -m claims.rates                                  # all, an hour on one core; resumes
     python -m claims.rates --problems quadratic regression  # a part
-    python -m claims.rates --first 5 --out runs/adalrs-fresh  # seeds 5 to 9, which no threshold has seen
+    python -m claims.rates --rules safe --first 5 --out runs/adalrs-fresh  # seeds that no threshold saw
     python -m claims.rates --report                         # only the table and runs/adalrs/report.html
 
 Starts are kept relative to the best rate of the grid: remove runs.jsonl after changing a grid, a problem
@@ -38,7 +38,7 @@ from typing import Callable
 
 import torch
 
-from adalrs import AdaLRS
+from adalrs import RULES, AdaLRS
 from claims.rate_problems import FRESH, KNOWN, OLD, PROBLEMS, Problem
 from infra.cli import command
 from optim import Muon
@@ -303,7 +303,7 @@ class Results:
         return found
 
 
-def measure(results: Results, name: str, seeds: range) -> None:
+def measure(results: Results, name: str, seeds: range, rules: tuple[str, ...]) -> None:
     """The grid, then everything that starts relative to its best rate."""
     kind = PROBLEMS[name]
     low, high = kind.grid
@@ -318,7 +318,7 @@ def measure(results: Results, name: str, seeds: range) -> None:
             off = math.log10(start)
             rate = 10 ** (best + off)
             results.get(name, "grid", best + off, seed, lambda: train_problem(kind, seed, rate))
-            for rule in ("safe", "paper"):
+            for rule in rules:
                 results.get(name, rule, off, seed, lambda: train_problem(kind, seed, rate, rule))
     if name in OLD:
         measure_others(results, name, seeds, best)
@@ -361,6 +361,8 @@ def table(results: Results) -> str:
         for rule in ("fixed", "paper", "safe"):
             cells = [cell(results.ratios(name, rule, start)) for start in starts]
             rows = [row for start in starts for row in results.of(name, rule, start)]
+            if not any(cells):
+                continue
             steps = max((row["steps"] for row in rows), default=1.0)
             out.append(f"| {name} | {rule} | " + " | ".join(cells) + f" | {steps:.2f} |")
 
@@ -385,8 +387,10 @@ def summary_table(results: Results) -> str:
     heads = "rule | problems | runs | above 1.05 of fixed | worst | below .95 | recovered from .1 | steps"
     out = [f"| {heads} | raised |", "|---|---|" + "---:|" * 7]
     for label, group in (("known", KNOWN), ("fresh", FRESH)):
-        names = [name for name in measured(results) if name in group]
-        out += [summary_line(results, rule, label, names) for rule in ("paper", "safe") if names]
+        for rule in ("paper", "safe"):
+            names = [name for name in group if any(k[:2] == (name, rule) for k in results.rows)]
+            if names:
+                out.append(summary_line(results, rule, label, names))
     note = (
         "Recovered: log10 of the final scale, mean over runs from a tenth of the best rate; in brackets, no "
         "run counted as more than 1. Raised: runs that ended with an exception."
@@ -456,12 +460,13 @@ class RatesOptions:
     problems: tuple[str, ...] = tuple(PROBLEMS)  # names, see claims/rate_problems.py
     seeds: int = 5  # how many of them,
     first: int = 0  # from this one on
+    rules: tuple[str, ...] = RULES  # of AdaLRS
     out: Path = Path("runs/adalrs")
     report: bool = False  # only table and page, of what was measured so far
 
 
 def measure_rates(options: RatesOptions) -> None:
-    """Raises ValueError for unknown problems, and when packages are missing."""
+    """Raises ValueError for unknown problems and rules, and when packages are missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing and not options.report:
         raise ValueError(
@@ -470,11 +475,14 @@ def measure_rates(options: RatesOptions) -> None:
     for name in options.problems:
         if name not in PROBLEMS:
             raise ValueError(f"--problems {name!r}: choose from {', '.join(PROBLEMS)}")
+    for rule in options.rules:
+        if rule not in RULES:
+            raise ValueError(f"--rules {rule!r}: choose from {', '.join(RULES)}")
 
     seeds = range(options.first, options.first + options.seeds)
     results = Results(options.out / "runs.jsonl")
     for name in options.problems if not options.report else ():
-        measure(results, name, seeds)
+        measure(results, name, seeds, options.rules)
     page(results, options.out / "report.html")
     for name, write in (("table", table), ("summary", summary_table), ("others", table_of_others)):
         text = write(results)
