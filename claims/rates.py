@@ -53,18 +53,12 @@ PACKAGES = ("sklearn", "schedulefree", "prodigyopt", "dadaptation")
 # --------------------------------------------------------------------------------------- training
 
 
-def schedule(step: int, steps: int, kind: str = "cosine") -> float:
-    """Share of the peak rate: warm-up over 5 %, then cosine to a tenth.
-
-    Or wsd: linear to zero over the last fifth; or constant."""
+def schedule(step: int, steps: int, decays: bool = True) -> float:
+    """Share of the peak rate: warm-up over 5 %, then cosine to a tenth (or no decay)."""
     warm = steps // 20
     if step < warm:
         return (step + 1) / warm
-    if kind == "constant":
-        return 1.0
-    t = (step - warm) / (steps - warm)
-    if kind == "wsd":
-        return min(1.0, 5 * (1 - t))
+    t = (step - warm) / (steps - warm) if decays else 0.0
     return 0.1 + 0.45 * (1 + math.cos(math.pi * t))
 
 
@@ -119,21 +113,15 @@ def final_loss(problem: Problem, optimizers: list) -> float:
     return problem.final()
 
 
-def train_problem(
-    kind: type[Problem],
-    seed: int,
-    rate: float,
-    rule: str = "",
-    shape: str = "cosine",
-) -> dict:
+def train_problem(kind: type[Problem], seed: int, rate: float, rule: str = "") -> dict:
     """One run. rule: of AdaLRS, "" for a fixed rate.
 
     Returns losses before and after training, the steps as a share of the plan, and with AdaLRS its
     decisions.
     """
     problem = kind(seed)
-    optimizers = optimizers_for(problem, rate)  # (Schedule-Free's needs no schedule)
-    shape = "constant" if kind.optimizer == "schedule-free" else shape
+    optimizers = optimizers_for(problem, rate)
+    decays = kind.optimizer != "schedule-free"  # which needs no schedule but the warm-up
     row: dict = {"start": problem.final()}
     search = None
     if rule:
@@ -146,7 +134,7 @@ def train_problem(
     rates: list[float] = []
     while step < kind.steps:
         scale = search.scale if search else 1.0
-        rates.append(rate * schedule(step, kind.steps, shape) * scale)
+        rates.append(rate * schedule(step, kind.steps, decays) * scale)
         problem.begin_step(step)
         losses.append(trial_step(problem, optimizers, rates[-1]))
         step = search.observe(losses[-1]) if search else step + 1
