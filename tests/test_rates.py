@@ -89,20 +89,33 @@ def test_without_its_packages_the_script_names_the_requirements_file(tmp_path, m
         measure_rates(RatesOptions(out=tmp_path))
 
 
+def losses_around(name: str, steps: int) -> tuple[float, float]:
+    """Final losses of a problem before and after so many steps, at a rate of .01."""
+    problem = PROBLEMS[name](seed=0)
+    before = problem.final()
+    optimizers = rates.optimizers_for(problem, 1e-2)
+    for step in range(steps):
+        problem.begin_step(step)
+        rates.trial_step(problem, optimizers, 1e-2)
+    assert all(torch.isfinite(p).all() for p in problem.parameters), name
+    return before, rates.final_loss(problem, optimizers)
+
+
 def test_every_problem_on_scikit_learns_tables_trains():
     pytest.importorskip("sklearn")
     for name in TABLES:
         if name == "digits schedule-free":
             continue
-        problem = PROBLEMS[name](seed=0)
-        before = problem.final()
-        optimizers = rates.optimizers_for(problem, 1e-2)
-        for step in range(60):
-            problem.begin_step(step)
-            rates.trial_step(problem, optimizers, 1e-2)
-        after = rates.final_loss(problem, optimizers)
+        before, after = losses_around(name, 60)
         assert after < before or name == "digits new task", name
-        assert all(torch.isfinite(p).all() for p in problem.parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["language", "connector"])
+def test_the_repositorys_own_models_train(name):
+    """They follow the recipe's code, which changes: the adapter's problem had long not been run."""
+    before, after = losses_around(name, 20)
+    assert after < before
 
 
 @pytest.mark.parametrize("options", [{"rules": ("bold",)}, {"problems": ("mind",)}], ids=str)
