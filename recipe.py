@@ -538,7 +538,8 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     with one_line_errors():
         # Everything that a stage needs; what it leaves to the model and the data; where it lives
         ranks = parallel.start(options.timeout)
-        torch.manual_seed(options.stage.seed)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(options.stage.seed)
         setup = set_up(options, ranks)
         options = settled(options, defaults, setup)
         setup.directory = run_directory(options, setup)
