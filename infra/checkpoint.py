@@ -48,7 +48,7 @@ from adalrs import AdaLRS, load_optimizer_state, optimizer_state
 from infra import weights
 from infra.identity import differences, fingerprint, revision
 from infra.stopping import STOPPED, StopSignals
-from infra.text import printable
+from infra.text import Terminal, printable
 from infra.tracker import require_tracker
 from scale import parallel
 
@@ -258,7 +258,7 @@ def not_finite(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
 
 def announce(text: str) -> None:
     """A line on stderr for people, whatever file names are in it."""
-    print(printable(text, lines=True), file=sys.stderr, flush=True)
+    print(printable(text, lines=True), file=Terminal(sys.stderr), flush=True)
 
 
 # -------------------------------------------------------------------------- a run's directory

@@ -1,9 +1,9 @@
 """Hostile input: mutated files, texts and configurations, under an audit of what is opened and started.
 
-What it teaches: three promises about everything that is read. Only *declared* errors come out (a counted fault,
-or a ValueError that names the file). Nothing *outside* is touched: an audit hook, which Python calls at every
-file that is opened, every socket and every process that is started, and which no code can take off again,
-watches. And every case is *bounded* in seconds and memory.
+What it teaches: three promises about everything that is read. Only *declared* errors come out (a
+counted fault, or a ValueError that names the file). Nothing *outside* is touched: an audit hook, which
+Python calls at every file that is opened, every socket and every process that is started, and which no
+code can take off again, watches. And every case is *bounded* in seconds and memory.
 
     python -m tests.campaign --only fuzz --count 500 --targets tar parquet
 
@@ -42,7 +42,7 @@ from data import world
 from data.encode import Encoder
 from data.images import frames_of, open_image
 from data.readers import Folder
-from data.sample import BadSample, Message, Sample, Video
+from data.sample import BadSample, Message, Video
 from infra.judge import JUDGE
 from recipe import THINK
 from tests.campaign.ledger import ROOT, Ledger, Row
@@ -52,6 +52,7 @@ from vlm import PRESETS, SailVL
 CASES = 20_000  # of each target
 CHUNK = 500  # cases that are remembered together
 SECONDS = 10.0  # of processor time, for one case
+WARM = 20  # cases before the audit: what is imported late is imported there
 SILENCE = 120.0  # seconds without a finished case: it hangs in C
 MEMORY = 512 << 20  # bytes that one case may add to the largest size so far
 SPACE = 4 << 30  # bytes of address space on top of what a worker starts with
@@ -68,12 +69,26 @@ class Audit:
     """Notes every file outside of some folders, every connection and every process, from now on."""
 
     STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn")
-    CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.chmod", "os.symlink", "os.link", "os.truncate")
+    CHANGES = (
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.chmod",
+        "os.symlink",
+        "os.link",
+        "os.truncate",
+    )
     RUNS = ("pickle.find_class", "code.__new__", "ctypes.dlopen")
 
     def __init__(self, home: Path):
         self.home = os.path.realpath(home)
-        libraries = (sys.prefix, sys.base_prefix, os.path.dirname(torch.__file__), "/usr/share", "/usr/lib")
+        libraries = (
+            sys.prefix,
+            sys.base_prefix,
+            os.path.dirname(torch.__file__),
+            "/usr/share",
+            "/usr/lib",
+        )
         self.readable = tuple({os.path.realpath(folder) for folder in libraries})
         self.readable += ("/proc/self", "/dev/null", "/dev/urandom", "/etc/localtime", "/sys/")
         self.found: list[str] = []
@@ -112,8 +127,32 @@ class Audit:
 
 # ----------------------------------------------------------------------------------------- mutation
 
-SIGNS = (b'"', b"[", b"]", b"{", b"}", b",", b":", b"\t", b"\n", b"\r", b"\0", b"\xff", b"-", b"../")
-SIGNS += (b"1e999", b"NaN", b"null", b"true", b"\\ud800", b"<image>", b"\xef\xbb\xbf", b"/etc/passwd")
+SIGNS = (
+    b'"',
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b":",
+    b"\t",
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\xff",
+    b"-",
+    b"../",
+)
+SIGNS += (
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"\\ud800",
+    b"<image>",
+    b"\xef\xbb\xbf",
+    b"/etc/passwd",
+)
 SIGNS += (b"http://127.0.0.1:9/", b"%s", b"\x1b[2J", b"9" * 400, b"[" * 3000)
 
 
@@ -135,13 +174,33 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
             data[at : at + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\x80\0\0\0", b"9999"))
         elif choice == 5:
             other = rng.randrange(len(data) + 1)
-            data[at : at + 16], data[other : other + 16] = data[other : other + 16], data[at : at + 16]
+            data[at : at + 16], data[other : other + 16] = (
+                data[other : other + 16],
+                data[at : at + 16],
+            )
         elif rng.random() < 0.2:
             del data[at:]
     return bytes(data)
 
 
-ODD_VALUES = (None, True, 0, -1, 1.5, 1e308, 2**70, 10**400, "", "../..", "/", "x" * 5000, "NaN", [], {}, [[]])
+ODD_VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e308,
+    2**70,
+    10**400,
+    "",
+    "../..",
+    "/",
+    "x" * 5000,
+    "NaN",
+    [],
+    {},
+    [[]],
+)
 
 
 def odd_json(value: Any, rng: random.Random) -> bytes:
@@ -173,11 +232,77 @@ def change(place: dict | list, key, rng: random.Random) -> None:
         del place[key]
 
 
-PIECES = ("\\boxed{", "}", "{", "<think>", "</think>", "<|im_end|>", "<|im_start|>user\n", "<IMG_CONTEXT>")
-PIECES += ("\\frac{1}{2}", "\\sqrt", "^", "_", "\\left(", "\\right)", "(", ")", "[", "]", ",", "1", "0", "9" * 50)
-PIECES += ("1e9999", "-", "+", "*", "/", "!", "%", "$", ".", " ", "\n", "\0", "\u202e", "\u0301", "é", "Ω", "x")
-PIECES += ("A", "B.", "yes", "no", "the answer is ", "10^{8}", "!!", "\\text{", "\\pi", "°", "kg", "=", "<", "|")
-PIECES += ("[10, 20, 30, 40]", "<box>", "NaN", "inf", "the red circle", "a cat on a mat", "((", "))" * 20)
+PIECES = (
+    "\\boxed{",
+    "}",
+    "{",
+    "<think>",
+    "</think>",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "<IMG_CONTEXT>",
+)
+PIECES += (
+    "\\frac{1}{2}",
+    "\\sqrt",
+    "^",
+    "_",
+    "\\left(",
+    "\\right)",
+    "(",
+    ")",
+    "[",
+    "]",
+    ",",
+    "1",
+    "0",
+    "9" * 50,
+)
+PIECES += (
+    "1e9999",
+    "-",
+    "+",
+    "*",
+    "/",
+    "!",
+    "%",
+    "$",
+    ".",
+    " ",
+    "\n",
+    "\0",
+    "\u202e",
+    "\u0301",
+    "é",
+    "Ω",
+    "x",
+)
+PIECES += (
+    "A",
+    "B.",
+    "yes",
+    "no",
+    "the answer is ",
+    "10^{8}",
+    "!!",
+    "\\text{",
+    "\\pi",
+    "°",
+    "kg",
+    "=",
+    "<",
+    "|",
+)
+PIECES += (
+    "[10, 20, 30, 40]",
+    "<box>",
+    "NaN",
+    "inf",
+    "the red circle",
+    "a cat on a mat",
+    "((",
+    "))" * 20,
+)
 
 
 def text_of_pieces(rng: random.Random) -> str:
@@ -215,7 +340,10 @@ def chat(question: str, answer: str, **more) -> dict:
 def records() -> list[dict]:
     """A record of every format."""
     content = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "?"}]
-    typed = [{"role": "user", "content": content}, {"role": "assistant", "content": "<think>h</think>x"}]
+    typed = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "<think>h</think>x"},
+    ]
     prompt = [{"role": "user", "content": "<image>2+2?"}]
     return [
         chat("<image>\nwhat?", "red", image="red.png"),
@@ -285,7 +413,12 @@ def table_seed(folder: Path) -> list[bytes]:
     with_pictures(folder)
     picture = base64.b64encode(png()).decode()
     rows = ["index\timage\tquestion\tA\tB\tanswer", f'1\t{picture}\t"a ""b"" c"\tx\ty\tA']
-    rows += ["2\t1\tq\tx\ty\tB", '3\t\t5" x\t\t\tz', "4\tred.png\tq\t\t\tz", "5\t['1', '2']\tq\t\t\tz"]
+    rows += [
+        "2\t1\tq\tx\ty\tB",
+        '3\t\t5" x\t\t\tz',
+        "4\tred.png\tq\t\t\tz",
+        "5\t['1', '2']\tq\t\t\tz",
+    ]
     return ["\n".join(rows).encode()]
 
 
@@ -308,9 +441,14 @@ def parquet_seed(folder: Path) -> list[bytes]:
     with_pictures(folder)
     seeds = []
     for compression in ("none", "zstd"):
-        rows = [{"question": f"q{n}", "answer": "a", "image": {"bytes": png(), "path": None}} for n in range(4)]
+        rows = [
+            {"question": f"q{n}", "answer": "a", "image": {"bytes": png(), "path": None}}
+            for n in range(4)
+        ]
         file = io.BytesIO()
-        parquet.write_table(pa.Table.from_pylist(rows), file, compression=compression, row_group_size=2)
+        parquet.write_table(
+            pa.Table.from_pylist(rows), file, compression=compression, row_group_size=2
+        )
         seeds.append(file.getvalue())
     return seeds
 
@@ -357,9 +495,22 @@ def pictures(folder: Path, seed: tuple[str, bytes], rng: random.Random) -> str:
 def mixture_seed(folder: Path) -> list[dict]:
     (folder / "good.jsonl").write_bytes(lines_seed(folder)[0])
     (folder.parent / "outside.jsonl").write_bytes(b'{"question": "q", "answer": "secret"}\n')
-    entry = {"data": "good.jsonl", "images": ".", "weight": 2.0, "cap": 0.5, "max_tiles": 3, "epochs": 1}
+    entry = {
+        "data": "good.jsonl",
+        "images": ".",
+        "weight": 2.0,
+        "cap": 0.5,
+        "max_tiles": 3,
+        "epochs": 1,
+    }
     entry |= {"task": "t", "max_frames": 4, "frames": "even"}
-    meta = {"root": ".", "annotation": "good.jsonl", "repeat_time": 0.5, "max_dynamic_patch": 12, "length": 3}
+    meta = {
+        "root": ".",
+        "annotation": "good.jsonl",
+        "repeat_time": 0.5,
+        "max_dynamic_patch": 12,
+        "length": 3,
+    }
     return [{"datasets": {"a": entry, "b": {"data": "*.jsonl"}}}, {"a": meta}]
 
 
@@ -385,7 +536,9 @@ def load_tokenizer(folder: Path, seed: tuple[str, bytes], rng: random.Random) ->
     for left in place.iterdir():
         left.unlink()
     structured = name != "tokenizer.tiktoken" and rng.random() < 0.5
-    (place / name).write_bytes(odd_json(json.loads(body), rng) if structured else mutated(body, rng))
+    (place / name).write_bytes(
+        odd_json(json.loads(body), rng) if structured else mutated(body, rng)
+    )
     if name == "template.json":
         shutil.copy(folder / "tokenizer.tiktoken", place)
     try:
@@ -446,7 +599,9 @@ def boxed(folder: Path, seed, rng: random.Random) -> str:
 
 
 def score(grader: str, rng: random.Random) -> str:
-    truth = rng.choice((text_of_pieces(rng), text_of_pieces(rng), 4, 2.5, True, None, ["a", None, "4"], []))
+    truth = rng.choice(
+        (text_of_pieces(rng), text_of_pieces(rng), 4, 2.5, True, None, ["a", None, "4"], [])
+    )
     value = graders.grade(rng.choice((text_of_pieces(rng), None)), truth, grader)
     if not 0 <= value <= 1:
         raise AssertionError(f"a score of {value}")
@@ -455,7 +610,10 @@ def score(grader: str, rng: random.Random) -> str:
 
 def box(folder: Path, seed, rng: random.Random) -> str:
     said = text_of_pieces(rng)
-    numbers = [rng.choice((0, 1, -5, 1e308, 10**30, 0.5, 1000, "nan", "x")) for _ in range(rng.randrange(6))]
+    numbers = [
+        rng.choice((0, 1, -5, 1e308, 10**30, 0.5, 1000, "nan", "x"))
+        for _ in range(rng.randrange(6))
+    ]
     truth = rng.choice((str(numbers), f"<box>{numbers}</box>", text_of_pieces(rng)))
     values = [graders.grade(said + truth, truth, name) for name in ("box", "iou")]
     if not all(0 <= value <= 1 for value in values):
@@ -562,7 +720,9 @@ def too_slow(*_) -> None:
     raise TooSlow
 
 
-def chunk(target: Target, folder: Path, seeds: list, audit: Audit, start: int, count: int, board) -> dict:
+def chunk(
+    target: Target, folder: Path, seeds: list, audit: Audit, start: int, count: int, board
+) -> dict:
     """Some cases one after the other: what they became, and what must not have happened."""
     outcomes: Counter = Counter()
     problems: list[str] = []
@@ -612,7 +772,7 @@ def work_through(target: Target, chunks: list[tuple[int, int]], output: int, boa
         folder = Path(place) / "home"
         folder.mkdir()
         seeds = target.prepare(folder)
-        for n in range(20):  # what is imported late is imported now
+        for n in range(WARM):
             try:
                 one_case(target, folder, seeds, -1 - n)
             except (Exception, TooSlow):
@@ -696,7 +856,9 @@ def run(count: int = CASES, targets: tuple[str, ...] = tuple(TARGETS)) -> None:
     for name in targets:
         starts = range(0, count, CHUNK)
         chunks = [(start, min(CHUNK, count - start)) for start in starts]
-        todo = [(start, n) for start, n in chunks if not covered(ledger.done.get(f"{name} {start}"), n)]
+        todo = [
+            (start, n) for start, n in chunks if not covered(ledger.done.get(f"{name} {start}"), n)
+        ]
         in_worker(TARGETS[name], todo, ledger)
 
 

@@ -1,9 +1,10 @@
 """Kills: runs that die at random moments, again and again, and end as if nothing had happened.
 
-What it teaches: what a checkpoint promises is one sentence, and this is its test: *the finished run has the
-undisturbed run's log, weights, optimizer state and generators, bit for bit*. Each case is a run that is
-killed a few times and then left alone; half of the kills come at a random moment, the others wait for a
-phase that a random moment seldom meets (a trial of AdaLRS, the rewards, a checkpoint that is being written).
+What it teaches: what a checkpoint promises is one sentence, and this is its test: *the finished run has
+the undisturbed run's log, weights, optimizer state and generators, bit for bit*. Each case is a run
+that is killed a few times and then left alone; half of the kills come at a random moment, the others
+wait for a phase that a random moment seldom meets (a trial of AdaLRS, the rewards, a checkpoint that is
+being written).
 
 A tenth of the kills hit real processes, `python script.py` and torchrun, the others forks of this one.
 Every death is also looked at: nobody may be left behind.
@@ -86,7 +87,11 @@ def killed_and_finished(job: Job, case: str, kills: int, whole: Whole, real: boo
     # left alone, it ends
     ended = begin(words, folder / "said", job.ranks).end()
     if ended.status != 0:
-        return {"seen": f"ended with {ended.status}", "kills": len(phases), "said": ended.said[-2000:]}
+        return {
+            "seen": f"ended with {ended.status}",
+            "kills": len(phases),
+            "said": ended.said[-2000:],
+        }
     other = life.difference(life.outcome(folder / "run"), whole.outcome)
     return {
         "seen": f"another {other}" if other else "equal",
@@ -113,8 +118,15 @@ def told_in_trial(job: Job, case: str, whole: Whole) -> dict:
             break
         newest = max([0, *checkpoint_numbers(folder / "run")])
         if ended.status != TOLD or newest < max([0, *steps]):
-            return {"seen": f"ended with {ended.status}", "kills": lives, "said": ended.said[-2000:]}
-        if f"({newest} executed) written" not in ended.said and "no checkpoint yet" not in ended.said:
+            return {
+                "seen": f"ended with {ended.status}",
+                "kills": lives,
+                "said": ended.said[-2000:],
+            }
+        if (
+            f"({newest} executed) written" not in ended.said
+            and "no checkpoint yet" not in ended.said
+        ):
             return {"seen": "said nothing of what it saved", "said": ended.said[-2000:]}
         steps.append(newest)
         if lives >= 6:
@@ -153,7 +165,7 @@ def cases(count: int) -> list[tuple[Job, str, int, bool]]:
 
 
 def run(count: int = 200) -> None:
-    """All cases that the ledger does not have yet. A case is done once it has been killed as often as asked."""
+    """All cases that the ledger lacks. A case is done once it has been killed as often as asked."""
     small.prepare()
     ledger = Ledger("kills")
     known: dict[str, Whole] = {}

@@ -10,6 +10,7 @@ A part of the campaign is a function that goes through its cases, and one that m
 
 import hashlib
 import json
+import os
 import subprocess
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Iterable
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "runs" / "faults"
+FOLDER = Path(os.environ.get("FAULTS_FOLDER") or ROOT / "runs" / "faults")
 
 
 @dataclass

@@ -1,15 +1,16 @@
 """One life of a script, from its start to its end or its death.
 
-What it teaches: importing PyTorch takes seconds, a run of the small model one. So most lives are forks of
-a process that has imported everything (the real script's main, `sys.argv` as on the command line), and some
-are real processes. What happens to them is real in both: SIGKILL, SIGTERM, limits of the system.
+What it teaches: importing PyTorch takes seconds, a run of the small model one. So most lives are forks
+of a process that has imported everything (the real script's main, `sys.argv` as on the command line),
+and some are real processes. What happens to them is real in both: SIGKILL, SIGTERM, limits of the
+system.
 
     begin(words) -> Life ── .kill_at(seconds) | .kill_in("checkpoint") | .tell() ── .end() -> Ended
 
 Two ranks are two such processes with the environment that torchrun gives them, or torchrun itself.
 
-A forked life carries a thread that notes what its main thread is doing, for the table, and for kills that
-wait for a moment which a random one would seldom meet.
+A forked life carries a thread that notes what its main thread is doing, for the table, and for kills
+that wait for a moment which a random one would seldom meet.
 """
 
 import atexit
@@ -22,7 +23,6 @@ import random
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +31,8 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
+
+import torch.distributed as dist
 
 from tests.campaign.ledger import ROOT
 
@@ -97,13 +99,12 @@ def watch(board: mmap.mmap, aim: str, delay: float) -> None:
 # ------------------------------------------------------------------------------------------ a process
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def rendezvous() -> dist.TCPStore:
+    """Where ranks meet, and leave notes; as under torchrun it is not in one of them."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, size: int, store: dist.TCPStore) -> dict[str, str]:
     """What torchrun tells a process."""
     return {
         "RANK": str(rank),
@@ -111,7 +112,10 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": "campaign",
     }
 
 
@@ -139,6 +143,8 @@ class Forked:
         output = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ |= {"OMP_NUM_THREADS": "1"} | environment
@@ -165,6 +171,12 @@ class Forked:
     @property
     def phase(self) -> str:
         return PHASES[self.board[0]]
+
+    def signal(self, number: int) -> None:
+        send(self.pid, number)
+
+    def alive(self) -> list[int]:
+        return session(self.pid)
 
     def poll(self) -> bool:
         """Whether it has ended."""
@@ -193,6 +205,7 @@ class Real:
             )
         self.said = said
         self.pid = self.process.pid
+        self.family: set[int] = set()
 
     @property
     def status(self) -> int | None:
@@ -201,10 +214,20 @@ class Real:
     def poll(self) -> bool:
         return self.process.poll() is not None
 
+    def signal(self, number: int) -> None:
+        """To the script and, as it may be torchrun, to all that it started."""
+        self.family |= descendants(self.pid)
+        for pid in (self.pid, *self.family):
+            send(pid, number)
 
-def session(leader: int) -> list[int]:
-    """The living processes of a session, its leader included."""
-    found = []
+    def alive(self) -> list[int]:
+        self.family |= descendants(self.pid)
+        return [pid for pid in self.family | set(session(self.pid)) if pid in processes()]
+
+
+def processes() -> dict[int, tuple[int, int]]:
+    """(parent, session) of every process that lives."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -212,9 +235,31 @@ def session(leader: int) -> list[int]:
             words = (entry / "stat").read_text().rpartition(") ")[2].split()
         except OSError:
             continue
-        if int(words[3]) == leader and words[0] != "Z":
-            found.append(int(entry.name))
+        if words[0] != "Z":
+            found[int(entry.name)] = (int(words[1]), int(words[3]))
     return found
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session, its leader included."""
+    return [pid for pid, (_, own) in processes().items() if own == leader]
+
+
+def descendants(root: int) -> set[int]:
+    """What a process started, and what that started."""
+    parents = {pid: parent for pid, (parent, _) in processes().items()}
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {root}
+
+
+def send(pid: int, number: int) -> None:
+    """A signal, to a process that may be gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
 
 
 # -------------------------------------------------------------------------------------------- a life
@@ -223,8 +268,9 @@ def session(leader: int) -> list[int]:
 class Life:
     """A script's processes: one, or one for each rank."""
 
-    def __init__(self, processes: list, said: Path):
+    def __init__(self, processes: list, said: Path, store: dist.TCPStore | None = None):
         self.processes = processes
+        self.store = store  # where its ranks meet: it lives as long as they do
         self.said = said
         self.began = time.monotonic()
         self.start = said.stat().st_size if said.exists() else 0
@@ -241,11 +287,13 @@ class Life:
         hit = False
         for process in chosen:
             if not process.poll():
-                os.kill(process.pid, number)
+                process.signal(number)
                 hit = True
         return hit
 
-    def kill_at(self, seconds: float, which: int | None = None, number: int = signal.SIGKILL) -> bool:
+    def kill_at(
+        self, seconds: float, which: int | None = None, number: int = signal.SIGKILL
+    ) -> bool:
         """The same, so many seconds after its start."""
         while time.monotonic() - self.began < seconds and not self.over:
             time.sleep(0.002)
@@ -264,17 +312,14 @@ class Life:
             time.sleep(0.05)
             left = self.alive()
         for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            send(pid, signal.SIGKILL)
         while not self.over:
             time.sleep(0.01)
         text = self.said.read_bytes()[self.start :].decode(errors="replace")
         return Ended(statuses, text, seconds, self.phase, left if None not in statuses else [])
 
     def alive(self) -> list[int]:
-        return [pid for process in self.processes for pid in session(process.pid)]
+        return [pid for process in self.processes for pid in process.alive()]
 
 
 def warm(words: list[str], folder: Path) -> None:
@@ -297,9 +342,9 @@ def begin(words: list[str], said: Path, ranks: int = 1, **how) -> Life:
     if ranks == 1:
         life = Life([Forked(words, said, own, **how)], said)
     else:
-        port = free_port()
-        places = [rank_environment(rank, ranks, port) | own for rank in range(ranks)]
-        life = Life([Forked(words, said, place, **how) for place in places], said)
+        store = rendezvous()
+        places = [rank_environment(rank, ranks, store) | own for rank in range(ranks)]
+        life = Life([Forked(words, said, place, **how) for place in places], said, store)
     life.start = start
     return life
 
@@ -328,6 +373,7 @@ def outcome(out: Path) -> dict:
         log.append({key: value for key, value in row.items() if key not in PACE})
     last = max((out / "checkpoints").glob("step-*"))
     state = json.loads((last / "state.json").read_text())
+    del state["revision"]  # whoever writes code while the campaign runs changes it
     return {
         "log": log,
         "weights": digest(out / "model.safetensors"),

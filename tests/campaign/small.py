@@ -1,6 +1,7 @@
 """What the campaign trains: a model of one layer, forty drawn samples on disk, and commands of seconds.
 
-Every command is a real one (`pretrain.py basic --data ...`), with sizes that make a run a few seconds long.
+Every command is a real one (`pretrain.py basic --data ...`), with sizes that make a run a few seconds
+long.
 """
 
 import json
@@ -36,6 +37,8 @@ def prepare() -> Path:
     HOME.mkdir(parents=True, exist_ok=True)
     write_model(HOME / "model")
     write_samples(HOME / "data")
+    for path in (HOME, *HOME.rglob("*")):  # another user reads them, too
+        path.chmod(0o755 if path.is_dir() else 0o644)
     (HOME / "ready").write_text("")
     return HOME
 
