@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import answers, made_up
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import packing
 from infra import checkpoint, weights
@@ -417,6 +417,11 @@ def resealed(checkpoint_: Path, name: str, text: str) -> None:
     rewritten(checkpoint_, manifest)
 
 
+def changed_state(checkpoint_: Path, **values) -> None:
+    state = json.loads((checkpoint_ / "state.json").read_text())
+    resealed(checkpoint_, "state.json", json.dumps(state | values))
+
+
 def emptied(checkpoint_: Path) -> None:
     for path in checkpoint_.iterdir():
         path.unlink()
@@ -446,6 +451,11 @@ FAULTY = {
     "a state that is no object": lambda c: resealed(c, "state.json", "[]"),
     "a state without a configuration": lambda c: resealed(c, "state.json", "{}"),
     "a state of another kind": lambda c: resealed(c, "state.json", '{"config": 3}'),
+    "a state of a wrong type": lambda c: changed_state(c, step="x"),
+    "a state of no step": lambda c: changed_state(c, step=-1),
+    "a state of a list of data": lambda c: changed_state(c, data=[]),
+    "a state of another checkpoint": lambda c: changed_state(c, executed=10**12),
+    "a state past its steps": lambda c: changed_state(c, step=10**6),
     "a nested state": lambda c: resealed(c, "state.json", "[" * 100_000),
     "a foreign file": lambda c: (c / "extra\x1b[2J.bin").write_text("x"),
 }
@@ -458,6 +468,29 @@ def test_with_any_fault_the_checkpoint_before_is_used(two, name, capsys):
     assert latest(folder) == older
     said = capsys.readouterr().err
     assert "REFUSED" in said and newer.name in said and "\x1b" not in said
+
+
+MISFITS = {
+    "no generators": lambda tensors: {k: t for k, t in tensors.items() if not k.startswith("rng")},
+    "another optimizer": lambda tensors: tensors | {"optimizer.99.0.x": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_parts_that_do_not_fit_together_are_one_line_that_names_the_checkpoint(
+    two, name, config, tokenizer
+):
+    """Their sums agree, so this is no damage that could be told before they are loaded."""
+    folder, _, newer = two
+    file = newer / "state.safetensors"
+    save_file(MISFITS[name](load_file(file)), file)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    manifest[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.digest(file)}
+    rewritten(newer, manifest)
+    says = rf"{newer.name} cannot be restored \(.*move it away"
+    with pytest.raises(ValueError, match=says) as caught:
+        run(folder.parent, config, tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_same_step_may_break_again_and_again(two):
