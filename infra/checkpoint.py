@@ -582,6 +582,7 @@ class Keeper:
     def _restore(self, found: Path) -> dict:
         """Model, optimizers, search, data and generators as a checkpoint has them."""
         values = json.loads((found / STATE).read_text())
+        assert values["step"] <= values["executed"], "a step that was not reached"
         tensors = load_file(found / TENSORS)
 
         def part(prefix: str) -> dict[str, Tensor]:

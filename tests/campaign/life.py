@@ -14,6 +14,7 @@ that wait for a moment which a random one would seldom meet.
 """
 
 import atexit
+import ctypes
 import hashlib
 import importlib
 import json
@@ -119,6 +120,12 @@ def rank_environment(rank: int, size: int, store: dist.TCPStore) -> dict[str, st
     }
 
 
+def die_with_parent() -> None:
+    """In a child: when the campaign ends, however it does, so does the child, even a stopped one."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 class Forked:
     """The real script's main in a fork of this process, in a session of its own."""
 
@@ -137,6 +144,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            die_with_parent()
             os._exit(self._work(words, environment or {}, before, aim, delay))
 
     def _work(self, words, environment, before, aim, delay) -> int:
@@ -202,6 +210,7 @@ class Real:
                 stderr=output,
                 env=os.environ | own,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         self.said = said
         self.pid = self.process.pid

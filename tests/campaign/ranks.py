@@ -77,7 +77,7 @@ def differing(place: Path, item: str, more: list[str]) -> str:
         return "hung"
     if ended.statuses != [1, 1]:
         return f"ended with {ended.statuses}"
-    if "Traceback" in ended.said or not any(name in ended.said for name in named):
+    if "\nTraceback" in ended.said or not any(name in ended.said for name in named):
         return "without the reason"
     log = place / "run" / "log.jsonl"
     return "trained" if log.is_file() and log.read_text() else "both name it"
@@ -132,7 +132,7 @@ def fails_alone(place: Path) -> str:
     ended = pair(place, [command(place), command(place, "--data", str(place / "gone.jsonl"))]).end()
     if None in ended.statuses:
         return "hung"
-    reason = "gone.jsonl: no such file" in ended.said and "Traceback" not in ended.said
+    reason = "gone.jsonl: no such file" in ended.said and "\nTraceback" not in ended.said
     return (
         "both end with its reason"
         if 0 not in ended.statuses and reason
