@@ -42,11 +42,13 @@ def test_one_case_that_did_not_hold_fails_its_row():
 
 
 def test_the_table_says_what_failed(monkeypatch):
-    found = {"kills": [Row("a | b", 2000, "e", "x | y", False)], "disks": []}
-    monkeypatch.setattr(campaign, "rows_of", lambda part: found[part])
+    rows = {"kills": [Row("a | b", 2000, "e", "x | y", False)], "disks": [], "mutants": []}
+    rows["fuzz"] = [Row("a", 1, "e", "e", True)]
+    monkeypatch.setattr(campaign, "rows_of", rows.get)
     table, held = campaign.table_of(("kills", "disks"))
-    assert not held and "| 2,000 | e | **FAILED** x \\| y |" in table
-    assert "Disks" not in table
+    assert not held and "| 2,000 | e | **FAILED** x \\| y |" in table and "Disks" not in table
+    assert campaign.table_of(("fuzz", "mutants"))[1]
+    assert not campaign.table_of(("fuzz", "disks"))[1], "a part that did not run held"
 
 
 # -------------------------------------------------------------------------------- hostile input

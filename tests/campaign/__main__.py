@@ -107,6 +107,8 @@ def table_of(parts: tuple[str, ...]) -> tuple[str, bool]:
     for part in parts:
         found = rows_of(part)
         if not found:
+            # (mutants are sampled by a command of their own)
+            held = held and part == "mutants"
             continue
         lines += [
             "",

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from tests.campaign.ledger import ROOT
 
 PHASES = ("begin", "data", "rollout", "reward", "update", "trial", "no trial", "checkpoint", "end")
-LONGEST = 120.0  # seconds of a life: one that lasts longer hangs
+LONGEST = 240.0  # seconds of a life: one that lasts longer hangs
 PACE = ("data_seconds", "eta", "tokens_per_second", "images_per_second")  # of a log: not of the run
 
 
@@ -145,7 +145,11 @@ class Forked:
         if self.pid == 0:
             os.setsid()
             die_with_parent()
-            os._exit(self._work(words, environment or {}, before, aim, delay))
+            status = 1
+            try:
+                status = self._work(words, environment or {}, before, aim, delay)
+            finally:
+                os._exit(status)
 
     def _work(self, words, environment, before, aim, delay) -> int:
         output = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
