@@ -646,6 +646,10 @@ def test_a_planted_lock_file_is_neither_followed_nor_emptied(tmp_path):
     home.open(Ranks())
     home.close()
     assert victim.read_text() == "precious" and (run_ / ".lock").read_text() == "somebody's"
+    (run_ / ".lock").unlink()
+    home.open(Ranks())
+    home.close()
+    assert (run_ / ".lock").stat().st_mode & 0o033 == 0, "others may write or run it"
 
 
 @pytest.fixture
@@ -743,6 +747,21 @@ def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp
     assert values["step"] == 1 and values["executed"] == 12 and again.best == [0.2, 6]
     assert not keeper.due(1000) and "after 12 steps" in keeper.standing()
     keeper.close()
+
+
+def test_a_check_as_good_as_the_best_is_no_better(tmp_path):
+    home = RunDirectory(tmp_path)
+    assert home.improves(0.5) and not home.improves(None)
+    home.best = [0.5, 3]
+    assert home.improves(0.4) and not home.improves(0.5) and not home.improves(None)
+
+
+def test_generators_saved_on_an_accelerator_are_restored_on_a_cpu():
+    """Its own generator's state follows the CPU's; here nobody can take it."""
+    state, values = checkpoint.get_rng()
+    wanted = torch.rand(3)
+    checkpoint.set_rng(torch.cat((state, torch.zeros(16, dtype=torch.uint8))), values)
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_counted_data_goes_forward_only():

@@ -392,7 +392,7 @@ def traced(file: str, place: Path) -> dict:
     key = code_of(ROOT / name for name in names)
     notes = FOLDER / f"traced-{file.replace('/', '-')}-{key}.json"
     if not notes.is_file():
-        output = FOLDER / "traced.txt"
+        output = FOLDER / f"traced-{file.replace(chr(47), chr(45))}.txt"
         status = Forked(place, test_files(file), output, Tracer(file, notes)).wait(1800)
         if status != 0:
             notes.unlink(missing_ok=True)
@@ -422,7 +422,7 @@ def try_mutant(mutant: Mutant, place: Path, known: dict) -> dict:
     target.write_bytes(whole[: mutant.start] + mutant.after.encode() + whole[mutant.end :])
     tests = tests_for(mutant, known)
     expected = sum(known["tests"][name]["seconds"] for name in tests)
-    output = FOLDER / "mutant.txt"
+    output = place.parent / "mutant.txt"
     began = time.monotonic()
     try:
         status = Forked(place, tests, output).wait(min(SLOWEST, 30 + 4 * expected))
