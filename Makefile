@@ -13,7 +13,7 @@ LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy real check test test-slow test-all readme lock clean
+.PHONY: help env toy real check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -39,6 +39,12 @@ test-slow: $(VENV)/test   ## 3 min    the tests that take more than a few second
 
 test-all: $(VENV)/test    ## 6 min    every test
 	$(PYTEST)
+
+faults: $(VENV)/test     ## 40 min   kills, full disks, damage, hostile input: the real scripts; goes on where it was
+	$(PY) -m tests.campaign
+
+mutants: $(VENV)/test    ## 1 h      one wrong thing at a time in nine files: does the quick suite notice?
+	$(PY) -m tests.campaign --only mutants
 
 readme: $(VENV)/core      ## 10 s     regenerate what README.md and RESULTS.md claim, from runs/ and the tree
 	$(PY) -m tools.picture

@@ -134,6 +134,8 @@ def datasets_of(path: Path, images=None, allow_outside: bool = False) -> list[Da
             files = files_of(dataset)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        except OSError as error:  # a name longer than the system takes, a folder that is closed
+            raise ValueError(f'{where}: "data" cannot be read: {error.strerror}') from error
         if not allow_outside:
             for file in files:
                 check_inside(str(file), path.parent, f'{where}: "data"')

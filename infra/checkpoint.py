@@ -60,7 +60,7 @@ from adalrs import AdaLRS, load_optimizer_state, optimizer_state
 from infra import weights
 from infra.identity import differences, fingerprint, revision
 from infra.stopping import STOPPED, StopSignals
-from infra.text import printable
+from infra.text import Terminal, printable
 from infra.tracker import require_tracker
 from scale import parallel, shards
 from scale.shards import Names, Part, Writers
@@ -74,6 +74,11 @@ LARGEST_MANIFEST = 16 << 20  # bytes: one that is larger was not written here
 
 # what a faulty file can raise while it is looked at
 FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
+# and what a whole one can raise whose parts do not fit together, or not this run
+RESTORE_FAULTS = (*FAULTS, IndexError, RuntimeError, AssertionError, SafetensorError)
+
+# what a state holds, if it holds it
+STATE_KINDS = {"step": int, "executed": int, "data": dict, "rng": list, "optimizer": list}
 
 # options that a finished run may be given more of
 MAY_GROW = ("stage.steps", "stage.epochs")
@@ -226,10 +231,28 @@ def fault(directory: Path, share: int = 0, shares: int = 1) -> str | None:
 
     # and a state that can be read
     try:
-        config = json.loads((directory / STATE).read_text())["config"]
+        state = json.loads((directory / STATE).read_text())
+        config = state["config"]
     except FAULTS as error:
         return printable(f"{STATE} is unreadable ({type(error).__name__}: {error})")[:300]
-    return None if isinstance(config, dict) else f"{STATE} holds no configuration"
+    if not isinstance(config, dict):
+        return f"{STATE} holds no configuration"
+    return odd_state(state, directory.name)
+
+
+def odd_state(state: dict, name: str) -> str | None:
+    """What in a state is of another type, or belongs to a checkpoint of another name."""
+    for key, kind in STATE_KINDS.items():
+        value = state.get(key)
+        wrong = not isinstance(value, kind) or (kind is int and value < 0)
+        if key in state and wrong:
+            return printable(f"{STATE}: {key} is {value!r:.80}")
+    executed = state.get("executed")
+    if executed is not None and name != f"step-{executed:08d}":
+        return f"{STATE} is that of a checkpoint after {executed} steps"
+    if executed is not None and state.get("step", 0) > executed:
+        return f"{STATE}: step {state['step']} was not reached in {executed} executed steps"
+    return None
 
 
 def part_files(stem: str, names: Iterable[str]) -> list[str]:
@@ -307,7 +330,7 @@ def not_finite(model: nn.Module, tensors: dict[str, Tensor]) -> str | None:
 
 def announce(text: str) -> None:
     """A line on stderr for people, whatever file names are in it."""
-    print(printable(text, lines=True), file=sys.stderr, flush=True)
+    print(printable(text, lines=True), file=Terminal(sys.stderr), flush=True)
 
 
 # -------------------------------------------------------------------------- a run's directory
@@ -785,7 +808,7 @@ class Keeper:
         try:
             self._agree_on_the_run()
             found = self.home.open(self.ranks)
-            values = self._restore(found) if found else {}
+            values = self._restored(found) if found else {}
             self._agree_on_weights()
         except (ValueError, OSError):
             self.close()
@@ -812,9 +835,20 @@ class Keeper:
         shard = 0 if self.ranks.mesh is None else self.ranks.mesh["shard"].get_local_rank()
         parallel.agree({"weights": fingerprint(self.model)}, (self.ranks.stage, shard))
 
+    def _restored(self, found: Path) -> dict:
+        """As `_restore`; what does not fit together in a checkpoint is one line that names it."""
+        try:
+            return self._restore(found)
+        except RESTORE_FAULTS as error:
+            raise ValueError(
+                f"{found} cannot be restored ({type(error).__name__}: {parallel.first_line(error)}); move it "
+                "away to go on from the one before it"
+            ) from error
+
     def _restore(self, found: Path) -> dict:
         """Model, optimizers, search, data and generators as a checkpoint has them, of whatever layout."""
         values = json.loads((found / STATE).read_text())
+        assert values["step"] <= values["executed"], "a step that was not reached"
         shards.read_weights(self.model, found)
 
         # Optimizers and search, under the numbers that they have here

@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterator, NoReturn, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from infra.text import printable
+from infra.text import Terminal, printable
 from scale import parallel
 
 YES = ("true", "yes", "on", "1")
@@ -106,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
             traceback.print_exc()
         line = f"error: {printable(error, lines=True)}"
         parallel.report_failure(error)
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=Terminal(sys.stderr), flush=True)
         sys.exit(1)
 
 

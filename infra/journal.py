@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import IO, Any, Callable
 from tqdm import tqdm
 
 from infra.checkpoint import RunDirectory, announce
-from infra.text import printable
+from infra.text import Terminal, printable
 from infra.tracker import open_tracker
 
 # what stands for a line of the log that cannot be read
@@ -81,6 +82,7 @@ class Journal:
             disable=not main,
             mininterval=1.0,
             ncols=110,
+            file=Terminal(sys.stderr),
         )
 
     def write(self, row: dict, step: int) -> None:

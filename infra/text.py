@@ -10,11 +10,35 @@ before it reaches a terminal or a log that people read there.
 """
 
 import unicodedata
+from typing import IO, Any
 
 # control, format (they turn the direction of writing around), surrogate, line and paragraph ends
 UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # joiners that scripts and emoji need: they move nothing
 HARMLESS = "\u200c\u200d"
+
+
+class Terminal:
+    """A stream for people. Where it fails (a full disk behind it, a terminal that is closed) nothing is
+    said, and nothing ends."""
+
+    def __init__(self, file: IO[str]):
+        self.file = file
+
+    def write(self, text: str) -> int:
+        try:
+            return self.file.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.file.flush()
+        except (OSError, ValueError):
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def printable(text: object, lines: bool = False) -> str:

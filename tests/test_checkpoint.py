@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import answers, made_up
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import packing
 from infra import checkpoint, weights
@@ -417,6 +417,11 @@ def resealed(checkpoint_: Path, name: str, text: str) -> None:
     rewritten(checkpoint_, manifest)
 
 
+def changed_state(checkpoint_: Path, **values) -> None:
+    state = json.loads((checkpoint_ / "state.json").read_text())
+    resealed(checkpoint_, "state.json", json.dumps(state | values))
+
+
 def emptied(checkpoint_: Path) -> None:
     for path in checkpoint_.iterdir():
         path.unlink()
@@ -446,6 +451,11 @@ FAULTY = {
     "a state that is no object": lambda c: resealed(c, "state.json", "[]"),
     "a state without a configuration": lambda c: resealed(c, "state.json", "{}"),
     "a state of another kind": lambda c: resealed(c, "state.json", '{"config": 3}'),
+    "a state of a wrong type": lambda c: changed_state(c, step="x"),
+    "a state of no step": lambda c: changed_state(c, step=-1),
+    "a state of a list of data": lambda c: changed_state(c, data=[]),
+    "a state of another checkpoint": lambda c: changed_state(c, executed=10**12),
+    "a state past its steps": lambda c: changed_state(c, step=10**6),
     "a nested state": lambda c: resealed(c, "state.json", "[" * 100_000),
     "a foreign file": lambda c: (c / "extra\x1b[2J.bin").write_text("x"),
 }
@@ -458,6 +468,29 @@ def test_with_any_fault_the_checkpoint_before_is_used(two, name, capsys):
     assert latest(folder) == older
     said = capsys.readouterr().err
     assert "REFUSED" in said and newer.name in said and "\x1b" not in said
+
+
+MISFITS = {
+    "no generators": lambda tensors: {k: t for k, t in tensors.items() if not k.startswith("rng")},
+    "another optimizer": lambda tensors: tensors | {"optimizer.99.0.x": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_parts_that_do_not_fit_together_are_one_line_that_names_the_checkpoint(
+    two, name, config, tokenizer
+):
+    """Their sums agree, so this is no damage that could be told before they are loaded."""
+    folder, _, newer = two
+    file = newer / "state.safetensors"
+    save_file(MISFITS[name](load_file(file)), file)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    manifest[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.digest(file)}
+    rewritten(newer, manifest)
+    says = rf"{newer.name} cannot be restored \(.*move it away"
+    with pytest.raises(ValueError, match=says) as caught:
+        run(folder.parent, config, tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_same_step_may_break_again_and_again(two):
@@ -613,6 +646,10 @@ def test_a_planted_lock_file_is_neither_followed_nor_emptied(tmp_path):
     home.open(Ranks())
     home.close()
     assert victim.read_text() == "precious" and (run_ / ".lock").read_text() == "somebody's"
+    (run_ / ".lock").unlink()
+    home.open(Ranks())
+    home.close()
+    assert (run_ / ".lock").stat().st_mode & 0o033 == 0, "others may write or run it"
 
 
 @pytest.fixture
@@ -711,6 +748,21 @@ def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp
     assert values["step"] == 1 and values["executed"] == 12 and again.best == [0.2, 6]
     assert not keeper.due(1000) and "after 12 steps" in keeper.standing()
     keeper.close()
+
+
+def test_a_check_as_good_as_the_best_is_no_better(tmp_path):
+    home = RunDirectory(tmp_path)
+    assert home.improves(0.5) and not home.improves(None)
+    home.best = [0.5, 3]
+    assert home.improves(0.4) and not home.improves(0.5) and not home.improves(None)
+
+
+def test_generators_saved_on_an_accelerator_are_restored_on_a_cpu():
+    """Its own generator's state follows the CPU's; here nobody can take it."""
+    state, values = checkpoint.get_rng()
+    wanted = torch.rand(3)
+    checkpoint.set_rng(torch.cat((state, torch.zeros(16, dtype=torch.uint8))), values)
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_counted_data_goes_forward_only():

@@ -471,6 +471,7 @@ WRONG_MIXTURES = {
     "patches": ({"a": {"annotation": "a.jsonl", "max_dynamic_patch": "12"}}, "'max_dynamic_patch'"),
     "annotation": ({"a": {"annotation": 7}}, "'annotation' is 7"),
     "half": ({"a": {"annotation": "a.jsonl"}, "b": 3}, "dataset 'b' is 3"),
+    "a name too long": ({"datasets": {"a": {"data": "x" * 5000}}}, "dataset 'a': .*name too long"),
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from infra import journal, tracker
-from infra.checkpoint import RunDirectory
+from infra.checkpoint import RunDirectory, announce
 from infra.journal import Journal, LogFile, kept, read_log
 from infra.text import printable
 
@@ -53,6 +53,37 @@ def test_a_loss_that_is_not_finite_is_null_and_comes_back_as_nan(tmp_path):
     before = (tmp_path / "log.jsonl").read_bytes()
     Journal(AStage(), tmp_path, True, 3, 3).close()
     assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+class Full:
+    """A stream behind which the disk is full, or which is closed."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), ValueError("I/O operation on closed file")]
+)
+def test_a_terminal_that_fails_ends_no_run(tmp_path, monkeypatch, error):
+    """`pretrain.py > out.txt` on a disk that is full: progress bar and warnings met the error."""
+    monkeypatch.setattr(sys, "stderr", Full(error))
+    log = Journal(AStage(), tmp_path, True)
+    log.bar.mininterval = 0
+    for step in range(3):
+        log.write(row(step), step + 1)
+    log.close()
+    announce("said to nobody")
+    monkeypatch.undo()
+    assert len(read_log(tmp_path / "log.jsonl")) == 3
 
 
 def test_a_fresh_run_has_nothing_to_say_about_an_earlier_log(tmp_path, capsys):

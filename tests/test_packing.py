@@ -1,6 +1,7 @@
 """Packing: no document is lost, split or late, rows are full, and how the global batch is cut up
 changes nothing."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -352,6 +353,37 @@ def test_rows_are_the_same_for_every_number_of_ranks_that_divides_them(count):
         # a rank reads its own lanes only
         shared = size // np.gcd(size, ranks[0].lanes)
         assert all(len(r.mine) * size == r.lanes * shared for r in ranks)
+
+
+def with_vision(seed: int, n: int = 120) -> list[Document]:
+    """Documents of mixed lengths, some of them with tiles of two sizes."""
+    rng = random.Random(seed)
+    made = stream("mixed", seed, n)
+    return [replace(d, vision=rng.choice((0, 0, 16, 16, 48, 7 * (seed % 2)))) for d in made]
+
+
+def test_what_shares_a_row_is_for_ever():
+    """A run that goes on with newer code packs what is to come as it would have been packed: these
+    digests change when any rule of packing does, which ends the promise for runs in progress."""
+    rng = random.Random(0)
+    chosen = []
+    for _ in range(60):
+        sizes = [(rng.randint(1, 120), rng.choice((0, 0, 16, 48, 5))) for _ in range(20)]
+        want = rng.choice((0.0, 30.0, 90.0, 250.0))
+        unit, slack = rng.choice(((16, 0), (1, 3), (4, 0)))
+        chosen.append(choose_subset(sizes, rng.choice((60, 256, 700)), want, unit, slack))
+    rows = []
+    for seed in range(4):
+        for buffer in (4, 16, 64):
+            packed = Rows(with_vision(seed), CAPACITY, buffer)
+            rows.append([[d.origin for d in row] for row in packed])
+    digests = [hashlib.sha256(repr(what).encode()).hexdigest()[:16] for what in (chosen, rows)]
+    assert digests == ["e27ab69d658c15af", "4b9be9792ea2e6ad"]
+
+
+@pytest.mark.parametrize("rows, lanes", [(64, 32), (66, 2), (8, 8), (33, 1)])
+def test_a_fresh_run_has_as_many_lanes_as_powers_of_two_share(rows, lanes):
+    assert Batches(numbered(), CAPACITY, rows, 1, 0).lanes == lanes
 
 
 def test_a_state_with_another_number_of_lanes_goes_on_with_those():

@@ -8,6 +8,7 @@ import torch
 from policy_losses import (
     ALGORITHMS,
     aggregate,
+    clipped,
     divisor,
     kl_penalty,
     log_ratio,
@@ -40,6 +41,16 @@ def test_inside_the_bound_nothing_is_changed():
     zero = torch.zeros_like(x)
     assert torch.equal(log_ratio(x, zero, torch.ones_like(x)), x)
     assert torch.autograd.gradcheck(lambda t: log_ratio(t, zero, torch.ones_like(t)), x * 0.99)
+
+
+@pytest.mark.parametrize("A, ratio", [(1.0, 1.25), (-1.0, 0.75)])
+def test_a_ratio_on_the_bound_is_not_clipped_yet(A, ratio):
+    """(Powers of two: the bound is met exactly.)"""
+    one = torch.tensor([[ratio]], dtype=torch.double)
+    gain, cut = clipped(one, torch.tensor([[A]], dtype=torch.double), 0.25, 0.25)
+    assert gain.item() == ratio * A and not cut.item()
+    _, cut = clipped(one + math.copysign(2**-20, A), torch.tensor([[A]]), 0.25, 0.25)
+    assert cut.item()
 
 
 def test_infinities_stay_outside():

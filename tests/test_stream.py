@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,10 @@ from data.stream import (
     Listed,
     Mapped,
     Order,
+    Share,
     Stream,
     Walk,
+    read_sample,
 )
 from packing import Batches
 
@@ -228,6 +232,32 @@ def test_a_used_up_group_is_no_silence(encoder):
     assert len(found) == 53 and found[-1].number > 10_000
 
 
+def test_too_many_draws_on_what_is_used_up_are_an_error(encoder, monkeypatch):
+    monkeypatch.setattr("data.stream.USED_UP", 20)
+    stream = Ordered((50, 3), (1, 1), (20000.0, 1.0))
+    with pytest.raises(ValueError, match="^20 draws in a row fell on data whose epochs are over"):
+        list(Documents(stream, encoder))
+
+
+def test_the_order_of_a_seed_is_for_ever():
+    """A run that goes on with newer code reads on in the same order: these numbers must never change."""
+    order = Order([torch.arange(6), torch.arange(6, 9)], [2.0, 1.0], [0, 0], 7)
+    drawn = [(0, 5), (1, 7), (1, 6), (0, 1), (0, 2), (1, 8), (0, 4), (1, 8), (1, 7), (0, 0), (0, 3)]
+    assert [order[n] for n in range(11)] == drawn
+    long = Order([torch.arange(3 * 8192 + 100)], [1.0], [0], 7)
+    places = (0, 1, 2, 8191, 8192, 2 * 8192, 3 * 8192 + 99, 3 * 8192 + 100)
+    drawn = [23143, 892, 19505, 14363, 6233, 4370, 24657, 11521]
+    assert [long[n][1] for n in places] == drawn
+
+
+def test_a_sequence_of_ones_own_is_numbered_unless_it_says_otherwise():
+    class Own:
+        def __getitem__(self, n):
+            raise KeyError(n)
+
+    assert read_sample(Own(), 3).reason == "unexpected KeyError"
+
+
 def test_a_group_of_no_weight_does_not_keep_a_stream_from_ending(encoder):
     stream = Ordered((5, 7), (1, 0), (1.0, 0.0))
     assert not stream.endless
@@ -365,6 +395,47 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(encoder, tokeni
 
 
 @pytest.mark.slow
+class Mortal:
+    """Workers without processes: a number in `deadly` kills whoever reads it, so many times."""
+
+    def __init__(self, deadly: dict[int, int]):
+        self.deadly = deadly
+        self.generation = 0
+        self.deaths = 0
+        self.asked: list[int] = []
+
+    def submit(self, n: int) -> Future:
+        self.asked.append(n)
+        future = Future()
+        if self.deadly.get(n):
+            future.set_exception(BrokenProcessPool("dead"))
+        else:
+            future.set_result(sample(n))
+        return future
+
+    def replace(self) -> None:
+        self.generation += 1
+        self.deaths += 1
+        first = next(n for n in self.asked[-4:] if self.deadly.get(n))
+        self.deadly[first] -= 1
+
+
+def test_after_a_death_as_many_as_were_in_the_works_are_asked_one_at_a_time():
+    documents = Documents([], None)
+    documents.workers = Mortal({2: 1})
+    share = Share(documents, 0, 1, ahead=4)
+    asked = documents.workers.asked
+    heights = []
+    for n in range(9):
+        before = len(asked)
+        assert share.from_workers() == sample(n)
+        share.next += 1
+        heights.append(len(asked) - before)
+    # four ahead; the death, then 2 alone, and alone until four were read; then four ahead again
+    assert heights == [4, 1, 2, 1, 1, 1, 4, 1, 1]
+    assert documents.workers.deaths == 0
+
+
 def test_a_record_that_kills_its_reader_costs_only_itself(encoder, tokenizer):
     documents = Documents(Deadly(), encoder, workers=1)
     found = answers(list(documents), tokenizer)
