@@ -64,6 +64,7 @@ from packing import Batches
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel
+from scale.layout import Layout
 from scale.parallel import Ranks
 from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
@@ -525,6 +526,7 @@ class RunOptions:
     tracker: str = ""  # module to log to as well: wandb, trackio, tensorboard
     grace: float = 8.0  # seconds from SIGTERM to the end of a step, at least
     timeout: float = 1800.0  # seconds that ranks wait for the slowest one
+    layout: Layout = Layout()  # how the model lies on several ranks
     row: tyro.conf.Fixed[str] = ""  # of the recipe: the word on the command line
 
 
@@ -537,7 +539,7 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     options, defaults = stage_from_words(options_class, recipes)
     with one_line_errors():
         # Everything that a stage needs; what it leaves to the model and the data; where it lives
-        ranks = parallel.start(options.timeout)
+        ranks = parallel.start(options.timeout, options.layout)
         torch.manual_seed(options.stage.seed)
         setup = set_up(options, ranks)
         options = settled(options, defaults, setup)
@@ -607,7 +609,7 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("grace", "timeout", "row", "judge_url", "judge_key", "judge_timeout")
+    free += ("grace", "timeout", "layout", "row", "judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,
         {key: value for key, value in asdict(options).items() if key not in free},

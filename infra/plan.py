@@ -135,6 +135,7 @@ def option_table(options) -> list[str]:
     """Every option and its value, three to a line; long values have a line of their own."""
     values = {key: value for key, value in asdict(options).items() if key not in ("stage", "row")}
     values |= asdict(options.stage)
+    values |= {f"layout.{key}": value for key, value in values.pop("layout").items()}
 
     # Cells of one width, and those that do not fit
     short = []

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from infra.identity import differences
 from infra.text import printable
+from scale.layout import Layout, Mesh, mesh_of
 
 TIMEOUT = 1800.0  # seconds: longer than one rank takes to write and hash a large checkpoint
 ROLL_CALL = 3.0  # seconds in which the ranks that are left report, once a collective has failed
@@ -52,16 +53,24 @@ ORPHAN = 45.0  # seconds that a rank has for its last checkpoint once its launch
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its rank of `size`, its device, the most seconds it waits for others."""
+    """This process among all that see different rows: its rank of `size`, its device, its patience.
+
+    Those of one row, the stages of a pipeline, have the same rank. mesh: None where every rank holds
+    the whole model.
+    """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    timeout: float = TIMEOUT
+    timeout: float = TIMEOUT  # the most seconds that it waits for others
+    layout: Layout = Layout()
+    mesh: Mesh | None = None
+    stage: int = 0  # of the pipeline
 
     @property
     def main(self) -> bool:
-        return self.rank == 0
+        """Whether this is the one process that prints and writes what exists once."""
+        return self.rank == 0 and self.stage == 0
 
 
 @dataclass
@@ -70,6 +79,8 @@ class Meeting:
 
     store: dist.Store | None = None
     timeout: float = TIMEOUT
+    # ranks that see different rows, on the CPU's transport; None: all
+    rows: dist.ProcessGroup | None = None
 
 
 _meeting = Meeting()
@@ -78,16 +89,22 @@ _meeting = Meeting()
 # ------------------------------------------------------------------------------ begin and end
 
 
-def start(timeout: float = TIMEOUT) -> Ranks:
+def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
     """Join torchrun's process group if there is one. Device: CUDA, another accelerator, else the CPU.
 
     timeout: seconds that a collective waits for the slowest rank. Raises ConnectionError when not
-    all ranks come.
+    all ranks come, ValueError for a layout that does not fit their number.
     """
     kind = device_kind()
     use_own_processors()
+    layout = layout.fitted(int(os.environ.get("WORLD_SIZE", 1)))
     if "WORLD_SIZE" not in os.environ:
-        return Ranks(device=kind, timeout=timeout)
+        if not layout.plain:
+            raise ValueError(
+                "--layout.half and --layout.offload want a process group also for one process: "
+                "torchrun --nproc-per-node 1"
+            )
+        return Ranks(device=kind, timeout=timeout, layout=layout)
 
     # this process's accelerator
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -98,7 +115,34 @@ def start(timeout: float = TIMEOUT) -> Ranks:
     end_with_parent()
     if not dist.is_initialized():
         join(kind, device, timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout)
+    if layout.plain:
+        return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout, layout)
+
+    # Coordinates, and who shares small numbers: the ranks of one stage
+    mesh = mesh_of(layout, kind, timeout)
+    if layout.pp > 1:
+        _meeting.rows = group_of_rows(layout, timeout)
+    rows = mesh["dp"]
+    return Ranks(
+        rows.get_local_rank(),
+        rows.size(),
+        device,
+        timeout,
+        layout,
+        mesh,
+        mesh["pp"].get_local_rank(),
+    )
+
+
+def group_of_rows(layout: Layout, timeout: float) -> dist.ProcessGroup:
+    """The ranks of this one's pipeline stage, over gloo. Every rank makes the groups of all stages."""
+    size = dist.get_world_size() // layout.pp
+    patience = timedelta(seconds=timeout)
+    groups = []
+    for stage in range(layout.pp):
+        members = list(range(stage * size, (stage + 1) * size))
+        groups.append(dist.new_group(members, timeout=patience, backend="gloo"))
+    return groups[dist.get_rank() // size]
 
 
 def device_kind() -> str:
@@ -162,9 +206,10 @@ def stop() -> None:
     """Leave together: a rank that is gone early breaks the last collective of those behind it."""
     if not dist.is_initialized():
         return
-    total(0.0)
+    total(0.0, everyone=True)
     dist.destroy_process_group()
     _meeting.store = None
+    _meeting.rows = None
 
 
 def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
@@ -187,7 +232,14 @@ def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
 
 
 def place() -> tuple[int, int]:
-    """(rank, number of ranks) of this process."""
+    """(rank, number of ranks) of this process among those that see different rows."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(_meeting.rows), dist.get_world_size(_meeting.rows)
+
+
+def place_of_all() -> tuple[int, int]:
+    """(rank, number of ranks) of this process among all, the stages of a pipeline counted."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -196,24 +248,31 @@ def place() -> tuple[int, int]:
 # -------------------------------------------------------------------- small numbers and objects
 
 
-def total(*values: float) -> list[float]:
-    """Sum over ranks of each value, in float64, on the CPU: exact, and no device waits for it."""
+def total(*values: float, everyone: bool = False) -> list[float]:
+    """Sum over ranks of each value, in float64, on the CPU: exact, and no device waits for it.
+
+    Over the ranks that see different rows; everyone: over all stages of a pipeline as well.
+    """
     if not dist.is_initialized():
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     with named_failure():
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=None if everyone else _meeting.rows)
     return sums.tolist()
 
 
-def gather(values: list) -> list:
-    """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights)."""
+def gather(values: list, everyone: bool = False) -> list:
+    """Python objects of all ranks, concatenated in rank order (metadata, rollouts, never weights).
+
+    Over the same ranks as `total`. The transport is the CPU's: objects come as bytes on the CPU.
+    """
     if not dist.is_initialized():
         return values
-    everyone: list = [None] * dist.get_world_size()
+    group = None if everyone else _meeting.rows
+    parts: list = [None] * dist.get_world_size(group)
     with named_failure():
-        dist.all_gather_object(everyone, values)
-    return [value for part in everyone for value in part]
+        dist.all_gather_object(parts, values, group=group)
+    return [value for part in parts for value in part]
 
 
 def agree(items: dict[str, object]) -> None:
@@ -223,7 +282,7 @@ def agree(items: dict[str, object]) -> None:
     ValueError on every rank, which names each rank that differs from rank 0, and in what.
     """
     plain = json.loads(json.dumps(items, default=str))
-    first, *others = gather([plain])
+    first, *others = gather([plain], everyone=True)
     odd = []
     for rank, other in enumerate(others, start=1):
         for name in first:
@@ -305,7 +364,7 @@ def named_failure() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        rank, _ = place()
+        rank, _ = place_of_all()
         raise ConnectionError(
             f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
             f"{first_line(error)})"
@@ -314,7 +373,7 @@ def named_failure() -> Iterator[None]:
 
 def missing_ranks() -> str:
     """After a collective that failed: every rank that can leaves a note; who leaves none is missing."""
-    rank, size = place()
+    rank, size = place_of_all()
     if _meeting.store is None:
         return "another rank did not take part in a collective"
     try:
@@ -365,7 +424,7 @@ def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
     `name` must be new each time. Ranks that do not come are the next collective's affair, which
     names them.
     """
-    rank, size = place()
+    rank, size = place_of_all()
     if _meeting.store is None:
         return
     # torchrun keeps its store when it starts ranks again

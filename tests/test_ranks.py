@@ -620,7 +620,7 @@ def test_ranks_that_meet_wait_for_all_of_this_life_and_not_for_ever(monkeypatch)
         if len(asked) == 3:
             notes["sampled 1 1"] = "yes"  # the other one comes
 
-    monkeypatch.setattr(parallel, "place", lambda: (0, 2))
+    monkeypatch.setattr(parallel, "place_of_all", lambda: (0, 2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Store(), 30.0))
     parallel.meet("sampled", each, every=0.01)
