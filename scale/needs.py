@@ -21,14 +21,18 @@ token. Simplified: experts are used evenly; numbers of a few bytes (`parallel.to
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
 
 from infra import memory
 from infra.memory import FP32, MicroBatch
 from optim import OUTSIDE, part_of
 from scale.layout import Layout
 from stage import BaseStage, RLStage
-from vlm import SailVL
+from vlm import SailVL, VLMConfig
 
 HALF = 2  # bytes of bf16
 
@@ -38,13 +42,14 @@ HALF = 2  # bytes of bf16
 
 @dataclass(frozen=True)
 class Piece:
-    """Weights that are gathered and used together: a block, its experts, or all that is in no block.
+    """Weights that are gathered at once: a block, its experts or router, or all that is in no block.
 
-    shapes: of its tensors, on one rank of those that share the experts. ranks: that share each tensor.
-    width: bytes of a number when it is sent. by_muon: which of the shapes Muon steps.
+    number: of its block. shapes: of its tensors, on one rank of those that share the experts. ranks:
+    that share each tensor. width: bytes of a number when it is sent. by_muon: which shapes Muon steps.
     """
 
-    kind: str  # vision, decoder, experts, rest
+    kind: str  # vision, decoder, experts, router, rest
+    number: str
     shapes: tuple[tuple[int, ...], ...]
     by_muon: tuple[bool, ...]
     trains: tuple[bool, ...]
@@ -60,6 +65,11 @@ class Piece:
         return total
 
     @property
+    def sent(self) -> int:
+        """Bytes of the whole piece as it is gathered, padding included."""
+        return self.width * self.ranks * self.own()
+
+    @property
     def trained(self) -> int:
         """Numbers on a rank that train."""
         return self.own(self.trains) if any(self.trains) else 0
@@ -71,22 +81,26 @@ class Piece:
         return self.own(both) if any(both) else 0
 
 
-def piece_of(name: str) -> tuple[str, str]:
-    """The kind of a parameter's piece, and which one of that kind."""
+def piece_of(name: str, layout: Layout) -> tuple[str, str]:
+    """The kind of a parameter's piece, and the number of its block."""
     words = name.split(".")
-    if ".experts." in name:
-        return "experts", words[words.index("layers") + 1]
     if "layers" in words:
-        return "decoder", words[words.index("layers") + 1]
+        number = words[words.index("layers") + 1]
+        if ".experts." in name and layout.ep > 1:
+            return "experts", number
+        if ".mlp.gate." in name and layout.half:
+            return "router", number
+        return "decoder", number
     if "blocks" in words:
         return "vision", words[words.index("blocks") + 1]
     return "rest", ""
 
 
-def on_stage(name: str, layers: int, pp: int, place: int) -> bool:
+def on_stage(name: str, layers: int, layout: Layout, place: int) -> bool:
     """Whether a parameter lives on a pipeline stage: layers in equal runs, ViT first, head last."""
-    kind, number = piece_of(name)
-    if kind in ("decoder", "experts"):
+    kind, number = piece_of(name, layout)
+    pp = layout.pp
+    if kind in ("decoder", "experts", "router"):
         return place * layers // pp <= int(number) < (place + 1) * layers // pp
     if name.startswith(("language_model.lm_head", "language_model.model.norm")):
         return place == pp - 1
@@ -96,43 +110,44 @@ def on_stage(name: str, layers: int, pp: int, place: int) -> bool:
 def pieces_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -> list[Piece]:
     """The pieces on one pipeline stage, cut as `shard.shard_model` cuts them."""
     layers = model.config.text.num_hidden_layers
-    groups: dict[tuple[str, str], list[tuple[str, tuple[int, ...]]]] = {}
+    groups: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
-        if on_stage(name, layers, layout.pp, place):
-            key = piece_of(name)
-            if layout.ep == 1 and key[0] == "experts":
-                key = ("decoder", key[1])
-            groups.setdefault(key, []).append((name, tuple(parameter.shape)))
+        if on_stage(name, layers, layout, place):
+            groups.setdefault(piece_of(name, layout), {})[name] = tuple(parameter.shape)
 
     pieces = []
-    for (kind, _), members in groups.items():
-        ranks = layout.shard
-        shapes = [shape for _, shape in members]
-        if kind == "experts":
-            ranks = layout.shard // layout.ep
-            shapes = [(shape[0] // layout.ep, *shape[1:]) for shape in shapes]
-            if ranks > shapes[0][0]:  # fewer experts than ranks: cut along the next axis
-                shapes = [(shape[1], shape[0], *shape[2:]) for shape in shapes]
-        names = [name for name, _ in members]
-        trains = tuple(part_of(name) in stage.trains for name in names)
-        muon = stage.optimizer == "muon"
+    for (kind, number), shapes in groups.items():
+        # Experts are spread first; where ranks are more than they, their rows are cut instead
+        ranks = layout.shard // layout.ep if kind == "experts" else layout.shard
+        cut = []
+        for name, shape in shapes.items():
+            first, *rest = shape
+            if kind == "experts":
+                first //= layout.ep
+            if ".experts." in name and first < ranks and rest[0] % ranks == 0:
+                first, rest[0] = rest[0], first
+            cut.append((first, *rest))
+
+        width = HALF if layout.half and kind != "router" else FP32
+        trains = tuple(part_of(name) in stage.trains for name in shapes)
         by_muon = tuple(
-            muon and len(shape) == 2 and not any(word in name for word in OUTSIDE)
-            for name, shape in members
+            stage.optimizer == "muon"
+            and len(shape) == 2
+            and not any(word in name for word in OUTSIDE)
+            for name, shape in shapes.items()
         )
-        width = HALF if layout.half else FP32
-        pieces.append(Piece(kind, tuple(shapes), by_muon, trains, ranks, width))
+        pieces.append(Piece(kind, number, tuple(cut), by_muon, trains, ranks, width))
     return pieces
 
 
 # ------------------------------------------------------------------------------------------ memory
 
 
-def micro_batches(stage: BaseStage, ranks: int) -> int:
-    """Micro-batches a step on each of `ranks` ranks that see other rows."""
+def micro_batches(stage: BaseStage, lanes: int) -> int:
+    """Micro-batches a step on each of the `lanes` ranks that see other rows."""
     if isinstance(stage, RLStage) or stage.accumulate:
         return max(1, stage.accumulate)
-    return max(1, math.ceil(stage.rows / ranks))
+    return max(1, math.ceil(stage.rows / lanes))
 
 
 def in_flight(layout: Layout, place: int, batches: int) -> int:
@@ -140,6 +155,14 @@ def in_flight(layout: Layout, place: int, batches: int) -> int:
     if layout.schedule == "gpipe":
         return batches
     return min(batches, layout.pp - place)
+
+
+@lru_cache(maxsize=64)
+def stage_model(config: VLMConfig, layers: int) -> SailVL:
+    """The model with as many layers as a pipeline stage has, without memory."""
+    text = replace(config.text, num_hidden_layers=layers)
+    with torch.device("meta"):
+        return SailVL(replace(config, text=text))
 
 
 def rank_memory(
@@ -154,58 +177,236 @@ def rank_memory(
 
     model: on the meta device or real. layout: fitted to `ranks`. half: blocks compute in bf16. batch:
     the largest micro-batch, when it is not the stage's worst case. Beside the kinds of
-    `memory.model_memory`: "gathered", whole weights of the pieces in use, and "sums", their gradients
-    before they are summed and cut; "host" is what rests in host memory, and no part of the total.
+    `memory.model_memory`: "gathered", whole weights of the pieces in use; "sums", their gradients
+    before they are summed and cut; "host", what rests in host memory, no part of the total.
     """
+    none = {"gathered": 0, "sums": 0, "host": 0}
+    lanes = ranks // layout.pp
     if layout.plain and batch is None:
-        return memory.model_memory(model, stage, ranks, half) | {
-            "gathered": 0,
-            "sums": 0,
-            "host": 0,
-        }
-    stages = [stage_kinds(model, stage, layout, ranks, half, batch, p) for p in range(layout.pp)]
+        return none | memory.model_memory(model, stage, ranks, half)
+    batch = batch or memory.largest_micro_batch(stage, lanes)
+    stages = []
+    for place in range(layout.pp):
+        held = in_flight(layout, place, micro_batches(stage, lanes))
+        pieces = pieces_of(model, stage, layout, place)
+        standing = none | standing_bytes(pieces, stage, layout)
+        passing = passing_bytes(model.config, stage, layout, place, batch, held, half)
+        partial = micro_batches(stage, lanes) > 1 and layout.copies > 1
+        stages.append(with_peak(standing | passing, pieces, stage, layout, partial))
     return max(stages, key=lambda kinds: kinds["total"])
 
 
-def stage_kinds(
+def standing_bytes(pieces: list[Piece], stage: BaseStage, layout: Layout) -> dict[str, int]:
+    """What is there at all times: this rank's rows of everything."""
+    weights = FP32 * sum(piece.own() for piece in pieces)
+    trained = FP32 * sum(piece.trained for piece in pieces)
+    whole = FP32 * sum(piece.ranks * piece.trained for piece in pieces)
+    moments = 2 * trained - FP32 * sum(piece.moved_by_muon for piece in pieces)
+    snapshots = 2 * (trained + moments) if stage.searches_rate else 0
+    kinds = {
+        "weights": weights,
+        "gradients": whole if layout.zero == 1 else trained,
+        "moments": moments,
+        "snapshots": snapshots,
+        "reference": weights if getattr(stage, "kl", 0.0) else 0,
+    }
+
+    # What rests on the host instead
+    if layout.offload:
+        return dict.fromkeys(kinds, 0) | {"host": sum(kinds.values())}
+    if snapshots and stage.adalrs_offload:
+        return kinds | {"snapshots": 0, "host": snapshots}
+    return kinds
+
+
+def passing_bytes(
+    config: VLMConfig,
+    stage: BaseStage,
+    layout: Layout,
+    place: int,
+    batch: MicroBatch,
+    held: int,
+    half: bool,
+) -> dict[str, int]:
+    """What micro-batches bring to a pipeline stage that holds `held` of them: infra/memory.py's kinds."""
+    # Only what this stage computes: images on the first, logits on the last
+    layers = config.text.num_hidden_layers
+    mine = (place + 1) * layers // layout.pp - place * layers // layout.pp
+    local = stage_model(config, mine)
+    if place:
+        stage = replace(stage, trains=tuple(part for part in stage.trains if part == "llm"))
+    last = place == layout.pp - 1
+    stream = HALF if layout.half else FP32
+
+    pixels = batch.patches * FP32 * config.vision.num_channels * config.vision.patch_size**2
+    kept = memory.activation_bytes(local, stage, batch, half, stream)
+    logits = memory.logits_bytes(local, stage, batch.labels, half) if last else 0
+    block = memory.block_bytes(local, stage, batch, half, stream)
+    if layout.ep > 1:
+        # rows that came from other ranks (S*K, C): as input, as result, and the gradients of both
+        text = config.text
+        rows = batch.tokens * text.num_experts_per_tok * text.hidden_size * (HALF if half else FP32)
+        block += 4 * rows
+        kept += 0 if stage.recompute else mine * rows
+    copies = 0
+    if half and not layout.half:
+        copies = memory.half_weight_bytes(local, stage)
+        if layout.ep > 1 and not stage.recompute:  # of the experts that are here
+            experts = (p for name, p in local.named_parameters() if ".experts." in name)
+            copies -= HALF * sum(p.numel() for p in experts) * (layout.ep - 1) // layout.ep
+    return {
+        "activations": held * (kept + (0 if place else pixels)),
+        "block": block,
+        "logits": logits,
+        "bf16": copies,
+    }
+
+
+def with_peak(
+    kinds: dict[str, int], pieces: list[Piece], stage: BaseStage, layout: Layout, partial: bool
+) -> dict[str, int]:
+    """The kinds with "gathered", "sums", "step" and "total": the largest moment of a step.
+
+    A block is in use while the next one arrives and the last one's gradients leave. All that is in no
+    block (embedding, head, norms) stays whole from the first use to the last. partial: sums of earlier
+    micro-batches wait to be summed over the copies.
+    """
+    by_muon = FP32 * sum(piece.moved_by_muon for piece in pieces)
+    bucket = 0
+    if layout.shard == 1:
+        bucket = kinds["gradients"] if layout.copies > 1 else 0
+        pieces = []
+    trained = FP32 * sum(piece.trained for piece in pieces)
+    waiting = trained if partial else 0
+    whole = sum(piece.sent for piece in pieces if piece.kind == "rest")
+    blocks: dict[tuple[bool, str], int] = Counter()
+    learned: dict[tuple[bool, str], int] = Counter()
+    for piece in pieces:
+        if piece.kind != "rest":
+            block = (piece.kind == "vision", piece.number)
+            blocks[block] += piece.sent
+            learned[block] += piece.ranks * piece.trained
+    every = sum(blocks.values())
+    largest = max(blocks.values(), default=0)
+    arriving = 2 * largest if layout.zero == 3 else every + largest
+
+    # Gradients: whole, as they are computed, and in fp32, as they are summed
+    block_sum = max(learned.values(), default=0)
+    rest_sum = sum(piece.ranks * piece.trained for piece in pieces if piece.kind == "rest")
+    width = HALF if layout.half else FP32
+    sums = (width + FP32) * block_sum
+
+    always = sum(kinds[kind] for kind in ("weights", "moments", "snapshots", "reference"))
+    always += kinds["gradients"] + whole + waiting
+    forward = kinds["activations"] + kinds["bf16"] + kinds["logits"]
+    forward += largest if layout.zero == 3 else every
+    backward = kinds["activations"] + kinds["block"] + arriving + sums + width * rest_sum
+    if not stage.recompute:
+        backward += kinds["bf16"]
+    end = (width + FP32) * rest_sum + (0 if layout.zero == 3 else every)
+    step = max(bucket, by_muon)
+
+    peak = max(forward, backward, end, step)
+    return kinds | {
+        "gathered": whole + arriving,
+        "sums": waiting + max(sums + width * rest_sum, end),
+        "step": step,
+        "total": always + peak,
+        "kv": 0,
+        "prefill": 0,
+    }
+
+
+# ------------------------------------------------------------------------------------------ traffic
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Bytes that a rank hands to one kind of collective in a step, among how many ranks.
+
+    apart: ranks between neighbours of the group. hidden: whether the device computes meanwhile.
+    summed: whether every rank gets all of the sum (an all-reduce), which travels twice.
+    """
+
+    handed: int
+    ranks: int
+    apart: int = 1
+    hidden: bool = True
+    summed: bool = False
+
+    @property
+    def wired(self) -> float:
+        """Bytes that leave the rank: its own part of the result stays."""
+        return (1 + self.summed) * self.handed * (self.ranks - 1) / self.ranks
+
+
+def step_traffic(
     model: SailVL,
     stage: BaseStage,
     layout: Layout,
     ranks: int,
-    half: bool,
-    batch: MicroBatch | None,
-    place: int,
-) -> dict[str, int]:
-    """`rank_memory` of one pipeline stage."""
+    half: bool = True,
+    batch: MicroBatch | None = None,
+    place: int = 0,
+) -> dict[str, Flow]:
+    """What a rank of a pipeline stage sends in a step, by kind; nothing where nobody is to be sent to."""
     lanes = ranks // layout.pp
+    count = micro_batches(stage, lanes)
     batch = batch or memory.largest_micro_batch(stage, lanes)
     pieces = pieces_of(model, stage, layout, place)
-    stream = HALF if layout.half else FP32
+    flows: dict[str, Flow] = {}
 
-    # Always there: this rank's rows
-    weights = FP32 * sum(piece.own() for piece in pieces)
-    trained = FP32 * sum(piece.trained for piece in pieces)
-    by_muon = FP32 * sum(piece.moved_by_muon for piece in pieces)
-    moments = 2 * trained - by_muon
-    snapshots = 2 * (trained + moments) if stage.searches_rate else 0
-    reference = weights if getattr(stage, "kl", 0.0) else 0
-    kinds = {
-        "weights": weights,
-        "gradients": trained,
-        "moments": moments,
-        "snapshots": snapshots,
-        "reference": reference,
-        "host": 0,
-    }
-    if layout.offload:
-        kinds["host"] = sum(kinds.values())
-        kinds |= dict.fromkeys(("weights", "gradients", "moments", "snapshots", "reference"), 0)
-    elif snapshots and stage.adalrs_offload:
-        kinds |= {"snapshots": 0, "host": snapshots}
+    # Weights whenever they are used, gradients once a micro-batch; over the copies once a step
+    last = str(model.config.vision.num_hidden_layers - 1)
+    gathered: dict[int, int] = Counter()
+    summed: dict[int, int] = Counter()
+    for piece in pieces:
+        times = times_gathered(piece, stage, layout, count, last)
+        gathered[piece.ranks] += times * piece.sent
+        sums = 1 if layout.zero == 1 else count
+        summed[piece.ranks] += sums * FP32 * piece.ranks * piece.trained
+    for size in gathered:
+        if size > 1:
+            apart = layout.shard // size
+            among = "" if size == layout.shard else " of experts"
+            flows[f"gather{among}"] = Flow(gathered[size], size, apart)
+            flows[f"reduce-scatter{among}"] = Flow(summed[size], size, apart)
+    own = FP32 * sum(piece.trained for piece in pieces)
+    if layout.copies > 1:
+        flows["all-reduce"] = Flow(
+            own, layout.copies, layout.shard, hidden=layout.shard > 1, summed=True
+        )
 
-    # For a moment: whole pieces, and what a micro-batch brings
-    kinds |= gathered_kinds(pieces, layout)
-    local = stage_model(model, layout, place)
-    share = 1 / layout.pp  # of a decoder's layers
-    ...
-    return kinds
+    # Tokens to their experts and back: forward, again when recomputed, and backward. Weights of the
+    # choices (fp32) go there with them and their gradients back; before it, how many will come (int64)
+    text = model.config.text
+    layers = sum(1 for piece in pieces if piece.kind == "experts")
+    if layers:
+        again = 1 + stage.recompute
+        slots = batch.tokens * text.num_experts_per_tok
+        # recomputing stops before the way back, whose result nothing needs
+        rows = (3 + again) * slots * text.hidden_size * (HALF if half else FP32)
+        shares = (1 + again) * slots * FP32
+        counts = again * text.num_experts * 8
+        sent = count * layers * (rows + shares + counts)
+        flows["all-to-all"] = Flow(sent, layout.ep, hidden=False)
+
+    # Hidden states to the next stage, and their gradients back
+    if layout.pp > 1:
+        hidden = batch.tokens * text.hidden_size * (HALF if layout.half else FP32)
+        both = (place > 0) + (place < layout.pp - 1)
+        flows["stages"] = Flow(count * both * hidden * 2, 2, lanes)
+    return flows
+
+
+def times_gathered(piece: Piece, stage: BaseStage, layout: Layout, count: int, last: str) -> int:
+    """How often a step of `count` micro-batches gathers a piece; `last`: number of the last ViT block.
+
+    ZeRO-3: forward, and again backward where it was freed; else once a step. All that is in no block is
+    freed where `logprobs` ends, and gathered again. Of a frozen ViT the last block is gathered backward
+    all the same, since the block behind it fetches what stands before it.
+    """
+    if layout.zero < 3:
+        return count + 1 if piece.kind == "rest" else 1
+    frozen = piece.kind == "vision" and "vision" not in stage.trains and piece.number != last
+    return count if frozen else 2 * count

@@ -73,11 +73,12 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = operation._schema.name.removeprefix("aten::")
+        library, _, name = operation._schema.name.partition("::")
         if name == "bincount":  # as many counts as the data says: here as many as are asked for
-            return torch.zeros(kwargs.get("minlength", 0), dtype=torch.int64)
+            count = args[2] if len(args) > 2 else kwargs["minlength"]
+            return torch.zeros(count, dtype=torch.int64)
         result = operation(*args, **kwargs)
-        if name not in FREE:
+        if library == "aten" and name not in FREE:
             leaves = tree_leaves((args, kwargs, result))
             moved = sum(t.numel() * t.element_size() for t in leaves if isinstance(t, Tensor))
             self.work.operations[flops_of(operation, name, args, kwargs, result), moved] += 1
