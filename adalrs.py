@@ -89,7 +89,7 @@ A window, as `observe` sees it:
     3 verdict   keep: `newer` becomes the trial's end, and a further raise is tried from `older`
                 else: back to `newer`, and wait 1, 3, 7, ... windows
 
-Simplified: weights are whole on every rank (the cosine of a shard would differ between ranks).
+Of sharded weights the paths are compared by sums over all ranks: a cosine of parts would differ.
 """
 
 import copy
@@ -101,6 +101,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from scale import parallel
 
 RULES = ("safe", "paper")
 ERRORS = 3.0  # a gain of so many errors is believed without a second witness
@@ -640,10 +642,13 @@ class AdaLRS:
     # ---------------------------------------------------------------------------------- the path
 
     def _added(self, i: int, begin: Snapshot, end: Snapshot | None) -> Tensor:
-        """What was added to a tensor between two snapshots (None: now)."""
-        now = self.tensors[i].detach()
-        last = now if end is None else end.tensors[f"t.{i}"].to(now.device)
-        return last.float() - begin.tensors[f"t.{i}"].to(now.device).float()
+        """What was added to a tensor (of a sharded one: its part here) between two snapshots (None: now)."""
+        now = parallel.local(self.tensors[i].detach())
+        first = parallel.local(begin.tensors[f"t.{i}"]).to(now.device)
+        last = now
+        if end is not None:
+            last = parallel.local(end.tensors[f"t.{i}"]).to(now.device)
+        return last.float() - first.float()
 
     def _compare(self, one: tuple[Snapshot, Snapshot], two: Snapshot) -> tuple[float, float]:
         """The path between two snapshots, and that from a snapshot until now.
@@ -657,9 +662,11 @@ class AdaLRS:
             if tensor.requires_grad:
                 a = self._added(i, *one)
                 b = self._added(i, two, None)
-                product += float((a * b).sum())
-                first += float(a.square().sum())
-                second += float(b.square().sum())
+                share = parallel.share_of(tensor)
+                product += share * float((a * b).sum())
+                first += share * float(a.square().sum())
+                second += share * float(b.square().sum())
+        product, first, second = parallel.total_of_parts(product, first, second)
         if not (0 < first < math.inf and 0 < second < math.inf):
             return 0.0, 0.0
         return product / math.sqrt(first * second), product / first

@@ -86,7 +86,7 @@ def assess(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Assessmen
     for batch in text:
         labels = batch.labels.reshape(-1)
         at = (labels >= 0).nonzero()[:, 0]
-        routing: list[moe.Routing] = []
+        routing = moe.Decisions()
         logprobs = model.logprobs(
             batch.ids,
             batch.images,
@@ -101,7 +101,7 @@ def assess(model: SailVL, text: list[Batch], pictures: list[Batch]) -> Assessmen
 
     # Pictures: the loads of their visual tokens.
     for batch in pictures:
-        routing = []
+        routing = moe.Decisions()
         model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
         use[1] += moe.tokens_per_expert(routing, visual_tokens(model, batch)).cpu()
 

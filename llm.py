@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attend
 from infra import weights
 from infra.config import read_config, read_llm, write_llm
-from moe import MoE
+from moe import Decisions, MoE
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Decisions | None = None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -208,7 +208,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, attend: Attend, layer: int, routing: list | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope, attend: Attend, layer: int, routing: Decisions | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
         return x + self.mlp(self.post_attention_layernorm(x), routing)
 
@@ -247,11 +249,11 @@ class LLM(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, attend: Attend, routing: list | None = None
+        self, x: Tensor, positions: Tensor, attend: Attend, routing: Decisions | None = None
     ) -> Tensor:
         """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm.
 
-        Logits are `lm_head` of that. `routing`, when a list, receives one `moe.Routing` from each
+        Logits are `lm_head` of that. `routing`, when given, receives one `moe.Routing` from each
         MoE layer (for the balance loss and statistics).
         """
         # The same turns for all layers.

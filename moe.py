@@ -28,7 +28,7 @@ Three ways to compute the same, with one signature:
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -50,8 +50,29 @@ class Routing:
     weights: Tensor
 
 
-class Replay(list):
-    """A routing list that also says which experts to use, as an earlier forward pass chose them.
+class Decisions:
+    """Where each MoE layer leaves its `Routing` in a forward pass, in the order of the layers.
+
+    Once: what a layer decides again when its activations are recomputed is not kept, and with it
+    would be all that was recomputed. No list either: FSDP2 rebuilds the lists among a block's
+    arguments, and what a layer appends to such a copy is lost without a word.
+    """
+
+    def __init__(self):
+        self.by_layer: dict[int, Routing] = {}
+
+    def note(self, layer: object, decision: Routing) -> None:
+        self.by_layer.setdefault(id(layer), decision)
+
+    def __iter__(self) -> Iterator[Routing]:
+        return iter(self.by_layer.values())
+
+    def __len__(self) -> int:
+        return len(self.by_layer)
+
+
+class Replay(Decisions):
+    """Decisions that also say which experts to use, as an earlier forward pass chose them.
 
     choices: (S, K) for each layer. Only the selection is replayed; the weights come from the present
     router, which would get no gradient otherwise.
@@ -256,13 +277,32 @@ def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Ca
 # ------------------------------------------------------------------------------------- the layer
 
 
+def mixture_here(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`expert_mixture` by the fastest path, all experts being on this process."""
+    mixture = choose_path(x, indices, gate_up, down)
+    return mixture(x, indices, weights, gate_up, down)
+
+
 class Experts(nn.Module):
-    """Stacked weights: one tensor for all gates and ups, one for all downs."""
+    """Stacked weights: one tensor for all gates and ups, one for all downs.
+
+    mixture: how they are used. scale/experts.py puts another in its place, with one signature, that
+    sends tokens to the ranks where their experts are.
+    """
 
     def __init__(self, E: int, C: int, I: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, I))
+        self.mixture = mixture_here
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """x (S, C), indices and weights (S, K) -> (S, C)."""
+        gate_up = self.gate_up_proj.to(x.dtype)
+        down = self.down_proj.to(x.dtype)
+        return self.mixture(x, indices, weights, gate_up, down)
 
 
 class MoE(nn.Module):
@@ -280,8 +320,8 @@ class MoE(nn.Module):
         self.experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
         self.bias: Tensor | None = None
 
-    def forward(self, x: Tensor, routing: list | None = None) -> Tensor:
-        """x (S, C) -> (S, C). `routing`, when a list, receives the decision; a `Replay` makes it."""
+    def forward(self, x: Tensor, routing: Decisions | None = None) -> Tensor:
+        """x (S, C) -> (S, C). `routing` receives the decision; a `Replay` makes it."""
         chosen = routing.chosen(self) if isinstance(routing, Replay) else None
         device = x.device.type
         dtype = x.dtype
@@ -293,13 +333,8 @@ class MoE(nn.Module):
             logits = self.gate(x.to(self.gate.weight.dtype))  # (S, E)
             decision = route(logits, self.top_k, self.normalise, chosen, self.bias)
             if routing is not None:
-                routing.append(decision)
-
-            x = x.to(dtype)
-            gate_up = self.experts.gate_up_proj.to(dtype)
-            down = self.experts.down_proj.to(dtype)
-            mixture = choose_path(x, decision.indices, gate_up, down)
-            return mixture(x, decision.indices, decision.weights, gate_up, down)
+                routing.note(self, decision)
+            return self.experts(x.to(dtype), decision.indices, decision.weights)
 
 
 @torch.no_grad()
@@ -327,7 +362,7 @@ def upcycle(dense: nn.Module, moe: MoE) -> None:
 # coefficient in stage.py and one line of objective.py.
 
 
-def tokens_per_expert(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
+def tokens_per_expert(routing: Iterable[Routing], keep: Tensor | None = None) -> Tensor:
     """(layers, E) how many slots each expert received; `keep` (S,) bool leaves tokens out."""
     counts = []
     for r in routing:
@@ -350,13 +385,15 @@ def entropy(load: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1)
 
 
-def all_logits(routing: list[Routing], keep: Tensor | None) -> Tensor:
+def all_logits(routing: Iterable[Routing], keep: Tensor | None) -> Tensor:
     """(layers * S, E), less the tokens that `keep` (S,) bool leaves out."""
     return torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
 
 
 def balance_loss(
-    routing: list[Routing], keep: Tensor | None = None, everyone: tuple[Tensor, float] | None = None
+    routing: Iterable[Routing],
+    keep: Tensor | None = None,
+    everyone: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE.
 
@@ -379,7 +416,7 @@ def balance_loss(
     return experts * f_times_p.sum()
 
 
-def z_loss(routing: list[Routing], keep: Tensor | None = None) -> Tensor:
+def z_loss(routing: Iterable[Routing], keep: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906).
 
     Keeps them where a softmax in fp32 is sharp.

@@ -47,7 +47,7 @@ def supervised(model: SailVL, batch: Batch, stage: Stage) -> tuple[Tensor, Stati
 
     For a MoE the router's losses are added; "loss" in the statistics is without them.
     """
-    routing: list | None = [] if model.config.text.num_experts else None
+    routing = moe.Decisions() if model.config.text.num_experts else None
 
     # log p, at supervised positions only
     labels = batch.labels.reshape(-1)  # (B*T,)
@@ -94,7 +94,7 @@ def loss_by_task(
 
 
 def router_losses(
-    model: SailVL, routing: list, batch: Batch, stage: BaseStage
+    model: SailVL, routing: moe.Decisions, batch: Batch, stage: BaseStage
 ) -> tuple[Tensor, Statistics]:
     """What keeps experts alive, for every objective alike: balance loss and z-loss.
 
@@ -127,7 +127,7 @@ def router_losses(
     return total, statistics
 
 
-def expert_counts(routing: list, batch: Batch, image_token: int) -> tuple[Tensor, float]:
+def expert_counts(routing: moe.Decisions, batch: Batch, image_token: int) -> tuple[Tensor, float]:
     """Over all ranks: how many slots went to each expert (2: text and vision, layers, E), and the weight.
 
     In an evaluation, which ranks need not do together, over this rank alone.
@@ -145,7 +145,7 @@ def expert_counts(routing: list, batch: Batch, image_token: int) -> tuple[Tensor
 
 
 def sampled_logprobs(
-    model: SailVL, batch, temperature: float, routing: list | None = None
+    model: SailVL, batch, temperature: float, routing: moe.Decisions | None = None
 ) -> Tensor:
     """(N, L) log-probabilities of a `rollout.RolloutBatch`'s sampled tokens, zero on padding."""
     flat = model.logprobs(
@@ -166,11 +166,11 @@ def policy(model: SailVL, batch, stage: RLStage) -> tuple[Tensor, Statistics]:
     aggregation = stage.aggregation or ALGORITHMS[stage.algorithm].aggregation
 
     # Score the sampled tokens under the present policy, with its own routing or the replayed one
-    routing: list | None = None
+    routing: moe.Decisions | None = None
     if batch.choices:
         routing = moe.Replay(batch.choices)
     elif model.config.text.num_experts:
-        routing = []
+        routing = moe.Decisions()
     logp = sampled_logprobs(model, batch, stage.temperature, routing)  # (N, L)
 
     # The algorithm

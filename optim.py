@@ -65,8 +65,8 @@ def orthogonal(updates: list[Tensor]) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """For the matrices of hidden layers; embeddings, norms and biases want AdamW.
 
-    The state (one momentum per matrix) is whole on every rank, so a checkpoint fits any number of
-    ranks. Raises ValueError for a parameter that is no matrix.
+    The state is one momentum per matrix, whole or sharded as the matrix is. Raises ValueError for a
+    parameter that is no matrix.
     """
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -199,24 +199,38 @@ def training_memory(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
 def clip_gradients(model: nn.Module, limit: float) -> tuple[float, dict[str, float]]:
     """Scale all gradients so that their joint norm is at most `limit`.
 
-    Returns the norm before, and that of each part.
+    Returns the norm before, and that of each part. Of sharded gradients every rank measures what it
+    holds; the sums of squares are of all ranks.
     """
-    # What has a gradient
+    # What has a gradient here
     names = []
-    parameters = []
+    gradients = []
+    shares = []
     for name, p in model.named_parameters():
         if p.grad is not None:
             names.append(name)
-            parameters.append(p)
+            gradients.append(parallel.local(p.grad))
+            shares.append(parallel.share_of(p.grad))
 
-    # One norm for all, on the device
-    norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
-    total = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    # Their norms: the only wait for the device
+    norms: list[float] = []
+    if gradients:
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).tolist()
 
-    # And each part's own, for the log
-    squares: dict[str, float] = defaultdict(float)
-    for name, norm in zip(names, norms.tolist()):
-        squares[part_of(name)] += norm**2
-    by_part = {part: math.sqrt(square) for part, square in squares.items()}
-    return float(total), by_part
+    # Squares by part, and how many gradients each part has, over all ranks
+    squares = dict.fromkeys((*PARTS, "head"), 0.0)
+    found = dict.fromkeys(squares, 0.0)
+    for name, norm, share in zip(names, norms, shares):
+        squares[part_of(name)] += share * norm**2
+        found[part_of(name)] += 1
+    sums = parallel.total_of_parts(*squares.values(), *found.values())
+    by_part = {}
+    for part, square, count in zip(squares, sums, sums[len(squares) :]):
+        if count:
+            by_part[part] = math.sqrt(square)
+
+    # One factor for all
+    total = math.sqrt(sum(sums[: len(squares)]))
+    if total > limit:
+        torch._foreach_mul_(gradients, limit / (total + 1e-6))
+    return total, by_part

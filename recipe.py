@@ -20,7 +20,6 @@ be resumed anywhere and read by worker processes; `FEEDS[stage.objective]` turns
 Every stage of the toy has a command, and a command does on `--data` what the toy does on the drawn world.
 """
 
-import copy
 import functools
 import math
 import random
@@ -66,6 +65,7 @@ from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel
 from scale.layout import Layout
 from scale.parallel import Ranks
+from scale.shard import frozen_copy, shard_model, whole_weights
 from stage import PARTS, BaseStage, RLStage, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import Run, train
@@ -107,6 +107,7 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
             raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
+    shard_model(model, setup.ranks)
 
     # The loop
     try:
@@ -292,7 +293,7 @@ def rollouts(setup: Setup, stage: RLStage, samples) -> tuple[SailVL, Rollouts]:
 
     # The KL penalty measures against the model as it is now
     encoder = replace(setup.encoder, root=setup.source.root)
-    reference = copy.deepcopy(setup.model).requires_grad_(False) if stage.kl else None
+    reference = frozen_copy(setup.model, setup.ranks) if stage.kl else None
     feed = Rollouts(
         setup.model, encoder, samples, stage, setup.ranks, setup.reward, reference, setup.faults
     )
@@ -723,7 +724,8 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
     longest = options.stage.max_new if thinks else 48
 
     def check(step: int) -> dict:
-        scores, graded = evaluate(setup.model, encoder, samples, thinks, max_new=longest)
+        with whole_weights(setup.model, setup.ranks) as model:
+            scores, graded = evaluate(model, encoder, samples, thinks, max_new=longest)
         accuracy = scores["overall"].accuracy
         said = [{"question": g.question, "truth": g.truth, "said": g.said} for g in graded[:4]]
         return {"accuracy": accuracy, "score": 1 - accuracy, "said": said}

@@ -39,11 +39,13 @@ from evaluate import text_of
 from generate import Answer, generate
 from infra.endpoint import in_threads, png_of
 from infra.stopping import check_stop
+from moe import Decisions
 from objective import sampled_logprobs
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
 from scale import parallel
 from scale.parallel import Ranks
+from scale.shard import whole_weights
 from stage import RLStage
 from train import autocast
 from vlm import SailVL
@@ -387,6 +389,7 @@ class Rollouts:
             )
         # What samples, from what, and who rewards
         self.model = model
+        self.sampler = model  # the same policy, its weights whole on every rank while it samples
         self.encoder = encoder
         self.stream = as_stream(stream)
         self.stage = stage
@@ -416,7 +419,9 @@ class Rollouts:
         """This rank's share of the next minibatch. Every rank gets as many micro-batches."""
         # New rollouts when the last ones are used up
         if not self.queue:
-            self.collect()
+            with whole_weights(self.model, self.ranks) as self.sampler:
+                self.collect()
+            self.sampler = self.model
         minibatch = self.queue.pop(0)
 
         # This rank's part, and as many micro-batches as the busiest rank has
@@ -470,7 +475,7 @@ class Rollouts:
             samples = [sample for _, sample in drawn[start : start + per_call]]
             seed = self.stage.seed + 7919 * self.round + call
             groups = rollout(
-                self.model, self.encoder, samples, self.stage, seed, self.reward, self.faults
+                self.sampler, self.encoder, samples, self.stage, seed, self.reward, self.faults
             )
             for group in groups:
                 own[start + group.index] = group
@@ -530,7 +535,7 @@ class Rollouts:
 
     @property
     def device(self) -> torch.device:
-        return self.model.language_model.lm_head.weight.device
+        return torch.device(self.ranks.device)
 
     def score_again(self) -> None:
         """Log-probabilities by the very forward that the update will run, in the same micro-batches.
@@ -546,7 +551,7 @@ class Rollouts:
             for part in self.parts_of(minibatch, self.ranks.rank):
                 batch = self.pack(part).to(self.device)
                 with torch.no_grad():
-                    logp = sampled_logprobs(self.model, batch, self.stage.temperature)
+                    logp = sampled_logprobs(self.sampler, batch, self.stage.temperature)
                 for completion, row in zip(part, logp):
                     length = len(completion.answer.ids)
                     scored[m, places[id(completion)]] = row[:length].tolist()
@@ -563,7 +568,7 @@ class Rollouts:
         """The experts that the sampling policy chose for a group; on every rank, so that all queues agree."""
         batch = pack_rollouts(completions, self.encoder, self.stage, {})
         by_layer = [
-            layer.split(batch.segments.lengths) for layer in chosen_experts(self.model, batch)
+            layer.split(batch.segments.lengths) for layer in chosen_experts(self.sampler, batch)
         ]
         for i, completion in enumerate(completions):  # documents: the prompt, then its completions
             completion.choices = [torch.cat((prompt, answers[i])) for prompt, *answers in by_layer]
@@ -790,7 +795,7 @@ def pack_rollouts(
 @torch.no_grad()
 def chosen_experts(model: SailVL, batch: RolloutBatch) -> list[Tensor]:
     """Per MoE layer the experts (S, K) that the present policy sends each token to."""
-    routing: list = []
+    routing = Decisions()
     batch = batch.to(model.language_model.lm_head.weight.device)
     model.hidden(batch.ids, batch.images, batch.positions, batch.segments, routing=routing)
     return [layer.indices.cpu() for layer in routing]

@@ -37,6 +37,7 @@ from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, tra
 from packing import Batch
 from scale import parallel
 from scale.parallel import Ranks
+from scale.shard import begin_micro_batch
 from stage import BaseStage
 from vit import VisionBlock, ViT
 from vlm import SailVL
@@ -196,14 +197,14 @@ def one_step(
 
     # What the loss of the whole step, over all ranks, is divided by
     own_weight = sum(batch.weight for batch in micro_batches)
-    (step_weight,) = parallel.total(own_weight)
-    step_weight = max(step_weight, 1e-8)
+    step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
     # Forward and backward, a micro-batch at a time
     sums: dict[str, float] = defaultdict(float)
     tasks = []
     expert_counts = []  # of slots, by layer and expert, over all ranks
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
         with autocast(stage, ranks.device):
             loss, statistics = objective(model, batch.to(ranks.device), stage)
         (loss / step_weight).backward()
@@ -247,6 +248,23 @@ def one_step(
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
+
+
+def agreed_weight(own_weight: float, micro_batches: int) -> float:
+    """The weight of a step over all ranks.
+
+    Raises ValueError when ranks have different numbers of micro-batches: some would wait in the
+    collectives of a backward pass that the others never run.
+    """
+    weight, count, squares = parallel.total(own_weight, micro_batches, micro_batches**2)
+    _, size = parallel.place()
+    if size * squares != count**2:
+        numbers = parallel.gather([micro_batches])
+        raise ValueError(
+            f"the ranks have {', '.join(map(str, numbers))} micro-batches in this step: their data must "
+            "give each of them as many (empty ones, if need be)"
+        )
+    return weight
 
 
 def rate_search(

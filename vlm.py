@@ -32,7 +32,7 @@ from infra import weights
 from infra.cli import command
 from infra.config import read_config, read_vlm, write_vlm
 from llm import LLM, LLMConfig
-from moe import upcycle
+from moe import Decisions, upcycle
 from vit import ViT, ViTConfig
 
 
@@ -132,7 +132,11 @@ PRESETS = {
 
 
 class SailVL(nn.Module):
-    """Pixels and tokens in, hidden states, logits or log-probabilities out."""
+    """Pixels and tokens in, hidden states, logits or log-probabilities out.
+
+    always_sees: run the vision modules on a batch without an image also where they are frozen, as
+    sharded weights want (see `touch_vision`).
+    """
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -141,6 +145,7 @@ class SailVL(nn.Module):
         self.vision_model = ViT(config.vision)
         self.mlp1 = Adapter(config.vision.hidden_size, config.text.hidden_size)
         self.language_model = LLM(config.text)
+        self.always_sees = False
 
     def embed(self, input_ids: Tensor, images: Tensor | list[Tensor] | None) -> Tensor:
         """ids (B, T) and normalised pixels -> embeddings (B*T, C), visual tokens in their places.
@@ -173,15 +178,14 @@ class SailVL(nn.Module):
         So a text-only batch is like any other. Without it, these parameters would have no gradient
         when no rank has an image, and the optimizer would leave out their momentum and decay; with
         a gradient of zero a step is the same on one rank and on many, and modules that are sharded
-        are gathered by all ranks together. Costs one minimal image, where vision trains at all.
+        are gathered by all ranks together (those of frozen modules too: `always_sees`). Costs one
+        minimal image, where vision trains at all or all ranks must see.
         """
         weight = self.vision_model.preprocessor.patchifier.proj.weight
-        no_gradient = torch.zeros((), device=weight.device)
-        if not torch.is_grad_enabled():
-            return no_gradient
         vision = (*self.vision_model.parameters(), *self.mlp1.parameters())
-        if not any(p.requires_grad for p in vision):
-            return no_gradient
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in vision)
+        if not trains and not self.always_sees:
+            return torch.zeros((), device=weight.device)
 
         # The smallest image.
         c = self.config.vision
@@ -205,7 +209,7 @@ class SailVL(nn.Module):
         positions: Tensor | None = None,
         segments: Segments | None = None,
         attend: Attend | None = None,
-        routing: list | None = None,
+        routing: Decisions | None = None,
     ) -> Tensor:
         """Everything up to the last norm: ids (B, T) -> (B*T, C).
 
@@ -245,7 +249,7 @@ class SailVL(nn.Module):
         at: Tensor,
         labels: Tensor,
         temperature: float = 1.0,
-        routing: list | None = None,
+        routing: Decisions | None = None,
     ) -> Tensor:
         """log p(labels) at the flat positions `at` (n,) of a packed batch -> (n,) fp32.
 

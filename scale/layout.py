@@ -68,8 +68,8 @@ class Layout:
                 f"--layout.ep {self.ep} does not divide --layout.shard {self.shard}: the ranks that "
                 "share the experts are among those that share the rest"
             )
-        if self.zero not in (2, 3):
-            raise ValueError(f"--layout.zero {self.zero}: choose 2 or 3")
+        if self.zero not in (1, 2, 3):
+            raise ValueError(f"--layout.zero {self.zero}: choose 1, 2 or 3")
         if self.schedule not in SCHEDULES_OF_STAGES:
             raise ValueError(
                 f"--layout.schedule {self.schedule}: choose from {', '.join(SCHEDULES_OF_STAGES)}"

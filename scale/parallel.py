@@ -26,6 +26,7 @@ done only once.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -41,6 +42,7 @@ from typing import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.identity import differences
 from infra.text import printable
@@ -79,6 +81,7 @@ class Meeting:
 
     store: dist.Store | None = None
     timeout: float = TIMEOUT
+    mesh: Mesh | None = None  # None: every rank holds the whole model
     # ranks that see different rows, on the CPU's transport; None: all
     rows: dist.ProcessGroup | None = None
 
@@ -120,6 +123,7 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
 
     # Coordinates, and who shares small numbers: the ranks of one stage
     mesh = mesh_of(layout, kind, timeout)
+    _meeting.mesh = mesh
     if layout.pp > 1:
         _meeting.rows = group_of_rows(layout, timeout)
     rows = mesh["dp"]
@@ -209,6 +213,7 @@ def stop() -> None:
     total(0.0, everyone=True)
     dist.destroy_process_group()
     _meeting.store = None
+    _meeting.mesh = None
     _meeting.rows = None
 
 
@@ -321,6 +326,10 @@ def divide(
     if size == 1 or not values:
         return work(values)
 
+    # sharded values are made whole, and their results cut like them
+    likes = values
+    values = [whole(value) for value in values]
+
     # who does what: by where the middle of a value lies on the line of all costs
     ends = list(accumulate(costs))
     middles = [end - cost / 2 for end, cost in zip(ends, costs)]
@@ -334,22 +343,68 @@ def divide(
             continue
         bucket = torch.cat([value.flatten() for value in share])
         with named_failure():
-            dist.broadcast(bucket.view(torch.uint8), owner)
+            dist.broadcast(bucket.view(torch.uint8), group=large_group(), group_src=owner)
         parts = bucket.split([value.numel() for value in share])
         shares[owner] = [part.view_as(value) for part, value in zip(parts, share)]
-    return [value for share in shares for value in share]
+    results = [value for share in shares for value in share]
+    return [cut_like(result, like) for result, like in zip(results, likes)]
+
+
+def large_group() -> dist.ProcessGroup | None:
+    """The ranks of `place` on the transport of large tensors; None: all."""
+    return _meeting.mesh["dp"].get_group() if _meeting.mesh else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that lies here, as a plain tensor; of a plain one all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank that has a part: a collective for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, alike on all ranks, sharded as another one is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def share_of(tensor: Tensor) -> float:
+    """What a sum over this rank's part counts for, so that all ranks' sums make that of the whole.
+
+    1 where every rank holds the whole model, and no sum over ranks is wanted.
+    """
+    if _meeting.mesh is None:
+        return 1.0
+    if not isinstance(tensor, DTensor):
+        return 1 / place()[1]
+    lies = zip(tensor.device_mesh.shape, tensor.placements)
+    return 1 / math.prod(ranks for ranks, how in lies if how.is_replicate())
+
+
+def total_of_parts(*sums: float) -> list[float]:
+    """Sums over parts, by `share_of`, of all ranks: one small collective over whatever meshes."""
+    return total(*sums, everyone=True) if _meeting.mesh else list(sums)
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum the gradients of all ranks in place. A rank without one for a parameter adds zero."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    """Sum the gradients of all ranks in place. A rank without one for a parameter adds zero.
+
+    Those of sharded parameters were summed in the backward pass (scale/shard.py).
+    """
+    _, size = place()
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if size == 1 or not parameters:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     bucket = torch.cat([parameter.grad.flatten() for parameter in parameters])
     with named_failure():
-        dist.all_reduce(bucket)
+        dist.all_reduce(bucket, group=large_group())
     parts = bucket.split([parameter.numel() for parameter in parameters])
     for parameter, part in zip(parameters, parts):
         parameter.grad.copy_(part.view_as(parameter))

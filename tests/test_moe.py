@@ -16,6 +16,7 @@ from data.encode import Encoder
 from infra import weights
 from kernels.bench import autograd_grouped, saved_bytes
 from moe import (
+    Decisions,
     MoE,
     Routing,
     balance_loss,
@@ -398,7 +399,7 @@ def test_upcycling_refuses_experts_of_another_width_and_weights_that_do_not_sum_
 
 
 def test_the_task_gives_the_router_and_every_expert_a_gradient(moe_model, documents, tokenizer):
-    batch, routing = batch_of(documents, tokenizer), []
+    batch, routing = batch_of(documents, tokenizer), Decisions()
     hidden = moe_model.hidden(
         batch.ids, batch.images, batch.positions, batch.segments, routing=routing
     )
@@ -569,7 +570,7 @@ def test_the_expert_bias_spreads_a_crowd():
     torch.nn.init.zeros_(layer.experts.gate_up_proj), torch.nn.init.zeros_(layer.experts.down_proj)
     x, spread = torch.randn(500, 16, generator=torch.Generator().manual_seed(1)) + 1, []
     for _ in range(100):
-        layer(x, routing := [])
+        layer(x, routing := Decisions())
         spread.append(float(entropy(tokens_per_expert(routing))))
         update_expert_bias([layer], tokens_per_expert(routing), 0.01)
     assert spread[0] < 1.9 and spread[-1] > 0.99 * math.log(8)

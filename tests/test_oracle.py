@@ -20,7 +20,7 @@ from transformers import (
 
 from attention import Segments, attend_inside
 from llm import LLM
-from moe import balance_loss
+from moe import Decisions, balance_loss
 from vit import ViT, transformers_names
 
 
@@ -101,7 +101,7 @@ def test_a_language_model_has_transformers_logits_balance_loss_and_gradients(see
     ids = torch.randint(
         theirs.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(seed)
     )
-    out, routing, segments = theirs(ids), [], Segments.of([11, 11])
+    out, routing, segments = theirs(ids), Decisions(), Segments.of([11, 11])
     logits = ours.lm_head(
         ours(
             ours.embed(ids.flatten()), segments.positions(), attend_inside(segments, True), routing

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, answers, made_up
+from ranks_helpers import as_ranks, free_port
 from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
@@ -36,48 +36,6 @@ __all__ = ["config"]  # a fixture of test_checkpoint
 def warm(tmp_path_factory, config, tokenizer):
     """What a first step imports is imported here, once, and not in every child."""
     run(tmp_path_factory.mktemp("warm"), config, tokenizer, stage=replace(STAGE, steps=1))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def as_ranks(work, folder: Path, size: int = 2, timeout: float = 30.0) -> list:
-    """work(ranks) in `size` processes; what each returned, or the error that it ended with, or its status."""
-    folder.mkdir(exist_ok=True)
-    port = free_port()
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            os._exit(one_rank(work, folder, rank, size, port, timeout))
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    files = [folder / f"said-{rank}.json" for rank in range(size)]
-    return [json.loads(f.read_text()) if f.exists() else s for f, s in zip(files, statuses)]
-
-
-def one_rank(work, folder: Path, rank: int, size: int, port: int, timeout: float) -> int:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    try:
-        said = work(parallel.start(timeout))
-    except SystemExit as end:
-        return end.code
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
-    return 0
 
 
 # ----------------------------------------------------------------------------- ranks that differ

@@ -817,14 +817,15 @@ def test_replaying_the_live_choices_is_the_live_layer(config):
         small_moe(config).language_model.model.layers[0].mlp,
         torch.randn(7, config.text.hidden_size),
     )
-    live: list = []
+    live = moe.Decisions()
     want = layer(x, live)
-    torch.testing.assert_close(layer(x, moe.Replay([live[0].indices])), want)
-    other = moe.Replay([(live[0].indices + 1) % 4])
+    (decision,) = live
+    torch.testing.assert_close(layer(x, moe.Replay([decision.indices])), want)
+    other = moe.Replay([(decision.indices + 1) % 4])
     assert (
         not torch.allclose(layer(x, other), want)
         and other.rerouted_share() > 0
-        and torch.equal(other[0].indices, (live[0].indices + 1) % 4)
+        and torch.equal(next(iter(other)).indices, (decision.indices + 1) % 4)
     )
 
 

@@ -14,6 +14,7 @@ import pretrain
 from data.images import open_image
 from evaluate import Graded, summary
 from infra.weights import write_json
+from moe import Decisions
 from objective import expert_counts
 from recipe import Setup, answers, packed_rows
 from rewards import split_think
@@ -45,7 +46,7 @@ def packed_row(setup: Setup) -> tuple[list[Row], dict[str, list[float]]]:
             row = []
 
     # The experts
-    routing: list = []
+    routing = Decisions()
     with torch.no_grad():
         setup.model.hidden(
             batch.ids, batch.images, batch.positions, batch.segments, routing=routing
