@@ -109,6 +109,14 @@ def on_stage(name: str, layers: int, layout: Layout, place: int) -> bool:
 
 def pieces_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -> list[Piece]:
     """The pieces on one pipeline stage, cut as `shard.shard_model` cuts them."""
+    return cut_pieces(model, stage.trains, stage.optimizer, layout, place)
+
+
+@lru_cache(maxsize=512)
+def cut_pieces(
+    model: SailVL, trained: tuple[str, ...], optimizer: str, layout: Layout, place: int
+) -> list[Piece]:
+    """`pieces_of`, remembered: a search asks for the same ones again and again."""
     layers = model.config.text.num_hidden_layers
     groups: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
@@ -129,11 +137,9 @@ def pieces_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -
             cut.append((first, *rest))
 
         width = HALF if layout.half and kind != "router" else FP32
-        trains = tuple(part_of(name) in stage.trains for name in shapes)
+        trains = tuple(part_of(name) in trained for name in shapes)
         by_muon = tuple(
-            stage.optimizer == "muon"
-            and len(shape) == 2
-            and not any(word in name for word in OUTSIDE)
+            optimizer == "muon" and len(shape) == 2 and not any(word in name for word in OUTSIDE)
             for name, shape in shapes.items()
         )
         pieces.append(Piece(kind, number, tuple(cut), by_muon, trains, ranks, width))
@@ -178,9 +184,9 @@ def rank_memory(
     model: on the meta device or real. layout: fitted to `ranks`. half: blocks compute in bf16. batch:
     the largest micro-batch, when it is not the stage's worst case. Beside the kinds of
     `memory.model_memory`: "gathered", whole weights of the pieces in use; "sums", their gradients
-    before they are summed and cut; "host", what rests in host memory, no part of the total.
+    before they are summed and cut; "copy", that samples; "host", what rests there, no part of the total.
     """
-    none = {"gathered": 0, "sums": 0, "host": 0}
+    none = {"gathered": 0, "sums": 0, "host": 0, "copy": 0}
     lanes = ranks // layout.pp
     if layout.plain and batch is None:
         return none | memory.model_memory(model, stage, ranks, half)
@@ -191,6 +197,7 @@ def rank_memory(
         pieces = pieces_of(model, stage, layout, place)
         standing = none | standing_bytes(pieces, stage, layout)
         passing = passing_bytes(model.config, stage, layout, place, batch, held, half)
+        passing |= sampling_bytes(model.config, stage, layout, lanes, half)
         partial = micro_batches(stage, lanes) > 1 and layout.copies > 1
         stages.append(with_peak(standing | passing, pieces, stage, layout, partial))
     return max(stages, key=lambda kinds: kinds["total"])
@@ -262,6 +269,21 @@ def passing_bytes(
     }
 
 
+def sampling_bytes(
+    config: VLMConfig, stage: BaseStage, layout: Layout, lanes: int, half: bool
+) -> dict[str, int]:
+    """RL: a whole copy of the weights on every rank (`shard.whole_weights`), its cache, a prefill."""
+    if not isinstance(stage, RLStage):
+        return {"copy": 0, "kv": 0, "prefill": 0}
+    whole = stage_model(config, config.text.num_hidden_layers)
+    width = HALF if layout.half else FP32
+    return {
+        "copy": width * sum(p.numel() for p in whole.parameters()) if layout.shard > 1 else 0,
+        "kv": memory.cache_bytes(config.text, stage, lanes, half),
+        "prefill": memory.prefill_bytes(whole, stage, lanes, half),
+    }
+
+
 def with_peak(
     kinds: dict[str, int], pieces: list[Piece], stage: BaseStage, layout: Layout, partial: bool
 ) -> dict[str, int]:
@@ -273,7 +295,7 @@ def with_peak(
     """
     by_muon = FP32 * sum(piece.moved_by_muon for piece in pieces)
     bucket = 0
-    if layout.shard == 1:
+    if layout.plain:
         bucket = kinds["gradients"] if layout.copies > 1 else 0
         pieces = []
     trained = FP32 * sum(piece.trained for piece in pieces)
@@ -306,14 +328,13 @@ def with_peak(
     end = (width + FP32) * rest_sum + (0 if layout.zero == 3 else every)
     step = max(bucket, by_muon)
 
-    peak = max(forward, backward, end, step)
+    sampling = kinds["copy"] + kinds["kv"] + kinds["prefill"] - whole
+    peak = max(forward, backward, end, step, sampling)
     return kinds | {
         "gathered": whole + arriving,
         "sums": waiting + max(sums + width * rest_sum, end),
         "step": step,
         "total": always + peak,
-        "kv": 0,
-        "prefill": 0,
     }
 
 

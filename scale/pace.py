@@ -11,7 +11,9 @@ that wait for it; a pipeline idles while it fills and empties.
 Everything computed comes from the real modules, run once on fake tensors (scale/roofline.py). Decoding
 (RL) reads the weights and the cache for every token, and eager kernels need launching.
 
-Assumed, as the paper publishes none of it, is `Load`. Legend: S tokens, n tokens of a document.
+Assumed, as the paper publishes none of it: documents of 2,048 tokens (128B tokens / 64M samples are
+2,000), and `Load`. Pieces are counted over 8,192 tokens and scaled: the FLOP of a product are right for
+any number of them, its weights' bytes are not, which large products do not feel.
 """
 
 import math
@@ -31,6 +33,7 @@ from scale.roofline import Work, work_of
 from stage import BaseStage, RLStage
 from vlm import token_logprobs
 
+ROW = 8192  # tokens over which pieces are counted, in documents of a quarter of it
 HOST_MEMORY = 50e9  # bytes a second of a host's memory, for each of its devices
 DECODING_KERNELS = 40  # of a block, for one token: launches rule when few rows are decoded
 
@@ -39,7 +42,6 @@ DECODING_KERNELS = 40  # of a block, for one token: launches rule when few rows 
 class Load:
     """What rows hold on average."""
 
-    document: int = 2000  # tokens of a document (128B tokens / 64M samples)
     visual: float = 0.875  # share of tokens that are visual (28 tiles in 8,192)
     labelled: float = 0.25  # share of tokens with a label
     prompt: int = 1000  # tokens of a prompt in RL
@@ -50,7 +52,7 @@ class Load:
 
 
 def blank_weights(module: torch.nn.Module, half: bool, trains: bool) -> dict[str, Tensor]:
-    """Fake tensors for a module's parameters: bf16 but for routers, or fp32."""
+    """Fake tensors in place of a module's parameters: bf16 but for routers, or fp32."""
     weights = {}
     for name, p in module.named_parameters():
         dtype = torch.bfloat16 if half and not name.endswith("mlp.gate.weight") else torch.float32
@@ -58,17 +60,16 @@ def blank_weights(module: torch.nn.Module, half: bool, trains: bool) -> dict[str
     return weights
 
 
-@lru_cache(maxsize=256)
-def decoder_work(
-    preset: str, lengths: tuple[int, ...], half: bool, trains: bool
-) -> tuple[Work, Work]:
-    """Forward and backward pass of one decoder block over documents of these lengths.
+@lru_cache(maxsize=64)
+def decoder_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+    """Forward and backward pass of one decoder block over a ROW of four documents.
 
     half: its weights, and so the residual stream, are bf16. A frozen one passes gradients on.
     """
     model = meta_model(preset)
     block = model.language_model.model.layers[0]
     text = model.config.text
+    lengths = (ROW // 4,) * 4
 
     def build():
         weights = blank_weights(block, half, trains)
@@ -82,9 +83,9 @@ def decoder_work(
     return work_of(build, half=True)
 
 
-@lru_cache(maxsize=256)
-def vision_work(preset: str, images: int, half: bool, trains: bool) -> tuple[Work, Work]:
-    """The same of one ViT block over tiles."""
+@lru_cache(maxsize=64)
+def vision_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+    """The same of one ViT block over a ROW of patches, in whole tiles."""
     model = meta_model(preset)
     block = model.vision_model.trunk.blocks[0]
     vision = model.config.vision
@@ -93,6 +94,7 @@ def vision_work(preset: str, images: int, half: bool, trains: bool) -> tuple[Wor
         weights = blank_weights(block, half, trains)
         dtype = torch.bfloat16 if half else torch.float32
         patches = vision.side**2
+        images = ROW // patches
         x = torch.zeros(images * patches, vision.hidden_size, dtype=dtype, requires_grad=trains)
         attend = attend_inside(fake_segments((patches,) * images), causal=False)
         return lambda: functional_call(block, weights, (x, None, attend, 0))
@@ -100,45 +102,40 @@ def vision_work(preset: str, images: int, half: bool, trains: bool) -> tuple[Wor
     return work_of(build, half=True)
 
 
-@lru_cache(maxsize=256)
-def ends_work(preset: str, visual: int, labels: int, half: bool, trains: bool) -> tuple[Work, Work]:
-    """The same of what is in no block: the adapter over visual tokens, and the loss over labels."""
+@lru_cache(maxsize=64)
+def adapter_work(preset: str, half: bool) -> tuple[Work, Work]:
+    """The same of the adapter over a ROW of visual tokens."""
     model = meta_model(preset)
-    text = model.config.text
-    dtype = torch.bfloat16 if half else torch.float32
 
-    def adapter():
+    def build():
         weights = blank_weights(model.mlp1, half, True)
-        merged = PATCHES * model.config.vision.hidden_size
-        x = torch.zeros(visual, merged, dtype=dtype)
+        dtype = torch.bfloat16 if half else torch.float32
+        x = torch.zeros(ROW, PATCHES * model.config.vision.hidden_size, dtype=dtype)
         plain = torch.nn.Sequential(*model.mlp1)  # behind the pixel shuffle, which only moves
         return lambda: functional_call(plain, weights, (x,))
 
-    def loss():
+    return work_of(build, half=True)
+
+
+@lru_cache(maxsize=64)
+def loss_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+    """The same of the loss over a quarter ROW of labels."""
+    text = meta_model(preset).config.text
+    dtype = torch.bfloat16 if half else torch.float32
+
+    def build():
+        labels = ROW // 4
         hidden = torch.zeros(labels, text.hidden_size, dtype=dtype, requires_grad=True)
         head = torch.zeros(text.vocab_size, text.hidden_size, dtype=dtype, requires_grad=trains)
         ids = torch.zeros(labels, dtype=torch.int64)
         return lambda: token_logprobs(hidden, head, ids)
 
-    forward = Work()
-    backward = Work()
-    for build, wanted in ((adapter, visual), (loss, labels)):
-        if wanted:
-            there, back = work_of(build, half=True)
-            forward = forward + there
-            backward = backward + back
-    return forward, backward
+    return work_of(build, half=True)
 
 
 def fake_segments(lengths: tuple[int, ...]) -> Segments:
     """Segments of fake tensors: lengths are all that a CPU's attention looks at."""
     return Segments(lengths, torch.zeros(len(lengths) + 1, dtype=torch.int32))
-
-
-def documents_of(tokens: int, document: int) -> tuple[int, ...]:
-    """Equal documents of about `document` tokens that fill a row."""
-    count = max(1, round(tokens / document))
-    return (tokens // count,) * count
 
 
 # ------------------------------------------------------------------------------------------ a step
@@ -158,29 +155,32 @@ class Pace:
 
 
 def micro_batch_work(
-    preset: str, stage: BaseStage, layout: Layout, tokens: int, lengths: tuple[int, ...], load: Load
+    preset: str, stage: BaseStage, layout: Layout, tokens: int, load: Load
 ) -> tuple[dict[str, Work], float]:
     """What a micro-batch computes, by part of the model, and its FLOP without recomputation."""
-    model = meta_model(preset)
-    vision = model.config.vision
-    visual = int(load.visual * tokens)
-    images = max(1, visual * PATCHES // vision.side**2)
-    labels = int(load.labelled * tokens)
+    config = meta_model(preset).config
+    learns = "llm" in stage.trains
     sees = "vision" in stage.trains
-    decoder = decoder_work(preset, lengths, layout.half, "llm" in stage.trains)
-    image = vision_work(preset, images, layout.half, sees)
-    ends = ends_work(preset, visual, labels, layout.half, "llm" in stage.trains)
+    half = layout.half
+    rows = tokens / ROW
+    visual = load.visual * rows
+    again = 2 if stage.recompute else 1  # forward passes, where a gradient comes through
+    layers = config.text.num_hidden_layers
+    blocks = config.vision.num_hidden_layers
 
-    # Blocks run forward once more when they are recomputed, where a gradient comes through
-    works = {}
+    # part, one forward and backward pass over a ROW, rows, how many of it, forward passes
+    parts = (
+        ("decoder", decoder_work(preset, half, learns), rows, layers, again),
+        ("vision", vision_work(preset, half, sees), PATCHES * visual, blocks, again if sees else 1),
+        ("ends", adapter_work(preset, half), visual, 1, 1),
+        ("ends", loss_work(preset, half, learns), 4 * load.labelled * rows, 1, 1),
+    )
+    works: dict[str, Work] = {}
     useful = 0.0
-    for part, (forward, backward), times, again in (
-        ("decoder", decoder, model.config.text.num_hidden_layers, stage.recompute),
-        ("vision", image, vision.num_hidden_layers, stage.recompute and sees),
-        ("ends", ends, 1, False),
-    ):
-        works[part] = (forward * (1 + again) + backward) * times
-        useful += times * (forward.flops + backward.flops)
+    for part, (forward, backward), factor, times, passes in parts:
+        one = forward * passes + backward
+        works[part] = works.get(part, Work()) + one.scaled(factor) * times
+        useful += factor * times * (forward.flops + backward.flops)
     return works, useful
 
 
@@ -190,8 +190,8 @@ def step_pace(
     """How long a step takes; an update, in RL (`rollout_seconds` comes beside it)."""
     lanes = ranks // layout.pp
     count = micro_batches(stage, lanes)
-    tokens, lengths = mean_micro_batch(stage, lanes, load)
-    works, useful = micro_batch_work(preset, stage, layout, tokens, lengths, load)
+    tokens = mean_tokens(stage, lanes, load)
+    works, useful = micro_batch_work(preset, stage, layout, tokens, load)
 
     # Kernels: decoder layers over the pipeline, which idles while it fills and empties
     parts = {part: work.seconds(device) for part, work in works.items()}
@@ -216,18 +216,15 @@ def step_pace(
     return Pace(seconds, useful * count * lanes, tokens * count * lanes)
 
 
-def mean_micro_batch(stage: BaseStage, lanes: int, load: Load) -> tuple[int, tuple[int, ...]]:
-    """Tokens of a micro-batch as it is on average, and the lengths of its documents."""
+def mean_tokens(stage: BaseStage, lanes: int, load: Load) -> int:
+    """Tokens of a micro-batch as it is on average."""
     if not isinstance(stage, RLStage):
         rows = max(1, stage.rows // lanes) // max(1, micro_batches(stage, lanes))
-        lengths = documents_of(stage.length, min(load.document, stage.length)) * max(1, rows)
-        return sum(lengths), lengths
+        return stage.length * max(1, rows)
     minibatch = stage.prompts * stage.passes * stage.group / stage.updates
     completions = math.ceil(math.ceil(minibatch / lanes) / max(1, stage.accumulate))
-    # a completion attends to its prompt, which is computed once a group
-    prompts = math.ceil(completions / stage.group)
-    tokens = prompts * load.prompt + completions * load.answer
-    return tokens, documents_of(tokens, load.prompt + load.answer)
+    prompts = math.ceil(completions / stage.group)  # computed once a group
+    return prompts * load.prompt + completions * load.answer
 
 
 def link_seconds(flow: Flow, device: Device) -> float:
@@ -275,7 +272,9 @@ def rollout_seconds(
     text = model.config.text
     counts = model.parameter_counts()
     vision = sum(p.numel() for p in model.vision_model.parameters())
-    read = counts["total"] - vision - text.vocab_size * text.hidden_size  # an embedding is looked up
+    read = (
+        counts["total"] - vision - text.vocab_size * text.hidden_size
+    )  # an embedding is looked up
     if text.num_experts:
         idle = (1 - text.num_experts_per_tok / text.num_experts) ** rows
         experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -290,7 +289,8 @@ def rollout_seconds(
 
     # Prompts first, then token by token, as often as a rank has rows
     answers = math.ceil(stage.prompts * stage.group / ranks)
-    prefill, _ = decoder_work(preset, (load.prompt,), True, False)
+    prefill, _ = decoder_work(preset, True, False)
     prompts = math.ceil(stage.prompts / ranks)
-    prefilled = prompts * text.num_hidden_layers * prefill.seconds(device)
+    one = prefill.scaled(load.prompt / ROW).seconds(device)
+    prefilled = prompts * text.num_hidden_layers * one
     return prefilled + math.ceil(answers / rows) * load.answer * token

@@ -1,62 +1,303 @@
 """What a training run will take, before it is paid for: memory, communication, days, dollars.
 
 What it teaches: all of it can be computed. Bytes on a device are sums over parameters and activations
-(scale/needs.py); a step takes as long as its kernels need on the roofline (scale/roofline.py) or its
-collectives on the links, whichever is more, and what nothing hides comes on top; the rest is division.
+(scale/needs.py); a step takes as long as its kernels need on the roofline or its collectives on the
+links (scale/pace.py); the rest is division. Where no layout is given, all of them are tried, and those
+that do not fit say why.
 
     preset, stage, layout --needs--> bytes held, bytes sent --+
     the real modules --roofline--> FLOP and bytes of kernels -+--> seconds a step -> days, dollars
     device --devices--> memory, FLOP/s, bytes/s --------------+
 
-    python -m scale.plan --preset 2b --devices 8                            # every stage; layouts searched
-    python -m scale.plan --preset 8b --devices 16 --stage multitask         # one; and why others do not fit
+    python -m scale.plan --preset 2b --devices 8                           # every stage of the paper
+    python -m scale.plan --preset 8b --devices 16 --stage multitask        # one stage, every layout
     python -m scale.plan --preset 30b-a3b --devices 64 --layout.shard 64 --layout.ep 8 --layout.half
-    python -m scale.plan --preset 2b --devices 64 --stage sft1 --dry-run    # the real code on fake ranks
+    python -m scale.plan --preset 2b --devices 64 --stage sft1 --dry-run   # the real code, fake ranks
 
-    step = max(kernels of all micro-batches / (1 - bubble), collectives behind them) + the rest
-    model FLOP utilisation (MFU) = FLOP of one forward and one backward pass / (step * devices * peak)
+    MFU = FLOP of one forward and one backward pass / (step * devices * FLOP/s of a device)
 
-Assumed, as the paper publishes neither (`Load`): documents of 2,000 tokens (128B tokens / 64M samples),
-seven eighths of a row's tokens visual (28 tiles in 8,192), a quarter labelled; in RL prompts and answers
-of 1,000 tokens. Memory is of the worst case: rows full of visual tokens, answers as long as they may be.
-Checked: tests/test_scale_plan.py. Not measured on a GPU: `python -m bench.gpu` prints both beside each
-other.
+Memory is the worst case (rows full of visual tokens, all of them labels; answers as long as they may
+be), time is the mean one (`pace.Load`). Checked on small runs of 2 and 4 processes: weights exactly,
+bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet.
+
+Simplified: a device's memory is what its maker states, less RESERVE for its context, the transport's
+buffers and fragmentation; data arrives in time; nothing fails.
 """
 
-import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-
-import torch
-from torch import Tensor
-from torch.func import functional_call
+from typing import Iterator
 
 import pretrain
 import rl
 import sft
-from attention import Segments, attend_inside
 from infra.cli import command
-from infra.memory import FP32, PATCHES, MicroBatch, meta_model
-from scale.devices import ATTAINED_LINKS, DEVICES, Device, device_named
+from infra.memory import meta_model
+from infra.plan import size_text
+from scale.devices import Device, device_named
 from scale.layout import Layout
-from scale.needs import Flow, micro_batches, rank_memory, step_traffic
-from scale.roofline import Work, work_of
+from scale.needs import rank_memory, step_traffic
+from scale.pace import Pace, rollout_seconds, step_pace
 from stage import BaseStage, RLStage
-from vlm import PRESETS, SailVL, token_logprobs
+from vlm import PRESETS
 
-PAPER_STAGES: dict[str, BaseStage] = pretrain.PAPER | sft.PAPER | rl.PAPER
-RESERVE = 0.08  # of a device's memory: context, buffers of the transport, fragmentation
-HOST_MEMORY = 50e9  # bytes a second of a host's memory, for each of its devices
+STAGES: dict[str, BaseStage] = pretrain.PAPER | sft.PAPER | rl.PAPER
+RESERVE = 0.08  # of a device's memory
 DAY = 24 * 3600
-GIB = 2**30
+
+
+@dataclass
+class PlanOptions:
+    """Memory, communication, time and cost of the paper's stages on some devices."""
+
+    preset: str = "2b"  # 1b, 2b, 8b, 30b-a3b, or a preset's whole name
+    devices: int = 8
+    device: str = "h100"  # a100, h100, h200, h20, 910b
+    stage: str = ""  # of Tables 3 and 4; none: every one
+    layout: Layout = field(default_factory=Layout)  # none given: the fastest that fits
+    price: float = 0.0  # dollars for an hour of one device; 0: the table's (scale/devices.py)
+    dry_run: bool = False  # run a step of the real code as rank 0 of so many fake ranks
 
 
 @dataclass(frozen=True)
-class Load:
-    """What rows are taken to hold on average."""
+class Plan:
+    """One stage under one layout on some devices."""
 
-    document: int = 2000  # tokens of a document
-    visual: float = 0.875  # share of the tokens that are visual
-    labelled: float = 0.25  # share of the tokens with a label
-    prompt: int = 1000  # tokens of a prompt in RL
-    answer: int = 1000  # tokens of an answer in RL
+    name: str
+    stage: BaseStage
+    layout: Layout
+    memory: dict[str, int]  # bytes on the fullest rank, by kind
+    limit: float  # bytes that it may have
+    pace: Pace
+    rollouts: float  # seconds of a rollout batch (RL)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory["total"] <= self.limit
+
+    @property
+    def days(self) -> float:
+        """The whole stage: as many steps as its tokens make."""
+        seconds = self.stage.steps * self.pace.seconds["step"]
+        if isinstance(self.stage, RLStage):
+            seconds += self.stage.steps / self.stage.updates * self.rollouts
+        return seconds / DAY
+
+    def dollars(self, devices: int, price: float) -> float:
+        return self.days * 24 * devices * price
+
+    def reason(self) -> str:
+        """Why it does not fit: the total, and its largest kinds."""
+        kinds = {kind: n for kind, n in self.memory.items() if kind not in ("total", "host")}
+        largest = sorted(kinds, key=lambda kind: -kinds[kind])[:3]
+        parts = ", ".join(f"{kind} {size_text(kinds[kind])}" for kind in largest)
+        return f"{size_text(self.memory['total'])} of {size_text(int(self.limit))}: {parts}"
+
+
+# ------------------------------------------------------------------------------------- one layout
+
+
+def preset_named(name: str) -> str:
+    """`2b` -> SAIL-VL2-2B. Raises ValueError for a preset that is not there."""
+    for preset in PRESETS:
+        if name.lower() in (preset.lower(), preset.lower().removeprefix("sail-vl2-")):
+            return preset
+    raise ValueError(f"--preset {name}: choose from {', '.join(PRESETS)}")
+
+
+def plan_stage(
+    preset: str,
+    name: str,
+    layout: Layout,
+    devices: int,
+    device: Device,
+    stage: BaseStage | None = None,
+) -> Plan:
+    """The plan of a stage of the paper, or of another one. Raises ValueError for a layout that cannot be."""
+    stage = stage or STAGES[name]
+    layout = layout.fitted(devices)
+    refuse_model(preset, layout)
+    model = meta_model(preset)
+    limit = (1 - RESERVE) * device.memory
+
+    # RL: as many prompts in a call of `generate` as there is memory for
+    lanes = devices // layout.pp
+    if isinstance(stage, RLStage):
+        stage = with_largest_batch(preset, stage, layout, devices, limit)
+    memory = rank_memory(model, stage, layout, devices)
+    pace = step_pace(preset, stage, layout, devices, device)
+    rollouts = 0.0
+    if isinstance(stage, RLStage):
+        rows = stage.batch * stage.group
+        rollouts = rollout_seconds(preset, stage, lanes, rows, device)
+    return Plan(name, stage, layout, memory, limit, pace, rollouts)
+
+
+def refuse_model(preset: str, layout: Layout) -> None:
+    """Raises ValueError for a layout that this model does not have."""
+    text = meta_model(preset).config.text
+    if layout.ep > 1 and (not text.num_experts or text.num_experts % layout.ep):
+        raise ValueError(f"--layout.ep {layout.ep}: {preset} has {text.num_experts} experts")
+    if layout.pp > text.num_hidden_layers:
+        raise ValueError(f"--layout.pp {layout.pp}: {preset} has {text.num_hidden_layers} layers")
+
+
+def with_largest_batch(
+    preset: str, stage: RLStage, layout: Layout, devices: int, limit: float
+) -> RLStage:
+    """The stage with the largest `batch` (prompts in a call of `generate`) whose cache fits; at least 1."""
+    chosen = replace(stage, batch=1)
+    batch = 2
+    while batch <= stage.prompts * layout.pp // devices:
+        larger = replace(stage, batch=batch)
+        if rank_memory(meta_model(preset), larger, layout, devices)["total"] > limit:
+            break
+        chosen = larger
+        batch *= 2
+    return chosen
+
+
+# ------------------------------------------------------------------------------------- the search
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def layouts_for(preset: str, devices: int, device: Device) -> Iterator[Layout]:
+    """What is worth a try, simplest first: shards, then experts, stages, and the host's memory.
+
+    Weights travel in bf16. Experts and pipelines stay out where the model, or one node, has no use
+    for them: exchanges of experts inside a node only, pipelines between nodes only.
+    """
+    experts = meta_model(preset).config.text.num_experts
+    nodes = max(1, devices // device.node)
+    if not experts:
+        yield Layout()
+    for offload in (False, True):
+        for pp in powers_of_two(min(nodes, 4)):
+            for shard in powers_of_two(devices // pp):
+                spreads = powers_of_two(min(shard, device.node)) if experts else [1]
+                for ep in spreads:
+                    for zero in (2, 3):
+                        if shard == pp == 1 and devices > 1:
+                            continue
+                        yield Layout(pp, 0, shard, ep, zero, offload, half=True)
+
+
+def search_layouts(
+    preset: str, name: str, devices: int, device: Device, stage: BaseStage | None = None
+) -> list[Plan]:
+    """Plans for all layouts: those that fit by their days, then the others by their bytes.
+
+    A layout that is less than 2 % faster than a simpler one is not worth it.
+    """
+    plans = []
+    for layout in layouts_for(preset, devices, device):
+        if devices % (layout.pp * layout.shard) == 0:
+            plans.append(plan_stage(preset, name, layout, devices, device, stage))
+    fitting = [plan for plan in plans if plan.fits]
+    others = sorted((p for p in plans if not p.fits), key=lambda p: p.memory["total"])
+    fastest = min((plan.days for plan in fitting), default=0.0)
+    best = [plan for plan in fitting if plan.days <= 1.02 * fastest][:1]
+    rest = sorted((plan for plan in fitting if plan not in best), key=lambda plan: plan.days)
+    return best + rest + others
+
+
+# ------------------------------------------------------------------------------------- in words
+
+
+def layout_text(layout: Layout) -> str:
+    """The layout as one types it."""
+    if layout.plain:
+        return "none: whole copies"
+    default = Layout()
+    words = []
+    for option in ("pp", "shard", "ep", "zero"):
+        value = getattr(layout, option)
+        if value != getattr(default, option):
+            words.append(f"--layout.{option} {value}")
+    words += [f"--layout.{name}" for name in ("offload", "half") if getattr(layout, name)]
+    return " ".join(words)
+
+
+def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
+    """A plan in full: memory by kind, what is sent by kind, the step by part, days and dollars."""
+    device = device_named(options.device)
+    price = options.price or device.price
+    held = {kind: n for kind, n in plan.memory.items() if kind != "total" and n}
+    lines = [f"{plan.name}: {layout_text(plan.layout)} ({plan.layout.copies} copies)"]
+    if isinstance(plan.stage, RLStage):
+        lines[0] += f" --batch {plan.stage.batch}"
+    parts = ", ".join(f"{kind} {size_text(n)}" for kind, n in held.items())
+    state = "fits" if plan.fits else "DOES NOT FIT"
+    lines.append(
+        f"  memory: at most {size_text(plan.memory['total'])} at once of {size_text(int(plan.limit))}: "
+        f"{state} ({parts})"
+    )
+
+    model = meta_model(preset_named(options.preset))
+    flows = step_traffic(model, plan.stage, plan.layout, options.devices)
+    sent = ", ".join(f"{kind} {flow.wired / 1e9:.2f} GB" for kind, flow in flows.items())
+    lines.append(f"  sent by a device in a step: {sent or 'nothing'}")
+
+    seconds = plan.pace.seconds
+    shares = ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if part != "step")
+    lines.append(
+        f"  step: {seconds['step']:.2f} s ({shares}); "
+        f"{plan.pace.tokens / seconds['step'] / options.devices:,.0f} tokens a second and device, "
+        f"MFU {plan.pace.utilisation(options.devices, device):.0%}"
+    )
+    if plan.rollouts:
+        lines.append(f"  rollouts: {plan.rollouts:.0f} s for every {plan.stage.updates} updates")
+    lines.append(
+        f"  stage: {plan.stage.steps:,} steps, {plan.days:.2f} days, "
+        f"${plan.dollars(options.devices, price):,.0f} at ${price:.2f} an hour and device"
+    )
+    return lines
+
+
+def print_plan(options: PlanOptions) -> None:
+    """Print the plan of one stage or of all of them."""
+    preset = preset_named(options.preset)
+    device = device_named(options.device)
+    if options.stage and options.stage not in STAGES:
+        raise ValueError(f"--stage {options.stage}: choose from {', '.join(STAGES)}")
+    if options.devices < 1:
+        raise ValueError(f"--devices {options.devices}: at least 1")
+    if options.dry_run:
+        from scale.rehearsal import rehearse  # starts a process group
+
+        rehearse(options)
+        return
+
+    counts = meta_model(preset).parameter_counts()
+    print(
+        f"{preset}: {counts['total'] / 1e9:.3f} B parameters, {counts['active'] / 1e9:.3f} B for a token; "
+        f"{options.devices} x {options.device} ({device.source})"
+    )
+    searched = options.layout == Layout()
+    days = 0.0
+    for name in [options.stage] if options.stage else STAGES:
+        if not searched:
+            plans = [plan_stage(preset, name, options.layout, options.devices, device)]
+        else:
+            plans = search_layouts(preset, name, options.devices, device)
+        print(*plan_lines(plans[0], options), sep="\n")
+        days += plans[0].days
+        if options.stage and searched:
+            print_others(plans[1:])
+    if not options.stage:
+        price = options.price or device.price
+        dollars = days * 24 * options.devices * price
+        print(f"all stages: {days:.1f} days, ${dollars:,.0f}")
+
+
+def print_others(plans: list[Plan]) -> None:
+    """The layouts that were not chosen: slower ones, then those that do not fit, and why."""
+    for plan in plans:
+        note = f"{plan.days:.2f} days" if plan.fits else f"does not fit: {plan.reason()}"
+        print(f"  {layout_text(plan.layout):64s} {note}")
+
+
+if __name__ == "__main__":
+    command(print_plan)

@@ -60,6 +60,13 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.operations + other.operations)
 
+    def scaled(self, factor: float) -> "Work":
+        """The same operations on so many times the tokens."""
+        sizes = Counter()
+        for (flops, moved), times in self.operations.items():
+            sizes[flops * factor, moved * factor] += times
+        return Work(sizes)
+
     def __mul__(self, times: int) -> "Work":
         return Work(Counter({one: often * times for one, often in self.operations.items()}))
 
@@ -112,9 +119,7 @@ def attention_flops(name: str, args: tuple, kwargs: dict) -> float:
     return 2.0 * products * batch * heads * width * pairs
 
 
-def work_of(
-    build: Callable[[], Callable[[], Tensor]], half: bool
-) -> tuple[Work, Work]:
+def work_of(build: Callable[[], Callable[[], Tensor]], half: bool) -> tuple[Work, Work]:
     """Forward and backward pass of a piece.
 
     build: makes the piece of fake tensors; returns its forward function, whose result's sum is the
