@@ -272,13 +272,17 @@ def passing_bytes(
 def sampling_bytes(
     config: VLMConfig, stage: BaseStage, layout: Layout, lanes: int, half: bool
 ) -> dict[str, int]:
-    """RL: a whole copy of the weights on every rank (`shard.whole_weights`), its cache, a prefill."""
+    """RL: a plain copy of the weights on every rank (`shard.whole_weights`), its cache, a prefill."""
     if not isinstance(stage, RLStage):
         return {"copy": 0, "kv": 0, "prefill": 0}
     whole = stage_model(config, config.text.num_hidden_layers)
+    numbers = sum(p.numel() for p in whole.parameters())
+    if layout.ep > 1:  # experts stay where they are
+        experts = sum(p.numel() for name, p in whole.named_parameters() if ".experts." in name)
+        numbers -= experts * (layout.ep - 1) // layout.ep
     width = HALF if layout.half else FP32
     return {
-        "copy": width * sum(p.numel() for p in whole.parameters()) if layout.shard > 1 else 0,
+        "copy": 0 if layout.plain else width * numbers,
         "kv": memory.cache_bytes(config.text, stage, lanes, half),
         "prefill": memory.prefill_bytes(whole, stage, lanes, half),
     }

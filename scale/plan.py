@@ -25,6 +25,7 @@ buffers and fragmentation; data arrives in time; nothing fails.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Iterator
 
 import pretrain
@@ -62,17 +63,35 @@ class PlanOptions:
 class Plan:
     """One stage under one layout on some devices."""
 
+    preset: str
     name: str
     stage: BaseStage
     layout: Layout
+    devices: int
+    device: Device
     memory: dict[str, int]  # bytes on the fullest rank, by kind
-    limit: float  # bytes that it may have
-    pace: Pace
-    rollouts: float  # seconds of a rollout batch (RL)
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may hold."""
+        return (1 - RESERVE) * self.device.memory
 
     @property
     def fits(self) -> bool:
         return self.memory["total"] <= self.limit
+
+    @cached_property
+    def pace(self) -> Pace:
+        return step_pace(self.preset, self.stage, self.layout, self.devices, self.device)
+
+    @cached_property
+    def rollouts(self) -> float:
+        """Seconds of a rollout batch (RL)."""
+        if not isinstance(self.stage, RLStage):
+            return 0.0
+        rows = self.stage.batch * self.stage.group
+        lanes = self.devices // self.layout.pp
+        return rollout_seconds(self.preset, self.stage, lanes, rows, self.device)
 
     @property
     def days(self) -> float:
@@ -82,8 +101,9 @@ class Plan:
             seconds += self.stage.steps / self.stage.updates * self.rollouts
         return seconds / DAY
 
-    def dollars(self, devices: int, price: float) -> float:
-        return self.days * 24 * devices * price
+    def dollars(self, price: float = 0.0) -> float:
+        """price: of a device, an hour; 0: the table's."""
+        return self.days * 24 * self.devices * (price or self.device.price)
 
     def reason(self) -> str:
         """Why it does not fit: the total, and its largest kinds."""
@@ -116,20 +136,11 @@ def plan_stage(
     stage = stage or STAGES[name]
     layout = layout.fitted(devices)
     refuse_model(preset, layout)
-    model = meta_model(preset)
-    limit = (1 - RESERVE) * device.memory
-
-    # RL: as many prompts in a call of `generate` as there is memory for
-    lanes = devices // layout.pp
     if isinstance(stage, RLStage):
+        limit = (1 - RESERVE) * device.memory
         stage = with_largest_batch(preset, stage, layout, devices, limit)
-    memory = rank_memory(model, stage, layout, devices)
-    pace = step_pace(preset, stage, layout, devices, device)
-    rollouts = 0.0
-    if isinstance(stage, RLStage):
-        rows = stage.batch * stage.group
-        rollouts = rollout_seconds(preset, stage, lanes, rows, device)
-    return Plan(name, stage, layout, memory, limit, pace, rollouts)
+    memory = rank_memory(meta_model(preset), stage, layout, devices)
+    return Plan(preset, name, stage, layout, devices, device, memory)
 
 
 def refuse_model(preset: str, layout: Layout) -> None:
@@ -163,38 +174,38 @@ def powers_of_two(most: int) -> list[int]:
     return [2**n for n in range(most.bit_length()) if 2**n <= most]
 
 
-def layouts_for(preset: str, devices: int, device: Device) -> Iterator[Layout]:
-    """What is worth a try, simplest first: shards, then experts, stages, and the host's memory.
+def layouts_for(preset: str, devices: int, device: Device) -> Iterator[list[Layout]]:
+    """What is worth a try, in tiers; a tier counts when nothing before it fits.
 
-    Weights travel in bf16. Experts and pipelines stay out where the model, or one node, has no use
-    for them: exchanges of experts inside a node only, pipelines between nodes only.
+    Whole copies or shards whose weights travel in bf16, experts spread inside a node; then pipelines
+    over nodes; then the host's memory.
     """
     experts = meta_model(preset).config.text.num_experts
     nodes = max(1, devices // device.node)
-    if not experts:
-        yield Layout()
-    for offload in (False, True):
-        for pp in powers_of_two(min(nodes, 4)):
+    for offload, stages in ((False, [1]), (False, powers_of_two(nodes)[1:]), (True, [1])):
+        tier = [] if offload or stages != [1] else [Layout()]
+        for pp in stages:
             for shard in powers_of_two(devices // pp):
-                spreads = powers_of_two(min(shard, device.node)) if experts else [1]
-                for ep in spreads:
-                    for zero in (2, 3):
-                        if shard == pp == 1 and devices > 1:
-                            continue
-                        yield Layout(pp, 0, shard, ep, zero, offload, half=True)
+                if shard * pp == 1 or devices % (shard * pp):
+                    continue
+                for ep in powers_of_two(min(shard, device.node)) if experts else [1]:
+                    tier.append(Layout(pp, 0, shard, ep, 2, offload, half=True))
+                    tier.append(Layout(pp, 0, shard, ep, 3, offload, half=True))
+        yield tier
 
 
 def search_layouts(
     preset: str, name: str, devices: int, device: Device, stage: BaseStage | None = None
 ) -> list[Plan]:
-    """Plans for all layouts: those that fit by their days, then the others by their bytes.
+    """Plans for the layouts that were tried: the best, others that fit by their days, the rest by bytes.
 
     A layout that is less than 2 % faster than a simpler one is not worth it.
     """
     plans = []
-    for layout in layouts_for(preset, devices, device):
-        if devices % (layout.pp * layout.shard) == 0:
-            plans.append(plan_stage(preset, name, layout, devices, device, stage))
+    for tier in layouts_for(preset, devices, device):
+        plans += [plan_stage(preset, name, layout, devices, device, stage) for layout in tier]
+        if any(plan.fits for plan in plans):
+            break
     fitting = [plan for plan in plans if plan.fits]
     others = sorted((p for p in plans if not p.fits), key=lambda p: p.memory["total"])
     fastest = min((plan.days for plan in fitting), default=0.0)
@@ -222,8 +233,7 @@ def layout_text(layout: Layout) -> str:
 
 def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
     """A plan in full: memory by kind, what is sent by kind, the step by part, days and dollars."""
-    device = device_named(options.device)
-    price = options.price or device.price
+    price = options.price or plan.device.price
     held = {kind: n for kind, n in plan.memory.items() if kind != "total" and n}
     lines = [f"{plan.name}: {layout_text(plan.layout)} ({plan.layout.copies} copies)"]
     if isinstance(plan.stage, RLStage):
@@ -235,8 +245,8 @@ def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
         f"{state} ({parts})"
     )
 
-    model = meta_model(preset_named(options.preset))
-    flows = step_traffic(model, plan.stage, plan.layout, options.devices)
+    model = meta_model(plan.preset)
+    flows = step_traffic(model, plan.stage, plan.layout, plan.devices)
     sent = ", ".join(f"{kind} {flow.wired / 1e9:.2f} GB" for kind, flow in flows.items())
     lines.append(f"  sent by a device in a step: {sent or 'nothing'}")
 
@@ -244,14 +254,14 @@ def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
     shares = ", ".join(f"{part} {value:.2f}" for part, value in seconds.items() if part != "step")
     lines.append(
         f"  step: {seconds['step']:.2f} s ({shares}); "
-        f"{plan.pace.tokens / seconds['step'] / options.devices:,.0f} tokens a second and device, "
-        f"MFU {plan.pace.utilisation(options.devices, device):.0%}"
+        f"{plan.pace.tokens / seconds['step'] / plan.devices:,.0f} tokens a second and device, "
+        f"MFU {plan.pace.utilisation(plan.devices, plan.device):.0%}"
     )
     if plan.rollouts:
         lines.append(f"  rollouts: {plan.rollouts:.0f} s for every {plan.stage.updates} updates")
     lines.append(
         f"  stage: {plan.stage.steps:,} steps, {plan.days:.2f} days, "
-        f"${plan.dollars(options.devices, price):,.0f} at ${price:.2f} an hour and device"
+        f"${plan.dollars(price):,.0f} at ${price:.2f} an hour and device"
     )
     return lines
 
@@ -265,9 +275,15 @@ def print_plan(options: PlanOptions) -> None:
     if options.devices < 1:
         raise ValueError(f"--devices {options.devices}: at least 1")
     if options.dry_run:
-        from scale.rehearsal import rehearse  # starts a process group
+        from scale.rehearsal import rehearse  # brings PyTorch's pretended process group
 
-        rehearse(options)
+        name = options.stage or "sft1"
+        layout = options.layout
+        if layout == Layout():
+            layout = search_layouts(preset, name, options.devices, device)[0].layout
+        layout = layout.fitted(options.devices)
+        refuse_model(preset, layout)
+        print(*rehearse(preset, STAGES[name], layout, options.devices), sep="\n")
         return
 
     counts = meta_model(preset).parameter_counts()

@@ -14,6 +14,7 @@ Simplified: one micro-batch, no optimizer step (its parts are sums over paramete
 moments), no pipeline. What stands in for a device is a CPU, so attention and experts take its paths.
 """
 
+import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,8 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import Segments
-from infra.memory import FP32, PATCHES, MicroBatch, meta_model, stage_memory
-from infra.plan import size_text
+from infra.memory import PATCHES, MicroBatch, meta_model
 from moe import Decisions
 from optim import freeze_all_but
 from scale.layout import Layout, axes_of
@@ -169,7 +169,52 @@ def watched_pass(
             routing = Decisions() if config.text.num_experts else None
             logprobs = model.logprobs(ids, pixels, positions, segments, at, wanted, routing=routing)
         logprobs.sum().backward()
-    pixels_bytes = pixels.nbytes
-    return Rehearsal(
-        weights, gradients, watch.peak - weights - gradients + pixels_bytes, dict(watch.handed)
-    )
+    beside = watch.peak + pixels.nbytes - weights - gradients
+    return Rehearsal(weights, gradients, beside, dict(watch.handed))
+
+
+# Which collective a kind of `needs.step_traffic` is, as PyTorch names it
+COLLECTIVES = {
+    "gather": "_allgather_base_",
+    "gather of experts": "_allgather_base_",
+    "reduce-scatter": "_reduce_scatter_base_",
+    "reduce-scatter of experts": "_reduce_scatter_base_",
+    "all-reduce": "allreduce_",
+    "all-to-all": "alltoall_base_",
+}
+
+
+def rehearse(preset: str, stage: BaseStage, layout: Layout, ranks: int) -> list[str]:
+    """One micro-batch as rank 0, in words: what the plan says, and what the run held and sent.
+
+    Raises ValueError for a layout that cannot be rehearsed.
+    """
+    if layout.pp > 1 or layout.offload or layout.plain:
+        raise ValueError("--dry-run: give a layout with shards, without --layout.pp and .offload")
+    length = getattr(stage, "length", 8192)
+    stage = replace(stage, rows=ranks, accumulate=1)
+    batch = MicroBatch(length, length, PATCHES * length, length)
+    kinds = rank_memory(meta_model(preset), stage, layout, ranks, True, batch)
+    flows = step_traffic(meta_model(preset), stage, layout, ranks, True, batch)
+
+    began = time.monotonic()
+    with torch.device("meta"):
+        model = SailVL(meta_model(preset).config)
+    run = rehearse_micro_batch(model, stage, layout, ranks, length, length)
+    seconds = time.monotonic() - began
+
+    # Moments are there as well, though no step was made; snapshots of a search too
+    standing = kinds["moments"] + kinds["snapshots"] + run.weights + run.gradients
+    held = (kinds["total"] / 2**20, (standing + run.peak) / 2**20)
+    lines = [
+        f"rank 0 of {ranks} fake ranks, one row of {length} tokens, {seconds:.0f} s",
+        f"  weights: plan {kinds['weights']:,}, run {run.weights:,} bytes",
+        f"  held: plan {held[0]:.1f} MiB, run {held[1]:.1f} MiB",
+    ]
+    planned: dict[str, int] = Counter()
+    for kind, flow in flows.items():
+        planned[COLLECTIVES[kind]] += flow.handed
+    for name in planned:
+        sent = run.handed.get(name, 0)
+        lines.append(f"  sent by {name.strip('_')}: plan {planned[name]:,}, run {sent:,} bytes")
+    return lines
