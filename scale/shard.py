@@ -52,20 +52,21 @@ from scale.parallel import Ranks, whole
 from vit import VisionBlock
 from vlm import SailVL
 
-# What is called on a model beside itself: the first of them to run gathers the rest.
-ENTRANCES = ("hidden", "logprobs", "loss")
+# What is called on a model beside itself; none of them calls another.
+ENTRANCES = ("logprobs", "loss")
 
 
 def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Lay a model out over the ranks, in place, before optimizers are made; a second time does nothing.
 
     On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
-    for a layout that this model, or this device, does not have.
+    for a layout that this model does not have.
     """
     layout = ranks.layout
     if ranks.mesh is None or isinstance(model, FSDPModule):
         return model
-    refuse_layout(model, ranks)
+    if layout.ep > 1 and not any(isinstance(module, Experts) for module in model.modules()):
+        raise ValueError(f"--layout.ep {layout.ep}: the model has no experts")
 
     # How each unit travels and rests
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -74,7 +75,10 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     dense = ranks.mesh["dense"] if layout.copies > 1 else ranks.mesh["shard"]
     sparse = ranks.mesh["sparse"] if layout.copies > 1 else ranks.mesh["efsdp"]
-    offload = CPUOffloadPolicy() if layout.offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if layout.offload:
+        # memory that an accelerator copies from by itself; a CPU, where nothing moves, has none
+        offload = CPUOffloadPolicy(pin_memory=str(ranks.device) != "cpu")
     unit = partial(fully_shard, offload_policy=offload, reshard_after_forward=layout.zero == 3)
 
     # Smallest units first: what is left is their parents'
@@ -107,15 +111,6 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     if isinstance(model, SailVL):
         model.always_sees = True
     return model
-
-
-def refuse_layout(model: nn.Module, ranks: Ranks) -> None:
-    """Raises ValueError for what this model or this device does not have."""
-    layout = ranks.layout
-    if layout.ep > 1 and not any(isinstance(module, Experts) for module in model.modules()):
-        raise ValueError(f"--layout.ep {layout.ep}: the model has no experts")
-    if layout.offload and str(ranks.device) == "cpu":
-        raise ValueError("--layout.offload: on a CPU all weights are in host memory already")
 
 
 def cut_of(ranks: int):
