@@ -245,16 +245,25 @@ def passing_bytes(
     last = place == layout.pp - 1
     stream = HALF if layout.half else FP32
 
-    pixels = batch.patches * FP32 * config.vision.num_channels * config.vision.patch_size**2
+    # What is kept, all of it and for the images alone; a block of the decoder, and one of the ViT, whose
+    # turn comes when all that the decoder kept is gone
+    pixels = 0
+    if not place:
+        pixels = batch.patches * FP32 * config.vision.num_channels * config.vision.patch_size**2
+    blind = replace(stage, trains=tuple(part for part in stage.trains if part == "llm"))
     kept = memory.activation_bytes(local, stage, batch, half, stream)
-    logits = memory.logits_bytes(local, stage, batch.labels, half) if last else 0
-    block = memory.block_bytes(local, stage, batch, half, stream)
+    seen = kept - memory.activation_bytes(local, blind, batch, half, stream)
+    block = memory.block_bytes(local, blind, batch, half, stream)
+    image = memory.block_bytes(local, stage, batch, half, stream)
     if layout.ep > 1:
         # rows that came from other ranks (S*K, C): as input, as result, and the gradients of both
         text = config.text
         rows = batch.tokens * text.num_experts_per_tok * text.hidden_size * (HALF if half else FP32)
         block += 4 * rows
         kept += 0 if stage.recompute else mine * rows
+    kept += pixels
+    seen += pixels
+    early = (held - 1) * kept  # of micro-batches whose turn has not come
     copies = 0
     if half and not layout.half:
         copies = memory.half_weight_bytes(local, stage)
@@ -262,9 +271,10 @@ def passing_bytes(
             experts = (p for name, p in local.named_parameters() if ".experts." in name)
             copies -= HALF * sum(p.numel() for p in experts) * (layout.ep - 1) // layout.ep
     return {
-        "activations": held * (kept + (0 if place else pixels)),
-        "block": block,
-        "logits": logits,
+        "activations": held * kept,
+        "block": max(block, image),
+        "backward": early + max(kept + block, seen + image),
+        "logits": memory.logits_bytes(local, stage, batch.labels, half) if last else 0,
         "bf16": copies,
     }
 
@@ -319,6 +329,7 @@ def with_peak(
     # Gradients: whole, as they are computed, and in fp32, as they are summed
     block_sum = max(learned.values(), default=0)
     rest_sum = sum(piece.ranks * piece.trained for piece in pieces if piece.kind == "rest")
+    head = rest_sum // 2  # an embedding as large as the head has its gradient last of all
     width = HALF if layout.half else FP32
     sums = (width + FP32) * block_sum
 
@@ -326,17 +337,18 @@ def with_peak(
     always += kinds["gradients"] + whole + waiting
     forward = kinds["activations"] + kinds["bf16"] + kinds["logits"]
     forward += largest if layout.zero == 3 else every
-    backward = kinds["activations"] + kinds["block"] + arriving + sums + width * rest_sum
+    backward = kinds["backward"] + arriving + sums + width * head
     if not stage.recompute:
         backward += kinds["bf16"]
     end = (width + FP32) * rest_sum + (0 if layout.zero == 3 else every)
     step = max(bucket, by_muon)
 
     sampling = kinds["copy"] + kinds["kv"] + kinds["prefill"] - whole
+    del kinds["backward"]
     peak = max(forward, backward, end, step, sampling)
     return kinds | {
         "gathered": whole + arriving,
-        "sums": waiting + max(sums + width * rest_sum, end),
+        "sums": waiting + max(sums + width * head, end),
         "step": step,
         "total": always + peak,
     }
