@@ -6,6 +6,7 @@ threads hold buffers a little longer, now and then. Bytes are counted where coll
 """
 
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,11 @@ import torch
 from conftest import ROOT
 from ranks_helpers import as_ranks
 from test_memory import S, packed_batch, peak_bytes
+from test_readme import understood
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import gpu
 from infra.memory import MicroBatch, meta_model
 from objective import supervised
 from optim import freeze_all_but, make_optimizers
@@ -29,6 +32,7 @@ from scale.rehearsal import COLLECTIVES
 from scale.roofline import Work, work_of
 from scale.shard import begin_micro_batch, shard_model
 from stage import Stage
+from tools import readme
 from train import prepare_blocks
 from vlm import PRESETS, SailVL
 
@@ -306,3 +310,120 @@ def test_rl_of_the_papers_size_fits_eight_gpus_of_80_gb_with_a_bounded_cache():
 def test_what_cannot_be_planned_is_one_line(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan.print_plan(plan.PlanOptions(**options))
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+PAGE = (ROOT / "scale" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_the_plan_says():
+    fresh = readme.plan_table("2b", 8, ("multitask",)).splitlines()[-1]
+    section = PAGE.split("### 2B on 8\n")[1].split("###")[0]
+    assert fresh in section, "run `make readme`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "devices"), readme.CLUSTERS)
+def test_every_table_of_the_page_is_up_to_date(preset, devices):
+    table = readme.plan_table(preset, devices)
+    assert f"### {preset.upper()} on {devices}\n\n{table}\n" in PAGE, "run `make readme`"
+
+
+def commands_of_the_page() -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in "\n".join(blocks).splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize("words", commands_of_the_page(), ids=" ".join)
+def test_every_command_of_the_page_is_understood(words, monkeypatch):
+    if words[0] == "python":
+        understood(words[1:], monkeypatch)
+        return
+    launcher = next(word for word in words if word.endswith(".sh"))
+    assert (ROOT / launcher).is_file()
+    understood(words[words.index(launcher) + 1 :], monkeypatch)
+
+
+def test_the_pages_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert (ROOT / "scale" / target).exists(), target
+
+
+# ------------------------------------------------------------------------------- launch scripts
+
+LAUNCHERS = sorted((ROOT / "scale" / "launch").glob("*.sh"))
+
+
+def launched(script: str, folder, tools: dict[str, str], *words: str, **environment: str):
+    """Run a launch script with pretended tools: name -> the lines of a shell script."""
+    for name, lines in tools.items():
+        tool = folder / name
+        tool.write_text(f"#!/bin/bash\n{lines}\n")
+        tool.chmod(0o755)
+    command = ["bash", str(ROOT / "scale" / "launch" / script), *words]
+    path = {"PATH": f"{folder}:/usr/bin:/bin"}
+    return subprocess.run(
+        command, env=path | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_launch_scripts_are_shell_and_say_how_they_are_used(tmp_path):
+    assert {script.name for script in LAUNCHERS} == {"one_node.sh", "slurm.sh", "npu.sh"}
+    for script in LAUNCHERS:
+        parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert parsed.returncode == 0, parsed.stderr
+        assert "set -euo pipefail" in script.read_text()
+        bare = launched(script.name, tmp_path, {})
+        assert bare.returncode == 2 and bare.stderr.startswith("usage: ")
+
+
+ECHO = 'echo torchrun "$@"; echo shared store off: $TORCH_DISABLE_SHARE_RDZV_TCP_STORE'
+
+
+def test_one_node_starts_a_process_for_each_device(tmp_path):
+    tools = {"torchrun": ECHO, "python": "echo 4"}
+    done = launched("one_node.sh", tmp_path, tools, "sft.py", "paper:sft1", "--out", "a b")
+    assert done.stdout.splitlines() == [
+        "torchrun --standalone --nproc-per-node 4 --max-restarts 3 sft.py paper:sft1 --out a b",
+        "shared store off: 1",
+    ]
+
+
+def test_slurm_starts_one_launcher_on_each_machine(tmp_path):
+    tools = {"srun": 'echo srun "$@"', "scontrol": "printf 'n07\\nn08\\n'"}
+    job = {"SLURM_JOB_ID": "20123", "SLURM_JOB_NODELIST": "n[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+    done = launched("slurm.sh", tmp_path, tools, "sft.py", "paper:sft1", **job)
+    assert done.stdout.strip() == (
+        "srun --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id 20123 "
+        "--rdzv-backend c10d --rdzv-endpoint n07:20123 --max-restarts 3 sft.py paper:sft1"
+    )
+    outside = launched("slurm.sh", tmp_path, tools, "sft.py")
+    assert outside.returncode == 2 and "not inside a SLURM job" in outside.stderr
+
+
+def test_npus_meet_on_one_machine_or_on_several(tmp_path):
+    tools = {"torchrun": ECHO, "python": "exit 0"}
+    alone = launched("npu.sh", tmp_path, tools, "rl.py", DEVICES="16")
+    assert alone.stdout.startswith(
+        "torchrun --standalone --nproc-per-node 16 --max-restarts 3 rl.py"
+    )
+    many = launched("npu.sh", tmp_path, tools, "rl.py", NODES="2", NODE="1", FIRST="10.0.0.1")
+    assert "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500" in many.stdout
+    without = launched("npu.sh", tmp_path, {"python": "exit 1"}, "rl.py")
+    assert without.returncode == 1 and "no torch_npu here" in without.stderr
+
+
+# --------------------------------------------------------------------------------- the bench
+
+
+def test_the_bench_runs_the_loop_and_sets_the_plan_beside_it(capsys):
+    options = gpu.GpuOptions("toy", length=256, rows=2, steps=2, warm=1, device="none")
+    gpu.measure_steps(options)
+    printed = capsys.readouterr().out
+    assert re.search(r"toy, 4 layers, 1 ranks, 2 rows of 256: [\d.]+ s a step", printed)
+    assert re.search(
+        r"memory: planned [\d,]+ MiB, measured nothing \(no accelerator here\)", printed
+    )
+    assert printed.count("%") >= 10  # the ten that take most
