@@ -80,6 +80,12 @@ class Plan:
     def fits(self) -> bool:
         return self.memory["total"] <= self.limit
 
+    @property
+    def uneven(self) -> bool:
+        """Whether the stage's rows do not divide over the ranks; some then have one more than others."""
+        lanes = self.devices // self.layout.pp
+        return not isinstance(self.stage, RLStage) and self.stage.rows % lanes > 0
+
     @cached_property
     def pace(self) -> Pace:
         return step_pace(self.preset, self.stage, self.layout, self.devices, self.device)
@@ -257,6 +263,11 @@ def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
         f"{plan.pace.tokens / seconds['step'] / plan.devices:,.0f} tokens a second and device, "
         f"MFU {plan.pace.utilisation(plan.devices, plan.device):.0%}"
     )
+    if plan.uneven:
+        lines.append(
+            f"  NOTE: {plan.stage.rows} rows do not divide over {plan.devices // plan.layout.pp} ranks: "
+            "counted as if they were more"
+        )
     if plan.rollouts:
         lines.append(f"  rollouts: {plan.rollouts:.0f} s for every {plan.stage.updates} updates")
     lines.append(

@@ -332,7 +332,8 @@ def test_every_table_of_the_page_is_up_to_date(preset, devices):
 
 def commands_of_the_page() -> list[list[str]]:
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in "\n".join(blocks).splitlines()]
+    lines = "\n".join(blocks).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")

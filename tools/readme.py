@@ -443,7 +443,7 @@ def plan_row(plan) -> tuple:
     if hasattr(plan.stage, "prompts"):
         layout += f" `--batch {plan.stage.batch}`"
     head = (
-        plan.name,
+        plan.name + ("*" if plan.uneven else ""),
         layout if plan.fits else f"none fits; nearest {layout}",
         f"{sum(held[kind] for kind in standing) / 2**30:.1f}",
         f"{held['total'] / 2**30:.1f}",

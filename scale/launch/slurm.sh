@@ -25,7 +25,8 @@ if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     exit 2
 fi
 
-FIRST="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+FIRST="${HOSTS[0]}"
 PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 DEVICES="${DEVICES:-${SLURM_GPUS_ON_NODE:-8}}"
 RESTARTS="${RESTARTS:-3}"
