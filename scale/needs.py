@@ -439,11 +439,13 @@ def step_traffic(
 def times_gathered(piece: Piece, stage: BaseStage, layout: Layout, count: int, last: str) -> int:
     """How often a step of `count` micro-batches gathers a piece; `last`: number of the last ViT block.
 
-    ZeRO-3: forward, and again backward where it was freed; else once a step. All that is in no block is
-    freed where `logprobs` ends, and gathered again. Of a frozen ViT the last block is gathered backward
-    all the same, since the block behind it fetches what stands before it.
+    ZeRO-3: forward, and again backward where it was freed; else once a step. All that is in no block
+    stays whole from forward to backward. Of a frozen ViT the last block is gathered backward all the
+    same, since the block behind it fetches what stands before it.
     """
     if layout.zero < 3:
-        return count + 1 if piece.kind == "rest" else 1
+        return 1
+    if piece.kind == "rest":
+        return count
     frozen = piece.kind == "vision" and "vision" not in stage.trains and piece.number != last
     return count if frozen else 2 * count
