@@ -104,12 +104,18 @@ def largest_micro_batch(stage: BaseStage, ranks: int) -> MicroBatch:
 
 
 def decoder_block_bytes(
-    c: LLMConfig, tokens: int, keys: int, half: bool = True, trains: bool = True
+    c: LLMConfig,
+    tokens: int,
+    keys: int,
+    half: bool = True,
+    trains: bool = True,
+    stream: int = FP32,
 ) -> int:
     """Kept inside one decoder block, without weights; the formula is at the head of this file.
 
     trains: whether its weights do. A frozen matrix does not keep its input, nor a frozen norm of a
-    head its rounded normal.
+    head its rounded normal. stream: bytes of a number of the residual stream, 2 where the weights
+    themselves are bf16 (`--layout.half`).
     """
     queries = c.num_attention_heads * c.head_dim
     shared = c.num_key_value_heads * c.head_dim
@@ -117,12 +123,12 @@ def decoder_block_bytes(
     width = 2 if half else FP32
 
     # Norms: (S, C) and (S, 1) of both; those of q and k are not fused in bf16: fp32 and rounded
-    norms = 2 * (FP32 * c.hidden_size + FP32)
     rounded = 2 if half and trains else 0
+    norms = 2 * norm_bytes(c.hidden_size, stream, trains)
     head_norms = (FP32 + rounded) * (queries + shared) + FP32 * heads
 
     # Inputs of q, k, v: a bf16 copy for each, or the fp32 norm itself for all three
-    copies = 3 if half else 1
+    copies = 3 if half and stream == FP32 else 1
     inputs = copies * width * c.hidden_size if trains else 0
 
     # Attention: q and out (S, H, D), sums (S, H); keys and values (K, H, D)
@@ -130,17 +136,26 @@ def decoder_block_bytes(
     attention_keys = 2 * width * queries
 
     per_token = norms + head_norms + inputs + attention
-    per_token += feed_forward_bytes(c, half, trains)
+    per_token += feed_forward_bytes(c, half, trains, stream)
     return tokens * per_token + keys * attention_keys
 
 
-def feed_forward_bytes(c: LLMConfig, half: bool, trains: bool) -> int:
+def norm_bytes(width: int, stream: int, trains: bool = True) -> int:
+    """Kept by an RMSNorm over (S, width), a token: its normal and 1 / rms.
+
+    In bf16 it is not fused: the normal stays in fp32, and for the weight's gradient rounded as well.
+    """
+    rounded = stream if stream < FP32 and trains else 0
+    return (FP32 + rounded) * width + FP32
+
+
+def feed_forward_bytes(c: LLMConfig, half: bool, trains: bool, stream: int = FP32) -> int:
     """Kept by a decoder's feed-forward, a token."""
     width = 2 if half else FP32
     if not c.num_experts:
         # Gate, silu and up (S, I); inputs (S, C) of gate and up, and that of down (S, I)
         inner = 3 * width * c.intermediate_size
-        copies = 2 if half else 1
+        copies = 2 if half and stream == FP32 else 1
         inputs = copies * width * c.hidden_size + width * c.intermediate_size
         return inner + inputs if trains else inner
 
@@ -149,26 +164,28 @@ def feed_forward_bytes(c: LLMConfig, half: bool, trains: bool) -> int:
     router = 2 * FP32 * c.num_experts + 36 * c.num_experts_per_tok
     inputs = width * c.hidden_size
     if half and trains:
-        inputs += FP32 * c.hidden_size
+        inputs += FP32 * c.hidden_size  # of the router, which computes in fp32
     return router + inputs + 2 * width * c.num_experts_per_tok * c.moe_intermediate_size
 
 
-def vision_block_bytes(c: ViTConfig, patches: int, half: bool = True) -> int:
+def vision_block_bytes(c: ViTConfig, patches: int, half: bool = True, stream: int = FP32) -> int:
     """Kept inside one ViT block, without weights; the formula is at the head of this file."""
     width = 2 if half else FP32
-    copies = 3 if half else 2  # inputs of qkv, fc1, fc3: fc1 and fc3 share one that is fp32
-    per_patch = 2 * (FP32 * c.hidden_size + FP32) + copies * width * c.hidden_size
+    copies = 3 if half and stream == FP32 else 2  # inputs of qkv, fc1, fc3: the last two share one
+    per_patch = 2 * norm_bytes(c.hidden_size, stream) + copies * width * c.hidden_size
     per_patch += 4 * width * c.hidden_size + FP32 * c.num_attention_heads
     if c.position == "rope2d":
         per_patch += 2 * width * c.hidden_size  # q and k that were turned, beside qkv
     return patches * (per_patch + 4 * width * c.intermediate_size)
 
 
-def activation_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True) -> int:
+def activation_bytes(
+    model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True, stream: int = FP32
+) -> int:
     """All activations that exist when the forward pass ends, without weights and logits.
 
-    With recompute a block keeps its input alone, (S, C) fp32. What nothing behind trains keeps
-    nothing: a frozen ViT has no activations.
+    With recompute a block keeps its input alone, (S, C) in the stream's precision. What nothing
+    behind trains keeps nothing: a frozen ViT has no activations.
     """
     vision = model.config.vision
     text = model.config.text
@@ -177,26 +194,27 @@ def activation_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: b
 
     # ViT: patches (S, 3pp), their norm, the blocks, the last norm
     if "vision" in stage.trains:
-        block = FP32 * vision.hidden_size * batch.patches
+        block = stream * vision.hidden_size * batch.patches
         if not stage.recompute:
-            block = vision_block_bytes(vision, batch.patches, half)
+            block = vision_block_bytes(vision, batch.patches, half, stream)
         pixels = width * vision.num_channels * vision.patch_size**2
-        norms = 2 * (FP32 * vision.hidden_size + FP32)
+        norms = 2 * norm_bytes(vision.hidden_size, stream)
         rounded = 2 * vision.hidden_size if half else 0
         total += vision.num_hidden_layers * block + batch.patches * (pixels + norms + rounded)
 
     # Adapter: the merged patches (S/4, 4C) in fp32 and as a linear layer's input, GELU's two sides
     if "vision" in stage.trains or "adapter" in stage.trains:
         merged = PATCHES * vision.hidden_size
-        visual = (FP32 + width) * merged + 2 * FP32 + 2 * width * text.hidden_size
+        copy = width if stream == FP32 else 0
+        visual = (stream + copy) * merged + 2 * FP32 + 2 * width * text.hidden_size
         total += batch.patches // PATCHES * visual
 
     # Decoder: ids, places of images, cos and sin (S, D), the blocks, the last norm
-    block = FP32 * text.hidden_size * batch.tokens
+    block = stream * text.hidden_size * batch.tokens
     if not stage.recompute:
         learns = "llm" in stage.trains
-        block = decoder_block_bytes(text, batch.tokens, batch.keys, half, learns)
-    around = 8 + 1 + 2 * FP32 * text.head_dim + FP32 * text.hidden_size + FP32
+        block = decoder_block_bytes(text, batch.tokens, batch.keys, half, learns, stream)
+    around = 8 + 1 + 2 * stream * text.head_dim + norm_bytes(text.hidden_size, stream)
     total += text.num_hidden_layers * block + batch.tokens * around
 
     # The head's input (n, C), labels, places and normalisers
@@ -204,15 +222,17 @@ def activation_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: b
     return total
 
 
-def flow_bytes(width: int, inner: int, tokens: int, half: bool) -> int:
+def flow_bytes(width: int, inner: int, tokens: int, half: bool, stream: int = FP32) -> int:
     """Gradients that flow through a block beside what it keeps (an estimate).
 
-    Two of the residual stream (S, C) in fp32, three of the feed-forward (S, I).
+    Two of the residual stream (S, C), three of the feed-forward (S, I).
     """
-    return tokens * (2 * FP32 * width + 3 * (2 if half else FP32) * inner)
+    return tokens * (2 * stream * width + 3 * (2 if half else FP32) * inner)
 
 
-def block_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True) -> int:
+def block_bytes(
+    model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool = True, stream: int = FP32
+) -> int:
     """The backward pass of one block: gradients and, with recompute, what is made again."""
     vision = model.config.vision
     text = model.config.text
@@ -220,17 +240,19 @@ def block_bytes(model: SailVL, stage: BaseStage, batch: MicroBatch, half: bool =
     if text.num_experts:
         inner = text.num_experts_per_tok * text.moe_intermediate_size
 
-    decoder = flow_bytes(text.hidden_size, inner, batch.tokens, half)
+    decoder = flow_bytes(text.hidden_size, inner, batch.tokens, half, stream)
     image = 0
     if "vision" in stage.trains:
-        image = flow_bytes(vision.hidden_size, vision.intermediate_size, batch.patches, half)
+        inner = vision.intermediate_size
+        image = flow_bytes(vision.hidden_size, inner, batch.patches, half, stream)
     if stage.recompute:
         learns = "llm" in stage.trains
-        decoder += decoder_block_bytes(text, batch.tokens, batch.keys, half, learns)
+        decoder += decoder_block_bytes(text, batch.tokens, batch.keys, half, learns, stream)
         layer = model.language_model.model.layers[0]
-        decoder += sum(2 * p.numel() for p in layer.parameters()) if half else 0
+        copied = half and stream == FP32
+        decoder += sum(2 * p.numel() for p in layer.parameters()) if copied else 0
     if stage.recompute and image:
-        image += vision_block_bytes(vision, batch.patches, half)
+        image += vision_block_bytes(vision, batch.patches, half, stream)
     return max(decoder, image)
 
 

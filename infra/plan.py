@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 
 from data.sample import Document
 from data.stream import EndOfStream, read_document
-from infra.memory import FP32, model_memory
+from scale.needs import rank_memory
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
@@ -269,7 +269,7 @@ def work_lines(setup, stage: BaseStage) -> list[str]:
 
 
 def memory_line(setup, stage: BaseStage) -> str:
-    """What trains, and the most that a rank will hold, by kind (infra/memory.py).
+    """What trains, and the most that a rank will hold, by kind (scale/needs.py).
 
     Rows full of images, as long as they may be; in RL, prompts as long as the longest of the first
     samples (question and answer).
@@ -282,16 +282,22 @@ def memory_line(setup, stage: BaseStage) -> str:
     # As `train.autocast` decides
     on_cpu = str(setup.ranks.device).startswith("cpu")
     half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
-    kinds = model_memory(setup.model, stage, setup.ranks.size, half)
+    layout = setup.ranks.layout
+    everyone = setup.ranks.size * layout.pp
+    kinds = rank_memory(setup.model, stage, layout.fitted(everyone), everyone, half)
 
     # The large ones, which do not all exist at once
     total = kinds.pop("total")
+    kinds.pop("host")
     parts = [
         f"{kind} {size_text(amount)}" for kind, amount in kinds.items() if amount >= total / 100
     ]
-    weights = FP32 * 1e6
+    trained = sum(
+        p.numel() for part in stage.trains for p in getattr(setup.model, PARTS[part]).parameters()
+    )
+    every = sum(p.numel() for p in setup.model.parameters())
     return (
-        f"  memory: {kinds['gradients'] / weights:.2f} of {kinds['weights'] / weights:.2f} M parameters "
+        f"  memory: {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters "
         f"train; at most {size_text(total)} at once on each rank, of {', '.join(parts)}"
     )
 

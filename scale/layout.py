@@ -97,12 +97,23 @@ def mesh_of(layout: Layout, kind: str, timeout: float) -> Mesh:
     kind: of the device that large tensors are on. timeout: seconds, of the groups of all axes, which
     would wait for half an hour otherwise, whatever the first group was told.
     """
+    mesh = axes_of(layout, kind)
+    patience = timedelta(seconds=timeout)
+    for axis in AXES:
+        group = mesh[axis].get_group()
+        for device in group._device_types:
+            group._get_backend(device)._set_default_timeout(patience)
+    return mesh
+
+
+def axes_of(layout: Layout, kind: str) -> Mesh:
+    """The same with the timeouts that groups have by themselves."""
     # The same ranks seen twice: dense weights by shard, experts by efsdp and ep
     size = (layout.pp, layout.copies, layout.shard)
     dense = init_device_mesh(kind, size, mesh_dim_names=("pp", "copy", "shard"))
     experts = (layout.shard // layout.ep, layout.ep)
     sparse = dense._unflatten("shard", experts, ("efsdp", "ep"))
-    mesh = {
+    return {
         "pp": dense["pp"],
         "copy": dense["copy"],
         "shard": dense["shard"],
@@ -112,10 +123,3 @@ def mesh_of(layout: Layout, kind: str, timeout: float) -> Mesh:
         "dense": dense["copy", "shard"],
         "sparse": sparse["copy", "efsdp"],
     }
-
-    patience = timedelta(seconds=timeout)
-    for axis in AXES:
-        group = mesh[axis].get_group()
-        for device in group._device_types:
-            group._get_backend(device)._set_default_timeout(patience)
-    return mesh

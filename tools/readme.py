@@ -7,6 +7,7 @@ newest run. A block whose run is not here keeps what it says; everything else is
     files, recipes, presets -> files, stages, rungs               -> README.md
     figures/ladder.json     -> rungs (what was measured)          -> README.md
     recipes, presets        -> memory                             -> RESULTS.md
+    scale/plan.py           -> plan                               -> scale/README.md
     runs/.../results.json   -> toy, real, experts                 -> RESULTS.md
     runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
 
@@ -52,7 +53,7 @@ ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode show world",
     "infra": "cli plan memory config weights checkpoint stopping identity journal tracker judge "
     "endpoint text device",
-    "scale": "parallel",
+    "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding rollouts",
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
@@ -427,6 +428,66 @@ def rung_table() -> str:
     )
 
 
+# ---------------------------------------------------------------------------------- the plans
+
+# Models and numbers of H100 that scale/README.md plans.
+CLUSTERS = (("2b", 8), ("8b", 8), ("8b", 16), ("30b-a3b", 8), ("30b-a3b", 64))
+
+
+def plan_row(plan) -> tuple:
+    """A stage's plan, in cells."""
+    from scale.needs import step_traffic
+    from scale.plan import layout_text, meta_model
+
+    held = plan.memory
+    standing = ("weights", "gradients", "moments", "snapshots", "reference")
+    flows = step_traffic(meta_model(plan.preset), plan.stage, plan.layout, plan.devices)
+    layout = f"`{layout_text(plan.layout)}`" if not plan.layout.plain else "whole copies"
+    if hasattr(plan.stage, "prompts"):
+        layout += f" `--batch {plan.stage.batch}`"
+    head = (
+        plan.name + ("*" if plan.uneven else ""),
+        layout if plan.fits else f"none fits; nearest {layout}",
+        f"{sum(held[kind] for kind in standing) / 2**30:.1f}",
+        f"{held['total'] / 2**30:.1f}",
+        f"{sum(flow.wired for flow in flows.values()) / 1e9:.0f}",
+    )
+    if not plan.fits:
+        return (*head, "", "", "", "")
+    return (
+        *head,
+        f"{plan.pace.seconds['step']:.1f}",
+        f"{plan.pace.utilisation(plan.devices, plan.device):.0%}",
+        f"{plan.days:.2f}",
+        f"{plan.dollars():,.0f}",
+    )
+
+
+def plan_table(preset: str, devices: int, names: tuple[str, ...] = ()) -> str:
+    """The plans of all stages, or of some, on so many H100."""
+    from scale.devices import device_named
+    from scale.plan import STAGES, preset_named, search_layouts
+
+    device = device_named("h100")
+    rows = []
+    for name in names or STAGES:
+        plans = search_layouts(preset_named(preset), name, devices, device)
+        rows.append(plan_row(plans[0]))
+    return markdown_table(
+        "stage | layout | standing, GiB | at once, GiB | sent, GB | step, s | MFU | days | $",
+        "llrrrrrrr",
+        rows,
+    )
+
+
+def plan_tables() -> str:
+    """scale/README.md: every stage of every model on its devices."""
+    parts = []
+    for preset, devices in CLUSTERS:
+        parts.append(f"### {preset.upper()} on {devices}\n\n{plan_table(preset, devices)}")
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------------------------- the runs
 
 
@@ -580,6 +641,7 @@ def readme_blocks() -> dict[str, str | None]:
 PAGES: dict[str, Callable[[], dict[str, str | None]]] = {
     "README.md": readme_blocks,
     "RESULTS.md": results_blocks,
+    "scale/README.md": lambda: {"plan": plan_tables()},
 }
 
 
@@ -612,7 +674,7 @@ class ReadmeOptions:
 
 
 def write_pages(options: ReadmeOptions) -> int:
-    """Write both pages and copy figures, or check the table of files."""
+    """Write all pages and copy figures, or check the table of files."""
     if options.check:
         fresh = file_table() in (ROOT / "README.md").read_text(encoding="utf-8")
         state = "is up to date" if fresh else "is out of date; run `make readme`"
