@@ -69,7 +69,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 LONGEST_GRACE = 25.0  # seconds: torchrun and most schedulers kill 30 s after they told
 COMING = 15.0  # seconds in which all ranks of a sharded model must have left their work
-LAST_WORDS = 10.0  # seconds that a run which ends waits for the other ranks' parts of a checkpoint
+LAST_WORDS = 2.0  # seconds that a run which ends waits for the other ranks' parts of a checkpoint
 LARGEST_MANIFEST = 16 << 20  # bytes: one that is larger was not written here
 
 # what a faulty file can raise while it is looked at
@@ -504,7 +504,6 @@ class RunDirectory:
         assert self.draft is None, "the one before is still being written"
         writers = Writers.among(ranks)
         draft = Draft(self.folder, executed, writers, values, ranks.timeout)
-        self.draft = draft
 
         # Rank 0 makes room; every rank looks for what must not be written
         there, problem = self._make_room(draft) if writers.main else (False, "")
@@ -519,6 +518,7 @@ class RunDirectory:
                 self._fail(draft, problems[0])
             draft.part.set_result(({}, ""))
             draft.written.set_result(not problems)
+            self.draft = draft
             return
 
         # Copies, from here on nobody's but the thread's
@@ -529,6 +529,7 @@ class RunDirectory:
             "revision": revision(),
         }
         draft.state = json.dumps(values | own)
+        self.draft = draft
         threading.Thread(target=self._write_apart, args=[draft], daemon=True).start()
 
     def finish(self) -> bool:

@@ -252,7 +252,9 @@ class Staged(SailVL):
             section.begin(work)
         sizes = {batch.ids.numel() for batch in work.batches}
         if len(sizes) > 1:
-            raise ValueError(f"--layout.pp: micro-batches of one size are wanted, not of {sizes} tokens")
+            raise ValueError(
+                f"--layout.pp: micro-batches of one size are wanted, not of {sizes} tokens"
+            )
         schedule = self.schedule(len(work.batches), sizes.pop())
 
         # A loss of its own for each micro-batch: targets are only counted
@@ -392,7 +394,9 @@ def check_count(count: int, layout: Layout) -> None:
     """Raises ValueError for a number of micro-batches that a schedule cannot divide."""
     rounds = max(1, count // layout.pp)
     if layout.schedule == "interleaved" and count % rounds:
-        near = [n for n in (count // layout.pp * layout.pp, -(-count // layout.pp) * layout.pp) if n]
+        near = [
+            n for n in (count // layout.pp * layout.pp, -(-count // layout.pp) * layout.pp) if n
+        ]
         raise ValueError(
             f"--layout.schedule interleaved: {count} micro-batches a step do not divide into {rounds} "
             f"rounds of {layout.pp} ranks; choose --accumulate {' or '.join(map(str, near))}"

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file, save_file
 from ranks_helpers import as_ranks, exact_logprobs
+from safetensors.torch import load_file, save_file
 
 import vlm
 from data.sample import Document
@@ -23,9 +22,8 @@ from packing import collate
 from scale import parallel
 from scale.layout import Layout
 from scale.parallel import Ranks, whole
-from scale.pipeline import Staged, layers_of, waiting
 from scale.shard import shard_model
-from stage import ALL, Stage
+from stage import Stage
 from train import train
 from vlm import PRESETS, SailVL
 
@@ -202,7 +200,9 @@ FOUR_WIDE = {
     "copies, experts": Case(Layout(pp=2, copies=2), True, BALANCE, dtype=WIDE),
     "shards": Case(Layout(pp=2, shard=2), False, BALANCE, dtype=WIDE),
     "shards, experts": Case(Layout(pp=2, shard=2), True, BALANCE, dtype=WIDE),
-    "shards, interleaved": Case(Layout(pp=2, shard=2, schedule="interleaved"), True, BALANCE, dtype=WIDE),
+    "shards, interleaved": Case(
+        Layout(pp=2, shard=2, schedule="interleaved"), True, BALANCE, dtype=WIDE
+    ),
     "spread experts": Case(Layout(pp=2, shard=2, ep=2), True, BALANCE, dtype=WIDE),
     "shards, language": Case(Layout(pp=2, shard=2), False, LANGUAGE, dtype=WIDE),
 }

@@ -7,8 +7,11 @@ one checkpoint.
 
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from ranks_helpers import STAGE, SameRows, as_ranks, exact_logprobs, far
 from safetensors.torch import load_file, save_file
 
@@ -242,6 +246,24 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_no_rendezvous_costs_no
         assert "state-00002-of-00002.safetensors is missing" == fault(written)
 
 
+def test_a_rank_that_dies_while_all_copy_is_named_and_nobody_waits_for_its_part(
+    tmp_path, small, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(parallel, "ROLL_CALL", 0.3)
+    monkeypatch.setattr(checkpoint, "LAST_WORDS", 0.3)
+
+    def work(ranks):
+        signal.alarm(60)
+        if ranks.rank == 1:
+            shards.own_state = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        life(ranks, small, tokenizer, tmp_path / "run")
+
+    first, second = as_ranks(work, tmp_path, layout=Layout(shard=2))
+    assert second == -signal.SIGKILL
+    assert "rank 1 did not take part in a collective" in first
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
+
+
 class Told(SameRows):
     """Data that is told to stop inside its third `next`, one rank later than the other."""
 
@@ -439,3 +461,133 @@ def test_optimizers_that_are_grouped_otherwise_find_their_state():
     assert other.numbered_rest(entries) == [{"numbers": {"1.count": 7}, "options": [{"a": 2}]}]
     with pytest.raises(ValueError, match="no optimizer state for 1.bias"):
         other.numbered_rest(entries[:1])
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+COMMAND = (
+    "pretrain.py multitask --layout.shard 4 --layout.ep 2 --rows 4 --length 256 --save-every 2 "
+    "--keep 2 --timeout 60"
+).split()
+ENDS_WITHIN = (
+    45.0  # seconds from a kill to the end of all ranks: torchrun gives 30 after its SIGTERM
+)
+
+
+class Launched:
+    """The command under torchrun on four ranks, and what it says."""
+
+    def __init__(self, said: Path, restarts: int, *options):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", "4", "--max-restarts", str(restarts)]
+        # without the variable a restarted group may find the addresses of the one before
+        more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        with open(said, "w") as file:
+            self.process = subprocess.Popen(
+                [*launcher, *COMMAND, *map(str, options)],
+                cwd=ROOT,
+                env=os.environ | more,
+                stdout=file,
+                stderr=file,
+            )
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process, of the present life."""
+        found = {}
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        for child in Path(children).read_text().split():
+            try:
+                words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+            found |= {rank: int(child) for rank in ranks}
+        return found
+
+    def kill(self, rank: int) -> dict[int, int]:
+        """kill -9 one rank; the processes that there were."""
+        processes = self.ranks()
+        os.kill(processes[rank], signal.SIGKILL)
+        return processes
+
+
+def lines(out: Path) -> int:
+    log = out / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition, seconds: float) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not come"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except OSError:
+        return True
+
+
+def kill_on_the_way(launched: Launched, out: Path, rng: random.Random) -> float:
+    """Kill a rank after a step or three, a random moment later; seconds until all others have ended."""
+    target = lines(out) + rng.randrange(1, 4)
+    wait_for(lambda: lines(out) >= target and len(launched.ranks()) == 4, 300)
+    time.sleep(rng.random())
+    rank = rng.randrange(4)
+    processes = launched.kill(rank)
+    seconds = wait_for(lambda: all(map(gone, processes.values())), ENDS_WITHIN)
+    print(
+        f"rank {rank} killed after {lines(out)} steps: all ended {seconds:.1f} s later", flush=True
+    )
+    return seconds
+
+
+@pytest.mark.slow
+def test_one_of_four_ranks_killed_again_and_again_loses_nothing(tmp_path, small, tokenizer):
+    """Restarted by torchrun and by hand in turn, a sharded run is the run that nothing happened to.
+
+    KILLS=20 pytest -m slow tests/test_shards.py -k killed_again for more than the two of every day.
+    """
+    kills = int(os.environ.get("KILLS", 2))
+    SailVL(small).init_weights(0).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--steps", 4 + 3 * kills, "--out"]
+    whole = Launched(tmp_path / "whole.txt", 0, *options, tmp_path / "whole")
+    assert whole.process.wait(600) == 0, (tmp_path / "whole.txt").read_text()[-2000:]
+
+    # Half of the kills under one torchrun that starts its ranks again
+    out = tmp_path / "killed"
+    rng = random.Random(0)
+    said = tmp_path / "restarted.txt"
+    launched = Launched(said, kills, *options, out)
+    for _ in range(kills - kills // 2):
+        kill_on_the_way(launched, out, rng)
+    launched.process.terminate()
+    launched.process.wait(90)
+
+    # The rest with a command that is given again
+    for number in range(kills // 2):
+        said = tmp_path / f"{number}.txt"
+        launched = Launched(said, 0, *options, out)
+        kill_on_the_way(launched, out, rng)
+        assert launched.process.wait(ENDS_WITHIN) != 0
+        assert "did not take part in a collective" in said.read_text()
+    last = Launched(tmp_path / "last.txt", 0, *options, out)
+    assert last.process.wait(600) == 0, (tmp_path / "last.txt").read_text()[-2000:]
+
+    # Nothing lost, nothing put aside
+    rows = [
+        [
+            [json.loads(line)[key] for key in ("step", "lr", "loss", "grad_norm")]
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (tmp_path / "whole", out)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 4 + 3 * kills
+    assert not list((out / "checkpoints").glob("broken-*"))
+    for file in (tmp_path / "whole").glob("model*"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
