@@ -663,36 +663,42 @@ class Draft:
         entries: dict[str, dict] = {}
         problem = ""
         try:
-            self.write_tensors()
+            paths = self.write_tensors()
             if self.writers.main:
-                self.write_rest(tokenizer)
-            entries = seal(self.own_paths())
+                paths += self.write_rest(tokenizer)
+            entries = seal(paths)
         except (OSError, SafetensorError) as error:
             problem = str(error)
         if not self.writers.main:
             parallel.leave_note(self.note(self.writers.rank), json.dumps([entries, problem]))
         return entries, problem
 
-    def write_tensors(self) -> None:
-        for file in list(self.tensors):
-            save_file(self.tensors.pop(file), self.temporary / file, self.metadata[file] or None)
-
-    def write_rest(self, tokenizer) -> None:
-        """What exists once, on rank 0: how to read the tensors, and the plain values."""
-        weights.write_json(self.temporary / "config.json", self.config)
-        if self.index:
-            weights.write_json(self.temporary / weights.INDEX, self.index)
-        if tokenizer is not None:
-            tokenizer.save(self.temporary)
-        (self.temporary / STATE).write_text(self.state)
-
-    def own_paths(self) -> list[Path]:
-        """What this rank has written: its tensors, and on rank 0 all that is no part of them."""
+    def write_tensors(self) -> list[Path]:
         paths = []
-        for path in sorted(self.temporary.iterdir()):
-            part = part_files("model", [path.name]) or part_files("state", [path.name])
-            if path.name in self.metadata or (self.writers.main and not part):
-                paths.append(path)
+        for file in list(self.tensors):
+            path = self.temporary / file
+            save_file(self.tensors.pop(file), path, self.metadata[file] or None)
+            paths.append(path)
+        return paths
+
+    def write_rest(self, tokenizer) -> list[Path]:
+        """What exists once, on rank 0: how to read the tensors, the tokenizer, and the plain values.
+
+        First in a place of its own: beside it other ranks are writing, under whatever names.
+        """
+        rest = self.temporary / "rest"
+        rest.mkdir()
+        weights.write_json(rest / "config.json", self.config)
+        if self.index:
+            weights.write_json(rest / weights.INDEX, self.index)
+        if tokenizer is not None:
+            tokenizer.save(rest)
+        (rest / STATE).write_text(self.state)
+
+        paths = []
+        for path in sorted(rest.iterdir()):
+            paths.append(path.replace(self.temporary / path.name))
+        rest.rmdir()
         return paths
 
     def entries_of_all(self) -> dict[str, dict]:
