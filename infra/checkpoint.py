@@ -69,7 +69,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 LONGEST_GRACE = 25.0  # seconds: torchrun and most schedulers kill 30 s after they told
 COMING = 15.0  # seconds in which all ranks of a sharded model must have left their work
-LAST_WORDS = 10.0  # seconds that a run which ends waits for the other ranks' parts of a checkpoint
+LAST_WORDS = 2.0  # seconds that a run which ends waits for the other ranks' parts of a checkpoint
 LARGEST_MANIFEST = 16 << 20  # bytes: one that is larger was not written here
 
 # what a faulty file can raise while it is looked at
@@ -527,7 +527,6 @@ class RunDirectory:
         assert self.draft is None, "the one before is still being written"
         writers = Writers.among(ranks)
         draft = Draft(self.folder, executed, writers, values, ranks.timeout)
-        self.draft = draft
 
         # Rank 0 makes room; every rank looks for what must not be written
         there, problem = self._make_room(draft) if writers.main else (False, "")
@@ -542,6 +541,7 @@ class RunDirectory:
                 self._fail(draft, problems[0])
             draft.part.set_result(({}, ""))
             draft.written.set_result(not problems)
+            self.draft = draft
             return
 
         # Copies, from here on nobody's but the thread's
@@ -552,6 +552,7 @@ class RunDirectory:
             "revision": revision(),
         }
         draft.state = json.dumps(values | own)
+        self.draft = draft
         threading.Thread(target=self._write_apart, args=[draft], daemon=True).start()
 
     def finish(self) -> bool:
@@ -685,36 +686,42 @@ class Draft:
         entries: dict[str, dict] = {}
         problem = ""
         try:
-            self.write_tensors()
+            paths = self.write_tensors()
             if self.writers.main:
-                self.write_rest(tokenizer)
-            entries = seal(self.own_paths())
+                paths += self.write_rest(tokenizer)
+            entries = seal(paths)
         except (OSError, SafetensorError) as error:
             problem = str(error)
         if not self.writers.main:
             parallel.leave_note(self.note(self.writers.rank), json.dumps([entries, problem]))
         return entries, problem
 
-    def write_tensors(self) -> None:
-        for file in list(self.tensors):
-            save_file(self.tensors.pop(file), self.temporary / file, self.metadata[file] or None)
-
-    def write_rest(self, tokenizer) -> None:
-        """What exists once, on rank 0: how to read the tensors, and the plain values."""
-        weights.write_json(self.temporary / "config.json", self.config)
-        if self.index:
-            weights.write_json(self.temporary / weights.INDEX, self.index)
-        if tokenizer is not None:
-            tokenizer.save(self.temporary)
-        (self.temporary / STATE).write_text(self.state)
-
-    def own_paths(self) -> list[Path]:
-        """What this rank has written: its tensors, and on rank 0 all that is no part of them."""
+    def write_tensors(self) -> list[Path]:
         paths = []
-        for path in sorted(self.temporary.iterdir()):
-            part = part_files("model", [path.name]) or part_files("state", [path.name])
-            if path.name in self.metadata or (self.writers.main and not part):
-                paths.append(path)
+        for file in list(self.tensors):
+            path = self.temporary / file
+            save_file(self.tensors.pop(file), path, self.metadata[file] or None)
+            paths.append(path)
+        return paths
+
+    def write_rest(self, tokenizer) -> list[Path]:
+        """What exists once, on rank 0: how to read the tensors, the tokenizer, and the plain values.
+
+        First in a place of its own: beside it other ranks are writing, under whatever names.
+        """
+        rest = self.temporary / "rest"
+        rest.mkdir()
+        weights.write_json(rest / "config.json", self.config)
+        if self.index:
+            weights.write_json(rest / weights.INDEX, self.index)
+        if tokenizer is not None:
+            tokenizer.save(rest)
+        (rest / STATE).write_text(self.state)
+
+        paths = []
+        for path in sorted(rest.iterdir()):
+            paths.append(path.replace(self.temporary / path.name))
+        rest.rmdir()
         return paths
 
     def entries_of_all(self) -> dict[str, dict]:

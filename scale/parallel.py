@@ -394,7 +394,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every rank that has a part: a collective for a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with named_failure():
+        return tensor.full_tensor()
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -456,6 +459,19 @@ def named_failure() -> Iterator[None]:
             f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
             f"{first_line(error)})"
         ) from error
+
+
+@contextmanager
+def ranks_named() -> Iterator[None]:
+    """Around work in which torch itself runs collectives: as `named_failure`, and other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        of_ranks = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not of_ranks:
+            raise
+        with named_failure():
+            raise
 
 
 def missing_ranks() -> str:

@@ -7,8 +7,11 @@ one checkpoint.
 
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from ranks_helpers import STAGE, SameRows, as_ranks, exact_logprobs, far
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +27,7 @@ import vit
 import vlm
 from infra import checkpoint, weights
 from infra.checkpoint import (
+    Draft,
     RunDirectory,
     checkpoints,
     fault,
@@ -37,7 +42,7 @@ from scale import parallel, shards
 from scale.layout import Layout
 from scale.parallel import Ranks
 from scale.shard import shard_model
-from scale.shards import Box, Names
+from scale.shards import Box, Names, Writers
 from train import rate_search, train
 from vlm import TOY_MOE, SailVL
 
@@ -71,24 +76,35 @@ def small(config):
     return replace(config, text=text, vision=vision)
 
 
+class Enough(Exception):
+    """Nothing more is to be seen: no further checkpoint is needed."""
+
+
 class FewRows(SameRows):
-    """The data ends two steps after the checkpoint."""
+    """The data ends two steps after the checkpoint, or breaks off."""
+
+    ends: type[Exception] = StopIteration
 
     def __next__(self):
         if self.step == AT + 2:
-            raise StopIteration
+            raise self.ends
         return super().__next__()
 
 
-def life(ranks, config, tokenizer, path: Path, model=None):
+def life(ranks, config, tokenizer, path: Path, model=None, ends: type[Exception] = StopIteration):
     """A run in doubles in this directory, from the checkpoint that is there; its model and its losses."""
     vlm.token_logprobs = exact_logprobs
     if model is None:
         model = SailVL(config).init_weights(0).double()
     model = shard_model(model, ranks)
     data = FewRows(tokenizer, ranks, dtype=torch.float64)
-    run = train(model, SEARCHED, data, ranks=ranks, directory=RunDirectory(path, every=AT, keep=9))
-    return model, [row["loss"] for row in run.log]
+    data.ends = ends
+    try:
+        train(model, SEARCHED, data, ranks=ranks, directory=RunDirectory(path, every=AT, keep=9))
+    except Enough:
+        parallel.total(0.0, everyone=True)
+    rows = (path / "log.jsonl").read_text().splitlines()
+    return model, [json.loads(row)["loss"] for row in rows]
 
 
 def forget(path: Path) -> None:
@@ -135,7 +151,7 @@ def test_every_layout_goes_on_from_every_layouts_checkpoint(tmp_path, small, tok
                 if ranks.main:
                     shutil.copytree(tmp_path / source, path)
                 parallel.total(0.0, everyone=True)
-                model, found[path.name] = life(on(layout), small, tokenizer, path, model)
+                model, found[path.name] = life(on(layout), small, tokenizer, path, model, Enough)
         return found
 
     resumed = {}
@@ -145,7 +161,7 @@ def test_every_layout_goes_on_from_every_layouts_checkpoint(tmp_path, small, tok
     for source in saved:
         path = tmp_path / f"{source} as one process"
         shutil.copytree(tmp_path / source, path)
-        _, resumed[path.name] = life(Ranks(), small, tokenizer, path)
+        _, resumed[path.name] = life(Ranks(), small, tokenizer, path, ends=Enough)
 
     # Nothing was begun again, and nothing refused
     assert len(resumed) == len(saved) ** 2
@@ -240,6 +256,24 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_no_rendezvous_costs_no
         assert lacks("state", names) is None and lacks("model", names) is None
         (written / "state-00002-of-00002.safetensors").unlink()
         assert "state-00002-of-00002.safetensors is missing" == fault(written)
+
+
+def test_a_rank_that_dies_while_all_copy_is_named_and_nobody_waits_for_its_part(
+    tmp_path, small, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(parallel, "ROLL_CALL", 0.3)
+    monkeypatch.setattr(checkpoint, "LAST_WORDS", 0.3)
+
+    def work(ranks):
+        signal.alarm(60)
+        if ranks.rank == 1:
+            shards.own_state = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        life(ranks, small, tokenizer, tmp_path / "run")
+
+    first, second = as_ranks(work, tmp_path, layout=Layout(shard=2))
+    assert second == -signal.SIGKILL
+    assert "rank 1 did not take part in a collective" in first
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
 
 
 class Told(SameRows):
@@ -439,3 +473,150 @@ def test_optimizers_that_are_grouped_otherwise_find_their_state():
     assert other.numbered_rest(entries) == [{"numbers": {"1.count": 7}, "options": [{"a": 2}]}]
     with pytest.raises(ValueError, match="no optimizer state for 1.bias"):
         other.numbered_rest(entries[:1])
+
+
+def test_what_another_rank_is_writing_is_not_in_rank_0s_list(tmp_path):
+    """Files come to be under other names: a list made by looking would have them in it, or miss them."""
+    draft = Draft(tmp_path, 1, Writers(0, 2, 0, 2), {}, patience=1.0, state="{}")
+    file = "state-00001-of-00002.safetensors"
+    draft.tensors[file] = {"x": torch.ones(1)}
+    draft.metadata[file] = {}
+    draft.temporary.mkdir()
+    (draft.temporary / ".tmpOther").write_text("half")
+    entries, problem = draft.write(None)
+    assert problem == "" and entries.keys() == {file, "config.json", "state.json"}
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+COMMAND = (
+    "pretrain.py multitask --layout.shard 4 --layout.ep 2 --rows 4 --length 256 --save-every 2 "
+    "--keep 2 --timeout 60"
+).split()
+ENDS_WITHIN = (
+    45.0  # seconds from a kill to the end of all ranks: torchrun gives 30 after its SIGTERM
+)
+
+
+class Launched:
+    """The command under torchrun on four ranks, and what it says."""
+
+    def __init__(self, said: Path, restarts: int, *options):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", "4", "--max-restarts", str(restarts)]
+        # without the variable a restarted group may find the addresses of the one before
+        more = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        with open(said, "w") as file:
+            self.process = subprocess.Popen(
+                [*launcher, *COMMAND, *map(str, options)],
+                cwd=ROOT,
+                env=os.environ | more,
+                stdout=file,
+                stderr=file,
+            )
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process, of the present life."""
+        found = {}
+        children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        for child in Path(children).read_text().split():
+            try:
+                words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+            found |= {rank: int(child) for rank in ranks}
+        return found
+
+    def kill(self, rank: int) -> dict[int, int]:
+        """kill -9 one rank; the processes that there were."""
+        processes = self.ranks()
+        os.kill(processes[rank], signal.SIGKILL)
+        return processes
+
+
+def lines(out: Path) -> int:
+    log = out / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition, seconds: float) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not come"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except OSError:
+        return True
+
+
+def kill_on_the_way(launched: Launched, out: Path, rng: random.Random) -> int:
+    """Kill a rank after a step or three, a random moment later; it, once all others have ended."""
+    target = lines(out) + rng.randrange(1, 4)
+    wait_for(lambda: lines(out) >= target and len(launched.ranks()) == 4, 300)
+    time.sleep(rng.random())
+    rank = rng.randrange(4)
+    processes = launched.kill(rank)
+    seconds = wait_for(lambda: all(map(gone, processes.values())), ENDS_WITHIN)
+    print(
+        f"rank {rank} killed after {lines(out)} steps: all ended {seconds:.1f} s later", flush=True
+    )
+    return seconds
+
+
+@pytest.mark.slow
+def test_one_of_four_ranks_killed_again_and_again_loses_nothing(tmp_path, small, tokenizer):
+    """Restarted by torchrun and by hand in turn, a sharded run is the run that nothing happened to.
+
+    KILLS=20 pytest -m slow tests/test_shards.py -k killed_again for more than the two of every day.
+    """
+    kills = int(os.environ.get("KILLS", 2))
+    SailVL(small).init_weights(0).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--steps", 4 + 3 * kills, "--out"]
+    whole = Launched(tmp_path / "whole.txt", 0, *options, tmp_path / "whole")
+    assert whole.process.wait(600) == 0, (tmp_path / "whole.txt").read_text()[-2000:]
+
+    # Half of the kills under one torchrun that starts its ranks again
+    out = tmp_path / "killed"
+    rng = random.Random(0)
+    said = tmp_path / "restarted.txt"
+    launched = Launched(said, kills, *options, out)
+    for _ in range(kills - kills // 2):
+        kill_on_the_way(launched, out, rng)
+    launched.process.terminate()
+    launched.process.wait(90)
+
+    # The rest with a command that is given again
+    for number in range(kills // 2):
+        said = tmp_path / f"{number}.txt"
+        launched = Launched(said, 0, *options, out)
+        rank = kill_on_the_way(launched, out, rng)
+        assert launched.process.wait(ENDS_WITHIN) != 0
+        # named by those that are left, or by the launcher if it is quicker
+        names = [
+            f"rank {rank} did not take part",
+            f"rank      : {rank} (local_rank: {rank})\n  exitcode  : -9",
+        ]
+        assert any(name in said.read_text() for name in names), said.read_text()[-2000:]
+    last = Launched(tmp_path / "last.txt", 0, *options, out)
+    assert last.process.wait(600) == 0, (tmp_path / "last.txt").read_text()[-2000:]
+
+    # Nothing lost, nothing put aside
+    rows = [
+        [
+            [json.loads(line)[key] for key in ("step", "lr", "loss", "grad_norm")]
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (tmp_path / "whole", out)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 4 + 3 * kills
+    assert not list((out / "checkpoints").glob("broken-*"))
+    for file in (tmp_path / "whole").glob("model*"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
