@@ -500,9 +500,7 @@ class RunOptions:
     experts: int = 0  # make a dense model a mixture of so many experts (upcycling), two a token
     out: Path = Path("runs/out")  # directory for the trained model and the log
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
-    workers: int = (
-        0  # processes on each rank that read and decode ahead, and one that packs; 0: none
-    )
+    workers: int = 0  # processes on each rank that read and decode ahead, and one packs; 0: none
     strict: bool = False  # make the first bad sample an error
     cache: Path = CACHE  # copies of remote shards, if --data is an address (s3://...)
     cache_gib: float = CACHE_BYTES / 2**30  # most that they may take on this machine
