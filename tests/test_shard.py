@@ -167,7 +167,7 @@ def cases_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
         "rl": Case(partial(reinforced, config=config, encoder=encoder), {}, norm=2e-5),
         "experts whole, recomputed": Case(partial(moe, recompute=True), {}),
         "experts spread": Case(moe, spread),
-        "the adapter alone": Case(partial(moe, accumulate=2, trains=("adapter",)), spread),
+        "the language model alone": Case(partial(moe, accumulate=2, trains=("llm",)), spread),
         "a crowd": Case(partial(crowded, config=moe_config, tokenizer=tokenizer), spread),
     }
 
@@ -201,7 +201,7 @@ def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
             partial(reinforced, config=moe_config, encoder=encoder), spread, norm=2e-5
         ),
     }
-    for parts in (("llm",), ("vision", "adapter")):
+    for parts in (("adapter",), ("vision", "adapter")):
         some[f"{parts} alone"] = Case(partial(moe, accumulate=2, trains=parts), spread)
     return some
 
