@@ -123,7 +123,7 @@ def train(
             # One update of the weights
             rate = stage.rate(step) * (search.scale if search else 1.0)
             row = {"step": step, "lr": rate, "data_seconds": round(waited, 3)}
-            with parallel.ranks_named():
+            with parallel.named_failure(mixed=True):
                 row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
 
             # A run of bad steps is no accident
