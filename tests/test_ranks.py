@@ -141,7 +141,7 @@ def test_when_its_launcher_is_killed_a_rank_ends(tmp_path):
 
     def launcher():
         if os.fork() == 0:
-            parallel.end_with_parent(every=0.05)
+            parallel.Watcher(every=0.05)
             note.write_text(str(os.getpid()))
             time.sleep(100)
             os._exit(0)
@@ -171,7 +171,7 @@ def test_a_rank_that_ignores_its_launchers_death_ends_all_the_same():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         real = os.getppid()
         os.getppid = lambda: real
-        parallel.end_with_parent(every=0.01, patience=0.05)
+        parallel.Watcher(every=0.01, patience=0.05)
         os.getppid = lambda: 1
         time.sleep(100)
 
@@ -368,15 +368,15 @@ def test_numbers_objects_gradients_and_divided_work(tmp_path):
         assert said[3] == [[10.0], [20.0] * 2, [30.0] * 3] and said[4] == [rank, 2]
 
 
-def test_ranks_leave_together(tmp_path):
+def test_ranks_leave_together_and_leave_no_thread_behind(tmp_path):
     def work(ranks):
         if ranks.rank == 0:
             time.sleep(0.3)
             (tmp_path / "done").write_text("late")
         parallel.stop()
-        return (tmp_path / "done").exists()
+        return [(tmp_path / "done").exists(), threading.active_count()]
 
-    assert as_ranks(work, tmp_path) == [True, True]
+    assert as_ranks(work, tmp_path) == [[True, 1], [True, 1]]
 
 
 def test_on_one_node_gloo_listens_on_the_loopback_interface_only(tmp_path):

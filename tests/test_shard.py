@@ -26,7 +26,7 @@ from scale import parallel
 from scale.layout import AXES, Layout
 from scale.parallel import Ranks
 from scale.shard import shard_model, whole_weights
-from stage import RLStage
+from stage import RLStage, Stage
 from vlm import PRESETS, SailVL
 
 
@@ -63,6 +63,39 @@ def ending(ranks, config, tokenizer):
     documents = [made_up_document(tokenizer, 0, number) for number in range(9)]
     data = Batches(iter(documents), LENGTH, ROWS, 1, tokenizer.pad, ranks.rank, ranks.size)
     return small_run(ranks, config, tokenizer, data=data, steps=10)
+
+
+def doubled(ranks, config, tokenizer, **changes):
+    """Two micro-batches a step, of which the first one's gradients wait for the second's."""
+
+    def steps():
+        rows = SameRows(tokenizer, ranks)
+        while True:
+            first = next(rows)
+            yield first + next(rows)
+
+    return small_run(ranks, config, tokenizer, data=steps(), **changes)
+
+
+def pictures_alone(ranks, config, encoder):
+    """The ViT's own stage, whose model is the ViT with a head."""
+    stage = Stage(
+        "image",
+        steps=2,
+        rows=4,
+        length=64,
+        objective="next_patch",
+        optimizer="adamw",
+        precision="fp32",
+        mixture={"counting": 1.0},
+    )
+    model = SailVL(config).init_weights(0)
+    torch.manual_seed(0)
+    run = fit(Setup(model, encoder, World(), ranks), stage)
+    return {
+        "loss": [row["loss"] for row in run.log],
+        "norm": [row["grad_norm"] for row in run.log],
+    }
 
 
 def stumbling(ranks, config, tokenizer):
@@ -134,14 +167,19 @@ def cases_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
         "rl": Case(partial(reinforced, config=config, encoder=encoder), {}, norm=2e-5),
         "experts whole, recomputed": Case(partial(moe, recompute=True), {}),
         "experts spread": Case(moe, spread),
-        "the adapter alone": Case(partial(moe, accumulate=2, trains=("adapter",)), spread),
+        "the language model alone": Case(partial(moe, accumulate=2, trains=("llm",)), spread),
         "a crowd": Case(partial(crowded, config=moe_config, tokenizer=tokenizer), spread),
     }
 
 
 def cases_on_four(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
     moe = partial(small_run, config=moe_config, tokenizer=tokenizer)
-    return {"copies of spread experts": Case(partial(moe, recompute=True), {"ep": 2})}
+    two = partial(doubled, config=moe_config, tokenizer=tokenizer)
+    return {
+        "copies of spread experts": Case(partial(moe, recompute=True), {"ep": 2}),
+        "two micro-batches": Case(two, {"ep": 2}),
+        "two micro-batches, summed at the end": Case(two, {"ep": 2, "zero": 1}),
+    }
 
 
 def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
@@ -155,6 +193,7 @@ def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
         "zero 3, rows one by one": Case(partial(dense, accumulate=2), {}),
         "zero 1, rows one by one": Case(partial(dense, accumulate=2), {"zero": 1}),
         "offload": Case(dense, {"offload": True}),
+        "pictures alone": Case(partial(pictures_alone, config=config, encoder=encoder), {}),
         "tied": Case(partial(small_run, config=tied, tokenizer=tokenizer), {}),
         "matrices by Muon": Case(partial(moe, optimizer="muon"), spread, 1e-5, 2e-5),
         "experts, offload": Case(moe, spread | {"offload": True}),
@@ -162,7 +201,7 @@ def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
             partial(reinforced, config=moe_config, encoder=encoder), spread, norm=2e-5
         ),
     }
-    for parts in (("llm",), ("vision", "adapter")):
+    for parts in (("adapter",), ("vision", "adapter")):
         some[f"{parts} alone"] = Case(partial(moe, accumulate=2, trains=parts), spread)
     return some
 
