@@ -443,16 +443,26 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 
 
 @contextmanager
-def named_failure() -> Iterator[None]:
-    """A collective that fails or times out becomes a ConnectionError that names the missing ranks."""
+def named_failure(mixed: bool = False) -> Iterator[None]:
+    """A collective that fails or times out becomes a ConnectionError that names the missing ranks.
+
+    mixed: there is other work among the collectives, whose own errors stay what they are.
+    """
     try:
         yield
     except RuntimeError as error:
+        if mixed and not from_transport(error):
+            raise
         rank, _ = place_of_all()
         raise ConnectionError(
             f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
             f"{first_line(error)})"
         ) from error
+
+
+def from_transport(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def missing_ranks() -> str:

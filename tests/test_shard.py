@@ -7,6 +7,7 @@ micro-batches one rank has pictures and another has none. All runs of one mesh s
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -387,6 +388,30 @@ def refusal(work) -> str:
 
 def few(config, experts: int):
     return replace(config, text=replace(config.text, num_experts=experts))
+
+
+def test_of_sharded_weights_a_rank_that_dies_is_named_and_other_errors_are_their_own(
+    tmp_path, config, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(parallel, "ROLL_CALL", 0.3)
+
+    def work(ranks):
+        def stumble(model, batch, stage):
+            raise RuntimeError("my own reason")
+
+        with pytest.raises(RuntimeError, match="my own reason"):
+            small_run(ranks, config, tokenizer, objective=stumble)
+
+        def die(model, batch, stage):
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answers(model, batch, stage)
+
+        small_run(ranks, config, tokenizer, objective=die)
+
+    first, second = as_ranks(work, tmp_path, 2, 20.0, Layout(shard=2))
+    assert second == -signal.SIGKILL
+    assert first.startswith("ConnectionError: rank 0: rank 1 did not take part in a collective")
 
 
 INTERPRETED = """
