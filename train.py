@@ -202,8 +202,19 @@ def one_step(
     own_weight = sum(batch.weight for batch in micro_batches)
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
-    # Forward and backward
-    collected = passes(model, micro_batches, objective, step_weight, stage, ranks)
+    # Forward and backward, a micro-batch at a time, here or over the stages of a pipeline
+    precision = autocast(stage, ranks.device)
+    collected: list[Statistics] = []
+    if isinstance(model, Staged):
+        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
+        collected = model.passes(work)
+    else:
+        for number, batch in enumerate(micro_batches, start=1):
+            begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
+            with precision:
+                loss, statistics = objective(model, batch.to(ranks.device), stage)
+            (loss / step_weight).backward()
+            collected.append(statistics)
     counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
@@ -243,33 +254,6 @@ def one_step(
         "tokens_per_second": all_tokens / seconds,
         "images_per_second": all_images / seconds,
     }
-
-
-def passes(
-    model: nn.Module,
-    micro_batches: list[Batch],
-    objective: Objective,
-    step_weight: float,
-    stage: BaseStage,
-    ranks: Ranks,
-) -> list[Statistics]:
-    """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
-
-    Gradients are added up in the parameters; returns what the objective said of each micro-batch.
-    """
-    precision = autocast(stage, ranks.device)
-    if isinstance(model, Staged):
-        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
-        return model.passes(work)
-
-    said = []
-    for number, batch in enumerate(micro_batches, start=1):
-        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
-        with precision:
-            loss, statistics = objective(model, batch.to(ranks.device), stage)
-        (loss / step_weight).backward()
-        said.append(statistics)
-    return said
 
 
 def summed(
