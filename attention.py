@@ -23,7 +23,8 @@ The choice of an implementation, made in `packed_attention` alone:
 
     all equally long, none continues another    one batched SDPA call (the ViT on tiles), any device
     CUDA, half precision                        `torch.nn.attention.varlen` (flash attention over `cu`)
-    otherwise (CPU, NPU, MPS)                   SDPA, one call for each document: exact everywhere, and
+    an Ascend NPU, half precision               torch_npu's fused attention (kernels/npu.py; not run here)
+    otherwise (CPU, MPS)                        SDPA, one call for each document: exact everywhere, and
                                                 on a CPU several times faster than a dense
                                                 block-diagonal mask, as no score outside it is computed
 """
@@ -76,10 +77,10 @@ class Segments:
         # Nothing continues anything: the same as saying nothing.
         if after == tuple(range(len(after))):
             after = ()
-        return Segments(lengths, running_sum(lengths).to(device), after)
+        return Segments(lengths, running_sum(lengths).to(device, non_blocking=True), after)
 
     def to(self, device) -> "Segments":
-        return Segments(self.lengths, self.cu.to(device), self.after)
+        return Segments(self.lengths, self.cu.to(device, non_blocking=True), self.after)
 
     def positions(self) -> Tensor:
         """(S,) int64: from 0 in every document, or from where the continued one ends."""
@@ -89,7 +90,7 @@ class Segments:
             parent = self.after[document] if self.after else document
             start = self.lengths[parent] if parent != document else 0
             parts.append(torch.arange(start, start + length))
-        return torch.cat(parts).to(self.cu.device)
+        return torch.cat(parts).to(self.cu.device, non_blocking=True)
 
     @cached_property
     def keys(self) -> tuple[Tensor, "Segments"]:
@@ -111,7 +112,7 @@ class Segments:
             places += visible
             counts.append(len(visible))
         device = self.cu.device
-        return torch.tensor(places, device=device), Segments.of(counts, device)
+        return torch.tensor(places).to(device, non_blocking=True), Segments.of(counts, device)
 
 
 def running_sum(lengths: tuple[int, ...]) -> Tensor:
@@ -147,8 +148,13 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal
     # The fastest way that this device and these documents allow.
     if len(set(segments.lengths)) == 1 and not segments.after:
         return attend_as_batch(q, k, v, len(segments.lengths), causal)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.is_cuda and half:
         return attend_by_flash(q, k, v, segments, visible, causal)
+    if q.device.type == "npu" and half:
+        from kernels.npu import attend_by_npu  # other devices have no use for it
+
+        return attend_by_npu(q, k, v, segments, visible, causal)
     return attend_one_by_one(q, k, v, segments, visible, causal)
 
 

@@ -60,8 +60,10 @@ from graders import (
 from infra.cli import command
 from infra.device import pick_device
 from infra.judge import JUDGE
+from infra.stopping import check_stop
 from rewards import answer_reward
 from scale import parallel
+from scale.experts import catch_up
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -287,6 +289,7 @@ def ask(
         answers[place] = tried[0]
 
     # every rank gets all answers, and counts all faults
+    catch_up(model, check_stop)
     if faults is not None:
         for fault in parallel.gather(bad):
             faults.add(fault)

@@ -16,9 +16,11 @@ Legend: P prompts, n samples each, B = P * n rows, S tokens of all prompts, T ca
 heads, G key/value heads, D head size, V words.
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
 
@@ -197,45 +199,81 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     start: list[int] = (),
+    at_once: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens as they are chosen: each step yields (rows, ids, log-probabilities), (n,) each, of the
     rows that are still going.
 
     prompts: (ids, image arrays) each, as from `Encoder.prompt`. Rows `p * samples` and on answer
     prompt p. `end`: one stop token or several (`Tokenizer.ends`). `start` is appended to every prompt
-    (e.g. `<think>`) and not part of the answer. Raises ValueError for no prompts.
+    (e.g. `<think>`) and not part of the answer. at_once: rows that the cache has room for; the others
+    wait for their turn (0: all at once). Raises ValueError for no prompts.
     """
     if not prompts:
         raise ValueError("nothing to generate: no prompts")
-    llm = model.language_model
-    device = llm.lm_head.weight.device
+    device = model.language_model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
 
-    # all prompts, one after another, and their pixels
+    # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
+    stops = torch.tensor([*stop_tokens(end), model.image_token_id], device=device)
     ids = [list(prompt) + list(start) for prompt, _ in prompts]
-    packed = torch.tensor([i for row in ids for i in row], device=device)[None]  # (1, S)
     images = [array for _, arrays in prompts for array in arrays]
+    shared, logits = prefill_prompts(model, ids, images, max_new)
+
+    # a row of the cache for every sample of a group, each of which draws its own first token; the
+    # prompts' own rows stay until the last turn has taken what it needs
+    prompt_of_row = torch.arange(len(ids), device=device).repeat_interleave(samples)  # (B,)
+    rows = torch.arange(len(prompt_of_row), device=device)
+    turns = rows.split(at_once or len(rows))
+    choose = partial(
+        next_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
+    for number, turn in enumerate(turns, start=1):
+        cache = shared if number == len(turns) else copy.copy(shared)
+        mine = prompt_of_row[turn]
+        cache.select(mine)
+        first = logits.index_select(0, mine)
+        yield from decode_rows(model, cache, turn, first, choose, stops, max_new)
+
+
+def prefill_prompts(
+    model: SailVL, ids: list[list[int]], images: list[np.ndarray], max_new: int
+) -> tuple[Cache, Tensor]:
+    """One forward for all P prompts: their cache, with room for answers, and logits (P, V)."""
+    # all prompts, one after another, and their pixels
+    llm = model.language_model
+    device = llm.lm_head.weight.device
+    packed = torch.tensor([i for row in ids for i in row], device=device)[None]  # (1, S)
     pixels = normalise(images) if images else None
     if isinstance(pixels, list):
         pixels = [image.to(device) for image in pixels]
     elif pixels is not None:
         pixels = pixels.to(device)
 
-    # one forward for the prompts; then a row of the cache for every sample of a group, each of which
-    # draws its own first token
+    # through the model, the keys into the cache; only the last token of each is asked for the next
     cache = Cache(llm, [len(row) for row in ids], max_new, llm.lm_head.weight)
     hidden = llm(model.embed(packed, pixels), cache.segments.positions(), cache.prefill)  # (S, C)
     last = hidden.index_select(0, (cache.segments.cu[1:] - 1).long())  # (P, C)
-    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)  # (B,)
-    cache.select(rows)
-    logits = llm.lm_head(last).index_select(0, rows)  # (B, V)
+    return cache, llm.lm_head(last)
 
-    # an image token cannot be answered with: no pixels belong to it, so it ends the row, unfinished
-    stops = torch.tensor([*stop_tokens(end), model.image_token_id], device=device)
-    alive = torch.arange(len(rows), device=device)  # the answer of each row of the cache
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+
+def decode_rows(
+    model: SailVL,
+    cache: Cache,
+    alive: Tensor,
+    logits: Tensor,
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]],
+    stops: Tensor,
+    max_new: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`stream` for the rows of a cache: alive (B,) is the answer of each, logits (B, V) its first.
+
+    choose: logits -> ids and log-probabilities of the next tokens.
+    """
+    llm = model.language_model
+    ended = torch.zeros(len(alive), dtype=torch.bool, device=alive.device)
     for t in range(max_new):
-        picked, scores = next_token(logits, temperature, top_k, top_p, generator)
+        picked, scores = choose(logits)
         going = ~ended
         yield alive[going], picked[going], scores[going]
 
@@ -268,6 +306,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     start: list[int] = (),
+    at_once: int = 0,
     each_step: Callable[[], None] | None = None,
 ) -> list[Answer]:
     """Whole answers, `samples` per prompt, in prompt order. Arguments and errors are those of
@@ -277,18 +316,20 @@ def generate(
     device = model.language_model.lm_head.weight.device
     table = torch.full((B, max_new), -1, dtype=torch.long, device=device)
     scores = torch.zeros(B, max_new, device=device)
-    steps = stream(model, prompts, end, max_new, samples, temperature, top_k, top_p, seed, start)
-    for t, (rows, picked, score) in enumerate(steps):
-        table[rows, t] = picked
-        scores[rows, t] = score
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    sampling = (samples, temperature, top_k, top_p, seed, start, at_once)
+    for rows, picked, score in stream(model, prompts, end, max_new, *sampling):
+        place = lengths[rows]
+        table[rows, place] = picked
+        scores[rows, place] = score
+        lengths[rows] = place + 1
         if each_step is not None:
             each_step()
 
     # and cut each row where its answer ends
     stops = stop_tokens(end)
-    counts = (table >= 0).sum(1).tolist()
     answers = []
-    for i, (row, score, n) in enumerate(zip(table.tolist(), scores.tolist(), counts)):
+    for i, (row, score, n) in enumerate(zip(table.tolist(), scores.tolist(), lengths.tolist())):
         answers.append(Answer(i // samples, row[:n], score[:n], row[n - 1] in stops))
     return answers
 

@@ -21,6 +21,7 @@ uses them).
 """
 
 from dataclasses import dataclass, replace
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attend
 from infra import weights
 from infra.config import read_config, read_llm, write_llm
-from moe import Decisions, MoE
+from moe import HAS_TRITON, Decisions, MoE
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.dtype in (torch.float32, torch.float64)
-        if wide and torch.is_grad_enabled():
-            return FusedRMSNorm.apply(x, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps)
+        return choose_elementwise(x).rms_norm(x, self.weight, self.eps)
 
 
 # ------------------------------------------------------------------------------ rotary positions
@@ -141,6 +139,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x (S, heads, D): coordinate i is paired with i + D/2 ("half rotation")."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# -------------------------------------------------------------------------- between the products
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both (S, I)."""
+    return F.silu(gate) * up
+
+
+class Elementwise(NamedTuple):
+    """What a block does between its matrix products: three functions, in one implementation of each."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+DEFINITIONS = Elementwise(rms_norm, swiglu, rotate)
+WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, swiglu, rotate)
+
+
+def choose_elementwise(x: Tensor) -> Elementwise:
+    """The functions to use where x is.
+
+    On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
+    compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
+    training in full precision the norm with its backward pass written out.
+    """
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return DEFINITIONS
+    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
+        from kernels.block_triton import rms_norm_triton, rotate_triton, swiglu_triton
+
+        return Elementwise(rms_norm_triton, swiglu_triton, rotate_triton)
+
+    wide = x.dtype in (torch.float32, torch.float64)
+    return WRITTEN_OUT if wide and torch.is_grad_enabled() else DEFINITIONS
 
 
 # ------------------------------------------------------------------------------------- the block
@@ -174,8 +210,9 @@ class SelfAttention(nn.Module):
         # Queries and keys of one length, so that no head's logits can explode; then their positions.
         q = self.q_norm(q)
         k = self.k_norm(k)
-        q = rotate(q, *rope)
-        k = rotate(k, *rope)
+        turn = choose_elementwise(q).rotate
+        q = turn(q, *rope)
+        k = turn(k, *rope)
 
         # What may be seen is not this file's business.
         out = attend(layer, q, k, v)  # (S, H, D)
@@ -195,7 +232,9 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, routing: Decisions | None = None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)  # (S, I)
+        up = self.up_proj(x)
+        return self.down_proj(choose_elementwise(gate).swiglu(gate, up))
 
 
 class Block(nn.Module):

@@ -15,11 +15,12 @@ z (S*K, 2I). Sources: Qwen3-MoE as released; SAIL-VL2 section 2.2, which names "
 load-balancing loss and average activation across ranks" and gives no formula: the loss below is the
 standard one of Switch and Qwen3-MoE.
 
-Three ways to compute the same, with one signature:
+Four ways to compute the same, with one signature:
 
     expert_mixture              the definition; any dtype; reads only the experts that were hit,
                                 which is what decoding wants
     expert_mixture_grouped      one autograd function around grouped products; the CPU's fast path
+    expert_mixture_npu          the same with an Ascend NPU's grouped product (kernels/npu.py; not run here)
     expert_mixture_triton       the same on a GPU (kernels/moe_triton.py)
 
 `choose_path` is the one place that picks; tests compare outputs and all gradients.
@@ -106,15 +107,15 @@ class Replay(Decisions):
         place = self.places.setdefault(id(layer), len(self.places))
         return self.choices[place]
 
-    def rerouted_share(self) -> float:
-        """Share of the replayed choices that the present router would not make."""
+    def rerouted_share(self) -> Tensor:
+        """Share of the replayed choices that the present router would not make: a scalar."""
         kept = []
         for routing, choices in zip(self, self.choices, strict=True):
             k = choices.shape[1]
             own = routing.logits.topk(k, dim=-1).indices
             same = choices[:, :, None] == own[:, None]  # (S, K, K)
             kept.append(same.any(2).float().mean())
-        return 1 - float(sum(kept)) / len(kept)
+        return 1 - torch.stack(kept).mean()
 
 
 def route(
@@ -178,19 +179,34 @@ def expert_mixture_grouped(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """The same by one sort and grouped products: no loop, and no zeroed full-size gradients."""
-    return GroupedExperts.apply(x, indices, weights, gate_up, down)
+    return GroupedExperts.apply(x, indices, weights, gate_up, down, F.grouped_mm)
+
+
+def expert_mixture_npu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`expert_mixture_grouped` by the grouped product of an Ascend NPU."""
+    from kernels.npu import grouped_product_npu  # other devices have no use for it
+
+    return GroupedExperts.apply(x, indices, weights, gate_up, down, grouped_product_npu)
 
 
 class GroupedExperts(torch.autograd.Function):
     """Sort, two grouped products, weighted sum; expert e owns the rows ends[e - 1] : ends[e].
 
     Autograd would keep the sorted copy of x, silu(gate), a and y as well; this keeps x and z and
-    computes the rest again. Gradients of frozen inputs are not computed.
+    computes the rest again. Gradients of frozen inputs are not computed. product: as `F.grouped_mm`.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+        ctx,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        product: Callable[..., Tensor],
     ) -> Tensor:
         gate_up = gate_up.contiguous()  # grouped products want rows of whole 16 bytes
         down = down.contiguous()
@@ -200,18 +216,18 @@ class GroupedExperts(torch.autograd.Function):
         order = expert.argsort(stable=True)
         rows = torch.arange(len(order), device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows).view_as(indices)  # (S, K)
-        counts = torch.bincount(expert, minlength=gate_up.shape[0])
-        ends = counts.cumsum(0).to(torch.int32)  # (E,)
+        ends = slots_of(expert, gate_up.shape[0]).cumsum(0).to(torch.int32)  # (E,)
 
         # Every expert on its own rows.
         token = order // indices.shape[1]
         x_rows = x.index_select(0, token)  # (S*K, C)
-        z = F.grouped_mm(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
+        z = product(x_rows, gate_up.transpose(1, 2), offs=ends)  # (S*K, 2I)
         del x_rows  # before y exists, which is as large
         gate, up = z.chunk(2, dim=-1)
         a = F.silu(gate).mul_(up)  # (S*K, I)
-        y = F.grouped_mm(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
+        y = product(a, down.transpose(1, 2), offs=ends)  # (S*K, C)
 
+        ctx.product = product
         ctx.save_for_backward(x, z, weights, order, inverse, ends, gate_up, down)
         return combine_slots(y, inverse, weights)
 
@@ -219,7 +235,8 @@ class GroupedExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, z, weights, order, inverse, ends, gate_up, down = ctx.saved_tensors
-        needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad
+        needs_x, _, needs_weights, needs_gate_up, needs_down, _ = ctx.needs_input_grad
+        product = ctx.product
         d_x = d_weights = d_gate_up = d_down = None
 
         # What the forward pass had and did not keep.
@@ -232,7 +249,7 @@ class GroupedExperts(torch.autograd.Function):
         # Through the sum over slots and W2: to a, as if every routing weight were 1.
         grad_rows = grad.contiguous().index_select(0, token)  # (S*K, C)
         if needs_x or needs_weights or needs_gate_up:
-            d_a = F.grouped_mm(grad_rows, down, offs=ends)  # (S*K, I)
+            d_a = product(grad_rows, down, offs=ends)  # (S*K, I)
 
         # To the routing weights: <dO, y> = <dO W2, a>, and the second form needs no y.
         if needs_weights:
@@ -240,7 +257,7 @@ class GroupedExperts(torch.autograd.Function):
 
         # To W2, with the routing weight on the smaller of the two factors.
         if needs_down:
-            d_down = F.grouped_mm(grad_rows.T, a.mul_(share), offs=ends)  # (E, C, I)
+            d_down = product(grad_rows.T, a.mul_(share), offs=ends)  # (E, C, I)
 
         # Through SwiGLU to z, and from there to x and W13.
         if needs_x or needs_gate_up:
@@ -250,11 +267,20 @@ class GroupedExperts(torch.autograd.Function):
             d_z = torch.cat([d_gate, d_up], dim=-1)  # (S*K, 2I)
             del d_gate
         if needs_x:
-            d_x = combine_slots(F.grouped_mm(d_z, gate_up, offs=ends), inverse)  # (S, C)
+            d_x = combine_slots(product(d_z, gate_up, offs=ends), inverse)  # (S, C)
         if needs_gate_up:
             x_rows = x.index_select(0, token)
-            d_gate_up = F.grouped_mm(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
-        return d_x, None, d_weights, d_gate_up, d_down
+            d_gate_up = product(d_z.T, x_rows, offs=ends)  # (E, 2I, C)
+        return d_x, None, d_weights, d_gate_up, d_down, None
+
+
+def slots_of(experts: Tensor, E: int, counted: Tensor | None = None) -> Tensor:
+    """(E,) int64: how often each expert stands in `experts` (n,), where `counted` (n,) bool says so.
+
+    `bincount` would do, but on an accelerator it makes the host wait, to look at the largest number.
+    """
+    ones = torch.ones_like(experts) if counted is None else counted.to(experts.dtype)
+    return experts.new_zeros(E).scatter_add_(0, experts, ones)
 
 
 def combine_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -284,6 +310,9 @@ def choose_path(x: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor) -> Ca
         from kernels.moe_triton import expert_mixture_triton  # a CPU has no use for Triton
 
         return expert_mixture_triton
+
+    if x.device.type == "npu":
+        return expert_mixture_npu
 
     many_slots = indices.numel() >= gate_up.shape[0]
     return expert_mixture_grouped if many_slots else expert_mixture
@@ -381,16 +410,15 @@ def tokens_per_expert(routing: Iterable[Routing], keep: Tensor | None = None) ->
     """(layers, E) how many slots each expert received; `keep` (S,) bool leaves tokens out."""
     counts = []
     for r in routing:
-        indices = r.indices if keep is None else r.indices[keep]
-        experts = r.logits.shape[-1]
-        count = torch.bincount(indices.reshape(-1), minlength=experts)
+        counted = None if keep is None else keep[:, None].expand_as(r.indices).reshape(-1)
+        count = slots_of(r.indices.reshape(-1), r.logits.shape[-1], counted)
         counts.append(count.float())
     return torch.stack(counts)
 
 
 def expert_load(indices: Tensor, experts: int) -> Tensor:
     """(E,) share of the routed slots that each expert received; sums to 1."""
-    counts = torch.bincount(indices.reshape(-1), minlength=experts)
+    counts = slots_of(indices.reshape(-1), experts)
     return counts.float() / max(indices.numel(), 1)
 
 
@@ -401,7 +429,10 @@ def entropy(load: Tensor) -> Tensor:
 
 
 def all_logits(routing: Iterable[Routing], keep: Tensor | None) -> Tensor:
-    """(layers * S, E), less the tokens that `keep` (S,) bool leaves out."""
+    """(layers * S, E), less the tokens that `keep` leaves out.
+
+    keep: (S,) bool, or the positions (n,) int64, whose number nobody has to wait for.
+    """
     return torch.cat([r.logits if keep is None else r.logits[keep] for r in routing])
 
 
@@ -429,12 +460,12 @@ def earlier_sums(routing: Iterable[Routing]) -> RouterSums | None:
 def balance_loss(
     routing: Iterable[Routing],
     keep: Tensor | None = None,
-    everyone: tuple[Tensor, float] | None = None,
+    everyone: tuple[Tensor, Tensor | float] | None = None,
 ) -> Tensor:
     """E * sum_e f_e P_e over the tokens of all layers together, as in Qwen3-MoE.
 
     f_e: how often expert e was chosen per token (over e it sums to K). P_e: its mean probability. The
-    loss is K at perfect balance and more when skewed. `keep` (S,) bool leaves padding out.
+    loss is K at perfect balance and more when skewed. `keep` (as in `all_logits`) leaves padding out.
 
     Balance is wanted over the global batch: a rank whose few documents are all of one kind should be
     free to use few experts. everyone: the choices (E,) and the number of token decisions of all

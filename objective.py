@@ -11,15 +11,17 @@ included, is shared.
 
 An objective returns the *sum* of its weighted losses over the batch; the loop divides by the weight of
 the whole step over all ranks, so that no split of a batch changes a gradient (but of the router's
-losses, which are of one micro-batch each: see `router_losses`). Statistics are sums too,
-divided by the same weight, except "tasks", which the loop averages per task, and "expert_counts".
+losses, which are of one micro-batch each: see `router_losses`). Statistics are sums too, divided by
+the same weight, except "means", which count as often as the batch weighs, "tasks", which the loop
+averages per task, and "expert_counts". They stay where they were computed: the loop fetches those of
+all micro-batches at once (`fetch`), when the step is over and the device has nothing left to do.
 
 Legend: B rows, T tokens a row, n supervised positions, N completions, L longest completion, E experts.
 Sources: SAIL-VL2 section 4.2 (Eq. 2 and 3), section 2.2 (balance over ranks), Qwen3-MoE (its formula).
 """
 
 from collections import defaultdict
-from typing import Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ from stage import BaseStage, RLStage, Stage
 from vit import ViT, patchify
 from vlm import SailVL
 
-Statistics = dict[str, float]
+Statistics = dict[str, Any]
 Objective = Callable[[nn.Module, Batch, BaseStage], tuple[Tensor, Statistics]]
 
 
@@ -50,10 +52,10 @@ def supervised(model: SailVL, batch: Batch, stage: Stage) -> tuple[Tensor, Stati
     routing = moe.Decisions() if model.config.text.num_experts else None
 
     # log p, at supervised positions only
-    labels = batch.labels.reshape(-1)  # (B*T,)
-    at = (labels >= 0).nonzero()[:, 0]  # (n,)
+    at = batch.at  # (n,)
+    labels = batch.labels.reshape(-1)[at]
     logprobs = model.logprobs(
-        batch.ids, batch.images, batch.positions, batch.segments, at, labels[at], routing=routing
+        batch.ids, batch.images, batch.positions, batch.segments, at, labels, routing=routing
     )
 
     # Weighted, and told apart by task for the log
@@ -61,8 +63,8 @@ def supervised(model: SailVL, batch: Batch, stage: Stage) -> tuple[Tensor, Stati
     losses = -logprobs * token_weights  # (n,)
     total = losses.sum()
     statistics = {
-        "loss": float(total.detach()),
-        "tasks": loss_by_task(losses.detach(), token_weights, at, batch),
+        "loss": total.detach(),
+        "tasks": document_losses(losses.detach(), token_weights, at, batch),
     }
 
     if routing:
@@ -72,22 +74,57 @@ def supervised(model: SailVL, batch: Batch, stage: Stage) -> tuple[Tensor, Stati
     return total, statistics
 
 
-def loss_by_task(
-    losses: Tensor, token_weights: Tensor, at: Tensor, batch: Batch
-) -> dict[str, tuple[float, float]]:
-    """(sum of losses, sum of weights) of each task, for losses (n,) at the flat positions `at` (n,)."""
+def document_losses(losses: Tensor, token_weights: Tensor, at: Tensor, batch: Batch) -> Tensor:
+    """(documents, 2): sums of losses and of weights, for losses (n,) at the flat positions `at` (n,)."""
     # Which document a position belongs to
     ends = batch.segments.cu[1:].to(at.dtype)
     document = torch.bucketize(at, ends, right=True)  # (n,)
     sums = losses.new_zeros(len(batch.owners), 2)
-    sums.index_add_(0, document, torch.stack((losses, token_weights), 1))
+    return sums.index_add_(0, document, torch.stack((losses, token_weights), 1))
 
+
+def loss_by_task(owners: list[str], sums: list[list[float]]) -> dict[str, tuple[float, float]]:
+    """(sum of losses, sum of weights) of each task, from those of the documents that it owns."""
     by_task: dict[str, tuple[float, float]] = {}
-    for task, (document_loss, document_weight) in zip(batch.owners, sums.tolist()):
+    for task, (document_loss, document_weight) in zip(owners, sums):
         if document_weight:
             task_loss, task_weight = by_task.get(task, (0.0, 0.0))
             by_task[task] = task_loss + document_loss, task_weight + document_weight
     return by_task
+
+
+def fetch(tree: Any) -> Any:
+    """The same dicts, lists and tuples with Python numbers (lists, for more than one) for tensors.
+
+    One copy from the device, and so one wait for it, however many tensors there are.
+    """
+    tensors = list(tensors_of(tree))
+    if not tensors:
+        return tree
+    numbers = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).cpu()
+    parts = numbers.split([tensor.numel() for tensor in tensors])
+    shaped = [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors)]
+    return with_numbers(tree, iter(shaped))
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """All tensors of nested dicts, lists and tuples."""
+    if torch.is_tensor(tree):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors_of(part)
+
+
+def with_numbers(tree: Any, numbers: Iterator) -> Any:
+    """The same with the next of `numbers` in place of each tensor."""
+    if torch.is_tensor(tree):
+        return next(numbers)
+    if isinstance(tree, dict):
+        return {key: with_numbers(part, numbers) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(with_numbers(part, numbers) for part in tree)
+    return tree
 
 
 # ------------------------------------------------------------------------- mixture of experts
@@ -104,25 +141,25 @@ def router_losses(
     since the gradient of the first micro-batch would have to wait for the routing of the last.
     """
     counts, weight = expert_counts(routing, batch, model.image_token_id)
-    own_weight = batch.weight
     # (a batch of padding decides nothing)
-    decisions = max(float(counts.sum()) / model.config.text.num_experts_per_tok, 1.0)
+    decisions = (counts.sum() / model.config.text.num_experts_per_tok).clamp_min(1.0)
     everyone = (counts.sum((0, 1)), decisions)
 
     # The losses
-    balance = weight * moe.balance_loss(routing, batch.real(), everyone)
+    balance = weight * moe.balance_loss(routing, batch.real_at, everyone)
     total = stage.balance * balance
     if stage.router_z:
-        total = total + stage.router_z * moe.z_loss(routing, batch.real()) * own_weight
+        total = total + stage.router_z * moe.z_loss(routing, batch.real_at) * batch.weight
 
     # How evenly the experts are used, by kind of token and layer; and the counts themselves, for
     # balancing by a bias, which moves after the step
-    statistics = {"balance": float(balance.detach())}
+    means = {}
+    for kind, entropies in zip(("text", "vision"), moe.entropy(counts)):
+        for layer, entropy in enumerate(entropies):
+            means[f"{kind}_entropy_{layer}"] = entropy
+    statistics = {"balance": balance.detach(), "means": means}
     if stage.expert_bias_rate:
         statistics["expert_counts"] = counts.sum(0)
-    for kind, entropies in zip(("text", "vision"), moe.entropy(counts).tolist()):
-        for layer, entropy in enumerate(entropies):
-            statistics[f"{kind}_entropy_{layer}"] = entropy * own_weight
     return total, statistics
 
 
@@ -136,8 +173,8 @@ def expert_counts(routing: moe.Decisions, batch: Batch, image_token: int) -> tup
         counts = torch.cat([routing.earlier.counts, counts], 1)
     if not torch.is_grad_enabled():
         return counts, batch.weight
-    *summed, weight = parallel.total(*counts.flatten().tolist(), batch.weight)
-    return torch.tensor(summed, device=counts.device).view_as(counts), weight
+    (weight,) = parallel.total(batch.weight)
+    return parallel.sum_where_it_lies(counts.long()).float(), weight
 
 
 def own_counts(routing: moe.Decisions, batch: Batch, image_token: int) -> Tensor:
@@ -190,26 +227,25 @@ def policy(model: SailVL, batch, stage: RLStage) -> tuple[Tensor, Statistics]:
         stage.high,
         aggregation,
     )
-    means = (
-        batch.stats | {"clip_fraction": float(clip_fraction)} | policy_shift(logp.detach(), batch)
-    )
+    means = batch.stats | {"clip_fraction": clip_fraction} | policy_shift(logp.detach(), batch)
 
     # A leash to the model that the stage began with
+    statistics: Statistics = {"means": {}}
     if batch.reference is not None:
         distance = kl_penalty(logp, batch.reference, batch.mask, stage.estimator)
         penalty = aggregate(distance, batch.mask, aggregation)
         total = total + stage.kl * penalty
-        means["kl_reference"] = float(penalty.detach()) / max(batch.weight, 1e-8)
+        statistics["kl_reference"] = penalty.detach()
 
-    # Statistics are sums that the loop divides by the weight
-    statistics = {}
+    # Experts are kept alive here as anywhere
     if routing:
-        router_loss, statistics = router_losses(model, routing, batch, stage)
+        router_loss, router_statistics = router_losses(model, routing, batch, stage)
         total = total + router_loss
+        statistics |= router_statistics
     if batch.choices:
         means["rerouted"] = routing.rerouted_share()
-    statistics |= {key: value * batch.weight for key, value in means.items()}
-    return total, statistics | {"loss": float(total.detach())}
+    statistics["means"] |= means
+    return total, statistics | {"loss": total.detach()}
 
 
 def policy_shift(logp: Tensor, batch) -> Statistics:
@@ -225,10 +261,10 @@ def policy_shift(logp: Tensor, batch) -> Statistics:
     by_sequence = sequence_log_ratio(logp, batch.old, mask)  # (N, 1)
     k3 = by_token.exp() - 1 - by_token
     return {
-        "entropy": float(-(batch.old * mask).sum() / tokens),
-        "kl": float((k3 * mask).sum() / tokens),
-        "spread": float((by_token.square().sum() / tokens).sqrt()),
-        "spread_sequence": float(by_sequence.square().mean().sqrt()),
+        "entropy": -(batch.old * mask).sum() / tokens,
+        "kl": (k3 * mask).sum() / tokens,
+        "spread": (by_token.square().sum() / tokens).sqrt(),
+        "spread_sequence": by_sequence.square().mean().sqrt(),
     }
 
 
@@ -281,7 +317,7 @@ class PatchPredictor(nn.Module):
 def next_patch(model: PatchPredictor, batch, stage: BaseStage) -> tuple[Tensor, Statistics]:
     """Squared error of the next patch on a `recipe.Pixels` batch."""
     total = model.loss(batch.images, batch.prefix) * batch.weight
-    return total, {"loss": float(total.detach())}
+    return total, {"loss": total.detach()}
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -18,8 +18,10 @@ section 5.1 describes stream packing with a buffer per node and visual packing, 
 rule: oldest first with subset-sum is our choice.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Iterator
 
 import numpy as np
@@ -60,37 +62,49 @@ class Batch:
     count: int = 0
     per_sample: bool = False
 
-    @property
+    @cached_property
     def weight(self) -> float:
         return float(self.count) if self.per_sample else float(self.weights.sum())
+
+    @cached_property
+    def at(self) -> Tensor:
+        """(n,) int64: flat positions that have a label."""
+        return (self.labels.reshape(-1) >= 0).nonzero()[:, 0]
+
+    @cached_property
+    def real_at(self) -> Tensor:
+        """(n,) int64: flat positions that belong to a document."""
+        return self.real().nonzero()[:, 0]
 
     def real(self) -> Tensor:
         """(B*T,) bool: positions that belong to a document."""
         lengths = torch.tensor(self.segments.lengths)
         real = torch.tensor([owner != PADDING for owner in self.owners])
-        return real.repeat_interleave(lengths).to(self.ids.device)
+        return real.repeat_interleave(lengths).to(self.ids.device, non_blocking=True)
 
     def to(self, device) -> "Batch":
+        """The same on a device, in copies that the host does not wait for.
+
+        What has a size that only the numbers tell (`at`, `real_at`) is worked out before: there,
+        each would be a wait for all work that the device has before it.
+        """
         if str(device) == "cpu":
             return self
-        # images of different sizes are a list
-        images = self.images
-        if isinstance(images, list):
-            images = [image.to(device) for image in images]
-        elif images is not None:
-            images = images.to(device)
-        return Batch(
-            self.ids.to(device),
-            self.labels.to(device),
-            self.weights.to(device),
-            self.positions.to(device),
-            self.segments.to(device),
-            images,
-            self.owners,
-            self.filled,
-            self.count,
-            self.per_sample,
-        )
+        known_here = (self.weight, self.at, self.real_at)
+        assert all(value is not None for value in known_here), "a batch without positions"
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            vars(moved)[name] = moved_to(device, value)
+        return moved
+
+
+def moved_to(device, value):
+    """A tensor, `Segments` or a list of tensors on a device; anything else as it is."""
+    if isinstance(value, list):
+        return [moved_to(device, part) for part in value]
+    if torch.is_tensor(value):
+        return value.to(device, non_blocking=True)
+    return value.to(device) if isinstance(value, Segments) else value
 
 
 # ----------------------------------------------------------------------------------------- choosing

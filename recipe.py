@@ -345,7 +345,7 @@ class Pixels:
     weight: float = 1.0
 
     def to(self, device) -> "Pixels":
-        return replace(self, images=self.images.to(device))
+        return replace(self, images=self.images.to(device, non_blocking=True))
 
 
 def pixel_batches(
@@ -590,11 +590,7 @@ def settled(options: RunOptions, defaults: RunOptions, setup: Setup) -> RunOptio
     refuse_unused(options, defaults, setup.model)
     stage = resolved(options.stage, setup.model)
     refuse_impossible(stage)
-    if options.layout.pp > 1 and stage.objective != "supervised":
-        raise ValueError(
-            f"--layout.pp {options.layout.pp}: a pipeline wants micro-batches of one size, packed rows; "
-            f"{stage.name} has others: use --layout.shard"
-        )
+    refuse_in_stages(stage, options.layout)
     return replace(options, stage=replace(stage, steps=steps_of(setup, stage)))
 
 
@@ -610,6 +606,15 @@ def refuse_impossible(stage: BaseStage) -> None:
     if (stage.objective == "policy") != isinstance(stage, RLStage):
         raise ValueError(
             f"--objective {stage.objective}: policy belongs to the stages of rl.py, which take no other"
+        )
+
+
+def refuse_in_stages(stage: BaseStage, layout: Layout) -> None:
+    """Raises ValueError for a stage that cannot train in a pipeline."""
+    if layout.pp > 1 and stage.objective != "supervised":
+        raise ValueError(
+            f"--layout.pp {layout.pp}: a pipeline wants micro-batches of one size, packed rows; stage "
+            f"{stage.name} has others, use --layout.shard"
         )
 
 

@@ -44,6 +44,7 @@ from objective import sampled_logprobs
 from packing import Batch
 from policy_losses import AGGREGATIONS, ALGORITHMS, divisor, overlong_penalty
 from scale import parallel
+from scale.experts import catch_up
 from scale.parallel import Ranks
 from scale.shard import whole_weights
 from stage import RLStage
@@ -75,6 +76,8 @@ def oddities(stage: RLStage, experts: int = 0) -> list[str]:
         raise ValueError(
             f"--overlong {stage.overlong} leaves no length of {stage.max_new} unpunished"
         )
+    if stage.at_once < 0:
+        raise ValueError(f"--at-once {stage.at_once}: at least 1 answer, or 0 for all of a call")
     if stage.accumulate < 1:
         raise ValueError(f"--accumulate {stage.accumulate}: at least 1 micro-batch in RL")
     if stage.kl and stage.estimator not in ("k1", "k2", "k3"):
@@ -147,19 +150,6 @@ class RolloutBatch(Batch):
     @property
     def weight(self) -> float:
         return self.divisor
-
-    def to(self, device) -> "RolloutBatch":
-        if str(device) == "cpu":
-            return self
-        moved = {}
-        for name in ("at", "sequence", "place", "old", "mask", "advantage", "reference"):
-            value = getattr(self, name)
-            moved[name] = None if value is None else value.to(device)
-        choices = None if self.choices is None else [c.to(device) for c in self.choices]
-        packed = vars(super().to(device))
-        return RolloutBatch(
-            **packed, **moved, choices=choices, divisor=self.divisor, stats=self.stats
-        )
 
 
 @dataclass
@@ -340,6 +330,7 @@ def rollout(
         stage.group,
         stage.temperature,
         seed=seed,
+        at_once=stage.at_once,
         each_step=check_stop,
     )
     completions = []
@@ -481,6 +472,7 @@ class Rollouts:
                 own[start + group.index] = group
 
         # Wait where SIGTERM is heard: a collective would not let go
+        catch_up(self.sampler, check_stop)
         parallel.meet(f"sampled {self.round}", check_stop)
 
         # Answers and rewards to everyone; a prompt with its pictures stays where it was made
@@ -555,6 +547,8 @@ class Rollouts:
                 for completion, row in zip(part, logp):
                     length = len(completion.answer.ids)
                     scored[m, places[id(completion)]] = row[:length].tolist()
+
+        catch_up(self.sampler, check_stop)
 
         # Known to everyone; of several passes the first one counts, where the ratio is to be 1
         done: set[int] = set()

@@ -125,6 +125,7 @@ class RLStage(BaseStage):
     updates: int = 2  # minibatches per rollout batch
     passes: int = 1  # times that each rollout is used
     batch: int = 0  # prompts in one call of generate (memory); 0: a rank's whole share
+    at_once: int = 0  # answers that are sampled at once (memory); 0: all of a call
     temperature: float = 1.0
     max_prompt: int = 16384  # tokens; a longer prompt is left out, and counted
     max_new: int = 64  # tokens

@@ -271,7 +271,7 @@ class Ladder:
         batch = collate([documents], None, self.encoder.tokenizer.pad)
         with torch.no_grad():
             _, statistics = supervised(self.model, batch, Stage())
-        return statistics["loss"] / batch.weight
+        return float(statistics["loss"]) / batch.weight
 
     def warm_up(self) -> None:
         """SAIL-ViT I moves the adapter alone: too little to write captions, enough to make them likelier."""

@@ -32,7 +32,7 @@ from infra.checkpoint import Keeper, RunDirectory, resumable
 from infra.journal import Journal
 from infra.stopping import StopRequested
 from llm import LLM, Block
-from objective import OBJECTIVES, Objective, Statistics, mean_by_task
+from objective import OBJECTIVES, Objective, Statistics, fetch, loss_by_task, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
 from packing import Batch
 from scale import parallel
@@ -123,7 +123,7 @@ def train(
             # One update of the weights
             rate = stage.rate(step) * (search.scale if search else 1.0)
             row = {"step": step, "lr": rate, "data_seconds": round(waited, 3)}
-            with parallel.ranks_named():
+            with parallel.named_failure(mixed=True):
                 row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
 
             # A run of bad steps is no accident
@@ -203,21 +203,27 @@ def one_step(
     own_weight = sum(batch.weight for batch in micro_batches)
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
-    # Forward and backward
-    said = passes(model, micro_batches, objective, step_weight, stage, ranks)
-    sums: dict[str, float] = defaultdict(float)
-    tasks = []
-    expert_counts = []  # of slots, by layer and expert, over all ranks
-    for statistics in said:
-        tasks.append(statistics.pop("tasks", {}))
-        if "expert_counts" in statistics:
-            expert_counts.append(statistics.pop("expert_counts"))
-        for key, value in statistics.items():
-            sums[key] += value
+    # Forward and backward, a micro-batch at a time, here or over the stages of a pipeline
+    precision = autocast(stage, ranks.device)
+    collected: list[Statistics] = []
+    if isinstance(model, Staged):
+        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
+        collected = model.passes(work)
+    else:
+        for number, batch in enumerate(micro_batches, start=1):
+            begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
+            with precision:
+                loss, statistics = objective(model, batch.to(ranks.device), stage)
+            (loss / step_weight).backward()
+            collected.append(statistics)
+    counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
     parallel.sum_gradients([p for p in model.parameters() if p.requires_grad])
     norm, norm_by_part = clip_gradients(model, stage.clip)
+
+    # All else that the device has found out in this step, at once: it waits for the norm only
+    sums, tasks = summed(fetch(collected), micro_batches)
 
     # Statistics over all ranks
     tokens = sum(batch.ids.numel() for batch in micro_batches)
@@ -233,9 +239,10 @@ def one_step(
         if finite and norm > 0:
             optimizer.step()
         optimizer.zero_grad()
-    if expert_counts and finite:  # balancing without a loss, for comparison
+    if counts and finite:  # balancing without a loss, for comparison; slots by layer and expert
         layers = [block.mlp for block in model.language_model.model.layers]
-        moe.update_expert_bias(layers, sum(expert_counts), stage.expert_bias_rate)
+        summed_counts = sum(torch.as_tensor(count, device=ranks.device) for count in counts)
+        moe.update_expert_bias(layers, summed_counts, stage.expert_bias_rate)
 
     # One line of the log
     seconds = time.time() - began
@@ -250,31 +257,21 @@ def one_step(
     }
 
 
-def passes(
-    model: nn.Module,
-    micro_batches: list[Batch],
-    objective: Objective,
-    step_weight: float,
-    stage: BaseStage,
-    ranks: Ranks,
-) -> list[Statistics]:
-    """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
-
-    Gradients are added up in the parameters; returns what the objective said of each micro-batch.
-    """
-    precision = autocast(stage, ranks.device)
-    if isinstance(model, Staged):
-        work = Work(micro_batches, objective, stage, step_weight, ranks.device, precision)
-        return model.passes(work)
-
-    said = []
-    for number, batch in enumerate(micro_batches, start=1):
-        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
-        with precision:
-            loss, statistics = objective(model, batch.to(ranks.device), stage)
-        (loss / step_weight).backward()
-        said.append(statistics)
-    return said
+def summed(
+    collected: list[Statistics], micro_batches: list[Batch]
+) -> tuple[dict[str, float], list[dict]]:
+    """Statistics of the micro-batches, as numbers -> their sums, and (loss, weight) by task of each."""
+    sums: dict[str, float] = defaultdict(float)
+    tasks = []
+    for statistics, batch in zip(collected, micro_batches, strict=True):
+        documents = statistics.pop("tasks", [])
+        means = statistics.pop("means", {})
+        tasks.append(loss_by_task(batch.owners, documents) if documents else {})
+        for key, value in statistics.items():
+            sums[key] += value
+        for key, value in means.items():
+            sums[key] += value * batch.weight
+    return sums, tasks
 
 
 def agreed_weight(own_weight: float, micro_batches: int) -> float:

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attend, Segments, attend_inside
 from infra import weights
 from infra.config import read_config, read_vit, write_vit
-from llm import RMSNorm, rotary_table, rotate
+from llm import RMSNorm, choose_elementwise, rotary_table
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], 3, self.heads, -1)  # (S, 3, H, D)
         q, k, v = qkv.unbind(1)
         if rope is not None:
-            q = rotate(q, *rope)
-            k = rotate(k, *rope)
+            turn = choose_elementwise(q).rotate
+            q = turn(q, *rope)
+            k = turn(k, *rope)
         out = attend(layer, q, k, v)  # (S, H, D)
         return self.proj(out.reshape(x.shape))
 
@@ -111,7 +112,9 @@ class VisionMLP(nn.Module):
         self.fc3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        gate = self.fc1(x)  # (S, I)
+        up = self.fc3(x)
+        return self.fc2(choose_elementwise(gate).swiglu(gate, up))
 
 
 class VisionBlock(nn.Module):

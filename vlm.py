@@ -155,19 +155,16 @@ class SailVL(nn.Module):
         ids = input_ids.reshape(-1)
         x = self.language_model.embed(ids)  # (B*T, C)
         placeholders = ids == self.image_token_id
-        count = int(placeholders.sum())
 
         # No image: every rank runs the same modules all the same.
         if images is None or len(images) == 0:
-            if count:
-                raise ValueError(self._mismatch(input_ids, 0))
+            self.check_placeholders(input_ids, 0)
             return x + self.touch_vision()
 
         # Visual tokens of all images, four patches each.
         features, grids = self.vision_model(images)  # (S, Cv)
         visual = self.mlp1(features, grids).to(x.dtype)  # (S/4, C)
-        if visual.shape[0] != count:
-            raise ValueError(self._mismatch(input_ids, visual.shape[0]))
+        self.check_placeholders(input_ids, visual.shape[0])
 
         # In order, into the places of the placeholders: the only joint of the two halves.
         return x.masked_scatter(placeholders[:, None], visual)
@@ -194,9 +191,20 @@ class SailVL(nn.Module):
         features, grids = self.vision_model(blank)
         return self.mlp1(features, grids).sum() * 0.0
 
-    def _mismatch(self, input_ids: Tensor, visual: int) -> str:
-        by_row = (input_ids == self.image_token_id).sum(1).tolist()
-        return (
+    def check_placeholders(self, input_ids: Tensor, visual: int) -> None:
+        """Raises ValueError when the batch has another number of placeholders than of visual tokens.
+
+        While it trains on an accelerator the device compares them, and fails by itself (RuntimeError,
+        in a later call): the host would wait for it in every micro-batch.
+        """
+        placeholders = input_ids == self.image_token_id  # (B, T)
+        if torch.is_grad_enabled() and not input_ids.is_cpu:
+            torch._assert_async(placeholders.sum() == visual)
+            return
+        by_row = placeholders.sum(1).tolist()
+        if sum(by_row) == visual:
+            return
+        raise ValueError(
             f"{sum(by_row)} image placeholders (id {self.image_token_id}) in the batch but {visual} "
             f"visual tokens from the images; placeholders per sample: {dict(enumerate(by_row))}. "
             "Each image needs one placeholder per visual token."

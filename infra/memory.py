@@ -294,18 +294,26 @@ def moment_bytes(model: SailVL, stage: BaseStage) -> tuple[int, int]:
 def cache_bytes(text: LLMConfig, stage: BaseStage, ranks: int, half: bool = True) -> int:
     """The KV cache of one call of `generate`, at its largest.
 
-    Keys and values (layers, rows, G, T, D), rows = prompts of a call * group, T = max_prompt +
-    max_new. Beside it either the prompts' own rows (when the group is made of them), or a copy of
-    one half for the rows that go on (when more than a quarter has ended).
+    Keys and values (layers, rows, G, T, D), rows = prompts of a call * group, but `at_once` at most,
+    T = max_prompt + max_new. Beside it the prompts' own rows (when the group is made of them, and
+    while others wait for their turn), or a copy of one half for the rows that go on (when more than a
+    quarter has ended).
     """
     if not isinstance(stage, RLStage):
         return 0
     prompts = stage.batch or math.ceil(stage.prompts / ranks)
-    rows = prompts * stage.group
+    rows = sampled_at_once(stage, prompts)
+    waiting = prompts if rows < prompts * stage.group else 0
     numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     row = numbers * (stage.max_prompt + stage.max_new) * (2 if half else FP32)
     going_on = rows - rows // 4 - 1
-    return rows * row + max(prompts * row, going_on * row // 2)
+    return rows * row + max(prompts * row, waiting * row + going_on * row // 2)
+
+
+def sampled_at_once(stage: RLStage, prompts: int) -> int:
+    """Rows of the cache in a call with so many prompts."""
+    rows = prompts * stage.group
+    return min(rows, stage.at_once) if stage.at_once else rows
 
 
 def prefill_bytes(model: SailVL, stage: BaseStage, ranks: int, half: bool = True) -> int:
@@ -321,7 +329,7 @@ def prefill_bytes(model: SailVL, stage: BaseStage, ranks: int, half: bool = True
     text = model.config.text
     decoder = decoder_block_bytes(text, tokens, tokens, half)
     image = vision_block_bytes(model.config.vision, PATCHES * tokens, half)
-    step = prompts * stage.group * text.vocab_size * (2 + 4 * FP32 + 8)
+    step = sampled_at_once(stage, prompts) * text.vocab_size * (2 + 4 * FP32 + 8)
     return max(decoder, image, step)
 
 

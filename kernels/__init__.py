@@ -1,1 +1,1 @@
-"""The experts of a MoE layer on a GPU, the bench that measures them, and a compiler without a GPU."""
+"""Experts and blocks on a GPU, experts and attention on an NPU, a bench, a compiler without a GPU."""

@@ -1,4 +1,4 @@
-"""The MoE layer against its peers and against the machine.
+"""The MoE layer, and what stands between a block's products, against peers and against the machine.
 
 What it teaches: a speed means nothing by itself. Here it stands beside what the machine can do (a
 large matmul, measured in the same run), beside what one writes with PyTorch alone, and beside peers
@@ -6,6 +6,7 @@ that run in the same process.
 
     python -m kernels.bench                  a CUDA machine: limits first, then the A3B layer,
                                              forward, backward, full
+    python -m kernels.bench --block          a CUDA machine: norm, SwiGLU and rotation of a decoder block
     python -m kernels.bench --cpu            one CPU core: a training step of a small layer
     python -m kernels.bench --compile 90     no GPU: compile all kernels for sm_90; registers, spills,
                                              shared memory
@@ -14,7 +15,9 @@ that run in the same process.
 
 FLOP are counted as everyone counts them: 6 S K C I forward, 12 backward. "of the matmul" is of the
 large matmul. Inputs are O(1); every time is the median of `--repeat` runs between CUDA events with the
-L2 cache flushed, and 10th to 90th percentile are shown.
+L2 cache flushed, and 10th to 90th percentile are shown. What stands between the products (--block) is
+counted in bytes that must be read and written at least, beside a copy; that part has not run on a GPU
+yet.
 
 Legend, as in moe.py: S tokens, E experts, K of them for a token, C model width, I expert width.
 """
@@ -32,13 +35,14 @@ from torch import Tensor
 
 import moe
 from infra.cli import command
+from llm import DEFINITIONS, Elementwise, rotary_table
 
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # as `moe.expert_mixture`
 
 
 @dataclass
 class KernelOptions:
-    """Measure, compile or check the kernels of a MoE layer."""
+    """Measure, compile or check the kernels of a MoE layer and of a block."""
 
     tokens: tuple[int, ...] = (4096, 16384, 65536)
     experts: int = 128
@@ -46,6 +50,7 @@ class KernelOptions:
     width: int = 2048
     expert_width: int = 768
     repeat: int = 50
+    block: bool = False
     cpu: bool = False
     interpret: bool = False
     compile: int = 0  # compute capability: 80, 90 or 100
@@ -283,6 +288,90 @@ def cpu_seconds(
     return seconds
 
 
+# --------------------------------------------------------------------- between a block's products
+
+
+def block_kernels() -> Elementwise:
+    from kernels.block_triton import rms_norm_triton, rotate_triton, swiglu_triton
+
+    return Elementwise(rms_norm_triton, swiglu_triton, rotate_triton)
+
+
+@dataclass
+class Pointwise:
+    """One function of a block with its inputs: `leaves` get gradients, `rest` comes after them.
+
+    moved: numbers read and written at least, forward and backward, times their size.
+    """
+
+    name: str  # of the function in `llm.Elementwise`
+    leaves: list[Tensor]
+    rest: tuple
+    moved: int
+
+
+def block_inputs(S: int, dtype: torch.dtype, device: str, wide: bool) -> list[Pointwise]:
+    """What a decoder block of Qwen3-1.7B computes for S tokens; a small one unless `wide`."""
+    C, I, H, D = (2048, 6144, 16, 128) if wide else (48, 40, 3, 16)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+    # Weights are fp32, and so is what flows from block to block
+    stream = torch.randn(S, C, device=device).requires_grad_()
+    widths = [torch.randn(n, device=device).requires_grad_() for n in (C, D)]
+    cos, sin = rotary_table(torch.arange(S, device=device), D, 1e6, dtype)
+
+    # Forward: in and out. Backward: in, its gradient, that of the output
+    stream_bytes = 4 * S * C
+    inner_bytes = S * I * dtype.itemsize
+    head_bytes = S * H * D * dtype.itemsize
+    head_bytes_out = 4 * S * H * D  # under fp32 weights
+    return [
+        Pointwise("rms_norm", [stream, widths[0]], (1e-6,), 5 * stream_bytes),
+        Pointwise(
+            "rms_norm", [draw(S, H, D), widths[1]], (1e-6,), 3 * head_bytes + 2 * head_bytes_out
+        ),
+        Pointwise("swiglu", [draw(S, I), draw(S, I)], (), 8 * inner_bytes),
+        Pointwise("rotate", [draw(S, H, D)], (cos, sin), 4 * head_bytes),
+    ]
+
+
+def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """PyTorch's own, which wants input and weight of one type."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def compare_block(options: KernelOptions) -> None:
+    """Forward and backward together of each function: ours, the definition, PyTorch's, the compiler's."""
+    copy, _ = machine_limits()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {copy:.2f} TB/s")
+    peers = {"ours": block_kernels(), "definition": DEFINITIONS}
+    for S in options.tokens:
+        for case in block_inputs(S, torch.bfloat16, "cuda", wide=True):
+            shape = tuple(case.leaves[0].shape)
+            print(f"\n{case.name} of {shape}, {str(case.leaves[0].dtype)[6:]}")
+            runs = {name: getattr(functions, case.name) for name, functions in peers.items()}
+            runs["compiled"] = torch.compile(getattr(DEFINITIONS, case.name), dynamic=True)
+            if case.name == "rms_norm":
+                runs["F.rms_norm"] = torch_norm
+            for name, run in runs.items():
+                seconds = gpu_seconds(lambda: both_passes(run, case), options.repeat)
+                middle, low, high = (1e6 * value for value in middle_and_tails(seconds))
+                rate = case.moved / middle / 1e6
+                print(
+                    f"  {name:12} {middle:7.0f} us ({low:.0f} to {high:.0f})  {rate:5.2f} TB/s  "
+                    f"{rate / copy:4.0%} of the copy"
+                )
+
+
+def both_passes(run: Callable, case: Pointwise) -> list[Tensor]:
+    """Output and gradients."""
+    y = run(*case.leaves, *case.rest)
+    direction = torch.ones_like(y)
+    return [y, *torch.autograd.grad(y, case.leaves, direction)]
+
+
 # ------------------------------------------------------------------------------------ without a GPU
 
 
@@ -300,6 +389,13 @@ def check_in_interpreter() -> None:
     for name, a, b in zip(("y", "dx", "ds", "dW13", "dW2"), *results):
         error = ((a - b).norm() / a.norm()).detach()
         print(f"{name:>5}: relative error {float(error):.1e}")
+
+    ours = block_kernels()
+    for case in block_inputs(9, torch.float32, "cpu", wide=False):
+        wanted = both_passes(getattr(DEFINITIONS, case.name), case)
+        found = both_passes(getattr(ours, case.name), case)
+        worst = max(float(((a - b).norm() / a.norm()).detach()) for a, b in zip(wanted, found))
+        print(f"{case.name}: relative error at most {worst:.1e}")
 
 
 def compile_all(
@@ -321,6 +417,8 @@ def compile_all(
         down = torch.empty(E, C, I, dtype=dtype, requires_grad=True)
         y = expert_mixture_triton(x, indices, weights, gate_up, down)
         y.backward(torch.empty_like(y))
+    for case in block_inputs(64, dtype, "cpu", wide=True):
+        both_passes(getattr(block_kernels(), case.name), case)
     return driver.compiled
 
 
@@ -440,6 +538,8 @@ def bench_kernels(options: KernelOptions) -> None:
         check_in_interpreter()
     elif options.compile:
         print_compiled(options)
+    elif torch.cuda.is_available() and options.block:
+        compare_block(options)
     elif torch.cuda.is_available():
         compare_on_gpu(options)
     else:

@@ -16,12 +16,16 @@ way round: two autograd functions, each the other's adjoint.
 A routing weight travels with its row, so that what comes back needs nothing but to be added up, and
 nobody keeps y (S*K, C) for the weights' gradient.
 
+Ranks that sample need different numbers of passes, and an expert's rank must be there when a token comes:
+`Rounds` lets them run in step, each at its own work.
+
 Legend: S own tokens, C width, E experts, K experts a token, R rows that came. Ranks that get no row
 still take part in every collective of the backward pass. Simplified: no capacity, nothing is dropped;
 if all tokens of all ranks want one expert, they all go there.
 """
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -29,7 +33,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moe import Experts, combine_slots, mixture_here
+from attention import Segments, attend_inside
+from moe import Experts, combine_slots, mixture_here, slots_of
 from scale.parallel import local, named_failure
 
 
@@ -106,6 +111,7 @@ class MixtureElsewhere:
     def __init__(self, mesh: DeviceMesh):
         self.group = mesh.get_group()
         self.ranks = mesh.size()
+        self.rounds: Rounds | None = None  # where each rank makes as many passes as it likes
 
     def __call__(
         self, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
@@ -135,7 +141,7 @@ class MixtureElsewhere:
         inverse = torch.empty_like(order).scatter_(0, order, places).view_as(indices)
 
         # How many rows for each expert, said to the rank that has it
-        counts = torch.bincount(slots, minlength=self.ranks * here)
+        counts = slots_of(slots, self.ranks * here)
         theirs = torch.empty_like(counts)
         with named_failure():
             dist.all_to_all_single(theirs, counts, group=self.group)
@@ -161,3 +167,60 @@ def spread_experts(experts: Experts, mesh: DeviceMesh) -> None:
         cut = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(cut, requires_grad=p.requires_grad))
     experts.mixture = MixtureElsewhere(mesh)
+
+
+# ------------------------------------------------------------------------------ each at its own work
+
+
+class Rounds:
+    """Forward passes in step, of ranks that share experts and sample or evaluate each for itself.
+
+    Every pass begins with a word: a rank says that it has one to make. A rank that has none left keeps
+    the others company with passes of one token, in `catch_up`, until nobody says so any more.
+
+        rank 0   prefill   decode   decode   decode   company   company   ended
+        rank 1   prefill   decode   prefill  decode   decode    decode    ended
+
+    What passes of different ranks are does not matter: in a layer they meet in its all-to-alls alone.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup):
+        self.model = model
+        self.group = group
+        self.company = False
+        model.language_model.register_forward_pre_hook(self.announce)
+
+    def announce(self, *_) -> None:
+        if not self.company:
+            self.anyone(True)
+
+    def anyone(self, busy: bool) -> bool:
+        """Whether any rank has a pass to make, this one included."""
+        count = torch.tensor([int(busy)])  # on the CPU: its transport, and no wait for the device
+        with named_failure():
+            dist.all_reduce(count, group=self.group)
+        return bool(count)
+
+    @torch.no_grad()
+    def catch_up(self, each: Callable[[], None]) -> None:
+        llm = self.model.language_model
+        device = llm.lm_head.weight.device
+        alone = attend_inside(Segments.of([1], device), causal=True)
+        token = torch.zeros(1, dtype=torch.long, device=device)
+        while self.anyone(False):
+            self.company = True
+            llm(llm.embed(token), token, alone)
+            self.company = False
+            each()
+
+
+def catch_up(model: nn.Module, each: Callable[[], None]) -> None:
+    """Wait for the ranks that share this model's experts, where they make passes of their own.
+
+    each: called meanwhile, between two passes; it may raise to end the wait.
+    """
+    for module in model.modules():
+        mixture = getattr(module, "mixture", None)
+        if isinstance(mixture, MixtureElsewhere) and mixture.rounds:
+            mixture.rounds.catch_up(each)
+            return

@@ -43,7 +43,7 @@ from torch.distributed.pipelining import (
 )
 
 from moe import Decisions, RouterSums, router_sums
-from objective import own_counts
+from objective import fetch, own_counts
 from packing import Batch
 from scale import parallel
 from scale.layout import Layout
@@ -100,7 +100,7 @@ def layers_of(model: SailVL, sections: int) -> list[range]:
 
 
 def even_cuts(costs: list[float], sections: int) -> tuple[int, ...]:
-    """Where to cut a row of costs: 0, .., len(costs), so that the squares of the sections' costs sum to least."""
+    """Where to cut a row of costs, 0, .., len(costs): the sum of the sections' squared costs is least."""
     ends = [0, *accumulate(costs)]
     # where k sections end -> (sum of their squares, their cuts), k = 0, 1, ..
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
@@ -163,6 +163,7 @@ class Section(SailVL):
         self.image_token_id = model.image_token_id
         self.first = layers.start == 0
         self.last = layers.stop == model.config.text.num_hidden_layers
+        self.sends: tuple[Tensor, ...] = ()  # what the next section expects
         self.begin(None)
 
     def begin(self, work: Work | None) -> None:
@@ -201,10 +202,16 @@ class Section(SailVL):
         routing = Decisions() if self.config.text.num_experts else None
         given = (batch.ids, batch.images, batch.positions, batch.segments)
         hidden = self.hidden(*given, routing=routing)
-        if routing is None:
-            return (hidden,)
-        counts = own_counts(routing, batch, self.image_token_id)
-        return hidden, *router_sums(routing, counts, batch.real())
+        sent = (hidden,)
+        if routing is not None:
+            counts = own_counts(routing, batch, self.image_token_id)
+            sent += router_sums(routing, counts, batch.real_at)
+        for tensor, expected in zip(sent, self.sends, strict=True):
+            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), (
+                f"a section sends {tensor.dtype} {tuple(tensor.shape)}, the next one waits for "
+                f"{expected.dtype} {tuple(expected.shape)}"
+            )
+        return sent
 
 
 # ------------------------------------------------------------------------------------ one rank
@@ -245,7 +252,7 @@ class Staged(SailVL):
     def passes(self, work: Work) -> list[dict]:
         """Forward and backward of a step; what the objective said of each micro-batch, on all stages.
 
-        Raises what an objective raises, and ConnectionError when another stage is gone.
+        Raises what an objective raises.
         """
         for section in self.sections.values():
             section.language_model.recompute = self.language_model.recompute
@@ -262,14 +269,13 @@ class Staged(SailVL):
             schedule.step(target=torch.empty(len(work.batches)), return_outputs=False)
         except RuntimeError as error:
             # What a section raised comes wrapped
-            if error.__cause__ is not None:
-                raise error.__cause__ from None
-            with parallel.named_failure():
+            if error.__cause__ is None:
                 raise
+            raise error.__cause__ from None
 
         # The last section alone has something to say
         *_, last = self.sections.values()
-        said = [last.statistics]
+        said = [fetch(last.statistics)]
         with parallel.named_failure():
             dist.broadcast_object_list(said, group=self.line, group_src=self.ranks.layout.pp - 1)
         for section in self.sections.values():
@@ -312,7 +318,8 @@ class Staged(SailVL):
             before = () if section.first else self.between(tokens, run.start)
             after = self.between(tokens, run.stop)
             if section.last:
-                after = torch.empty((), device="meta")
+                after = (torch.empty((), device="meta"),)
+            section.sends = after
             stage = PipelineStage(
                 section,
                 number,

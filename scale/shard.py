@@ -44,56 +44,62 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from infra.stopping import StopRequested
 from llm import Block
 from moe import Experts, MoE
-from scale.experts import spread_experts
+from scale.experts import Rounds, catch_up, spread_experts
 from scale.layout import Layout
-from scale.parallel import Ranks, whole
+from scale.parallel import Ranks, local, whole
 from scale.pipeline import Staged
 from vit import VisionBlock
 from vlm import SailVL
 
-# What is called on a model beside itself: the first of them to run gathers the rest.
-ENTRANCES = ("hidden", "logprobs", "loss")
+# What is called on a model beside itself; none of them calls another.
+ENTRANCES = ("logprobs", "loss")
 
 
 def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Lay a model out over the ranks, before optimizers are made; a second time does nothing.
 
-    In place, but for a pipeline, where `Staged` holds what this rank keeps of its modules. On meta tensors as well: `model.to_empty(device=..)` then makes the parts alone. Raises ValueError
-    for a layout that this model, or this device, does not have.
+    In place, but for a pipeline, where `Staged` holds what this rank keeps. On meta tensors as well:
+    `model.to_empty(device=..)` then makes the parts alone. Raises ValueError for a layout that this
+    model does not have.
     """
     layout = ranks.layout
     if ranks.mesh is None or isinstance(model, (FSDPModule, Staged)):
         return model
-    refuse_layout(model, ranks)
-    if layout.pp > 1:
-        model = Staged(model, ranks)
-        for section in model.sections.values():
-            shard_units(section, ranks)
+    if layout.ep > 1 and not any(isinstance(module, Experts) for module in model.modules()):
+        raise ValueError(f"--layout.ep {layout.ep}: the model has no experts")
+    if layout.pp == 1:
+        shard_units(model, ranks)
         return model
-    shard_units(model, ranks)
-    return model
+
+    staged = Staged(model, ranks)
+    for section in staged.sections.values():
+        shard_units(section, ranks)
+    return staged
 
 
 def shard_units(model: nn.Module, ranks: Ranks) -> None:
-    """FSDP2 over a model, or over one section of a pipeline, with its blocks as units."""
+    """FSDP2 over a model, or over one section of a pipeline, block by block."""
     layout = ranks.layout
 
-    # How each unit travels and rests
+    # Where a unit's parts lie, how they travel, and where they rest
+    mesh = ranks.mesh
+    dense = mesh["dense"] if layout.copies > 1 else mesh["shard"]
+    sparse = mesh["sparse"] if layout.copies > 1 else mesh["efsdp"]
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = precise
     if layout.half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    dense = ranks.mesh["dense"] if layout.copies > 1 else ranks.mesh["shard"]
-    sparse = ranks.mesh["sparse"] if layout.copies > 1 else ranks.mesh["efsdp"]
-    offload = CPUOffloadPolicy() if layout.offload else OffloadPolicy()
-    unit = partial(fully_shard, offload_policy=offload, reshard_after_forward=layout.zero == 3)
+    unit = partial(
+        fully_shard, offload_policy=rest_of(ranks), reshard_after_forward=layout.zero == 3
+    )
 
     # Smallest units first: what is left is their parents'
     for module in list(model.modules()):
         if isinstance(module, Experts) and layout.ep > 1:
-            spread_experts(module, ranks.mesh["ep"])
+            spread_experts(module, mesh["ep"])
             cut = cut_of(layout.shard // layout.ep)
             unit(module, mesh=sparse, mp_policy=policy, shard_placement_fn=cut)
         if isinstance(module, MoE) and layout.half:
@@ -102,32 +108,29 @@ def shard_units(model: nn.Module, ranks: Ranks) -> None:
         if isinstance(module, (Block, VisionBlock)):
             unit(module, mesh=dense, mp_policy=policy, shard_placement_fn=cut_of(layout.shard))
     trains = any(p.requires_grad for p in model.parameters())
-    fully_shard(
-        model,
-        mesh=dense,
-        mp_policy=policy,
-        offload_policy=offload,
-        reshard_after_forward=not trains,
-    )
+    unit(model, mesh=dense, mp_policy=policy, reshard_after_forward=not trains)
+    open_entrances(model)
 
-    # Where one may come in, and how gradients are summed
+
+def rest_of(ranks: Ranks) -> OffloadPolicy:
+    """Where parts rest: on the device, or in host memory."""
+    if not ranks.layout.offload:
+        return OffloadPolicy()
+    # pinned memory is what an accelerator copies from by itself; a CPU, where nothing moves, has none
+    return CPUOffloadPolicy(pin_memory=ranks.device != "cpu")
+
+
+def open_entrances(model: nn.Module) -> None:
+    """What may be called on a sharded model, and how its gradients are summed."""
     for name in ENTRANCES:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
-    for module in units_of(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     if isinstance(model, SailVL):
         model.always_sees = True
-
-
-def refuse_layout(model: nn.Module, ranks: Ranks) -> None:
-    """Raises ValueError for what this model or this device does not have."""
-    layout = ranks.layout
-    if layout.ep > 1 and not any(isinstance(module, Experts) for module in model.modules()):
-        raise ValueError(f"--layout.ep {layout.ep}: the model has no experts")
-    if layout.offload and str(ranks.device) == "cpu":
-        raise ValueError("--layout.offload: on a CPU all weights are in host memory already")
 
 
 def cut_of(ranks: int):
@@ -138,10 +141,6 @@ def cut_of(ranks: int):
         return Shard(1) if few_experts else None
 
     return cut
-
-
-def units_of(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def begin_micro_batch(model: nn.Module, layout: Layout, last: bool) -> None:
@@ -179,8 +178,10 @@ def frozen_copy(model: SailVL, ranks: Ranks) -> SailVL:
 def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     """The model itself, or of one in parts a plain copy on every rank, for as long as it is needed.
 
-    All ranks enter together; inside, each may run what it likes, as often as it likes. The copy's
-    weights are those that travel: bf16 with --layout.half, routers excepted.
+    All ranks enter and leave together; inside, each may run what it likes, as often as it likes. The
+    copy's weights are those that travel: bf16 with --layout.half, routers excepted. Experts that are
+    spread stay spread (a pipeline's do not), each whole on its rank: ranks that share them run in step
+    (`experts.Rounds`), and one that is to meet the others calls `experts.catch_up` before it does.
     """
     if not isinstance(model, (FSDPModule, Staged)):
         yield model
@@ -191,13 +192,32 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     plain.to(torch.bfloat16 if ranks.layout.half else dtype)
     for router in routers_of(plain):
         router.gate.to(dtype)  # as in training: what decides a token's way keeps its precision
+    together = ranks.layout.ep > 1 and not isinstance(model, Staged)
+    spread = [m for m in plain.modules() if isinstance(m, Experts) and together]
+    for module in spread:
+        spread_experts(module, ranks.mesh["ep"])
     plain.to_empty(device=ranks.device)
     plain.image_token_id = model.image_token_id
     if isinstance(model, Staged):
         model.copy_whole(plain)
     else:
         copy_parameters(model, plain)
-    yield plain.train(model.training).requires_grad_(False)
+
+    # Ranks that share experts go on together, also when one of them was told to stop
+    if spread:
+        rounds = Rounds(plain, ranks.mesh["ep"].get_group())
+        for module in spread:
+            module.mixture.rounds = rounds
+    try:
+        yield plain.train(model.training).requires_grad_(False)
+    except StopRequested:
+        catch_up(plain, each=no_matter)
+        raise
+    catch_up(plain, each=no_matter)
+
+
+def no_matter() -> None:
+    """Nothing more can end this wait."""
 
 
 @torch.no_grad()
@@ -206,7 +226,14 @@ def copy_parameters(model: nn.Module, twin: nn.Module) -> None:
     parameters = zip(model.named_parameters(), twin.named_parameters(), strict=True)
     for (name, p), (other, q) in parameters:
         assert name == other, f"a copy of another model: {name}, {other}"
-        q.copy_(p if isinstance(q, DTensor) else whole(p))
+        alike = isinstance(q, DTensor) and q.device_mesh == p.device_mesh
+        if alike:
+            q.copy_(p)
+        elif isinstance(q, DTensor):  # experts, spread alike and sharded no further
+            mesh = q.device_mesh
+            local(q).copy_(whole(p).chunk(mesh.size())[mesh.get_local_rank()])
+        else:
+            q.copy_(whole(p))
     for here, there in zip(routers_of(model), routers_of(twin), strict=True):
         there.bias = here.bias
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import vlm
 from data.sample import Document
+from optim import freeze_all_but
 from packing import collate
 from scale import parallel
 from scale.layout import Layout
@@ -75,7 +76,7 @@ ROWS = 4
 LENGTH = 96
 STAGE = Stage(
     "parity",
-    steps=4,
+    steps=3,
     rows=ROWS,
     length=LENGTH,
     lr=2e-3,
@@ -87,9 +88,29 @@ STAGE = Stage(
 )
 
 
+def made_up_document(tokenizer, step: int, row: int) -> Document:
+    """Row `row` of a step: one document, for one row in three without a picture."""
+    rng = np.random.default_rng([step, row])
+    pictures = int((step + row) % 3 != 1)
+    picture = rng.integers(0, 255, (32, 32, 3), np.uint8)
+    text = rng.integers(0, 100, int(rng.integers(50, 90)))
+    ids = np.append([tokenizer.image] * 4 * pictures, text).astype(np.int64)
+    labels = np.append(ids[1:], tokenizer.end)
+    labels[: 4 * pictures] = -100
+    return Document(
+        ids,
+        labels,
+        (labels >= 0).astype(np.float32),
+        (picture,) * pictures,
+        "seen" if pictures else "text",
+        "made up",
+        {},
+        vision=pictures,
+    )
+
+
 class SameRows:
-    """Steps of this rank's micro-batches. However many ranks, all of them see the same four rows a
-    step, one in three of them without a picture."""
+    """Steps of this rank's micro-batches: however many ranks, all of them see the same four rows."""
 
     def __init__(self, tokenizer, ranks, accumulate=1, dtype=torch.float32):
         self.tokenizer = tokenizer
@@ -103,7 +124,7 @@ class SameRows:
 
     def __next__(self):
         own = range(self.ranks.rank, ROWS, self.ranks.size)
-        rows = [[self.document(number)] for number in own]
+        rows = [[made_up_document(self.tokenizer, self.step, number)] for number in own]
         self.step += 1
         each = len(rows) // self.accumulate
         batches = []
@@ -112,26 +133,6 @@ class SameRows:
             batch.weights = batch.weights.to(self.dtype)
             batches.append(batch)
         return batches
-
-    def document(self, row):
-        rng = np.random.default_rng([self.step, row])
-        pictures = int((self.step + row) % 3 != 1)
-        picture = rng.integers(0, 255, (32, 32, 3), np.uint8)
-        text = rng.integers(0, 100, int(rng.integers(40, 80)))
-        ids = np.append([self.tokenizer.image] * 4 * pictures, text).astype(np.int64)
-        labels = np.append(ids[1:], self.tokenizer.end)
-        labels[: 4 * pictures] = -100
-        weights = (labels >= 0).astype(np.float32)
-        return Document(
-            ids,
-            labels,
-            weights,
-            (picture,) * pictures,
-            "seen" if pictures else "text",
-            "made up",
-            {},
-            vision=pictures,
-        )
 
     def state_dict(self):
         return {"step": self.step}
@@ -145,25 +146,33 @@ def exact_logprobs(hidden, head, labels, temperature=1.0, chunk=0):
     return -F.cross_entropy(hidden @ head.T / temperature, labels, reduction="none")
 
 
-def small_run(ranks, config, tokenizer, layout=None, dtype=torch.float32, model=None, **changes):
-    """Losses, gradient norms and AdaLRS's decisions of a few steps, the model laid out as `ranks` says."""
+def small_run(
+    ranks, config, tokenizer, dtype=torch.float32, model=None, data=None, objective=None, **changes
+):
+    """A few steps, the model laid out as `ranks` says: losses, gradient norms, AdaLRS's decisions."""
     stage = replace(STAGE, **changes)
-    if layout:
-        ranks = replace(ranks, layout=layout)
     model = model or vlm.SailVL(config).init_weights(0).to(dtype)
+    freeze_all_but(model, stage.trains)
     shard_model(model, ranks)
+    data = data or SameRows(tokenizer, ranks, stage.accumulate, dtype)
+    usual = vlm.token_logprobs
     if dtype == torch.float64:
         vlm.token_logprobs = exact_logprobs
-    run = train(model, stage, SameRows(tokenizer, ranks, stage.accumulate, dtype), ranks=ranks)
+    try:
+        run = train(model, stage, data, objective, ranks)
+    finally:
+        vlm.token_logprobs = usual
     return {
-        "losses": [row["loss"] for row in run.log],
-        "norms": [row["grad_norm"] for row in run.log],
-        "balance": [row.get("balance", 0.0) for row in run.log],
+        "loss": [row["loss"] for row in run.log],
+        "norm": [row["grad_norm"] for row in run.log],
+        "balance": [row["balance"] for row in run.log if "balance" in row],
+        "skipped": [row["skipped"] for row in run.log],
         "actions": [decision["action"] for decision in run.decisions],
     }
 
 
-def far(one: dict, other: dict, key: str = "losses") -> float:
-    """The largest relative difference between two runs."""
+def far(one: dict, other: dict, key: str) -> float:
+    """The largest difference of a number of two runs, relative above 1; 0 where both skipped a step."""
     assert len(one[key]) == len(other[key])
-    return max(abs(a - b) / abs(b) for a, b in zip(one[key], other[key]))
+    pairs = [(a, b) for a, b in zip(one[key], other[key]) if a == a or b == b]
+    return max((abs(a - b) / max(abs(b), 1.0) for a, b in pairs), default=0.0)

@@ -155,6 +155,33 @@ def test_returned_log_probabilities_are_those_of_the_training_forward(
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
 
 
+def test_rows_that_wait_for_their_turn_get_the_same_answers(model, prompts):
+    """Prompts once, never more rows than there is room for, and log-probabilities as ever."""
+    greedy = generate(model, prompts[:3], NEVER, max_new=6, samples=2)
+    inputs = []
+    handle = model.language_model.register_forward_hook(
+        lambda module, given, output: inputs.append(len(given[0]))
+    )
+    in_turns = generate(model, prompts[:3], NEVER, max_new=6, samples=2, at_once=4)
+    handle.remove()
+    tokens = sum(len(ids) for ids, _ in prompts[:3])
+    assert inputs == [tokens] + [4] * 5 + [2] * 5
+    assert [(a.prompt, a.ids) for a in in_turns] == [(a.prompt, a.ids) for a in greedy]
+
+    # An end in the middle of a turn, and groups that are cut by it
+    end = stop_in(greedy)
+    how = {"max_new": 6, "samples": 3, "temperature": 1.0, "seed": 5}
+    for answer in generate(model, prompts[:3], end, at_once=2, **how):
+        ids, images = prompts[answer.prompt]
+        assert answer.ids.count(end) == answer.finished and len(answer.ids) <= 6
+        row = torch.tensor([ids + answer.ids[:-1]])
+        at = torch.arange(len(answer.ids)) + len(ids) - 1
+        pixels = normalise(images) if images else None
+        with torch.no_grad():
+            wanted = model.logprobs(row, pixels, None, None, at, torch.tensor(answer.ids))
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=0, atol=1e-5)
+
+
 def test_every_answer_of_a_group_draws_its_own_first_token(model, prompts):
     answers = generate(model, prompts[:4], NEVER, max_new=2, samples=8, temperature=1.0)
     assert [a.prompt for a in answers] == [p for p in range(4) for _ in range(8)]

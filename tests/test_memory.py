@@ -18,6 +18,7 @@ from infra import memory
 from infra.memory import MicroBatch, stage_memory
 from infra.plan import memory_line
 from llm import rotary_table
+from moe import Decisions
 from objective import supervised
 from packing import Batch
 from recipe import Setup
@@ -82,7 +83,7 @@ def test_a_decoder_block_keeps_what_the_formula_says(either, half):
     block = model.language_model.model.layers[0]
     attend = attend_inside(segments, causal=True)
 
-    activations, _ = saved_bytes(model, lambda: block(x * 1.0, rope, attend, 0, []), half)
+    activations, _ = saved_bytes(model, lambda: block(x * 1.0, rope, attend, 0, Decisions()), half)
     tables = 2 * rope[0].nbytes  # of all blocks together
     formula = memory.decoder_block_bytes(text, S, S, half)
     assert formula == pytest.approx(activations - tables, rel=0.1)
@@ -225,6 +226,26 @@ def test_the_cache_is_what_generation_allocates():
     assert peak == rows + rows // 3  # beside the rows of the two prompts
 
 
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_sampling_never_holds_more_than_is_counted(at_once):
+    """Eight answers to one prompt of the paper's proportions: four times as long as an answer."""
+    from generate import generate
+
+    model = SailVL(PRESETS["toy"]).init_weights()
+    stage = RLStage(prompts=1, group=8, batch=1, max_prompt=80, max_new=20, at_once=at_once)
+    prompt = (torch.arange(80) % 300).tolist()
+
+    def sample() -> None:
+        generate(model, [(prompt, [])], -1, 20, 8, 1.0, at_once=at_once)
+
+    peak = peak_bytes(sample)
+    cache = memory.cache_bytes(model.config.text, stage, 1, half=False)
+    assert peak < cache + memory.prefill_bytes(model, stage, 1, half=False)
+    assert peak > cache / 2  # and the count is none that anything would pass
+    everything = memory.cache_bytes(model.config.text, replace(stage, at_once=0), 1, half=False)
+    assert at_once == 0 or peak < everything / 2
+
+
 # --------------------------------------------------------------------------- the paper's stages
 
 
@@ -248,6 +269,10 @@ def test_what_trains_less_takes_less_and_what_is_kept_for_ever_is_counted():
     assert kept["total"] > 80e9  # what recompute is for
     leash = stage_memory("SAIL-VL2-2B", replace(rl.PAPER["verifiable"], kl=0.1))
     assert leash["reference"] == 4 * parameters
+    # Two prompts in a call: their sixteen answers do not fit, eight at a time do
+    two = replace(rl.PAPER["verifiable"], batch=2)
+    assert stage_memory("SAIL-VL2-2B", two)["total"] > 80e9
+    assert stage_memory("SAIL-VL2-2B", replace(two, at_once=8))["total"] < 80e9
 
 
 def test_an_unknown_preset_is_named():

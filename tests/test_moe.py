@@ -243,13 +243,14 @@ def test_the_grouped_mixture_computes_no_gradient_for_what_is_frozen(trains, mon
     for i in wanted:
         frozen[i].requires_grad_()
 
+    calls = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
     y = expert_mixture_grouped(*frozen)
     direction = torch.randn(
         y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
     ).to(y.dtype)
-    calls = []
-    grouped_mm = F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    calls.clear()
     gradients = torch.autograd.grad((y * direction).sum(), [frozen[i] for i in wanted])
     assert len(calls) == products
     for i, gradient in zip(wanted, gradients, strict=True):
