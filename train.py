@@ -203,8 +203,23 @@ def one_step(
     own_weight = weight_of(micro_batches)
     step_weight = max(agreed_weight(own_weight, len(micro_batches)), 1e-8)
 
-    # Forward and backward
-    collected, facts = passes(model, micro_batches, objective, step_weight, stage, ranks)
+    # Forward and backward, a micro-batch at a time, here or over the stages of a pipeline
+    precision = autocast(stage, ranks.device)
+    collected: list[Statistics] = []
+    facts: list[Facts] = []
+    if isinstance(model, Staged):
+        batches = list(micro_batches)  # several of them are on their way at once
+        facts += [Facts.of(batch) for batch in batches]
+        work = Work(batches, objective, stage, step_weight, ranks.device, precision)
+        collected += model.passes(work)
+    else:
+        for number, batch in enumerate(micro_batches, start=1):
+            begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
+            with precision:
+                loss, statistics = objective(model, batch.to(ranks.device), stage)
+            (loss / step_weight).backward()
+            collected.append(statistics)
+            facts.append(Facts.of(batch))
     counts = [said.pop("expert_counts") for said in collected if "expert_counts" in said]
 
     # One gradient for all ranks, of a bounded norm
@@ -260,38 +275,6 @@ class Facts:
     def of(batch: Batch) -> "Facts":
         images = 0 if batch.images is None else len(batch.images)
         return Facts(batch.weight, batch.ids.numel(), images, batch.filled, batch.owners)
-
-
-def passes(
-    model: nn.Module,
-    micro_batches: Sequence[Batch],
-    objective: Objective,
-    step_weight: float,
-    stage: BaseStage,
-    ranks: Ranks,
-) -> tuple[list[Statistics], list[Facts]]:
-    """Forward and backward, a micro-batch at a time, here or over the stages of a pipeline.
-
-    Gradients are added up in the parameters; returns what the objective said of each micro-batch, and
-    what is to be known of it.
-    """
-    precision = autocast(stage, ranks.device)
-    if isinstance(model, Staged):
-        # Several of them are on their way at once
-        batches = list(micro_batches)
-        work = Work(batches, objective, stage, step_weight, ranks.device, precision)
-        return model.passes(work), [Facts.of(batch) for batch in batches]
-
-    said = []
-    facts = []
-    for number, batch in enumerate(micro_batches, start=1):
-        begin_micro_batch(model, ranks.layout, last=number == len(micro_batches))
-        with precision:
-            loss, statistics = objective(model, batch.to(ranks.device), stage)
-        (loss / step_weight).backward()
-        said.append(statistics)
-        facts.append(Facts.of(batch))
-    return said, facts
 
 
 def summed(collected: list[Statistics], facts: list[Facts]) -> tuple[dict[str, float], list[dict]]:

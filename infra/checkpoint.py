@@ -525,6 +525,7 @@ class RunDirectory:
         push out good ones.
         """
         assert self.draft is None, "the one before is still being written"
+        # Whose, and what is in the way
         writers = Writers.among(ranks)
         draft = Draft(self.folder, executed, writers, values, ranks.timeout)
 
@@ -856,6 +857,12 @@ class Keeper:
         """Model, optimizers, search, data and generators as a checkpoint has them, of whatever layout."""
         values = json.loads((found / STATE).read_text())
         assert values["step"] <= values["executed"], "a step that was not reached"
+        numbered = values["optimizer"] and "names" not in values["optimizer"][0]
+        if numbered and self.ranks.layout.pp > 1:
+            raise ValueError(
+                f"{found}: an earlier version wrote it, and numbered what a pipeline needs the names of: "
+                "go on from it for one checkpoint without --layout.pp"
+            )
         shards.read_weights(self.model, found)
 
         # Optimizers and search, under the numbers that they have here

@@ -394,10 +394,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every rank that has a part: a collective for a sharded one."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with named_failure():
-        return tensor.full_tensor()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:

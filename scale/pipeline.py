@@ -252,7 +252,7 @@ class Staged(SailVL):
     def passes(self, work: Work) -> list[dict]:
         """Forward and backward of a step; what the objective said of each micro-batch, on all stages.
 
-        Raises what an objective raises, and ConnectionError when another stage is gone.
+        Raises what an objective raises.
         """
         for section in self.sections.values():
             section.language_model.recompute = self.language_model.recompute
@@ -267,14 +267,11 @@ class Staged(SailVL):
         # A loss of its own for each micro-batch: targets are only counted
         try:
             schedule.step(target=torch.empty(len(work.batches)), return_outputs=False)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            # What a section raised comes wrapped; else a neighbour is gone
-            if error.__cause__ is not None:
-                raise error.__cause__ from None
-            with parallel.named_failure():
+            # What a section raised comes wrapped
+            if error.__cause__ is None:
                 raise
+            raise error.__cause__ from None
 
         # The last section alone has something to say
         *_, last = self.sections.values()

@@ -110,7 +110,6 @@ def shard_units(model: nn.Module, ranks: Ranks) -> None:
     trains = any(p.requires_grad for p in model.parameters())
     unit(model, mesh=dense, mp_policy=policy, reshard_after_forward=not trains)
     open_entrances(model)
-    return model
 
 
 def rest_of(ranks: Ranks) -> OffloadPolicy:

@@ -237,37 +237,42 @@ def read_weights(model: nn.Module, directory, layout: weights.Layout = weights.p
     ValueError on all of them, naming the first tensor that is missing, unused, of a wrong shape or type,
     or not finite.
     """
+    # Where this rank's parameters are, and the names that all stages of a pipeline want
     directory = Path(directory)
     reshard(model)
-    read = 0
-    problem = ""
-    own: dict[str, list[tuple[str, Box]]] = {}
-    for name, p in model.named_parameters():
-        own[name] = list(boxes_on_disk(name, p.shape, layout).items())
+    boxes = {n: boxes_on_disk(n, p.shape, layout) for n, p in model.named_parameters()}
+    first, _ = parallel.place()
+    own = [stored for part in boxes.values() for stored in part] if first == 0 else []
+    wanted = dict.fromkeys(parallel.gather(own, everyone=True))
 
-    # What is wrong on one rank is wrong for all
-    everyone = parallel.gather([[stored for part in own.values() for stored, _ in part]], True)
-    wanted = dict.fromkeys(name for names in everyone for name in names)
+    # Names of the whole directory, then values; what is wrong on one rank is wrong for all
+    problem = ""
+    files = Files()
     try:
         stored = weights.locate(directory)
         if weights.is_tied(model):  # one tensor, which may be stored under both of its names
             stored = {n: path for n, path in stored.items() if not n.endswith(weights.HEAD)}
         weights.check_names(stored, wanted, directory)
-        with Files() as files:
+        with files:
             for name, p in model.named_parameters():
-                pieces = [Piece(stored[n], n, box) for n, box in own[name]]
-                for piece in pieces:
-                    files.check(piece)
-                fill_from(p, pieces, files)
-                if not weights.is_finite(parallel.local(p.detach())):
-                    raise ValueError(
-                        f"{directory}: {name} holds values that are not finite numbers"
-                    )
-            read = files.read_bytes
+                pieces = [Piece(stored[n], n, box) for n, box in boxes[name].items()]
+                read_parameter(p, pieces, files)
     except (ValueError, OSError) as error:
         problem = str(error)
     refuse_together(problem)
-    return read
+    return files.read_bytes
+
+
+def read_parameter(p: Tensor, pieces: list[Piece], files: Files) -> None:
+    """What this rank holds of a parameter. Raises ValueError naming a tensor that does not fit."""
+    for piece in pieces:
+        files.check(piece)
+    fill_from(p, pieces, files)
+    if not weights.is_finite(parallel.local(p.detach())):
+        raise ValueError(
+            f"{pieces[0].path}: {pieces[0].name} holds values that are not finite numbers in {p.dtype}; "
+            "the run that wrote it went wrong, take an earlier checkpoint"
+        )
 
 
 def refuse_together(problem: str) -> None:
@@ -322,8 +327,13 @@ def owners(model: nn.Module, rows: int) -> dict[str, int]:
     """Parameter -> the rank, of those that share it, that writes it: runs of about equal bytes."""
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     ends = list(accumulate(sizes.values()))
-    middles = [end - size / 2 for end, size in zip(ends, sizes.values())]
-    return {n: min(rows - 1, int(rows * m / ends[-1])) for n, m in zip(sizes, middles)}
+
+    # by where the middle of a parameter lies on the line of all bytes
+    owner_of = {}
+    for (name, size), end in zip(sizes.items(), ends):
+        middle = end - size / 2
+        owner_of[name] = min(rows - 1, int(rows * middle / ends[-1]))
+    return owner_of
 
 
 @dataclass(frozen=True)
@@ -342,12 +352,14 @@ def plan_files(
     layout: weights.Layout = weights.published,
 ) -> dict[str, PlannedFile]:
     """Name -> all files of a model's weights, whoever writes them. All writers together."""
+    # The tensors that this rank writes, as shapes
     own = {}
     owner_of = owners(model, writers.rows)
     for name, p in model.named_parameters():
         if owner_of[name] == writers.row:
             own |= layout(name, torch.empty(p.shape, dtype=p.dtype, device="meta"))
 
+    # Its files, and everybody's
     mine = []
     if own:
         for names in weights.split_into_shards(own, file_bytes).values():
@@ -389,6 +401,7 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
     All ranks together, each writes some files; all is there when it returns. Raises ValueError on all of
     them when one cannot write.
     """
+    # Copies, and each rank's own files
     writers = Writers.among(ranks)
     directory = Path(directory)
     problem = ""
@@ -405,7 +418,7 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
             problem = f"rank {writers.rank}: {error}"
     refuse_together(problem)
 
-    # Read as a model only now that all files are there
+    # A model only now that all files are there
     if writers.main:
         shards = {file: planned.names for file, planned in plan.items()}
         total = sum(planned.nbytes for planned in plan.values())

@@ -28,6 +28,7 @@ import vlm
 from infra import checkpoint, weights
 from infra.checkpoint import (
     Draft,
+    Keeper,
     RunDirectory,
     checkpoints,
     fault,
@@ -224,6 +225,7 @@ def test_released_files_from_two_ranks_and_straight_into_their_shards(tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_no_rendezvous_costs_none(
     tmp_path, small, tokenizer, capfd
 ):
@@ -258,6 +260,7 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_and_no_rendezvous_costs_no
         assert "state-00002-of-00002.safetensors is missing" == fault(written)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_all_copy_is_named_and_nobody_waits_for_its_part(
     tmp_path, small, tokenizer, monkeypatch
 ):
@@ -446,6 +449,15 @@ def test_a_checkpoint_of_before_goes_on_alike(tmp_path, small, tokenizer):
     search = rate_search(list(model.parameters()), optimizers, SEARCHED)
     as_before(latest(tmp_path / "checkpoints"), model, optimizers, search)
     assert life(Ranks(), small, tokenizer, tmp_path)[1] == expected
+
+    # Its numbers mean nothing in a pipeline
+    forget(tmp_path)
+    as_before(latest(tmp_path / "checkpoints"), model, optimizers, search)
+    home = RunDirectory(tmp_path)
+    keeper = Keeper(home, model, optimizers, search, FewRows(tokenizer, Ranks()), Ranks())
+    keeper.ranks = Ranks(layout=Layout(pp=2))
+    with pytest.raises(ValueError, match="go on from it for one checkpoint without --layout.pp"):
+        keeper.resume()
 
 
 def test_optimizers_that_are_grouped_otherwise_find_their_state():
