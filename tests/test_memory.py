@@ -18,6 +18,7 @@ from infra import memory
 from infra.memory import MicroBatch, stage_memory
 from infra.plan import memory_line
 from llm import rotary_table
+from moe import Decisions
 from objective import supervised
 from packing import Batch
 from recipe import Setup
@@ -82,7 +83,7 @@ def test_a_decoder_block_keeps_what_the_formula_says(either, half):
     block = model.language_model.model.layers[0]
     attend = attend_inside(segments, causal=True)
 
-    activations, _ = saved_bytes(model, lambda: block(x * 1.0, rope, attend, 0, []), half)
+    activations, _ = saved_bytes(model, lambda: block(x * 1.0, rope, attend, 0, Decisions()), half)
     tables = 2 * rope[0].nbytes  # of all blocks together
     formula = memory.decoder_block_bytes(text, S, S, half)
     assert formula == pytest.approx(activations - tables, rel=0.1)
