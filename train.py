@@ -122,7 +122,8 @@ def train(
             # One update of the weights
             rate = stage.rate(step) * (search.scale if search else 1.0)
             row = {"step": step, "lr": rate, "data_seconds": round(waited, 3)}
-            row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
+            with parallel.named_failure(mixed=True):
+                row |= one_step(model, optimizers, micro_batches, objective, rate, stage, ranks)
 
             # A run of bad steps is no accident
             bad_steps = bad_steps + 1 if row["skipped"] else 0

@@ -14,7 +14,7 @@ and every function returns at once: the loop has no branches.
 
 Ranks that differ train without an error and come apart unseen, so `agree` compares them before the
 first step. A rank that dies or hangs is named by those that waited for it (`missing_ranks`); when
-the launcher dies, its ranks end too (`end_with_parent`).
+the launcher dies, its ranks end too (`Watcher`).
 
 What listens: on one node gloo listens on the loopback interface only (GLOO_SOCKET_IFNAME decides
 otherwise). The rendezvous of torchrun listens on all interfaces, in torchrun's own process, which
@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import accumulate
 from typing import Callable, Iterator
@@ -84,6 +84,7 @@ class Meeting:
     mesh: Mesh | None = None  # None: every rank holds the whole model
     # ranks that see different rows, on the CPU's transport; None: all
     rows: dist.ProcessGroup | None = None
+    watcher: "Watcher | None" = None  # of the launcher
 
 
 _meeting = Meeting()
@@ -115,9 +116,11 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
     if kind != "cpu":
         torch.accelerator.set_device_index(local)
 
-    end_with_parent()
+    if _meeting.watcher is None or not _meeting.watcher.is_alive():
+        _meeting.watcher = Watcher()
     if not dist.is_initialized():
         join(kind, device, timeout)
+    agree({"layout": asdict(layout)})
     if layout.plain:
         return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout, layout)
 
@@ -215,25 +218,39 @@ def stop() -> None:
     _meeting.store = None
     _meeting.mesh = None
     _meeting.rows = None
+    if _meeting.watcher is not None:
+        _meeting.watcher.leave()
+        _meeting.watcher = None
 
 
-def end_with_parent(every: float = 1.0, patience: float = ORPHAN) -> None:
-    """A thread that ends this process when its launcher is gone, however that died.
+class Watcher(threading.Thread):
+    """Ends this process when its launcher is gone, however that died.
 
-    It is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends after
-    `patience` seconds in any case.
+    The process is told to stop as by a scheduler (SIGTERM: the loop writes a checkpoint), and ends
+    after `patience` seconds in any case. `leave` ends the thread before the interpreter ends: what
+    a daemon does while that is taken apart is nobody's to say.
     """
-    parent = os.getppid()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(every)
+    def __init__(self, every: float = 1.0, patience: float = ORPHAN):
+        super().__init__(daemon=True)
+        self.parent = os.getppid()
+        self.every = every
+        self.patience = patience
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while os.getppid() == self.parent:
+            if self.over.wait(self.every):
+                return
         _say("the launcher is gone: this rank writes a checkpoint if it can, and ends")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(patience)
-        os._exit(128 + signal.SIGTERM)
+        if not self.over.wait(self.patience):
+            os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def leave(self) -> None:
+        self.over.set()
+        self.join()
 
 
 def place() -> tuple[int, int]:
@@ -320,7 +337,8 @@ def divide(
 ) -> list[Tensor]:
     """work(values), each rank doing a run of neighbours of about equal cost and sending its results.
 
-    Results have the shapes and the type of their values, which every rank has alike.
+    Results have the shapes and the type of their values, which every rank has alike. Simplified:
+    sharded values are gathered on all ranks, not only on the one that works on them.
     """
     rank, size = place()
     if size == 1 or not values:
@@ -414,16 +432,26 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 
 
 @contextmanager
-def named_failure() -> Iterator[None]:
-    """A collective that fails or times out becomes a ConnectionError that names the missing ranks."""
+def named_failure(mixed: bool = False) -> Iterator[None]:
+    """A collective that fails or times out becomes a ConnectionError that names the missing ranks.
+
+    mixed: there is other work among the collectives, whose own errors stay what they are.
+    """
     try:
         yield
     except RuntimeError as error:
+        if mixed and not from_transport(error):
+            raise
         rank, _ = place_of_all()
         raise ConnectionError(
             f"rank {rank}: {missing_ranks()} (waited {_meeting.timeout:g} s at the most; "
             f"{first_line(error)})"
         ) from error
+
+
+def from_transport(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def missing_ranks() -> str:

@@ -68,23 +68,22 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
     if layout.ep > 1 and not any(isinstance(module, Experts) for module in model.modules()):
         raise ValueError(f"--layout.ep {layout.ep}: the model has no experts")
 
-    # How each unit travels and rests
+    # Where a unit's parts lie, how they travel, and where they rest
+    mesh = ranks.mesh
+    dense = mesh["dense"] if layout.copies > 1 else mesh["shard"]
+    sparse = mesh["sparse"] if layout.copies > 1 else mesh["efsdp"]
     precise = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = precise
     if layout.half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    dense = ranks.mesh["dense"] if layout.copies > 1 else ranks.mesh["shard"]
-    sparse = ranks.mesh["sparse"] if layout.copies > 1 else ranks.mesh["efsdp"]
-    offload = OffloadPolicy()
-    if layout.offload:
-        # memory that an accelerator copies from by itself; a CPU, where nothing moves, has none
-        offload = CPUOffloadPolicy(pin_memory=str(ranks.device) != "cpu")
-    unit = partial(fully_shard, offload_policy=offload, reshard_after_forward=layout.zero == 3)
+    unit = partial(
+        fully_shard, offload_policy=rest_of(ranks), reshard_after_forward=layout.zero == 3
+    )
 
     # Smallest units first: what is left is their parents'
     for module in list(model.modules()):
         if isinstance(module, Experts) and layout.ep > 1:
-            spread_experts(module, ranks.mesh["ep"])
+            spread_experts(module, mesh["ep"])
             cut = cut_of(layout.shard // layout.ep)
             unit(module, mesh=sparse, mp_policy=policy, shard_placement_fn=cut)
         if isinstance(module, MoE) and layout.half:
@@ -93,24 +92,30 @@ def shard_model(model: nn.Module, ranks: Ranks) -> nn.Module:
         if isinstance(module, (Block, VisionBlock)):
             unit(module, mesh=dense, mp_policy=policy, shard_placement_fn=cut_of(layout.shard))
     trains = any(p.requires_grad for p in model.parameters())
-    fully_shard(
-        model,
-        mesh=dense,
-        mp_policy=policy,
-        offload_policy=offload,
-        reshard_after_forward=not trains,
-    )
+    unit(model, mesh=dense, mp_policy=policy, reshard_after_forward=not trains)
+    open_entrances(model)
+    return model
 
-    # Where one may come in, and how gradients are summed
+
+def rest_of(ranks: Ranks) -> OffloadPolicy:
+    """Where parts rest: on the device, or in host memory."""
+    if not ranks.layout.offload:
+        return OffloadPolicy()
+    # pinned memory is what an accelerator copies from by itself; a CPU, where nothing moves, has none
+    return CPUOffloadPolicy(pin_memory=ranks.device != "cpu")
+
+
+def open_entrances(model: nn.Module) -> None:
+    """What may be called on a sharded model, and how its gradients are summed."""
     for name in ENTRANCES:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
-    for module in units_of(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     if isinstance(model, SailVL):
         model.always_sees = True
-    return model
 
 
 def cut_of(ranks: int):
@@ -121,10 +126,6 @@ def cut_of(ranks: int):
         return Shard(1) if few_experts else None
 
     return cut
-
-
-def units_of(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def begin_micro_batch(model: nn.Module, layout: Layout, last: bool) -> None:

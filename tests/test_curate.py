@@ -536,6 +536,11 @@ def launch(*words, before=(), **how):
     )
 
 
+def ends_well(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+
+
 @pytest.mark.slow
 def test_a_killed_command_ends_at_once_and_goes_on_where_it_was(tmp_path, directory):
     data = people(tmp_path / "data", 24)
@@ -544,10 +549,10 @@ def test_a_killed_command_ends_at_once_and_goes_on_where_it_was(tmp_path, direct
 
     # Undisturbed; and the same on two ranks.
     alone = launch(*COMMAND, *arguments, "--out", str(tmp_path / "a.jsonl"))
-    assert alone.communicate()[1] is not None and alone.returncode == 0
+    ends_well(alone)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     pair = launch(*ranks, *COMMAND[1:], *arguments, "--out", str(tmp_path / "c.jsonl"))
-    assert pair.communicate()[1] is not None and pair.returncode == 0
+    ends_well(pair)
 
     # Told to stop when some answers are there.
     answers = tmp_path / "b.answers" / "0.jsonl"
@@ -560,7 +565,7 @@ def test_a_killed_command_ends_at_once_and_goes_on_where_it_was(tmp_path, direct
     assert stopped.returncode != 0
     assert 0 < len(answers.read_bytes().splitlines()) < 24
     again = launch(*COMMAND, *arguments, "--out", str(tmp_path / "b.jsonl"))
-    assert again.communicate()[1] is not None and again.returncode == 0
+    ends_well(again)
 
     def said(name):
         lines = []

@@ -3,6 +3,7 @@
 Ranks are forked, as `torchrun` would start them: a rendezvous on this machine, gloo between them.
 """
 
+import ast
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from conftest import ROOT, answers, made_up
 from ranks_helpers import as_ranks, free_port
 from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
+from test_house import ROOMS
 
 from infra.checkpoint import Keeper, RunDirectory, checkpoints
 from infra.stopping import check_stop
@@ -139,7 +141,7 @@ def test_when_its_launcher_is_killed_a_rank_ends(tmp_path):
 
     def launcher():
         if os.fork() == 0:
-            parallel.end_with_parent(every=0.05)
+            parallel.Watcher(every=0.05)
             note.write_text(str(os.getpid()))
             time.sleep(100)
             os._exit(0)
@@ -169,7 +171,7 @@ def test_a_rank_that_ignores_its_launchers_death_ends_all_the_same():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         real = os.getppid()
         os.getppid = lambda: real
-        parallel.end_with_parent(every=0.01, patience=0.05)
+        parallel.Watcher(every=0.01, patience=0.05)
         os.getppid = lambda: 1
         time.sleep(100)
 
@@ -366,15 +368,15 @@ def test_numbers_objects_gradients_and_divided_work(tmp_path):
         assert said[3] == [[10.0], [20.0] * 2, [30.0] * 3] and said[4] == [rank, 2]
 
 
-def test_ranks_leave_together(tmp_path):
+def test_ranks_leave_together_and_leave_no_thread_behind(tmp_path):
     def work(ranks):
         if ranks.rank == 0:
             time.sleep(0.3)
             (tmp_path / "done").write_text("late")
         parallel.stop()
-        return (tmp_path / "done").exists()
+        return [(tmp_path / "done").exists(), threading.active_count()]
 
-    assert as_ranks(work, tmp_path) == [True, True]
+    assert as_ranks(work, tmp_path) == [[True, 1], [True, 1]]
 
 
 def test_on_one_node_gloo_listens_on_the_loopback_interface_only(tmp_path):
@@ -473,7 +475,8 @@ def test_threads_follow_the_affinity_and_the_users_own_number(
 
 
 PRETENDED = """
-import os, types, warnings
+import os, sys, types, warnings
+from pathlib import Path
 import torch, torch.distributed as dist
 warnings.filterwarnings("ignore")
 
@@ -483,17 +486,46 @@ module = types.ModuleType("npu")
 module.is_available = lambda: True
 module.device_count = lambda: 8
 module.current_device = lambda: 0
+module.is_initialized = lambda: True
 module._is_in_bad_fork = lambda: False
+module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+seeds = []
+module.manual_seed_all = seeds.append
+module.get_rng_state = lambda: torch.tensor([seeds[-1]], dtype=torch.uint8)
+module.set_rng_state = lambda state: seeds.append(int(state))
 torch._register_device_module("npu", module)
 make = lambda store, rank, size, timeout: dist.ProcessGroupGloo(store, rank, size, timeout)
 dist.Backend.register_backend("hccl", make, devices=["npu"])
 torch.accelerator.is_available = lambda: True
 torch.accelerator.current_accelerator = lambda *a, **k: torch.device("npu")
 torch.accelerator.set_device_index = lambda index: print("index", index)
+torch._C._get_accelerator = lambda *a: torch.device("npu")
 
+# through start with a mesh, sums, gather, seeding, a step's precision, and a checkpoint
+from infra.checkpoint import Keeper, RunDirectory, get_rng, set_rng
 from scale import parallel
-ranks = parallel.start(30)
+from scale.layout import Layout
+from stage import Stage
+from train import autocast
+from vlm import PRESETS, SailVL
+ranks = parallel.start(30, Layout(half=True))
 print(ranks.device, dist.get_backend_config(), parallel.total(1.5, 2.0), parallel.gather(["a"]))
+print(ranks.mesh["dense"].device_type, [ranks.mesh[axis].size() for axis in ("pp", "copy", "shard")])
+torch.manual_seed(7)
+saved = get_rng()
+torch.manual_seed(8)
+set_rng(*saved)
+print("seeds", seeds, autocast(Stage(), ranks.device).fast_dtype)
+class Data(list):
+    state_dict = load_state_dict = lambda self, *_: {}
+def keeper():
+    home = RunDirectory(Path(sys.argv[1]))
+    return Keeper(home, SailVL(PRESETS["toy"]).init_weights(0), [], None, Data(), ranks)
+first = keeper()
+first.resume()
+first.save(3, 3)
+first.close()
+print("resumed at", keeper().resume()["step"])
 parallel.stop()
 """
 
@@ -504,7 +536,7 @@ def test_the_backend_of_a_device_has_gloo_for_what_lies_on_the_cpu():
 
 
 @pytest.mark.slow
-def test_beside_an_accelerators_own_transport_the_cpu_has_gloo():
+def test_beside_an_accelerators_own_transport_the_cpu_has_gloo(tmp_path):
     """Every accelerator run under torchrun ended at its first sum: no backend for device type cpu."""
     environment = {
         "RANK": "0",
@@ -516,7 +548,7 @@ def test_beside_an_accelerators_own_transport_the_cpu_has_gloo():
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PRETENDED],
+        [sys.executable, "-c", PRETENDED, str(tmp_path / "run")],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
@@ -525,7 +557,19 @@ def test_beside_an_accelerators_own_transport_the_cpu_has_gloo():
     )
     assert done.returncode == 0, done.stderr
     assert "index 3" in done.stdout
-    assert "npu:3 cpu:gloo,npu:hccl [1.5, 2.0] ['a']" in done.stdout
+    assert "npu:3 cpu:gloo,npu:hccl [1.5, 2.0] ['a']\nnpu [1, 1, 1]" in done.stdout
+    assert "seeds [7, 8, 7] torch.bfloat16" in done.stdout
+    assert "resumed at 3" in done.stdout
+
+
+def test_no_kind_of_device_and_no_transport_is_named_where_it_is_not_the_subject():
+    """`.cuda()` is for one kind, and a backend by name ("nccl") is another kind's crash."""
+    about_it = {"kernels/bench.py", "kernels/offline.py"}
+    for file in (*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("*.py"))):
+        if str(file.relative_to(ROOT)) not in about_it:
+            code = ast.unparse(ast.parse(file.read_text()))
+            assert ".cuda(" not in code and "torch.cuda." not in code, file
+            assert "'nccl'" not in code and "get_backend()" not in code, file
 
 
 # ------------------------------------------------------------------------------------ torchrun

@@ -7,6 +7,7 @@ micro-batches one rank has pictures and another has none. All runs of one mesh s
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from scale import parallel
 from scale.layout import AXES, Layout
 from scale.parallel import Ranks
 from scale.shard import shard_model, whole_weights
-from stage import RLStage
+from stage import RLStage, Stage
 from vlm import PRESETS, SailVL
 
 
@@ -63,6 +64,39 @@ def ending(ranks, config, tokenizer):
     documents = [made_up_document(tokenizer, 0, number) for number in range(9)]
     data = Batches(iter(documents), LENGTH, ROWS, 1, tokenizer.pad, ranks.rank, ranks.size)
     return small_run(ranks, config, tokenizer, data=data, steps=10)
+
+
+def doubled(ranks, config, tokenizer, **changes):
+    """Two micro-batches a step, of which the first one's gradients wait for the second's."""
+
+    def steps():
+        rows = SameRows(tokenizer, ranks)
+        while True:
+            first = next(rows)
+            yield first + next(rows)
+
+    return small_run(ranks, config, tokenizer, data=steps(), **changes)
+
+
+def pictures_alone(ranks, config, encoder):
+    """The ViT's own stage, whose model is the ViT with a head."""
+    stage = Stage(
+        "image",
+        steps=2,
+        rows=4,
+        length=64,
+        objective="next_patch",
+        optimizer="adamw",
+        precision="fp32",
+        mixture={"counting": 1.0},
+    )
+    model = SailVL(config).init_weights(0)
+    torch.manual_seed(0)
+    run = fit(Setup(model, encoder, World(), ranks), stage)
+    return {
+        "loss": [row["loss"] for row in run.log],
+        "norm": [row["grad_norm"] for row in run.log],
+    }
 
 
 def stumbling(ranks, config, tokenizer):
@@ -134,14 +168,19 @@ def cases_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
         "rl": Case(partial(reinforced, config=config, encoder=encoder), {}, norm=2e-5),
         "experts whole, recomputed": Case(partial(moe, recompute=True), {}),
         "experts spread": Case(moe, spread),
-        "the adapter alone": Case(partial(moe, accumulate=2, trains=("adapter",)), spread),
+        "the language model alone": Case(partial(moe, accumulate=2, trains=("llm",)), spread),
         "a crowd": Case(partial(crowded, config=moe_config, tokenizer=tokenizer), spread),
     }
 
 
 def cases_on_four(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
     moe = partial(small_run, config=moe_config, tokenizer=tokenizer)
-    return {"copies of spread experts": Case(partial(moe, recompute=True), {"ep": 2})}
+    two = partial(doubled, config=moe_config, tokenizer=tokenizer)
+    return {
+        "copies of spread experts": Case(partial(moe, recompute=True), {"ep": 2}),
+        "two micro-batches": Case(two, {"ep": 2}),
+        "two micro-batches, summed at the end": Case(two, {"ep": 2, "zero": 1}),
+    }
 
 
 def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
@@ -155,6 +194,7 @@ def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
         "zero 3, rows one by one": Case(partial(dense, accumulate=2), {}),
         "zero 1, rows one by one": Case(partial(dense, accumulate=2), {"zero": 1}),
         "offload": Case(dense, {"offload": True}),
+        "pictures alone": Case(partial(pictures_alone, config=config, encoder=encoder), {}),
         "tied": Case(partial(small_run, config=tied, tokenizer=tokenizer), {}),
         "matrices by Muon": Case(partial(moe, optimizer="muon"), spread, 1e-5, 2e-5),
         "experts, offload": Case(moe, spread | {"offload": True}),
@@ -162,7 +202,7 @@ def more_on_two(config, moe_config, tokenizer, encoder) -> dict[str, Case]:
             partial(reinforced, config=moe_config, encoder=encoder), spread, norm=2e-5
         ),
     }
-    for parts in (("llm",), ("vision", "adapter")):
+    for parts in (("adapter",), ("vision", "adapter")):
         some[f"{parts} alone"] = Case(partial(moe, accumulate=2, trains=parts), spread)
     return some
 
@@ -348,6 +388,30 @@ def refusal(work) -> str:
 
 def few(config, experts: int):
     return replace(config, text=replace(config.text, num_experts=experts))
+
+
+def test_of_sharded_weights_a_rank_that_dies_is_named_and_other_errors_are_their_own(
+    tmp_path, config, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(parallel, "ROLL_CALL", 0.3)
+
+    def work(ranks):
+        def stumble(model, batch, stage):
+            raise RuntimeError("my own reason")
+
+        with pytest.raises(RuntimeError, match="my own reason"):
+            small_run(ranks, config, tokenizer, objective=stumble)
+
+        def die(model, batch, stage):
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answers(model, batch, stage)
+
+        small_run(ranks, config, tokenizer, objective=die)
+
+    first, second = as_ranks(work, tmp_path, 2, 20.0, Layout(shard=2))
+    assert second == -signal.SIGKILL
+    assert first.startswith("ConnectionError: rank 0: rank 1 did not take part in a collective")
 
 
 INTERPRETED = """
