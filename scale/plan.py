@@ -18,7 +18,8 @@ that do not fit say why.
 
 Memory is the worst case (rows full of visual tokens, all of them labels; answers as long as they may
 be), time is the mean one (`pace.Load`). Checked on small runs of 2 and 4 processes: weights exactly,
-bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet.
+bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet:
+`python -m bench.gpu` sets them beside the plan.
 
 Simplified: a device's memory is what its maker states, less RESERVE for its context, the transport's
 buffers and fragmentation; data arrives in time; nothing fails.
