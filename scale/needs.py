@@ -256,10 +256,10 @@ def passing_bytes(
     block = memory.block_bytes(local, blind, batch, half, stream)
     image = memory.block_bytes(local, stage, batch, half, stream)
     if layout.ep > 1:
-        # rows that came from other ranks (S*K, C): as input, as result, and the gradients of both
+        # rows that came from other ranks (S*K, C): as input, as result, and one gradient
         text = config.text
         rows = batch.tokens * text.num_experts_per_tok * text.hidden_size * (HALF if half else FP32)
-        block += 4 * rows
+        block += 3 * rows
         kept += 0 if stage.recompute else mine * rows
     kept += pixels
     seen += pixels
