@@ -56,7 +56,7 @@ class GpuOptions:
     profile: bool = True  # one more step under the profiler: the ten kernels that take most
 
 
-class Rows:
+class SameRow:
     """The same packed row again and again; notes when each step began, once the device is done."""
 
     def __init__(self, model: SailVL, options: GpuOptions, device: str):
@@ -145,7 +145,7 @@ def measure_steps(options: GpuOptions) -> None:
     )
 
     # The loop, timed from one question for data to the next
-    rows = Rows(model, options, ranks.device)
+    rows = SameRow(model, options, ranks.device)
     train(model, stage, rows, ranks=ranks)
     next(rows)
     times = [after - before for before, after in zip(rows.began, rows.began[1:])]

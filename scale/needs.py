@@ -10,7 +10,7 @@ communication. Experts stay where they are; tokens travel to them.
     sent a micro-batch               gather forward, gather backward (ZeRO-3), sum of gradients
 
 FSDP2 cuts every tensor along its first axis into equal rows, the last ones padded, so a rank's bytes are
-exact: `Piece.own`. The peak is the largest of a step's moments, as in infra/memory.py, whose formulas
+exact: `Bundle.own`. The peak is the largest of a step's moments, as in infra/memory.py, whose formulas
 count what a micro-batch brings.
 
 Counted is what is handed to a collective: the whole tensor that is gathered or summed, the rows that an
@@ -37,11 +37,11 @@ from vlm import SailVL, VLMConfig
 HALF = 2  # bytes of bf16
 
 
-# -------------------------------------------------------------------------------------- the pieces
+# -------------------------------------------------------------------------------------- the bundles
 
 
 @dataclass(frozen=True)
-class Piece:
+class Bundle:
     """Weights that are gathered at once: a block, its experts or router, or all that is in no block.
 
     number: of its block. shapes: of its tensors, on one rank of those that share the experts. ranks:
@@ -66,7 +66,7 @@ class Piece:
 
     @property
     def sent(self) -> int:
-        """Bytes of the whole piece as it is gathered, padding included."""
+        """Bytes of the whole bundle as it is gathered, padding included."""
         return self.width * self.ranks * self.own()
 
     @property
@@ -81,8 +81,8 @@ class Piece:
         return self.own(both) if any(both) else 0
 
 
-def piece_of(name: str, layout: Layout) -> tuple[str, str]:
-    """The kind of a parameter's piece, and the number of its block."""
+def bundle_of(name: str, layout: Layout) -> tuple[str, str]:
+    """The kind of a parameter's bundle, and the number of its block."""
     words = name.split(".")
     if "layers" in words:
         number = words[words.index("layers") + 1]
@@ -98,7 +98,7 @@ def piece_of(name: str, layout: Layout) -> tuple[str, str]:
 
 def on_stage(name: str, layers: int, layout: Layout, place: int) -> bool:
     """Whether a parameter lives on a pipeline stage: layers in equal runs, ViT first, head last."""
-    kind, number = piece_of(name, layout)
+    kind, number = bundle_of(name, layout)
     pp = layout.pp
     if kind in ("decoder", "experts", "router"):
         return place * layers // pp <= int(number) < (place + 1) * layers // pp
@@ -107,23 +107,23 @@ def on_stage(name: str, layers: int, layout: Layout, place: int) -> bool:
     return place == 0
 
 
-def pieces_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -> list[Piece]:
-    """The pieces on one pipeline stage, cut as `shard.shard_model` cuts them."""
-    return cut_pieces(model, stage.trains, stage.optimizer, layout, place)
+def bundles_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -> list[Bundle]:
+    """The bundles on one pipeline stage, cut as `shard.shard_model` cuts them."""
+    return cut_bundles(model, stage.trains, stage.optimizer, layout, place)
 
 
 @lru_cache(maxsize=512)
-def cut_pieces(
+def cut_bundles(
     model: SailVL, trained: tuple[str, ...], optimizer: str, layout: Layout, place: int
-) -> list[Piece]:
-    """`pieces_of`, remembered: a search asks for the same ones again and again."""
+) -> list[Bundle]:
+    """`bundles_of`, remembered: a search asks for the same ones again and again."""
     layers = model.config.text.num_hidden_layers
     groups: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
         if on_stage(name, layers, layout, place):
-            groups.setdefault(piece_of(name, layout), {})[name] = tuple(parameter.shape)
+            groups.setdefault(bundle_of(name, layout), {})[name] = tuple(parameter.shape)
 
-    pieces = []
+    bundles = []
     for (kind, number), shapes in groups.items():
         # Experts are spread first; where ranks are more than they, their rows are cut instead
         ranks = layout.shard // layout.ep if kind == "experts" else layout.shard
@@ -142,8 +142,8 @@ def cut_pieces(
             optimizer == "muon" and len(shape) == 2 and not any(word in name for word in OUTSIDE)
             for name, shape in shapes.items()
         )
-        pieces.append(Piece(kind, number, tuple(cut), by_muon, trains, ranks, width))
-    return pieces
+        bundles.append(Bundle(kind, number, tuple(cut), by_muon, trains, ranks, width))
+    return bundles
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -183,7 +183,7 @@ def rank_memory(
 
     model: on the meta device or real. layout: fitted to `ranks`. half: blocks compute in bf16. batch:
     the largest micro-batch, when it is not the stage's worst case. Beside the kinds of
-    `memory.model_memory`: "gathered", whole weights of the pieces in use; "sums", their gradients
+    `memory.model_memory`: "gathered", whole weights of the bundles in use; "sums", their gradients
     before they are summed and cut; "copy", that samples; "host", what rests there, no part of the total.
     """
     none = {"gathered": 0, "sums": 0, "host": 0, "copy": 0}
@@ -194,21 +194,21 @@ def rank_memory(
     stages = []
     for place in range(layout.pp):
         held = in_flight(layout, place, micro_batches(stage, lanes))
-        pieces = pieces_of(model, stage, layout, place)
-        standing = none | standing_bytes(pieces, stage, layout)
+        bundles = bundles_of(model, stage, layout, place)
+        standing = none | standing_bytes(bundles, stage, layout)
         passing = passing_bytes(model.config, stage, layout, place, batch, held, half)
         passing |= sampling_bytes(model.config, stage, layout, lanes, half)
         partial = micro_batches(stage, lanes) > 1 and layout.copies > 1
-        stages.append(with_peak(standing | passing, pieces, stage, layout, partial))
+        stages.append(with_peak(standing | passing, bundles, stage, layout, partial))
     return max(stages, key=lambda kinds: kinds["total"])
 
 
-def standing_bytes(pieces: list[Piece], stage: BaseStage, layout: Layout) -> dict[str, int]:
+def standing_bytes(bundles: list[Bundle], stage: BaseStage, layout: Layout) -> dict[str, int]:
     """What is there at all times: this rank's rows of everything."""
-    weights = FP32 * sum(piece.own() for piece in pieces)
-    trained = FP32 * sum(piece.trained for piece in pieces)
-    whole = FP32 * sum(piece.ranks * piece.trained for piece in pieces)
-    moments = 2 * trained - FP32 * sum(piece.moved_by_muon for piece in pieces)
+    weights = FP32 * sum(bundle.own() for bundle in bundles)
+    trained = FP32 * sum(bundle.trained for bundle in bundles)
+    whole = FP32 * sum(bundle.ranks * bundle.trained for bundle in bundles)
+    moments = 2 * trained - FP32 * sum(bundle.moved_by_muon for bundle in bundles)
     snapshots = 2 * (trained + moments) if stage.searches_rate else 0
     kinds = {
         "weights": weights,
@@ -256,10 +256,10 @@ def passing_bytes(
     block = memory.block_bytes(local, blind, batch, half, stream)
     image = memory.block_bytes(local, stage, batch, half, stream)
     if layout.ep > 1:
-        # rows that came from other ranks (S*K, C): as input, as result, and the gradients of both
+        # rows that came from other ranks (S*K, C): as input, as result, and one gradient
         text = config.text
         rows = batch.tokens * text.num_experts_per_tok * text.hidden_size * (HALF if half else FP32)
-        block += 4 * rows
+        block += 3 * rows
         kept += 0 if stage.recompute else mine * rows
     kept += pixels
     seen += pixels
@@ -299,7 +299,7 @@ def sampling_bytes(
 
 
 def with_peak(
-    kinds: dict[str, int], pieces: list[Piece], stage: BaseStage, layout: Layout, partial: bool
+    kinds: dict[str, int], bundles: list[Bundle], stage: BaseStage, layout: Layout, partial: bool
 ) -> dict[str, int]:
     """The kinds with "gathered", "sums", "step" and "total": the largest moment of a step.
 
@@ -307,28 +307,28 @@ def with_peak(
     block (embedding, head, norms) stays whole from the first use to the last. partial: sums of earlier
     micro-batches wait to be summed over the copies.
     """
-    by_muon = FP32 * sum(piece.moved_by_muon for piece in pieces)
+    by_muon = FP32 * sum(bundle.moved_by_muon for bundle in bundles)
     bucket = 0
     if layout.plain:
         bucket = kinds["gradients"] if layout.copies > 1 else 0
-        pieces = []
-    trained = FP32 * sum(piece.trained for piece in pieces)
+        bundles = []
+    trained = FP32 * sum(bundle.trained for bundle in bundles)
     waiting = trained if partial else 0
-    whole = sum(piece.sent for piece in pieces if piece.kind == "rest")
+    whole = sum(bundle.sent for bundle in bundles if bundle.kind == "rest")
     blocks: dict[tuple[bool, str], int] = Counter()
     learned: dict[tuple[bool, str], int] = Counter()
-    for piece in pieces:
-        if piece.kind != "rest":
-            block = (piece.kind == "vision", piece.number)
-            blocks[block] += piece.sent
-            learned[block] += piece.ranks * piece.trained
+    for bundle in bundles:
+        if bundle.kind != "rest":
+            block = (bundle.kind == "vision", bundle.number)
+            blocks[block] += bundle.sent
+            learned[block] += bundle.ranks * bundle.trained
     every = sum(blocks.values())
     largest = max(blocks.values(), default=0)
     arriving = 2 * largest if layout.zero == 3 else every + largest
 
     # Gradients: whole, as they are computed, and in fp32, as they are summed
     block_sum = max(learned.values(), default=0)
-    rest_sum = sum(piece.ranks * piece.trained for piece in pieces if piece.kind == "rest")
+    rest_sum = sum(bundle.ranks * bundle.trained for bundle in bundles if bundle.kind == "rest")
     head = rest_sum // 2  # an embedding as large as the head has its gradient last of all
     width = HALF if layout.half else FP32
     sums = (width + FP32) * block_sum
@@ -390,25 +390,25 @@ def step_traffic(
     lanes = ranks // layout.pp
     count = micro_batches(stage, lanes)
     batch = batch or memory.largest_micro_batch(stage, lanes)
-    pieces = pieces_of(model, stage, layout, place)
+    bundles = bundles_of(model, stage, layout, place)
     flows: dict[str, Flow] = {}
 
     # Weights whenever they are used, gradients once a micro-batch; over the copies once a step
     last = str(model.config.vision.num_hidden_layers - 1)
     gathered: dict[int, int] = Counter()
     summed: dict[int, int] = Counter()
-    for piece in pieces:
-        times = times_gathered(piece, stage, layout, count, last)
-        gathered[piece.ranks] += times * piece.sent
+    for bundle in bundles:
+        times = times_gathered(bundle, stage, layout, count, last)
+        gathered[bundle.ranks] += times * bundle.sent
         sums = 1 if layout.zero == 1 else count
-        summed[piece.ranks] += sums * FP32 * piece.ranks * piece.trained
+        summed[bundle.ranks] += sums * FP32 * bundle.ranks * bundle.trained
     for size in gathered:
         if size > 1:
             apart = layout.shard // size
             among = "" if size == layout.shard else " of experts"
             flows[f"gather{among}"] = Flow(gathered[size], size, apart)
             flows[f"reduce-scatter{among}"] = Flow(summed[size], size, apart)
-    own = FP32 * sum(piece.trained for piece in pieces)
+    own = FP32 * sum(bundle.trained for bundle in bundles)
     if layout.copies > 1:
         flows["all-reduce"] = Flow(
             own, layout.copies, layout.shard, hidden=layout.shard > 1, summed=True
@@ -417,7 +417,7 @@ def step_traffic(
     # Tokens to their experts and back: forward, again when recomputed, and backward. Weights of the
     # choices (fp32) go there with them and their gradients back; before it, how many will come (int64)
     text = model.config.text
-    layers = sum(1 for piece in pieces if piece.kind == "experts")
+    layers = sum(1 for bundle in bundles if bundle.kind == "experts")
     if layers:
         again = 1 + stage.recompute
         slots = batch.tokens * text.num_experts_per_tok
@@ -436,8 +436,8 @@ def step_traffic(
     return flows
 
 
-def times_gathered(piece: Piece, stage: BaseStage, layout: Layout, count: int, last: str) -> int:
-    """How often a step of `count` micro-batches gathers a piece; `last`: number of the last ViT block.
+def times_gathered(bundle: Bundle, stage: BaseStage, layout: Layout, count: int, last: str) -> int:
+    """How often a step of `count` micro-batches gathers a bundle; `last`: number of the last ViT block.
 
     ZeRO-3: forward, and again backward where it was freed; else once a step. All that is in no block
     stays whole from forward to backward. Of a frozen ViT the last block is gathered backward all the
@@ -445,7 +445,7 @@ def times_gathered(piece: Piece, stage: BaseStage, layout: Layout, count: int, l
     """
     if layout.zero < 3:
         return 1
-    if piece.kind == "rest":
+    if bundle.kind == "rest":
         return count
-    frozen = piece.kind == "vision" and "vision" not in stage.trains and piece.number != last
+    frozen = bundle.kind == "vision" and "vision" not in stage.trains and bundle.number != last
     return count if frozen else 2 * count

@@ -12,7 +12,7 @@ Everything computed comes from the real modules, run once on fake tensors (scale
 (RL) reads the weights and the cache for every token, and eager kernels need launching.
 
 Assumed, as the paper publishes none of it: documents of 2,048 tokens (128B tokens / 64M samples are
-2,000), and `Load`. Pieces are counted over 8,192 tokens and scaled: the FLOP of a product are right for
+2,000), and `Load`. Blocks are counted over 8,192 tokens and scaled: the FLOP of a product are right for
 any number of them, its weights' bytes are not, which large products do not feel.
 """
 
@@ -28,12 +28,12 @@ from attention import Segments, attend_inside
 from infra.memory import FP32, PATCHES, MicroBatch, meta_model
 from scale.devices import ATTAINED_BYTES, ATTAINED_LINKS, LAUNCH, Device
 from scale.layout import Layout
-from scale.needs import HALF, Flow, micro_batches, pieces_of, step_traffic
-from scale.roofline import Work, work_of
+from scale.needs import HALF, Flow, bundles_of, micro_batches, step_traffic
+from scale.roofline import KernelWork, kernel_work
 from stage import BaseStage, RLStage
 from vlm import token_logprobs
 
-ROW = 8192  # tokens over which pieces are counted, in documents of a quarter of it
+ROW = 8192  # tokens over which bundles are counted, in documents of a quarter of it
 HOST_MEMORY = 50e9  # bytes a second of a host's memory, for each of its devices
 DECODING_KERNELS = 40  # of a block, for one token: launches rule when few rows are decoded
 
@@ -61,7 +61,7 @@ def blank_weights(module: torch.nn.Module, half: bool, trains: bool) -> dict[str
 
 
 @lru_cache(maxsize=64)
-def decoder_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+def decoder_work(preset: str, half: bool, trains: bool) -> tuple[KernelWork, KernelWork]:
     """Forward and backward pass of one decoder block over a ROW of four documents.
 
     half: its weights, and so the residual stream, are bf16. A frozen one passes gradients on.
@@ -80,11 +80,11 @@ def decoder_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
         arguments = (x, (table, table), attend, 0, None)
         return lambda: functional_call(block, weights, arguments)
 
-    return work_of(build, half=True)
+    return kernel_work(build, half=True)
 
 
 @lru_cache(maxsize=64)
-def vision_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+def vision_work(preset: str, half: bool, trains: bool) -> tuple[KernelWork, KernelWork]:
     """The same of one ViT block over a ROW of patches, in whole tiles."""
     model = meta_model(preset)
     block = model.vision_model.trunk.blocks[0]
@@ -99,11 +99,11 @@ def vision_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
         attend = attend_inside(fake_segments((patches,) * images), causal=False)
         return lambda: functional_call(block, weights, (x, None, attend, 0))
 
-    return work_of(build, half=True)
+    return kernel_work(build, half=True)
 
 
 @lru_cache(maxsize=64)
-def adapter_work(preset: str, half: bool) -> tuple[Work, Work]:
+def adapter_work(preset: str, half: bool) -> tuple[KernelWork, KernelWork]:
     """The same of the adapter over a ROW of visual tokens."""
     model = meta_model(preset)
 
@@ -114,11 +114,11 @@ def adapter_work(preset: str, half: bool) -> tuple[Work, Work]:
         plain = torch.nn.Sequential(*model.mlp1)  # behind the pixel shuffle, which only moves
         return lambda: functional_call(plain, weights, (x,))
 
-    return work_of(build, half=True)
+    return kernel_work(build, half=True)
 
 
 @lru_cache(maxsize=64)
-def loss_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
+def loss_work(preset: str, half: bool, trains: bool) -> tuple[KernelWork, KernelWork]:
     """The same of the loss over a quarter ROW of labels."""
     text = meta_model(preset).config.text
     dtype = torch.bfloat16 if half else torch.float32
@@ -130,7 +130,7 @@ def loss_work(preset: str, half: bool, trains: bool) -> tuple[Work, Work]:
         ids = torch.zeros(labels, dtype=torch.int64)
         return lambda: token_logprobs(hidden, head, ids)
 
-    return work_of(build, half=True)
+    return kernel_work(build, half=True)
 
 
 def fake_segments(lengths: tuple[int, ...]) -> Segments:
@@ -156,7 +156,7 @@ class Pace:
 
 def micro_batch_work(
     preset: str, stage: BaseStage, layout: Layout, tokens: int, load: Load
-) -> tuple[dict[str, Work], float]:
+) -> tuple[dict[str, KernelWork], float]:
     """What a micro-batch computes, by part of the model, and its FLOP without recomputation."""
     config = meta_model(preset).config
     learns = "llm" in stage.trains
@@ -175,11 +175,11 @@ def micro_batch_work(
         ("ends", adapter_work(preset, half), visual, 1, 1),
         ("ends", loss_work(preset, half, learns), 4 * load.labelled * rows, 1, 1),
     )
-    works: dict[str, Work] = {}
+    works: dict[str, KernelWork] = {}
     useful = 0.0
     for part, (forward, backward), factor, times, passes in parts:
         one = forward * passes + backward
-        works[part] = works.get(part, Work()) + one.scaled(factor) * times
+        works[part] = works.get(part, KernelWork()) + one.scaled(factor) * times
         useful += factor * times * (forward.flops + backward.flops)
     return works, useful
 
@@ -246,9 +246,9 @@ def update_seconds(
     preset: str, stage: BaseStage, layout: Layout, device: Device, count: int
 ) -> tuple[float, float]:
     """(Clipping and AdamW on a rank's parts, copies to and from the host meanwhile)."""
-    pieces = pieces_of(meta_model(preset), stage, layout)
-    trained = sum(piece.trained for piece in pieces)
-    own = sum(piece.own() for piece in pieces)
+    bundles = bundles_of(meta_model(preset), stage, layout)
+    trained = sum(bundle.trained for bundle in bundles)
+    own = sum(bundle.own() for bundle in bundles)
     # read: gradient twice, weight, two moments; written: gradient, weight, two moments
     moved = 9 * FP32 * trained
     if not layout.offload:

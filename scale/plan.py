@@ -18,7 +18,8 @@ that do not fit say why.
 
 Memory is the worst case (rows full of visual tokens, all of them labels; answers as long as they may
 be), time is the mean one (`pace.Load`). Checked on small runs of 2 and 4 processes: weights exactly,
-bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet.
+bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet:
+`python -m bench.gpu` sets them beside the plan.
 
 Simplified: a device's memory is what its maker states, less RESERVE for its context, the transport's
 buffers and fragmentation; data arrives in time; nothing fails.
@@ -60,7 +61,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """One stage under one layout on some devices."""
 
     preset: str
@@ -137,7 +138,7 @@ def plan_stage(
     devices: int,
     device: Device,
     stage: BaseStage | None = None,
-) -> Plan:
+) -> StagePlan:
     """The plan of a stage of the paper, or of another one. Raises ValueError for a layout that cannot be."""
     stage = stage or STAGES[name]
     layout = layout.fitted(devices)
@@ -146,7 +147,7 @@ def plan_stage(
         limit = (1 - RESERVE) * device.memory
         stage = with_largest_batch(preset, stage, layout, devices, limit)
     memory = rank_memory(meta_model(preset), stage, layout, devices)
-    return Plan(preset, name, stage, layout, devices, device, memory)
+    return StagePlan(preset, name, stage, layout, devices, device, memory)
 
 
 def refuse_model(preset: str, layout: Layout) -> None:
@@ -202,7 +203,7 @@ def layouts_for(preset: str, devices: int, device: Device) -> Iterator[list[Layo
 
 def search_layouts(
     preset: str, name: str, devices: int, device: Device, stage: BaseStage | None = None
-) -> list[Plan]:
+) -> list[StagePlan]:
     """Plans for the layouts that were tried: the best, others that fit by their days, the rest by bytes.
 
     A layout that is less than 2 % faster than a simpler one is not worth it.
@@ -237,7 +238,7 @@ def layout_text(layout: Layout) -> str:
     return " ".join(words)
 
 
-def plan_lines(plan: Plan, options: PlanOptions) -> list[str]:
+def plan_lines(plan: StagePlan, options: PlanOptions) -> list[str]:
     """A plan in full: memory by kind, what is sent by kind, the step by part, days and dollars."""
     price = options.price or plan.device.price
     held = {kind: n for kind, n in plan.memory.items() if kind != "total" and n}
@@ -319,7 +320,7 @@ def print_plan(options: PlanOptions) -> None:
         print(f"all stages: {days:.1f} days, ${dollars:,.0f}")
 
 
-def print_others(plans: list[Plan]) -> None:
+def print_others(plans: list[StagePlan]) -> None:
     """The layouts that were not chosen: slower ones, then those that do not fit, and why."""
     for plan in plans:
         note = f"{plan.days:.2f} days" if plan.fits else f"does not fit: {plan.reason()}"

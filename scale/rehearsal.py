@@ -96,14 +96,14 @@ class Watch(TorchDispatchMode):
 
     def note_collective(self, name: str, args: tuple) -> None:
         """The larger side of a gather or sum; of an exchange the rows that are sent."""
-        sides = [sum(t.numel() * t.element_size() for t in tensors_in(part)) for part in args]
+        sides = [sum(t.numel() * t.element_size() for t in tensors_among(part)) for part in args]
         amount = sides[1] if name.startswith("alltoall") else max(sides)
-        floats = [t for t in tensors_in(args) if t.dtype == torch.float64]
+        floats = [t for t in tensors_among(args) if t.dtype == torch.float64]
         if not floats:  # small numbers travel in fp64
             self.handed[name] += amount
 
 
-def tensors_in(part) -> list[Tensor]:
+def tensors_among(part) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor)]
 
 

@@ -39,7 +39,7 @@ FREE = set(
 
 
 @dataclass
-class Work:
+class KernelWork:
     """What was done: (FLOP, bytes) of every operation."""
 
     operations: Counter = field(default_factory=Counter)  # (FLOP, bytes) -> how often
@@ -57,26 +57,26 @@ class Work:
             total += times * max(arithmetic, memory)
         return max(total, LAUNCH * self.operations.total())
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations)
+    def __add__(self, other: "KernelWork") -> "KernelWork":
+        return KernelWork(self.operations + other.operations)
 
-    def scaled(self, factor: float) -> "Work":
+    def scaled(self, factor: float) -> "KernelWork":
         """The same operations on so many times the tokens."""
         sizes = Counter()
         for (flops, moved), times in self.operations.items():
             sizes[flops * factor, moved * factor] += times
-        return Work(sizes)
+        return KernelWork(sizes)
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(Counter({one: often * times for one, often in self.operations.items()}))
+    def __mul__(self, times: int) -> "KernelWork":
+        return KernelWork(Counter({one: often * times for one, often in self.operations.items()}))
 
 
-class Ledger(TorchDispatchMode):
+class OperationLedger(TorchDispatchMode):
     """Writes down every operation that is dispatched while it is active."""
 
     def __init__(self):
         super().__init__()
-        self.work = Work()
+        self.work = KernelWork()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -119,7 +119,9 @@ def attention_flops(name: str, args: tuple, kwargs: dict) -> float:
     return 2.0 * products * batch * heads * width * pairs
 
 
-def work_of(build: Callable[[], Callable[[], Tensor]], half: bool) -> tuple[Work, Work]:
+def kernel_work(
+    build: Callable[[], Callable[[], Tensor]], half: bool
+) -> tuple[KernelWork, KernelWork]:
     """Forward and backward pass of a piece.
 
     build: makes the piece of fake tensors; returns its forward function, whose result's sum is the
@@ -127,10 +129,10 @@ def work_of(build: Callable[[], Callable[[], Tensor]], half: bool) -> tuple[Work
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         forward = build()
-        before = Ledger()
+        before = OperationLedger()
         with before, torch.autocast("cpu", torch.bfloat16, enabled=half):
             result = forward()
-        after = Ledger()
+        after = OperationLedger()
         if result.requires_grad:
             gradient = torch.ones_like(result)
             with after:

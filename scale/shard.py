@@ -137,7 +137,8 @@ def cut_of(ranks: int):
     """How a unit's parameters are cut: by rows, or stacked experts by their rows where ranks are more."""
 
     def cut(p: nn.Parameter) -> Shard | None:
-        few_experts = p.ndim == 3 and p.shape[0] < ranks and p.shape[1] % ranks == 0
+        here = local(p).shape  # experts that are spread: those of this rank
+        few_experts = p.ndim == 3 and here[0] < ranks and here[1] % ranks == 0
         return Shard(1) if few_experts else None
 
     return cut

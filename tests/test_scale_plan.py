@@ -29,7 +29,7 @@ from scale import needs, pace, parallel, plan
 from scale.devices import DEVICES, Device
 from scale.layout import Layout
 from scale.rehearsal import COLLECTIVES
-from scale.roofline import Work, work_of
+from scale.roofline import KernelWork, kernel_work
 from scale.shard import begin_micro_batch, shard_model
 from stage import Stage
 from tools import readme
@@ -211,7 +211,7 @@ def test_the_real_code_runs_on_so_many_fake_ranks_as_planned(devices):
 
 
 def test_rows_are_divided_and_rounded_up_as_fsdp_cuts_them():
-    piece = needs.Piece("rest", "", ((5, 3), (1, 7)), (False, False), (True, False), 4, 2)
+    piece = needs.Bundle("rest", "", ((5, 3), (1, 7)), (False, False), (True, False), 4, 2)
     assert piece.own() == 2 * 3 + 1 * 7
     assert piece.trained == 2 * 3
     assert piece.sent == 2 * 4 * piece.own()
@@ -220,7 +220,7 @@ def test_rows_are_divided_and_rounded_up_as_fsdp_cuts_them():
 def test_stages_of_a_pipeline_share_out_all_parameters():
     model = meta_model("toy-moe")
     layout = Layout(pp=2, copies=1, shard=1)
-    parts = [needs.pieces_of(model, Stage(), layout, place) for place in range(2)]
+    parts = [needs.bundles_of(model, Stage(), layout, place) for place in range(2)]
     total = sum(piece.own() for pieces in parts for piece in pieces)
     assert total == sum(p.numel() for p in model.parameters())
     assert {piece.kind for piece in parts[1]} == {"decoder", "rest"}
@@ -245,15 +245,15 @@ def test_a_product_is_counted_as_its_flop_and_its_bytes():
         b = torch.zeros(16, 4, requires_grad=True)
         return lambda: a @ b
 
-    forward, backward = work_of(build, half=False)
+    forward, backward = kernel_work(build, half=False)
     assert forward.operations == {(2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4)): 1}
     assert backward.flops == 2 * forward.flops
 
 
 def test_the_longer_of_two_times_counts():
     device = replace(H100, flops=1e12 / 0.65, bandwidth=1e12 / 0.85)
-    slow_arithmetic = Work(Counter({(3e12, 1e12): 1}))
-    slow_memory = Work(Counter({(1e12, 3e12): 2}))
+    slow_arithmetic = KernelWork(Counter({(3e12, 1e12): 1}))
+    slow_memory = KernelWork(Counter({(1e12, 3e12): 2}))
     assert slow_arithmetic.seconds(device) == pytest.approx(3)
     assert slow_memory.seconds(device) == pytest.approx(6)
     assert (slow_arithmetic + slow_memory).seconds(device) == pytest.approx(9)

@@ -332,7 +332,7 @@ def memory_table() -> str:
 
 
 def larger_model_sentence() -> str:
-    """Which stages of the 8B fit, where every rank holds all of it."""
+    """Which stages of the 8B fit where every rank holds all of it."""
     from infra.memory import stage_memory
 
     fitting = []
@@ -344,9 +344,9 @@ def larger_model_sentence() -> str:
         else:
             others.append(total)
     return (
-        f"SAIL-VL2-8B does not fit, as weights are not sharded here: {len(others)} of its stages need "
-        f"{min(others):.0f} to {max(others):.0f} GiB on every rank. Those that leave the language model "
-        f"frozen do: {', '.join(fitting)}."
+        f"SAIL-VL2-8B whole on every rank does not fit: {len(others)} of its stages need "
+        f"{min(others):.0f} to {max(others):.0f} GiB. Those that leave the language model frozen do: "
+        f"{', '.join(fitting)}. Sharded, all of them fit: scale/README.md."
     )
 
 
@@ -407,10 +407,10 @@ def rung_table() -> str:
         ),
         (
             "cluster",
-            "none yet",
+            "`sbatch --nodes 8 scale/launch/slurm.sh sft.py paper:sft1 ... --layout.shard 16`",
             f"8B: {gib(training_gib('SAIL-VL2-8B'))} a copy, "
-            f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}",
-            "all of it in training exceeds a GPU, and weights are not sharded here",
+            f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}, over the GPUs that share it",
+            "every stage of 8B on 8 and of 30B-A3B on 8 or 64: [scale/README.md](scale/README.md)",
             "computed",
         ),
         (
