@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -426,6 +427,25 @@ def test_whatever_the_losses_are_no_exception_and_never_more_than_the_budget(rul
         assert made <= total + total // 4 and made == search.made
         assert search.extra_steps == made - total >= 0
         assert 0 < search.scale < math.inf
+
+
+def test_a_slope_is_no_noise():
+    for slope in (-0.5, 0.0, 0.5):
+        assert noise(line(3.0, slope, 20)) == pytest.approx(0.0, abs=1e-12)
+        rough = [y + 0.1 * (-1) ** i for i, y in enumerate(line(3.0, slope, 200))]
+        assert noise(rough) == pytest.approx(0.1 * adalrs.NORMAL, rel=0.01)
+
+
+@pytest.mark.parametrize("spent, goes_back", [(19, True), (20, True), (21, False)])
+def test_an_alarm_goes_back_as_long_as_the_budget_has_those_steps(spent, goes_back):
+    """25 of 100 steps may be made again; 5 would be lost: with the last of them it still goes back."""
+    training = Training()
+    search = AdaLRS(training.parameters, training.optimizers, 100, k=K, rule="paper")
+    search.older = replace(search.older, step=7)
+    search.state.step = 12
+    search.state.made = 12 + spent
+    search._sound_alarm(math.inf)
+    assert search.step == (7 if goes_back else 12)
 
 
 def test_trials_stop_at_the_budget():
