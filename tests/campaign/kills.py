@@ -152,15 +152,16 @@ def wait_for(run: life.Life, phase: str, more: float) -> None:
 
 
 def cases(count: int) -> list[tuple[Job, str, int, bool]]:
-    """(job, case, kills, real) for so many kills altogether."""
+    """(job, case, kills, real) for so many kills altogether; of fewer than jobs, the first have one each."""
+    shares = [(job, share, False) for job, share in SHARES.items()]
+    shares += [(job, share, True) for job, share in REAL.items()]
+    total = sum(share for _, share, _ in shares)
     found = []
-    total = sum(SHARES.values()) + sum(REAL.values())
-    for shares, real in ((SHARES, False), (REAL, True)):
-        for job, share in shares.items():
-            kills = max(1, round(share * count / total))
-            for n, start in enumerate(range(0, kills, A_CASE)):
-                name = f"{'real' if real else 'kill'} {job.name} {n}"
-                found.append((job, name, min(A_CASE, kills - start), real))
+    for job, share, real in shares[:count]:
+        kills = max(1, round(share * count / total))
+        for n, start in enumerate(range(0, kills, A_CASE)):
+            name = f"{'real' if real else 'kill'} {job.name} {n}"
+            found.append((job, name, min(A_CASE, kills - start), real))
     return found
 
 
@@ -179,7 +180,7 @@ def run(count: int = 200) -> None:
             tried += 1
 
     # told in a trial
-    for n in range(max(1, count // 40)):
+    for n in range(count // 40):
         case = f"told {n}"
         if case not in ledger.done:
             whole = undisturbed(small.PRETRAIN, known)
