@@ -429,6 +429,14 @@ def test_whatever_the_losses_are_no_exception_and_never_more_than_the_budget(rul
         assert 0 < search.scale < math.inf
 
 
+def test_after_each_trial_in_vain_twice_as_many_windows_go_by():
+    """One, then 1, 3, 7, 15 windows of 5 steps without a trial, and the one that is its control."""
+    search, *_ = forced([5.0] * 200, 300, budget=0.5)
+    assert actions(search) == ["stay"] * 5
+    assert [d.step for d in search.decisions] == [5, 15, 35, 75, 155]
+    assert [d.made for d in search.decisions] == [10, 25, 50, 95, 180]
+
+
 def test_a_slope_is_no_noise():
     for slope in (-0.5, 0.0, 0.5):
         assert noise(line(3.0, slope, 20)) == pytest.approx(0.0, abs=1e-12)

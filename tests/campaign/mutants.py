@@ -60,7 +60,11 @@ MEMORY = 8 << 30  # bytes of address space of one mutant
 # Mutants that change nothing that could be seen: (file, text of the line, what became of it) -> why.
 MATRIX = "a matrix: its second dimension is its last"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("infra/checkpoint.py", "self.saved = False  # whether the last attempt was", "True"): (
+        "whoever reads it has saved before"
+    ),
     ("data/stream.py", "self.generation += 1", "2"): "generations are only told apart",
+    ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "chosen = scores.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "order = expert.argsort(stable=True)", "False"): "any order within an expert is one",
 }
