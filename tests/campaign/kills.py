@@ -176,7 +176,8 @@ def run(count: int = 200) -> None:
             missing = kills - sum(row["kills"] for row in ledger.of(f"{case}."))
             name = f"{case}.{len(ledger.of(f'{case}.'))}"
             whole = undisturbed(job, known, real)
-            report(ledger.add(name, **killed_and_finished(job, name, missing, whole, real)))
+            found = killed_and_finished(job, name, missing, whole, real)
+            report(ledger.add(name, job=job.name, real=real, **found))
             tried += 1
 
     # told in a trial
@@ -196,9 +197,12 @@ def rows() -> list[Row]:
     ledger = Ledger("kills")
     table = []
     equal = "equal to the undisturbed run, bit for bit"
-    for kind, words in (("kill", ""), ("real", ", real processes")):
-        for job in SHARES if kind == "kill" else REAL:
-            found = ledger.of(f"{kind} {job.name} ")
+    for shares, real, words in ((SHARES, False, ""), (REAL, True, ", real processes")):
+        for job in shares:
+            mine = (job.name, real)
+            found = [
+                row for row in ledger.done.values() if (row.get("job"), row.get("real")) == mine
+            ]
             if not found:
                 continue
             kills = sum(row["kills"] for row in found)
