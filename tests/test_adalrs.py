@@ -429,6 +429,14 @@ def test_whatever_the_losses_are_no_exception_and_never_more_than_the_budget(rul
         assert 0 < search.scale < math.inf
 
 
+def test_without_steps_for_a_check_the_given_rate_is_left_alone_but_missing_losses_go_back():
+    falling = line(5.0, -0.1, 20)
+    search, *_ = forced(falling + [50.0] * 30, budget=0.0)
+    assert actions(search) == [] and search.scale == 1.0 and search.step == 50
+    search, *_ = forced(falling + [math.nan] * 3 + [4.0] * 20, budget=0.0)
+    assert actions(search) == ["rescue"] and search.scale == 1.0 and search.step == 43
+
+
 def test_after_each_trial_in_vain_twice_as_many_windows_go_by():
     """One, then 1, 3, 7, 15 windows of 5 steps without a trial, and the one that is its control."""
     search, *_ = forced([5.0] * 200, 300, budget=0.5)
