@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -426,6 +427,41 @@ def test_whatever_the_losses_are_no_exception_and_never_more_than_the_budget(rul
         assert made <= total + total // 4 and made == search.made
         assert search.extra_steps == made - total >= 0
         assert 0 < search.scale < math.inf
+
+
+def test_without_steps_for_a_check_the_given_rate_is_left_alone_but_missing_losses_go_back():
+    falling = line(5.0, -0.1, 20)
+    search, *_ = forced(falling + [50.0] * 30, budget=0.0)
+    assert actions(search) == [] and search.scale == 1.0 and search.step == 50
+    search, *_ = forced(falling + [math.nan] * 3 + [4.0] * 20, budget=0.0)
+    assert actions(search) == ["rescue"] and search.scale == 1.0 and search.step == 43
+
+
+def test_after_each_trial_in_vain_twice_as_many_windows_go_by():
+    """One, then 1, 3, 7, 15 windows of 5 steps without a trial, and the one that is its control."""
+    search, *_ = forced([5.0] * 200, 300, budget=0.5)
+    assert actions(search) == ["stay"] * 5
+    assert [d.step for d in search.decisions] == [5, 15, 35, 75, 155]
+    assert [d.made for d in search.decisions] == [10, 25, 50, 95, 180]
+
+
+def test_a_slope_is_no_noise():
+    for slope in (-0.5, 0.0, 0.5):
+        assert noise(line(3.0, slope, 20)) == pytest.approx(0.0, abs=1e-12)
+        rough = [y + 0.1 * (-1) ** i for i, y in enumerate(line(3.0, slope, 200))]
+        assert noise(rough) == pytest.approx(0.1 * adalrs.NORMAL, rel=0.01)
+
+
+@pytest.mark.parametrize("spent, goes_back", [(19, True), (20, True), (21, False)])
+def test_an_alarm_goes_back_as_long_as_the_budget_has_those_steps(spent, goes_back):
+    """25 of 100 steps may be made again; 5 would be lost: with the last of them it still goes back."""
+    training = Training()
+    search = AdaLRS(training.parameters, training.optimizers, 100, k=K, rule="paper")
+    search.older = replace(search.older, step=7)
+    search.state.step = 12
+    search.state.made = 12 + spent
+    search._sound_alarm(math.inf)
+    assert search.step == (7 if goes_back else 12)
 
 
 def test_trials_stop_at_the_budget():

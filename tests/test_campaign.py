@@ -245,6 +245,7 @@ def test_equal_close_and_another_run_are_told_apart():
 
 
 def test_kills_are_shared_out_in_full():
+    assert len(kills.cases(2)) == 2
     for count in (200, 20):
         shared = sum(kills_ for _, _, kills_, _ in kills.cases(count))
         assert abs(shared - count) <= len(kills.SHARES) + len(kills.REAL)

@@ -420,3 +420,16 @@ def test_the_chains_of_the_data_itself_are_all_of_them(model, encoder, tmp_path)
     assert [sample.messages[-1].think for sample in found] == [f"so {i}" for i in range(9)]
     think_prompt = encoder.tokenizer.think_prompt
     assert all(sample.messages[-2].parts[-1].endswith(think_prompt) for sample in found)
+
+
+def test_the_papers_rl_has_its_numbers():
+    """4.2.3: 2,048 rollouts an episode, 8 updates of 512, rate 1e-6, 16,384 + 4,096 tokens; ours: the group
+    of 8, two passes, the last 512 tokens punished."""
+    for name, questions in (("verifiable", 50_000), ("mixed", 100_000)):
+        stage = rl.PAPER[name]
+        assert stage.prompts * stage.group == 2048 and stage.updates == 8 and stage.lr == 1e-6
+        assert stage.prompts * stage.group * stage.passes / stage.updates == 512
+        assert (stage.max_prompt, stage.max_new, stage.overlong) == (16384, 4096, 512)
+        assert stage.steps * stage.prompts / stage.updates == pytest.approx(questions, rel=0.01)
+    for stage in rl.TOY.values():
+        assert (stage.prompts, stage.group, stage.updates, stage.tries) == (48, 8, 2, 1)

@@ -207,22 +207,35 @@ def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
     assert [r["loss"] for r in runs[1]] == pytest.approx([r["loss"] for r in runs[0]], rel=1e-4)
 
 
-def test_a_single_bad_step_is_skipped_and_the_run_goes_on(config, tokenizer):
+@pytest.mark.parametrize("bad, ends", [({1}, 0), ({2}, 0), ({1, 3}, 0), ({1, 2}, 2), ({3, 4}, 4)])
+def test_bad_steps_are_skipped_and_so_many_in_a_row_end_the_run(config, tokenizer, bad, ends):
     seen = []
 
     def objective(model, batch, stage):
         loss, stats = answers(model, batch)
         seen.append(1)
-        return (loss * float("nan") if len(seen) == 2 else loss), stats
+        return (loss * float("nan") if len(seen) in bad else loss), stats
 
-    run = train(
-        SailVL(config).init_weights(0),
-        replace(TINY, steps=4),
-        made_up(tokenizer),
-        objective,
-        patience=2,
-    )
-    assert [r["skipped"] for r in run.log] == [False, True, False, False] and run.skipped == 1
+    def run():
+        model = SailVL(config).init_weights(0)
+        return train(model, replace(TINY, steps=4), made_up(tokenizer), objective, patience=2)
+
+    if ends:
+        with pytest.raises(ValueError, match="2 steps in a row with a non-finite"):
+            run()
+        assert len(seen) == ends
+    else:
+        found = run()
+        assert {n for n, row in enumerate(found.log, 1) if row["skipped"]} == bad
+        assert found.skipped == len(bad)
+
+
+def test_a_run_that_has_not_begun_is_empty_and_its_tail_is_its_last_tenth():
+    empty = loop.Run()
+    assert (empty.log, empty.decisions, empty.skipped, empty.seconds) == ([], [], 0, 0.0)
+    assert not empty.ended_early
+    run = loop.Run([{"loss": float(n)} for n in range(30)])
+    assert run.tail() == 28.0 and run.tail(share=0.5) == 22.0 and run.tail(share=0.0) == 29.0
 
 
 def test_a_part_trains_at_its_own_rate(config, tokenizer):
@@ -274,6 +287,7 @@ def test_a_log_line_says_what_each_part_and_task_did(model, tokenizer, tmp_path)
         }
         assert min(row["tasks"].values()) < row["loss"] < max(row["tasks"].values())
         assert row["tokens_per_second"] > row["images_per_second"] > 0 <= row["eta"]
+        assert row["data_seconds"] == round(row["data_seconds"], 3) >= 0
 
 
 def test_the_loss_of_a_task_is_that_of_its_documents_alone(model, tokenizer):

@@ -152,15 +152,16 @@ def wait_for(run: life.Life, phase: str, more: float) -> None:
 
 
 def cases(count: int) -> list[tuple[Job, str, int, bool]]:
-    """(job, case, kills, real) for so many kills altogether."""
+    """(job, case, kills, real) for so many kills altogether; of fewer than jobs, the first have one each."""
+    shares = [(job, share, False) for job, share in SHARES.items()]
+    shares += [(job, share, True) for job, share in REAL.items()]
+    total = sum(share for _, share, _ in shares)
     found = []
-    total = sum(SHARES.values()) + sum(REAL.values())
-    for shares, real in ((SHARES, False), (REAL, True)):
-        for job, share in shares.items():
-            kills = max(1, round(share * count / total))
-            for n, start in enumerate(range(0, kills, A_CASE)):
-                name = f"{'real' if real else 'kill'} {job.name} {n}"
-                found.append((job, name, min(A_CASE, kills - start), real))
+    for job, share, real in shares[:count]:
+        kills = max(1, round(share * count / total))
+        for n, start in enumerate(range(0, kills, A_CASE)):
+            name = f"{'real' if real else 'kill'} {job.name} {n}"
+            found.append((job, name, min(A_CASE, kills - start), real))
     return found
 
 
@@ -175,11 +176,12 @@ def run(count: int = 200) -> None:
             missing = kills - sum(row["kills"] for row in ledger.of(f"{case}."))
             name = f"{case}.{len(ledger.of(f'{case}.'))}"
             whole = undisturbed(job, known, real)
-            report(ledger.add(name, **killed_and_finished(job, name, missing, whole, real)))
+            found = killed_and_finished(job, name, missing, whole, real)
+            report(ledger.add(name, job=job.name, real=real, **found))
             tried += 1
 
     # told in a trial
-    for n in range(max(1, count // 40)):
+    for n in range(count // 40):
         case = f"told {n}"
         if case not in ledger.done:
             whole = undisturbed(small.PRETRAIN, known)
@@ -195,9 +197,12 @@ def rows() -> list[Row]:
     ledger = Ledger("kills")
     table = []
     equal = "equal to the undisturbed run, bit for bit"
-    for kind, words in (("kill", ""), ("real", ", real processes")):
-        for job in SHARES if kind == "kill" else REAL:
-            found = ledger.of(f"{kind} {job.name} ")
+    for shares, real, words in ((SHARES, False, ""), (REAL, True, ", real processes")):
+        for job in shares:
+            mine = (job.name, real)
+            found = [
+                row for row in ledger.done.values() if (row.get("job"), row.get("real")) == mine
+            ]
             if not found:
                 continue
             kills = sum(row["kills"] for row in found)

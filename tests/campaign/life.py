@@ -312,7 +312,7 @@ class Life:
             time.sleep(0.002)
         return self.kill(which, number)
 
-    def end(self, longest: float = LONGEST, patience: float = 10.0) -> Ended:
+    def end(self, longest: float = LONGEST, patience: float = 45.0) -> Ended:
         """Wait until it is over. What is still there `patience` seconds later was left behind."""
         while not self.over and time.monotonic() - self.began < longest:
             time.sleep(0.005)

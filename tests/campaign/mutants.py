@@ -21,6 +21,7 @@ import ast
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -51,13 +52,19 @@ TESTS = {
 }
 SHARED_COUNT = {"rl.py": 4, "rollout.py": 18}  # the two count as one of the nine files
 COUNT = 22
-SLOWEST = 240.0  # seconds of tests for one mutant, at the most
+SLOWEST = 900.0  # seconds for one mutant, at the most,
+MOST = 120  # and of processor time: a loop without end
+NOTHING_RUN = (4, 5)  # statuses of pytest: wrong usage, no tests
 MEMORY = 8 << 30  # bytes of address space of one mutant
 
 # Mutants that change nothing that could be seen: (file, text of the line, what became of it) -> why.
 MATRIX = "a matrix: its second dimension is its last"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("infra/checkpoint.py", "self.saved = False  # whether the last attempt was", "True"): (
+        "whoever reads it has saved before"
+    ),
     ("data/stream.py", "self.generation += 1", "2"): "generations are only told apart",
+    ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "chosen = scores.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "order = expert.argsort(stable=True)", "False"): "any order within an expert is one",
 }
@@ -272,19 +279,20 @@ def copy_tree(folder: Path) -> Path:
 class Forked:
     """A process of its own group that runs pytest in the copy, and what became of it."""
 
-    def __init__(self, place: Path, words: list[str], output: Path, plugin=None):
+    def __init__(self, place: Path, words: list[str], output: Path, plugin, seconds: int = 3600):
         self.output = output
         self.began = time.monotonic()
         self.process = os.fork()
         if self.process == 0:
             os.setsid()
-            os._exit(self.work(place, words, plugin))
+            os._exit(self.work(place, words, plugin, seconds))
 
-    def work(self, place: Path, words: list[str], plugin) -> int:
+    def work(self, place: Path, words: list[str], plugin, seconds: int) -> int:
         said = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(said, 1)
         os.dup2(said, 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         os.chdir(place)
         sys.dont_write_bytecode = True
         here = {str(ROOT), "", "."}
@@ -295,9 +303,8 @@ class Forked:
         with tempfile.TemporaryDirectory() as base:
             options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
             options += ["--basetemp", f"{base}/t", "--tb=line", "-W", "ignore"]
-            status = pytest.main([*options, *words], plugins=[plugin] if plugin else None)
-            if plugin:
-                plugin.save()
+            status = pytest.main([*options, *words], plugins=[plugin])
+            plugin.save()
         sys.stdout.flush()
         return int(status)
 
@@ -317,6 +324,22 @@ class Forked:
         if status is None:
             os.waitpid(self.process, 0)
         return status
+
+
+@dataclass
+class Chosen:
+    """Runs some tests in this order and no other (a pytest plugin: an id may hold anything)."""
+
+    names: list[str]
+
+    def pytest_collection_modifyitems(self, items):
+        place = {name: n for n, name in enumerate(self.names)}
+        items[:] = sorted(
+            (item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid]
+        )
+
+    def save(self) -> None:
+        return
 
 
 @dataclass(eq=False)
@@ -388,7 +411,7 @@ def test_files(file: str) -> list[str]:
 
 def traced(file: str, place: Path) -> dict:
     """Which tests run through which lines: traced once for the file's and its tests' present state."""
-    names = [file, *test_files(file), "tests/conftest.py", "tests/campaign/mutants.py"]
+    names = [file, *test_files(file), "tests/conftest.py"]
     key = code_of(ROOT / name for name in names)
     notes = FOLDER / f"traced-{file.replace('/', '-')}-{key}.json"
     if not notes.is_file():
@@ -424,18 +447,21 @@ def try_mutant(mutant: Mutant, place: Path, known: dict) -> dict:
     expected = sum(known["tests"][name]["seconds"] for name in tests)
     output = place.parent / "mutant.txt"
     began = time.monotonic()
+    files = sorted({name.partition("::")[0] for name in tests})
+    seconds = int(min(MOST, 20 + 2 * expected))
     try:
-        status = Forked(place, tests, output).wait(min(SLOWEST, 30 + 4 * expected))
+        status = Forked(place, files, output, Chosen(tests), seconds).wait(SLOWEST)
     finally:
         target.write_bytes(whole)
 
-    by = ""
-    for line in output.read_text(errors="replace").splitlines():
-        if line.startswith(("FAILED", "ERROR")):
-            by = line.split(" ")[1]
+    said = output.read_text(errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", said, re.MULTILINE)
+    by = failed[-1] if failed else f"status {status}"
+    broken = "ImportError while loading conftest" in said
+    if status in NOTHING_RUN and not broken:
+        raise ValueError(f"{mutant.name}: pytest ran nothing\n{said[-1000:]}")
     seen = "survived" if status == 0 else "killed"
-    seconds = round(time.monotonic() - began, 1)
-    return {"seen": seen, "by": "timeout" if status is None else by, "seconds": seconds}
+    return {"seen": seen, "by": by, "seconds": round(time.monotonic() - began, 1)}
 
 
 def tests_code(file: str) -> str:
