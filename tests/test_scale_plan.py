@@ -185,15 +185,16 @@ def rehearsal(words: str) -> str:
 
 
 def as_planned(printed: str) -> None:
-    """Memory within a tenth, bytes sent exactly, as the dry run's last lines compare them."""
+    """Memory within a tenth of the plan, bytes sent exactly, as the dry run's lines compare them."""
     held = [
         float(n) for n in re.search(r"held: plan ([\d.]+) MiB, run ([\d.]+) MiB", printed).groups()
     ]
-    assert held[0] == pytest.approx(held[1], rel=0.1)
+    planned, run = held
+    assert run == pytest.approx(planned, rel=0.1)
     sent = re.findall(r"sent by (\w+): plan ([\d,]+), run ([\d,]+)", printed)
     assert sent
-    for collective, planned, run in sent:
-        assert planned == run, collective
+    for collective, planned_bytes, run_bytes in sent:
+        assert planned_bytes == run_bytes, collective
 
 
 @pytest.mark.slow
