@@ -150,8 +150,6 @@ def closed_folder(place: Path) -> Ended | None:
     for path in (place, place / "run"):
         os.chown(path, NOBODY, NOBODY)
     first = start(place, before=as_nobody).end()
-    if first.status == 0:
-        return first
     os.chown(folder, NOBODY, NOBODY)
     again = start(place, before=as_nobody).end()
     again.said = first.said + again.said

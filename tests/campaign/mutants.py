@@ -358,7 +358,7 @@ class Tracer:
         os.register_at_fork(before=lambda: self.forks.add(self.now))
 
     def trace(self, frame, event, _):
-        if not frame.f_code.co_filename.endswith(self.file):
+        if not frame.f_code.co_filename.endswith(f"/{self.file}"):
             return None
         self.lines[self.now].add(frame.f_lineno)
         return self.trace
