@@ -431,6 +431,10 @@ def test_whatever_the_losses_are_no_exception_and_never_more_than_the_budget(rul
 
 def test_without_steps_for_a_check_the_given_rate_is_left_alone_but_missing_losses_go_back():
     falling = line(5.0, -0.1, 20)
+    search, *_ = forced(falling + [50.0] * K, budget=0.0)
+    assert (
+        search.state.losses == [] and search.state.level is None
+    )  # what comes says what is normal
     search, *_ = forced(falling + [50.0] * 30, budget=0.0)
     assert actions(search) == [] and search.scale == 1.0 and search.step == 50
     search, *_ = forced(falling + [math.nan] * 3 + [4.0] * 20, budget=0.0)

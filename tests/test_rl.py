@@ -1008,6 +1008,14 @@ def test_the_toy_presets_moe_takes_the_dense_weights(config):
     torch.testing.assert_close(model.to_moe(text)(ids), model(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_rollouts_end_with_their_stream_the_last_batch_smaller(model, encoder):
+    source = world.World().stream(SMALL.mixture, SMALL.seed, 1)
+    five = iter([source[n] for n in range(5)])
+    rollouts = rollout.Rollouts(model, encoder, five, SMALL, reward=noisy)
+    sizes = [sum(len(batch.at) > 0 for batch in step) for step in rollouts]
+    assert sizes == [1, 1, 1] and rollouts.ended
+
+
 def test_ranks_draw_the_same_and_one_of_them_counts_what_is_left_out(model, encoder):
     def drawn(rank, strict=False):
         source = world.World().stream(SMALL.mixture, SMALL.seed, 1)

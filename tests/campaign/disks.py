@@ -116,19 +116,21 @@ def small_disk(place: Path) -> Ended | None:
 
 
 def read_only_for_a_while(place: Path) -> Ended | None:
-    """A disk that turns read-only in the middle, as one with errors does, and is repaired."""
+    """A run that was killed is started on its disk, which is read-only now, and again once it is not."""
     if not mount(place, "64m"):
         return None
     try:
         run = start(place)
         after_steps(run, 8)
-        # (a file open for writing forbids it, so the process is stopped between two steps)
-        subprocess.run(["mount", "-o", "remount,ro", str(place / "run")], capture_output=True)
-        time.sleep(1.0)
-        subprocess.run(["mount", "-o", "remount,rw", str(place / "run")], capture_output=True)
-        ended = run.end()
-        again = start(place).end() if ended.status else ended
-        again.said = ended.said + again.said
+        run.kill()
+        run.end()
+        remount(place, "ro")
+        refused = start(place).end()
+        remount(place, "rw")
+        if refused.status != 1:
+            return refused
+        again = start(place).end()
+        again.said = refused.said + again.said
         if again.status == 0:
             keep(place)
         return again
@@ -150,8 +152,6 @@ def closed_folder(place: Path) -> Ended | None:
     for path in (place, place / "run"):
         os.chown(path, NOBODY, NOBODY)
     first = start(place, before=as_nobody).end()
-    if first.status == 0:
-        return first
     os.chown(folder, NOBODY, NOBODY)
     again = start(place, before=as_nobody).end()
     again.said = first.said + again.said
@@ -233,7 +233,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "full from the start, then not": (full_until_the_end, (EQUAL,), True),
     "a disk too small, later a larger one": (small_disk, (EQUAL,), True),
-    "read-only for a while": (read_only_for_a_while, (EQUAL,), False),
+    "read-only for a while": (read_only_for_a_while, (EQUAL,), True),
     "checkpoints in another user's folder, later one's own": (closed_folder, (EQUAL,), True),
     "a log on a full disk": (log_is_full, ("equal but for the log",), True),
     "a terminal that fails": (deaf_terminal, (EQUAL,), False),

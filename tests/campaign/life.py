@@ -384,9 +384,10 @@ def outcome(out: Path) -> dict:
     for line in (out / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
         log.append({key: value for key, value in row.items() if key not in PACE})
-    last = max((out / "checkpoints").glob("step-*"))
-    state = json.loads((last / "state.json").read_text())
-    del state["revision"]  # whoever writes code while the campaign runs changes it
+    last = max((out / "checkpoints").glob("step-*"), default=out / "no checkpoint")
+    text = (last / "state.json").read_text() if last.is_dir() else "{}"
+    state = json.loads(text)
+    state.pop("revision", "")  # whoever writes code while the campaign runs changes it
     return {
         "log": log,
         "weights": digest(out / "model.safetensors"),

@@ -63,6 +63,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("infra/checkpoint.py", "self.saved = False  # whether the last attempt was", "True"): (
         "whoever reads it has saved before"
     ),
+    ("rollout.py", "batches.append(self.pack(minibatch[:1], empty=True))", "2"): (
+        "at weight zero one completion is as good as two"
+    ),
     ("data/stream.py", "self.generation += 1", "2"): "generations are only told apart",
     ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "chosen = scores.topk(k, dim=-1).indices", "(+1)"): MATRIX,
@@ -358,7 +361,7 @@ class Tracer:
         os.register_at_fork(before=lambda: self.forks.add(self.now))
 
     def trace(self, frame, event, _):
-        if not frame.f_code.co_filename.endswith(self.file):
+        if not frame.f_code.co_filename.endswith(f"/{self.file}"):
             return None
         self.lines[self.now].add(frame.f_lineno)
         return self.trace

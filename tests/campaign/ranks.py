@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors.torch import load_file
 
 import objective
 import rollout
@@ -265,8 +266,6 @@ def spoiled_rewards(place: Path, values: tuple[float, ...], which: int) -> str:
 
 
 def finite_weights(place: Path) -> str:
-    from safetensors.torch import load_file
-
     weights = load_file(place / "run" / "model.safetensors")
     return (
         "" if all(bool(torch.isfinite(t).all()) for t in weights.values()) else "weights not finite"
