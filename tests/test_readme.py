@@ -59,6 +59,7 @@ def test_a_file_without_a_place_in_the_reading_order_is_an_error(monkeypatch):
 def test_a_block_is_kept_where_its_run_is_missing(tmp_path, monkeypatch):
     pages = {name: text_of(name) for name in readme.PAGES}
     for name, text in pages.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setitem(readme.PAGES, "README.md", lambda: {"files": None, "rungs": "| new |"})
