@@ -180,19 +180,19 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 
 
 def training_memory(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> str:
-    """One line: what trains, and what freezing the rest saves (gradients and moments, fp32)."""
+    """One line: what trains on this rank, and what freezing the rest saves (gradients and moments, fp32)."""
     # Parameters, and the bytes that each trained one takes beside itself
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(parallel.local(p).numel() for p in model.parameters() if p.requires_grad)
+    total = sum(parallel.local(p).numel() for p in model.parameters())
     state_bytes = 0
     for optimizer in optimizers:
         copies = 2 if isinstance(optimizer, Muon) else 3  # the gradient, and one or two moments
         for group in optimizer.param_groups:
-            state_bytes += sum(4 * copies * p.numel() for p in group["params"])
+            state_bytes += sum(4 * copies * parallel.local(p).numel() for p in group["params"])
     saved = state_bytes * (total - trained) / max(trained, 1)
     return (
-        f"trains {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters; gradients and optimizer state "
-        f"{state_bytes / 2**20:.1f} MiB, {saved / 2**20:.1f} MiB saved by what is frozen"
+        f"on this rank: trains {trained / 1e6:.2f} of {total / 1e6:.2f} M parameters; gradients and "
+        f"optimizer state {state_bytes / 2**20:.1f} MiB, {saved / 2**20:.1f} MiB saved by what is frozen"
     )
 
 

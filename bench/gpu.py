@@ -7,10 +7,11 @@ scale/plan.py computed for the same layout.
 
     python -m bench.gpu                                                   # SAIL-VL2-2B on one device
     torchrun --standalone --nproc-per-node 8 -m bench.gpu --preset 8b --layout.shard 8 --layout.half
-    python -m bench.gpu --preset 30b-a3b --layers 6 --layout.half         # as many layers as fit
+    torchrun --standalone --nproc-per-node 1 -m bench.gpu --preset 30b-a3b --layers 6 --layout.half
 
     MFU = FLOP of one forward and one backward pass / (median step * devices * FLOP/s of a device)
 
+(`--layers`: as many as fit. `--layout.half` and `.offload` want torchrun for one device, too.)
 FLOP of recomputation are not counted: they are work, and not use. A device that the table of
 scale/devices.py does not have (a CPU: `--preset toy --length 512`) gets no MFU. Not run on a GPU yet.
 """

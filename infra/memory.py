@@ -13,8 +13,8 @@ off the modules; and not all of it exists at once, so a step needs the largest o
     total = always + the largest of the three below it
 
 The worst case is counted: every token of a row is a visual token (four patches each) and every token
-is a label; in RL every prompt and every completion is as long as it may be. Weights are replicated
-here (scale/parallel.py), so only the micro-batch depends on the number of ranks.
+is a label; in RL every prompt and every completion is as long as it may be. A rank holds the whole model
+here, so only the micro-batch depends on the number of ranks; scale/needs.py counts every other layout.
 
 What a block keeps, in bytes a token, with x fp32 and products in bf16 (`tests/test_memory.py` counts
 what autograd really saves; an RMSNorm keeps its normal and 1 / rms; each linear layer its own bf16
@@ -372,7 +372,7 @@ def model_memory(
         reference    4 a parameter, with --kl          bf16        `half_weight_bytes`
         activations  pixels (12pp a patch) and `activation_bytes`
         block, logits, kv, prefill    the functions of that name
-        step         one bucket of all gradients (more than one rank), or Muon's updates (2 * bf16)
+        step         one copy of all gradients (more than one rank), or Muon's updates (2 * bf16)
     """
     # What is there at all times
     parameters = sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 
 from data.sample import Document
 from data.stream import EndOfStream, read_document
-from scale.needs import rank_memory
+from scale.needs import rank_memory, stage_model
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
 
 PROBED = 64  # samples that are encoded to estimate the mean length
@@ -284,7 +284,11 @@ def memory_line(setup, stage: BaseStage) -> str:
     half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
     layout = setup.ranks.layout
     everyone = setup.ranks.size * layout.pp
-    kinds = rank_memory(setup.model, stage, layout.fitted(everyone), everyone, half)
+
+    # Of the whole model, of which a rank of a pipeline holds a part
+    config = setup.model.config
+    model = stage_model(config, config.text.num_hidden_layers)
+    kinds = rank_memory(model, stage, layout.fitted(everyone), everyone, half)
 
     # The large ones, which do not all exist at once
     total = kinds.pop("total")
@@ -293,9 +297,9 @@ def memory_line(setup, stage: BaseStage) -> str:
         f"{kind} {size_text(amount)}" for kind, amount in kinds.items() if amount >= total / 100
     ]
     trained = sum(
-        p.numel() for part in stage.trains for p in getattr(setup.model, PARTS[part]).parameters()
+        p.numel() for part in stage.trains for p in getattr(model, PARTS[part]).parameters()
     )
-    every = sum(p.numel() for p in setup.model.parameters())
+    every = sum(p.numel() for p in model.parameters())
     return (
         f"  memory: {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters "
         f"train; at most {size_text(total)} at once on each rank, of {', '.join(parts)}"

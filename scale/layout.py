@@ -42,7 +42,7 @@ class Layout:
     copies: int = 0  # copies of the (sharded) model; 0: as many as the ranks allow
     shard: int = 1  # ranks that share one copy's weights, gradients and optimizer state
     ep: int = 1  # of those, ranks that share the experts; divides shard
-    zero: int = 3  # 3: sharded weights are freed after use, 2: kept until the backward pass is over
+    zero: int = 3  # 3: sharded weights are freed after use, 2: kept for the step, 1: gradients, too
     offload: bool = False  # keep weights, gradients and optimizer state in host memory
     half: bool = False  # send weights as bf16; their masters, and routers, stay fp32
     schedule: str = "1f1b"  # of the pipeline: gpipe, 1f1b, interleaved

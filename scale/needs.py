@@ -17,7 +17,9 @@ Counted is what is handed to a collective: the whole tensor that is gathered or 
 expert exchange sends. Over the wire goes (n - 1) / n of it, of an all-reduce twice that.
 
 Legend: n ranks that share a tensor, M micro-batches a step on each rank, S tokens, C width, K experts a
-token. Simplified: experts are used evenly; numbers of a few bytes (`parallel.total`) are left out.
+token. Simplified: experts are used evenly; numbers of a few bytes (`parallel.total`) are left out. Of a
+pipeline too little is counted: stages of equally many layers, where scale/pipeline.py cuts by cost, and
+`--layout.zero` as it is given, where torch keeps a stage's gradients whole (as 1) until the step's end.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""Several processes, one model: the only file that knows about ranks.
+"""Several processes, one model: how they meet, what they tell each other, and how they part.
 
 What it teaches: data parallelism is one sum. Every rank holds the same weights and its share of the
 global batch; after the backward pass the gradients are summed. Losses are already divided by the
 *global* weight, so a sum is exact however the tokens fall. With one process nothing is initialised
-and every function returns at once: the loop has no branches.
+and every function returns at once, so the loop need not ask how many there are.
 
     torchrun --standalone --nproc-per-node 2 pretrain.py multitask
 
@@ -20,9 +20,12 @@ What listens: on one node gloo listens on the loopback interface only (GLOO_SOCK
 otherwise). The rendezvous of torchrun listens on all interfaces, in torchrun's own process, which
 nothing here can change: let a firewall close it.
 
-Simplified: weights are replicated, and gradients travel in one bucket after the backward pass.
-`divide` is the other thing that ranks do for each other: work on replicated tensors that need be
-done only once.
+That is the plain layout. With others (scale/layout.py) the backward pass sums the gradients of sharded
+weights (scale/shard.py), and `total` and `gather` are of the ranks that see different rows: those of one
+stage of a pipeline, unless `everyone` is wanted. `divide` is the other thing that ranks do for each
+other: work that need be done only once.
+
+Simplified: gradients of weights that are not sharded travel in one piece after the backward pass.
 """
 
 import json

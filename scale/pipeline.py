@@ -24,7 +24,8 @@ over copies and shards as ever (FSDP on each section; train.one_step).
 
 Legend: a *section* is a run of layers with what belongs to its end; S tokens of a micro-batch, C model
 width, E experts. Simplified: no zero-bubble schedules; pictures are decoded on every rank of a pipeline;
-torch keeps two buffers of a hidden state for every micro-batch of a step.
+torch keeps two buffers of a hidden state for every micro-batch of a step, and sums a section's gradients
+when the last one is through: till then they are whole and the weights gathered (as `--layout.zero 1`).
 """
 
 from dataclasses import dataclass

@@ -21,6 +21,8 @@ be), time is the mean one (`pace.Load`). Checked on small runs of 2 and 4 proces
 bytes sent exactly, memory within a tenth (tests/test_scale_plan.py). Times are not measured yet:
 `python -m bench.gpu` sets them beside the plan.
 
+Pipelines are planned more roughly, and were compared with nothing (scale/needs.py).
+
 Simplified: a device's memory is what its maker states, less RESERVE for its context, the transport's
 buffers and fragmentation; data arrives in time; nothing fails.
 """

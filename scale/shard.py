@@ -12,6 +12,8 @@ a line of its own.
     weights             freed after use   kept to the step's end   kept to the step's end
     gradients           summed into parts after each micro-batch   kept whole, summed once a step
 
+(In a pipeline the backward pass does as with 1, whatever is asked: scale/pipeline.py.)
+
 With several copies, parts are summed over them once a step. Losses are divided by the weight of the
 whole batch, so gradients are sums and never means (train.py).
 

@@ -422,8 +422,11 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
     if writers.main:
         shards = {file: planned.names for file, planned in plan.items()}
         total = sum(planned.nbytes for planned in plan.values())
-        weights.write_index(directory, model.config.to_dict(), shards, total)
-    parallel.total(0.0, everyone=True)
+        try:
+            weights.write_index(directory, model.config.to_dict(), shards, total)
+        except OSError as error:
+            problem = f"rank {writers.rank}: {error}"
+    refuse_together(problem)
 
 
 # ----------------------------------------------------------------------------------- state: names
