@@ -230,7 +230,9 @@ def test_bad_steps_are_skipped_and_so_many_in_a_row_end_the_run(config, tokenize
         assert found.skipped == len(bad)
 
 
-def test_data_that_ends_early_ends_the_stage_well_but_not_before_its_first_step(config, tokenizer):
+def test_data_that_ends_early_ends_the_stage_well_but_not_before_its_first_step(
+    config, tokenizer, capsys
+):
     def run(steps: int):
         source = made_up(tokenizer)
         data = (next(source) for _ in range(steps))
@@ -238,6 +240,7 @@ def test_data_that_ends_early_ends_the_stage_well_but_not_before_its_first_step(
 
     found = run(2)
     assert found.ended_early and len(found.log) == 2
+    assert "the data ended at step 2 of 4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the data ended before the first step"):
         run(0)
 
