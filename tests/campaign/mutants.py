@@ -46,7 +46,7 @@ TESTS = {
     "packing.py": ("packing",),
     "moe.py": ("moe", "spine", "model", "rl"),
     "infra/checkpoint.py": ("checkpoint", "stopping", "ranks"),
-    "train.py": ("train", "spine"),
+    "train.py": ("train", "spine", "stopping"),
     "rollout.py": ("rl", "endpoint"),
     "rl.py": ("sft", "recipe", "readme"),
 }
