@@ -247,6 +247,8 @@ def odd_state(state: dict, name: str) -> str | None:
         wrong = not isinstance(value, kind) or (kind is int and value < 0)
         if key in state and wrong:
             return printable(f"{STATE}: {key} is {value!r:.80}")
+    if state.get("rng") == []:
+        return f"{STATE} holds no generators"
     executed = state.get("executed")
     if executed is not None and name != f"step-{executed:08d}":
         return f"{STATE} is that of a checkpoint after {executed} steps"
@@ -858,11 +860,9 @@ class Keeper:
         values = json.loads((found / STATE).read_text())
         assert values["step"] <= values["executed"], "a step that was not reached"
         numbered = values["optimizer"] and "names" not in values["optimizer"][0]
-        if numbered and self.ranks.layout.pp > 1:
-            raise ValueError(
-                f"{found}: an earlier version wrote it, and numbered what a pipeline needs the names of: "
-                "go on from it for one checkpoint without --layout.pp"
-            )
+        assert not numbered or self.ranks.layout.pp == 1, (
+            "an earlier version wrote it: go on from it for one checkpoint without --layout.pp"
+        )
         shards.read_weights(self.model, found)
 
         # Optimizers and search, under the numbers that they have here
@@ -891,7 +891,8 @@ class Keeper:
 
     def _names(self) -> Names:
         searched = self.search.tensors if self.search else []
-        return Names(self.model, self.optimizers, searched)
+        whole = self.ranks.layout.pp == 1
+        return Names(self.model, self.optimizers, searched, whole)
 
     # --------------------------------------------------------------------------- after a step
 
