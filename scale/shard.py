@@ -212,13 +212,9 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     try:
         yield plain.train(model.training).requires_grad_(False)
     except StopRequested:
-        catch_up(plain, each=no_matter)
+        catch_up(plain)
         raise
-    catch_up(plain, each=no_matter)
-
-
-def no_matter() -> None:
-    """Nothing more can end this wait."""
+    catch_up(plain)
 
 
 @torch.no_grad()

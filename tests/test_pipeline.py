@@ -6,6 +6,8 @@ rows with and without pictures, one micro-batch in three without any.
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,6 +24,7 @@ import recipe
 import rl
 import vlm
 from data.sample import Document
+from infra.checkpoint import RunDirectory, checkpoints
 from objective import supervised
 from packing import collate
 from scale import parallel
@@ -319,6 +322,37 @@ def test_a_released_directory_is_read_into_stages_and_whole_again(tmp_path):
     again = SailVL.from_pretrained(tmp_path / "written")
     for (name, p), q in zip(again.named_parameters(), released.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_signal_to_one_stage_stops_both_after_the_same_step(tmp_path):
+    """Launchers tell one rank after the other: a stage that left alone would leave without a checkpoint."""
+    case = Case(Layout(pp=2), stage=replace(STAGE, steps=6), micro_batches=2)
+
+    def told(ranks):
+        for step, batches in enumerate(rows(case)):
+            if ranks.stage == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batches
+
+    def work(ranks):
+        ranks = parallel.start(ranks.timeout, case.layout)
+        model = shard_model(small(case), ranks)
+        train(model, case.stage, told(ranks), supervised, ranks, RunDirectory(tmp_path / "run"))
+
+    assert as_ranks(work, tmp_path) == [143, 143]
+    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [2]
+
+
+def test_a_second_start_forgets_the_layout_of_the_first(tmp_path):
+    def work(ranks):
+        places = []
+        for layout in (Layout(pp=2), Layout(shard=2), Layout()):
+            ranks = parallel.start(ranks.timeout, layout)
+            places.append([*parallel.place(), ranks.mesh is None, parallel.total(1.0)[0]])
+        return places
+
+    for rank, places in enumerate(as_ranks(work, tmp_path)):
+        assert places == [[0, 1, False, 1], [rank, 2, False, 2], [rank, 2, True, 2]]
 
 
 @pytest.mark.slow
