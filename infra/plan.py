@@ -9,10 +9,13 @@ import math
 from collections import Counter
 from dataclasses import asdict, fields, replace
 
+import torch
+
 from data.sample import Document
 from data.stream import EndOfStream, read_document
 from scale.needs import rank_memory
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
+from vlm import SailVL
 
 PROBED = 64  # samples that are encoded to estimate the mean length
 
@@ -279,12 +282,16 @@ def memory_line(setup, stage: BaseStage) -> str:
         longest = max(lengths, default=stage.max_prompt)
         stage = replace(stage, max_prompt=min(stage.max_prompt, longest))
 
+    # The whole model, of which a rank may hold a part by now
+    with torch.device("meta"):
+        model = SailVL(setup.model.config)
+
     # As `train.autocast` decides
     on_cpu = str(setup.ranks.device).startswith("cpu")
     half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
     layout = setup.ranks.layout
     everyone = setup.ranks.size * layout.pp
-    kinds = rank_memory(setup.model, stage, layout.fitted(everyone), everyone, half)
+    kinds = rank_memory(model, stage, layout.fitted(everyone), everyone, half)
 
     # The large ones, which do not all exist at once
     total = kinds.pop("total")
@@ -293,9 +300,9 @@ def memory_line(setup, stage: BaseStage) -> str:
         f"{kind} {size_text(amount)}" for kind, amount in kinds.items() if amount >= total / 100
     ]
     trained = sum(
-        p.numel() for part in stage.trains for p in getattr(setup.model, PARTS[part]).parameters()
+        p.numel() for part in stage.trains for p in getattr(model, PARTS[part]).parameters()
     )
-    every = sum(p.numel() for p in setup.model.parameters())
+    every = sum(p.numel() for p in model.parameters())
     return (
         f"  memory: {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters "
         f"train; at most {size_text(total)} at once on each rank, of {', '.join(parts)}"

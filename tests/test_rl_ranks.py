@@ -119,6 +119,7 @@ def test_replayed_routing_survives_experts_elsewhere(tmp_path, sparse, encoder):
         alike(said, alone)
 
 
+@pytest.mark.slow
 def test_told_to_stop_in_a_check_ranks_that_share_experts_end_it_and_save(
     tmp_path, sparse, encoder
 ):
