@@ -60,7 +60,6 @@ from graders import (
 from infra.cli import command
 from infra.device import pick_device
 from infra.judge import JUDGE
-from infra.stopping import check_stop
 from rewards import answer_reward
 from scale import parallel
 from scale.experts import catch_up
@@ -288,8 +287,9 @@ def ask(
     for place, tried in answer_stream(model, encoder, mine, decoding, bad):
         answers[place] = tried[0]
 
-    # every rank gets all answers, and counts all faults
-    catch_up(model, check_stop)
+    # every rank gets all answers, and counts all faults; the others wait for this one, also when it was
+    # told to stop
+    catch_up(model)
     if faults is not None:
         for fault in parallel.gather(bad):
             faults.add(fault)

@@ -107,13 +107,14 @@ def fit(setup: Setup, stage: BaseStage) -> Run:
             raise ValueError(f"--{option} {chosen}: choose from {', '.join(known)}")
     samples = SAMPLES[stage.samples](setup, stage)
     model, batches = FEEDS[stage.objective](setup, stage, samples)
-    laid_out = shard_model(model, setup.ranks)
-    if model is setup.model:
-        setup.model = laid_out
+    shared = model is setup.model
+    model = shard_model(model, setup.ranks)  # of a pipeline a stage: the rest is let go
+    if shared:
+        setup.model = model
 
     # The loop
     try:
-        run = train(laid_out, stage, batches, ranks=setup.ranks, directory=setup.directory)
+        run = train(model, stage, batches, ranks=setup.ranks, directory=setup.directory)
     finally:
         if isinstance(batches, Batches):
             batches.close()  # its worker processes

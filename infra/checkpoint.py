@@ -903,7 +903,8 @@ class Keeper:
         patience = min(2 * (now - self.asked), LONGEST_GRACE)
         self.signals.grace = max(self.home.grace, patience)
         self.asked = now
-        return parallel.total(float(self.signals.requested))[0] > 0
+        # also those of other stages of a pipeline: launchers tell one after the other
+        return parallel.total(float(self.signals.requested), everyone=True)[0] > 0
 
     def due(self, executed: int) -> bool:
         """Whether `every` steps were executed since the last checkpoint, steps taken back included."""

@@ -9,10 +9,13 @@ import math
 from collections import Counter
 from dataclasses import asdict, fields, replace
 
+import torch
+
 from data.sample import Document
 from data.stream import EndOfStream, read_document
-from scale.needs import rank_memory, stage_model
+from scale.needs import rank_memory
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
+from vlm import SailVL
 
 PROBED = 64  # samples that are encoded to estimate the mean length
 
@@ -279,15 +282,15 @@ def memory_line(setup, stage: BaseStage) -> str:
         longest = max(lengths, default=stage.max_prompt)
         stage = replace(stage, max_prompt=min(stage.max_prompt, longest))
 
+    # The whole model, of which a rank may hold a part by now
+    with torch.device("meta"):
+        model = SailVL(setup.model.config)
+
     # As `train.autocast` decides
     on_cpu = str(setup.ranks.device).startswith("cpu")
     half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
     layout = setup.ranks.layout
     everyone = setup.ranks.size * layout.pp
-
-    # Of the whole model, of which a rank of a pipeline holds a part
-    config = setup.model.config
-    model = stage_model(config, config.text.num_hidden_layers)
     kinds = rank_memory(model, stage, layout.fitted(everyone), everyone, half)
 
     # The large ones, which do not all exist at once

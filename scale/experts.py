@@ -214,7 +214,11 @@ class Rounds:
             each()
 
 
-def catch_up(model: nn.Module, each: Callable[[], None]) -> None:
+def no_matter() -> None:
+    """Nothing more can end this wait."""
+
+
+def catch_up(model: nn.Module, each: Callable[[], None] = no_matter) -> None:
     """Wait for the ranks that share this model's experts, where they make passes of their own.
 
     each: called meanwhile, between two passes; it may raise to end the wait.

@@ -17,9 +17,8 @@ Counted is what is handed to a collective: the whole tensor that is gathered or 
 expert exchange sends. Over the wire goes (n - 1) / n of it, of an all-reduce twice that.
 
 Legend: n ranks that share a tensor, M micro-batches a step on each rank, S tokens, C width, K experts a
-token. Simplified: experts are used evenly; numbers of a few bytes (`parallel.total`) are left out. Of a
-pipeline too little is counted: stages of equally many layers, where scale/pipeline.py cuts by cost, and
-`--layout.zero` as it is given, where torch keeps a stage's gradients whole (as 1) until the step's end.
+token. Simplified: experts are used evenly; numbers of a few bytes (`parallel.total`) are left out. What a
+pipeline holds and sends was not compared with a run.
 """
 
 import math
@@ -33,6 +32,7 @@ from infra import memory
 from infra.memory import FP32, MicroBatch
 from optim import OUTSIDE, part_of
 from scale.layout import Layout
+from scale.pipeline import SECTIONS, layers_of
 from stage import BaseStage, RLStage
 from vlm import SailVL, VLMConfig
 
@@ -98,15 +98,29 @@ def bundle_of(name: str, layout: Layout) -> tuple[str, str]:
     return "rest", ""
 
 
-def on_stage(name: str, layers: int, layout: Layout, place: int) -> bool:
-    """Whether a parameter lives on a pipeline stage: layers in equal runs, ViT first, head last."""
+@lru_cache(maxsize=64)
+def layers_on(model: SailVL, layout: Layout, place: int) -> frozenset[int]:
+    """The decoder layers on a pipeline stage, as `pipeline.Staged` deals them out."""
+    layers = model.config.text.num_hidden_layers
+    if layout.pp == 1:
+        return frozenset(range(layers))
+    runs = layers_of(model, layout.pp * SECTIONS[layout.schedule])[place :: layout.pp]
+    return frozenset(layer for run in runs for layer in run)
+
+
+def on_stage(name: str, mine: frozenset[int], layout: Layout, place: int) -> bool:
+    """Whether a parameter lives on a pipeline stage with the layers `mine`: ViT first, head last."""
     kind, number = bundle_of(name, layout)
-    pp = layout.pp
     if kind in ("decoder", "experts", "router"):
-        return place * layers // pp <= int(number) < (place + 1) * layers // pp
+        return int(number) in mine
     if name.startswith(("language_model.lm_head", "language_model.model.norm")):
-        return place == pp - 1
+        return place == layout.pp - 1
     return place == 0
+
+
+def as_run(layout: Layout) -> Layout:
+    """A pipeline's schedules sum a stage's gradients once a step, whatever --layout.zero says."""
+    return replace(layout, zero=1) if layout.pp > 1 else layout
 
 
 def bundles_of(model: SailVL, stage: BaseStage, layout: Layout, place: int = 0) -> list[Bundle]:
@@ -119,10 +133,10 @@ def cut_bundles(
     model: SailVL, trained: tuple[str, ...], optimizer: str, layout: Layout, place: int
 ) -> list[Bundle]:
     """`bundles_of`, remembered: a search asks for the same ones again and again."""
-    layers = model.config.text.num_hidden_layers
+    mine = layers_on(model, layout, place)
     groups: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
-        if on_stage(name, layers, layout, place):
+        if on_stage(name, mine, layout, place):
             groups.setdefault(bundle_of(name, layout), {})[name] = tuple(parameter.shape)
 
     bundles = []
@@ -189,6 +203,7 @@ def rank_memory(
     before they are summed and cut; "copy", that samples; "host", what rests there, no part of the total.
     """
     none = {"gathered": 0, "sums": 0, "host": 0, "copy": 0}
+    layout = as_run(layout)
     lanes = ranks // layout.pp
     if layout.plain and batch is None:
         return none | memory.model_memory(model, stage, ranks, half)
@@ -198,7 +213,8 @@ def rank_memory(
         held = in_flight(layout, place, micro_batches(stage, lanes))
         bundles = bundles_of(model, stage, layout, place)
         standing = none | standing_bytes(bundles, stage, layout)
-        passing = passing_bytes(model.config, stage, layout, place, batch, held, half)
+        layers = len(layers_on(model, layout, place))
+        passing = passing_bytes(model.config, stage, layout, place, layers, batch, held, half)
         passing |= sampling_bytes(model.config, stage, layout, lanes, half)
         partial = micro_batches(stage, lanes) > 1 and layout.copies > 1
         stages.append(with_peak(standing | passing, bundles, stage, layout, partial))
@@ -233,15 +249,15 @@ def passing_bytes(
     stage: BaseStage,
     layout: Layout,
     place: int,
+    layers: int,
     batch: MicroBatch,
     held: int,
     half: bool,
 ) -> dict[str, int]:
-    """What micro-batches bring to a pipeline stage that holds `held` of them: infra/memory.py's kinds."""
+    """What micro-batches bring to a pipeline stage of so many layers that holds `held` of them:
+    infra/memory.py's kinds."""
     # Only what this stage computes: images on the first, logits on the last
-    layers = config.text.num_hidden_layers
-    mine = (place + 1) * layers // layout.pp - place * layers // layout.pp
-    local = stage_model(config, mine)
+    local = stage_model(config, layers)
     if place:
         stage = replace(stage, trains=tuple(part for part in stage.trains if part == "llm"))
     last = place == layout.pp - 1
@@ -262,7 +278,7 @@ def passing_bytes(
         text = config.text
         rows = batch.tokens * text.num_experts_per_tok * text.hidden_size * (HALF if half else FP32)
         block += 3 * rows
-        kept += 0 if stage.recompute else mine * rows
+        kept += 0 if stage.recompute else layers * rows
     kept += pixels
     seen += pixels
     early = (held - 1) * kept  # of micro-batches whose turn has not come
@@ -389,6 +405,7 @@ def step_traffic(
     place: int = 0,
 ) -> dict[str, Flow]:
     """What a rank of a pipeline stage sends in a step, by kind; nothing where nobody is to be sent to."""
+    layout = as_run(layout)
     lanes = ranks // layout.pp
     count = micro_batches(stage, lanes)
     batch = batch or memory.largest_micro_batch(stage, lanes)

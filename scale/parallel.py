@@ -123,6 +123,9 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
         _meeting.watcher = Watcher()
     if not dist.is_initialized():
         join(kind, device, timeout)
+    # (a second start may have another layout)
+    _meeting.mesh = None
+    _meeting.rows = None
     agree({"layout": asdict(layout)})
     if layout.plain:
         return Ranks(dist.get_rank(), dist.get_world_size(), device, timeout, layout)

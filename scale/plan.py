@@ -41,6 +41,7 @@ from scale.devices import Device, device_named
 from scale.layout import Layout
 from scale.needs import rank_memory, step_traffic
 from scale.pace import Pace, rollout_seconds, step_pace
+from scale.pipeline import check_cut
 from stage import BaseStage, RLStage
 from vlm import PRESETS
 
@@ -157,8 +158,8 @@ def refuse_model(preset: str, layout: Layout) -> None:
     text = meta_model(preset).config.text
     if layout.ep > 1 and (not text.num_experts or text.num_experts % layout.ep):
         raise ValueError(f"--layout.ep {layout.ep}: {preset} has {text.num_experts} experts")
-    if layout.pp > text.num_hidden_layers:
-        raise ValueError(f"--layout.pp {layout.pp}: {preset} has {text.num_hidden_layers} layers")
+    if layout.pp > 1:
+        check_cut(meta_model(preset), layout)
 
 
 def with_largest_batch(

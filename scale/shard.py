@@ -186,7 +186,8 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     spread stay spread (a pipeline's do not), each whole on its rank: ranks that share them run in step
     (`experts.Rounds`), and one that is to meet the others calls `experts.catch_up` before it does.
     """
-    if not isinstance(model, (FSDPModule, Staged)):
+    # (the image stage shards the ViT of a model that is whole otherwise)
+    if not any(isinstance(module, (FSDPModule, Staged)) for module in model.modules()):
         yield model
         return
     with torch.device("meta"):
@@ -214,13 +215,9 @@ def whole_weights(model: SailVL, ranks: Ranks) -> Iterator[SailVL]:
     try:
         yield plain.train(model.training).requires_grad_(False)
     except StopRequested:
-        catch_up(plain, each=no_matter)
+        catch_up(plain)
         raise
-    catch_up(plain, each=no_matter)
-
-
-def no_matter() -> None:
-    """Nothing more can end this wait."""
+    catch_up(plain)
 
 
 @torch.no_grad()

@@ -4,10 +4,14 @@ Ranks are forked once for each number of them; every case is a whole `train()` t
 rows with and without pictures, one micro-batch in three without any.
 """
 
+import gc
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -22,8 +26,12 @@ import recipe
 import rl
 import vlm
 from data.sample import Document
+from data.world import World
+from infra.checkpoint import RunDirectory, checkpoints
+from infra.plan import memory_line
 from objective import supervised
 from packing import collate
+from recipe import Setup
 from scale import parallel
 from scale.layout import Layout
 from scale.parallel import Ranks, whole
@@ -319,6 +327,64 @@ def test_a_released_directory_is_read_into_stages_and_whole_again(tmp_path):
     again = SailVL.from_pretrained(tmp_path / "written")
     for (name, p), q in zip(again.named_parameters(), released.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_signal_to_one_stage_stops_both_after_the_same_step(tmp_path):
+    """Launchers tell one rank after the other: a stage that left alone would leave without a checkpoint."""
+    case = Case(Layout(pp=2), stage=replace(STAGE, steps=6), micro_batches=2)
+
+    def told(ranks):
+        for step, batches in enumerate(rows(case)):
+            if ranks.stage == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batches
+
+    def work(ranks):
+        ranks = parallel.start(ranks.timeout, case.layout)
+        model = shard_model(small(case), ranks)
+        train(model, case.stage, told(ranks), supervised, ranks, RunDirectory(tmp_path / "run"))
+
+    assert as_ranks(work, tmp_path) == [143, 143]
+    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [2]
+
+
+def test_the_plan_is_of_the_whole_model_and_other_stages_layers_are_let_go(tmp_path, encoder):
+    """A new model is made whole on every rank; once it is cut, nobody may keep what other ranks hold."""
+    case = Case(Layout(pp=2), stage=replace(STAGE, steps=1, length=256, mixture={"text": 1.0}))
+
+    def work(ranks):
+        ranks = parallel.start(ranks.timeout, case.layout)
+        model = small(case)
+        setup = Setup(model, replace(encoder, config=model.config), World(), ranks)
+        layers = [weakref.ref(layer) for layer in model.language_model.model.layers]
+        planned = memory_line(setup, case.stage)
+        del model
+
+        def check(step):
+            gc.collect()
+            kept.append([layer() is not None for layer in layers])
+            return {}
+
+        kept = []
+        setup.directory = RunDirectory(tmp_path / "run", check=check, check_every=1)
+        recipe.fit(setup, case.stage)
+        return planned == memory_line(setup, case.stage), kept[0]
+
+    first, last = as_ranks(work, tmp_path)
+    assert first[0] is last[0] is True
+    assert [a + b for a, b in zip(first[1], last[1])] == [1] * 4
+
+
+def test_a_second_start_forgets_the_layout_of_the_first(tmp_path):
+    def work(ranks):
+        places = []
+        for layout in (Layout(pp=2), Layout(shard=2), Layout()):
+            ranks = parallel.start(ranks.timeout, layout)
+            places.append([*parallel.place(), ranks.mesh is None, parallel.total(1.0)[0]])
+        return places
+
+    for rank, places in enumerate(as_ranks(work, tmp_path)):
+        assert places == [[0, 1, False, 1], [rank, 2, False, 2], [rank, 2, True, 2]]
 
 
 @pytest.mark.slow

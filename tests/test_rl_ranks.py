@@ -4,6 +4,8 @@ Three questions for two ranks, one call of `generate` each: one rank makes two c
 that ranks which share experts need each other at different times.
 """
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,13 +15,14 @@ from ranks_helpers import as_ranks
 from attention import Segments, attend_inside
 from data import world
 from evaluate import evaluate
+from infra.checkpoint import RunDirectory, checkpoints
 from infra.stopping import StopRequested
 from recipe import Setup, fit
 from scale.experts import Rounds, catch_up
 from scale.layout import Layout
 from scale.parallel import Ranks, local
 from scale.shard import shard_model, whole_weights
-from stage import RLStage
+from stage import RLStage, Stage
 from vlm import PRESETS, SailVL
 
 STAGE = RLStage(
@@ -114,6 +117,32 @@ def test_replayed_routing_survives_experts_elsewhere(tmp_path, sparse, encoder):
     for said in as_ranks(work, tmp_path, 2, 60.0, Layout(shard=2, ep=2)):
         assert isinstance(said, dict), said
         alike(said, alone)
+
+
+@pytest.mark.slow
+def test_told_to_stop_in_a_check_ranks_that_share_experts_end_it_and_save(
+    tmp_path, sparse, encoder
+):
+    """Rank 0 has the one sample; rank 1, which is told, keeps it company all the same."""
+    own = replace(encoder, config=sparse)
+    samples = world.World().held_out("counting", 1)
+    stage = Stage("s", mixture={"counting": 1.0}, steps=4, rows=2, length=256, turns=1)
+
+    def work(ranks):
+        setup = Setup(SailVL(sparse).init_weights(0), own, world.World(), ranks)
+
+        def check(step):
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            with whole_weights(setup.model, ranks) as plain:
+                scores, _ = evaluate(plain, own, samples, max_new=3)
+            return {"score": 1 - scores["overall"].accuracy}
+
+        setup.directory = RunDirectory(tmp_path / "run", check=check, check_every=2)
+        fit(setup, stage)
+
+    assert as_ranks(work, tmp_path, 2, 30.0, Layout(shard=2, ep=2)) == [143, 143]
+    assert list(checkpoints(tmp_path / "run" / "checkpoints")) == [2]
 
 
 @pytest.mark.slow

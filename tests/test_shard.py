@@ -21,6 +21,7 @@ from ranks_helpers import LENGTH, ROWS, SameRows, as_ranks, far, made_up_documen
 
 from data.world import GRADED, World
 from evaluate import evaluate
+from infra.checkpoint import RunDirectory
 from packing import Batches
 from recipe import Setup, fit
 from scale import parallel
@@ -378,6 +379,32 @@ def test_what_a_layout_of_two_ranks_does(tmp_path, config, moe_config, tokenizer
         assert said["dense"] == "--layout.ep 2: the model has no experts"
         assert said["odd"] == "--layout.ep 2 does not divide the model's 3 experts"
         assert said["uneven"].startswith("the ranks have 1, 2 micro-batches in this step")
+
+
+@pytest.mark.slow
+def test_a_check_of_the_image_stage_runs_on_a_whole_copy(tmp_path, config, encoder):
+    """Its ViT is sharded inside the predictor, and the model around it is not."""
+    own = replace(encoder, config=config)
+    samples = World().held_out("counting", 3)
+    stage = Stage(
+        "image", ("vision",), {"caption": 1.0}, steps=1, rows=2, objective="next_patch", turns=1
+    )
+
+    def work(ranks):
+        setup = Setup(SailVL(config).init_weights(0), own, World(), ranks)
+        said = []
+
+        def check(step):
+            with whole_weights(setup.model, ranks) as plain:
+                said.extend(answer.said for answer in evaluate(plain, own, samples, max_new=3)[1])
+            return {}
+
+        setup.directory = RunDirectory(tmp_path / "run", check=check, check_every=1)
+        fit(setup, stage)
+        return said
+
+    first, second = as_ranks(work, tmp_path, layout=Layout(shard=2))
+    assert first == second and len(first) == 3
 
 
 def refusal(work) -> str:
