@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, answers
 from ranks_helpers import LENGTH, ROWS, SameRows, as_ranks, far, made_up_document, small_run
 
+from data.steps import Batches
 from data.world import GRADED, World
 from evaluate import evaluate
-from packing import Batches
 from recipe import Setup, fit
 from scale import parallel
 from scale.layout import AXES, Layout
