@@ -154,6 +154,8 @@ def odd_state(state: dict, name: str) -> str | None:
         wrong = not isinstance(value, kind) or (kind is int and value < 0)
         if key in state and wrong:
             return printable(f"{STATE}: {key} is {value!r:.80}")
+    if state.get("rng") == []:
+        return f"{STATE} holds no generators"
     executed = state.get("executed")
     if executed is not None and name != f"step-{executed:08d}":
         return f"{STATE} is that of a checkpoint after {executed} steps"

@@ -214,11 +214,9 @@ class Keeper:
         values = json.loads((found / STATE).read_text())
         assert values["step"] <= values["executed"], "a step that was not reached"
         numbered = values["optimizer"] and "names" not in values["optimizer"][0]
-        if numbered and self.ranks.layout.pp > 1:
-            raise ValueError(
-                f"{found}: an earlier version wrote it, and numbered what a pipeline needs the names of: "
-                "go on from it for one checkpoint without --layout.pp"
-            )
+        assert not numbered or self.ranks.layout.pp == 1, (
+            "an earlier version wrote it: go on from it for one checkpoint without --layout.pp"
+        )
         shards.read_weights(self.model, found)
 
         # Optimizers and search, under the numbers that they have here
@@ -247,7 +245,8 @@ class Keeper:
 
     def _names(self) -> Names:
         searched = self.search.tensors if self.search else []
-        return Names(self.model, self.optimizers, searched)
+        whole = self.ranks.layout.pp == 1
+        return Names(self.model, self.optimizers, searched, whole)
 
     # --------------------------------------------------------------------------- after a step
 

@@ -428,6 +428,12 @@ def step_traffic(
         sent = count * layers * (rows + shares + counts)
         flows["all-to-all"] = Flow(sent, layout.ep, hidden=False)
 
+    # For balance over all ranks, how many slots went to each expert, text and vision (int64); the last
+    # stage of a pipeline knows of all layers
+    if text.num_experts and lanes > 1 and place == layout.pp - 1:
+        slots = 2 * text.num_hidden_layers * text.num_experts * 8
+        flows["expert counts"] = Flow(count * slots, lanes, hidden=False, summed=True)
+
     # Hidden states to the next stage, and their gradients back
     if layout.pp > 1:
         hidden = batch.tokens * text.hidden_size * (HALF if layout.half else FP32)

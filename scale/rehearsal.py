@@ -180,6 +180,7 @@ COLLECTIVES = {
     "reduce-scatter": "_reduce_scatter_base_",
     "reduce-scatter of experts": "_reduce_scatter_base_",
     "all-reduce": "allreduce_",
+    "expert counts": "allreduce_",
     "all-to-all": "alltoall_base_",
 }
 

@@ -432,10 +432,13 @@ def save_released(model: nn.Module, directory, ranks: Ranks, file_bytes: int = F
 class Names:
     """What optimizers and AdaLRS number, by the names of parameters: a pipeline's stages count apart.
 
-    searched: AdaLRS's tensors.
+    searched: AdaLRS's tensors. whole: all parameters are here, as they are not in a pipeline.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list, searched: list[Tensor]):
+    def __init__(
+        self, model: nn.Module, optimizers: list, searched: list[Tensor], whole: bool = True
+    ):
+        self.whole = whole
         self.parameters = dict(model.named_parameters())
         name_of = {id(p): name for name, p in self.parameters.items()}
 
@@ -570,7 +573,8 @@ class SavedState(Files):
 class Part(Mapping):
     """Those tensors of a saved state whose names begin alike, by number, read when they are asked for.
 
-    So an optimizer's state is taken over one tensor at a time.
+    So an optimizer's state is taken over one tensor at a time. Raises ValueError for one of a parameter
+    that is nowhere.
     """
 
     def __init__(self, state: SavedState, names: Names, prefix: str):
@@ -579,6 +583,8 @@ class Part(Mapping):
         self.source: dict[str, tuple[str, Tensor]] = {}  # number -> name on disk, parameter
         for name in state.pieces:
             found = names.numbered(name) if name.startswith(prefix) else None
+            if found is None and name.startswith(prefix) and names.whole:
+                raise ValueError(f"{name} is of no parameter that is trained here")
             if found:
                 number, parameter = found
                 self.source[number.removeprefix(prefix)] = (name, parameter)

@@ -456,6 +456,7 @@ FAULTY = {
     "a state of no step": lambda c: changed_state(c, step=-1),
     "a state of a list of data": lambda c: changed_state(c, data=[]),
     "a state of another checkpoint": lambda c: changed_state(c, executed=10**12),
+    "a state without generators": lambda c: changed_state(c, rng=[]),
     "a state past its steps": lambda c: changed_state(c, step=10**6),
     "a nested state": lambda c: resealed(c, "state.json", "[" * 100_000),
     "a foreign file": lambda c: (c / "extra\x1b[2J.bin").write_text("x"),

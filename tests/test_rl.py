@@ -1008,6 +1008,14 @@ def test_the_toy_presets_moe_takes_the_dense_weights(config):
     torch.testing.assert_close(model.to_moe(text)(ids), model(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_ranks_share_a_minibatch_out_in_full(model, encoder):
+    stage = replace(SMALL, prompts=6, accumulate=2)
+    rollouts = make(model, encoder, stage, ranks=Ranks(0, 3))
+    minibatch = list("abcdefg")
+    shares = [rollouts.parts_of(minibatch, rank) for rank in range(3)]
+    assert shares == [[["a"], ["b"]], [["c"], ["d"]], [["e", "f"], ["g"]]]
+
+
 def test_rollouts_end_with_their_stream_the_last_batch_smaller(model, encoder):
     source = world.World().stream(SMALL.mixture, SMALL.seed, 1)
     five = iter([source[n] for n in range(5)])

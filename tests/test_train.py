@@ -230,6 +230,26 @@ def test_bad_steps_are_skipped_and_so_many_in_a_row_end_the_run(config, tokenize
         assert found.skipped == len(bad)
 
 
+def test_data_that_ends_early_ends_the_stage_well_but_not_before_its_first_step(
+    config, tokenizer, capsys
+):
+    def run(steps: int):
+        source = made_up(tokenizer)
+        data = (next(source) for _ in range(steps))
+        return train(SailVL(config).init_weights(0), replace(TINY, steps=4), data, answers)
+
+    found = run(2)
+    assert found.ended_early and len(found.log) == 2
+    assert "the data ended at step 2 of 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the data ended before the first step"):
+        run(0)
+
+
+def test_a_precision_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="--precision fp8: choose auto, fp32 or bf16"):
+        loop.autocast(replace(TINY, precision="fp8"), "cpu")
+
+
 def test_a_run_that_has_not_begun_is_empty_and_its_tail_is_its_last_tenth():
     empty = loop.Run()
     assert (empty.log, empty.decisions, empty.skipped, empty.seconds) == ([], [], 0, 0.0)

@@ -49,7 +49,7 @@ TESTS = {
     "infra/checkpoint.py": ("checkpoint", "stopping", "ranks"),
     "infra/run_directory.py": ("checkpoint", "stopping", "ranks"),
     "infra/keeper.py": ("checkpoint", "stopping", "ranks"),
-    "train.py": ("train", "spine"),
+    "train.py": ("train", "spine", "stopping"),
     "rollout.py": ("rl", "endpoint"),
     "rl.py": ("sft", "recipe", "readme"),
 }
@@ -80,6 +80,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ),
     ("data/stream.py", "self.generation += 1", "2"): "generations are only told apart",
     ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
+    ("moe.py", "weights = probabilities.gather(-1, chosen)", "(+1)"): MATRIX,
     ("moe.py", "chosen = scores.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "order = expert.argsort(stable=True)", "False"): "any order within an expert is one",
 }
