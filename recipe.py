@@ -47,19 +47,20 @@ from data.images import stacked
 from data.readers import CACHE, CACHE_BYTES, Folder
 from data.remote import ShardCache
 from data.sample import BadSample, Faults, Sample
+from data.steps import Batches
 from data.stream import Documents, EndOfStream, Mapped, read_sample
 from data.world import GRADED, REASONING, World, corpus
 from evaluate import askable, evaluate
 from generate import load_model, weights_place
 from graders import JUDGED, grader_of, symbolic_note
-from infra.checkpoint import RunDirectory
 from infra.cli import one_line_errors, parse_subcommand
 from infra.endpoint import ChatEndpoint
 from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
+from infra.run_directory import RunDirectory
 from infra.text import printable
 from objective import PatchPredictor
-from packing import Batches, sent
+from packing import sent
 from rewards import COMBINE
 from rollout import JudgedReward, Reward, Rollouts, oddities
 from scale import parallel, shards

@@ -9,7 +9,7 @@ same gradient (the losses of a MoE's router excepted: objective.router_losses).
                                                                            AdaLRS? may take steps back
 
 What a long run needs besides stands in two files of its own: infra/journal.py (log, progress, tracker)
-and infra/checkpoint.py (save, resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the
+and infra/keeper.py (save, resume, SIGTERM). On an accelerator the forward pass runs in bf16 and the
 weights stay fp32. When AdaLRS begins a trial or takes one back, weights and optimizer go back; the data
 does *not*: training goes on with the samples that come next.
 
@@ -28,13 +28,15 @@ from torch import Tensor, nn
 
 import moe
 from adalrs import AdaLRS
-from infra.checkpoint import Keeper, RunDirectory, resumable
+from data.steps import weight_of
 from infra.journal import Journal
+from infra.keeper import Keeper, resumable
+from infra.run_directory import RunDirectory
 from infra.stopping import StopRequested
 from llm import LLM, Block
 from objective import OBJECTIVES, Objective, Statistics, fetch, loss_by_task, mean_by_task
 from optim import clip_gradients, freeze_all_but, make_optimizers, set_rate, training_memory
-from packing import Batch, weight_of
+from packing import Batch
 from scale import parallel
 from scale.parallel import Ranks
 from scale.pipeline import Staged, Work

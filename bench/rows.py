@@ -35,11 +35,12 @@ from data.encode import Encoder
 from data.images import normalise
 from data.readers import Folder
 from data.sample import Document, Faults, Message, Sample
+from data.steps import Batches, Step
 from data.stream import Documents, Drawn
 from data.world import World
 from infra.cli import command
 from objective import supervised
-from packing import Batch, Batches, Rows, Step, collate
+from packing import Batch, Rows, collate
 from recipe import new_model
 from stage import Stage
 from tokenizer import Tokenizer

@@ -8,7 +8,7 @@ queue can fill up and block whoever wants to leave.
     here:   ask, ask, ask -> [soon, soon, soon] -> take the first, ask for one more
     there:  next(iterator) for every question, in order
 
-Packing works this way when there are worker processes (`packing.StepsAhead`): they decode, this one
+Packing works this way when there are worker processes (`steps.StepsAhead`): they decode, this one
 chooses, lays out rows and stacks pixels. Items travel pickled, arrays as bytes; nothing needs room in
 /dev/shm.
 """

@@ -51,7 +51,7 @@ class Encoder:
     what becomes of a sample over `max_length`: "drop", or "truncate" when all that goes is text
     after the last image. weighting: each token counts 1 ("token", "sequence"), 1/n ("sample") or
     1/sqrt(n) ("sqrt"), n the supervised tokens of its sample. ("sequence" differs in what the sum
-    is divided by: see `packing.Batches`.) Raises ValueError for other words.
+    is divided by: see `steps.Batches`.) Raises ValueError for other words.
     """
 
     tokenizer: Tokenizer

@@ -15,7 +15,7 @@ its end, and `endless`. One record costs one record: whatever goes wrong while i
 or encoded is its fault, counted with the first traceback, and reading goes on. A stream that yields
 nothing is an error within seconds, never a wait.
 
-Exact resume: with the state of `packing.Batches`, every later step has the same rows in the same
+Exact resume: with the state of `steps.Batches`, every later step has the same rows in the same
 order as without the stop, bit for bit, for any number of ranks and workers; only which rank holds a
 row changes. Lanes make it so: their number is part of the state, and each has its own share of the
 stream, its own buffer, its own rows.

@@ -25,7 +25,8 @@ from typing import IO, Any, Callable
 
 from tqdm import tqdm
 
-from infra.checkpoint import RunDirectory, announce
+from infra.checkpoint import announce
+from infra.run_directory import RunDirectory
 from infra.text import Terminal, printable
 from infra.tracker import open_tracker
 

@@ -15,8 +15,8 @@ import torch
 from data import world
 from data.encode import Encoder
 from data.sample import Document
+from data.steps import Batches
 from objective import supervised
-from packing import Batches
 from recipe import THINK, Setup, fit
 from stage import Stage
 from tokenizer import Tokenizer, train_bpe

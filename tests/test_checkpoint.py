@@ -20,9 +20,10 @@ import torch
 from conftest import answers, made_up
 from safetensors.torch import load_file, save_file
 
-import packing
 from infra import checkpoint, weights
-from infra.checkpoint import Keeper, RunDirectory, fault, latest
+from infra.checkpoint import fault, latest
+from infra.keeper import Counted, Keeper, get_rng, set_rng
+from infra.run_directory import RunDirectory
 from scale.parallel import Ranks
 from stage import Stage
 from train import train
@@ -214,13 +215,13 @@ def test_what_is_not_restored_is_noticed(tmp_path, config, tokenizer, whole, pla
         return None
 
     if planted == "rng":
-        monkeypatch.setattr(checkpoint, "set_rng", nothing)
+        monkeypatch.setattr("infra.keeper.set_rng", nothing)
     elif planted == "optimizer":
-        monkeypatch.setattr(checkpoint, "load_optimizer_state", nothing)
+        monkeypatch.setattr("infra.keeper.load_optimizer_state", nothing)
     elif planted == "search":
-        monkeypatch.setattr(checkpoint.AdaLRS, "load_state_dict", nothing)
+        monkeypatch.setattr("infra.keeper.AdaLRS.load_state_dict", nothing)
     else:
-        monkeypatch.setattr(packing.Batches, "load_state_dict", nothing)
+        monkeypatch.setattr("data.steps.Batches.load_state_dict", nothing)
     assert forked(lambda: run(tmp_path, config, tokenizer)) == 0
     assert results(tmp_path)[0] != whole[0]
 
@@ -623,7 +624,7 @@ def test_a_best_that_could_not_be_written_does_not_push_out_the_one_before(
     state = {"x": torch.ones(1)}
     assert home.write(1, model, state, {"best": [0.5, 1]})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "commit", full)
+        patch.setattr("infra.run_directory.commit", full)
         assert not home.write(2, model, state, {"best": [0.1, 2]})
     assert home.best == [0.5, 1]
     assert home.write(3, model, state, {"best": home.best})
@@ -721,7 +722,7 @@ def test_a_refused_resume_lets_go_of_directory_and_signals(finished):
     before = signal.getsignal(signal.SIGTERM)
     home = RunDirectory(finished, {"stage": {"steps": 41, "lr": 9.0}})
     with pytest.raises(ValueError, match="another configuration"):
-        Keeper(home, torch.nn.Linear(1, 1), [], None, checkpoint.Counted([]), Ranks()).resume()
+        Keeper(home, torch.nn.Linear(1, 1), [], None, Counted([]), Ranks()).resume()
     assert signal.getsignal(signal.SIGTERM) == before
     assert opened(finished) == "step-00000047"
 
@@ -729,7 +730,7 @@ def test_a_refused_resume_lets_go_of_directory_and_signals(finished):
 def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp_path, config):
     home = RunDirectory(tmp_path, every=3, keep=1)
     model = SailVL(config).init_weights(0)
-    keeper = Keeper(home, model, [], None, checkpoint.Counted(range(9)), Ranks())
+    keeper = Keeper(home, model, [], None, Counted(range(9)), Ranks())
     assert keeper.resume() == {}
     assert keeper.standing() == "there is no checkpoint yet"
     assert [keeper.due(n) for n in (2, 3, 4)] == [False, True, True]
@@ -743,7 +744,7 @@ def test_the_lowest_score_is_the_best_and_steps_are_due_by_what_was_executed(tmp
     keeper.close()
 
     again = RunDirectory(tmp_path, every=0, keep=1)
-    data = checkpoint.Counted(iter(range(9)))
+    data = Counted(iter(range(9)))
     keeper = Keeper(again, model, [], None, data, Ranks())
     values = keeper.resume()
     assert values["step"] == 1 and values["executed"] == 12 and again.best == [0.2, 6]
@@ -760,14 +761,14 @@ def test_a_check_as_good_as_the_best_is_no_better(tmp_path):
 
 def test_generators_saved_on_an_accelerator_are_restored_on_a_cpu():
     """Its own generator's state follows the CPU's; here nobody can take it."""
-    state, values = checkpoint.get_rng()
+    state, values = get_rng()
     wanted = torch.rand(3)
-    checkpoint.set_rng(torch.cat((state, torch.zeros(16, dtype=torch.uint8))), values)
+    set_rng(torch.cat((state, torch.zeros(16, dtype=torch.uint8))), values)
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_counted_data_goes_forward_only():
-    data = checkpoint.Counted("abcdef")
+    data = Counted("abcdef")
     assert next(data) == "a" and data.state_dict() == {"drawn": 1}
     data.load_state_dict({"drawn": 3})
     assert next(data) == "d"

@@ -21,14 +21,15 @@ from conftest import EVERY, ROOT
 from test_packing import record, told
 
 import packing
-from data import index, readers, world
+from data import index, readers, steps, world
 from data.encode import Encoder
 from data.images import normalise, stacked
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample
+from data.steps import Batches, Step, weight_of
 from data.stream import Documents, Drawn
 from data.world import World
-from packing import Batches, Step, collate, weight_of
+from packing import collate
 from vit import MEAN, STD, normalised
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -128,7 +129,7 @@ class AheadHere:
 
     def __init__(self, make, most: int):
         samples, encoder, faults, _, *rest = pickle.loads(pickle.dumps(make)).args
-        self.items = packing.pieces(samples, encoder, faults, 0, *rest)
+        self.items = steps.pieces(samples, encoder, faults, 0, *rest)
 
     def __next__(self):
         if self.deaths.random() < 0.3:
@@ -143,7 +144,7 @@ class AheadHere:
 def test_steps_made_elsewhere_are_those_made_here_over_deaths_and_resumes(encoder, monkeypatch):
     """Rows, weights, pixels, states and faults; also when steps are not used up, and after a death
     in the middle of a step."""
-    monkeypatch.setattr(packing, "Ahead", AheadHere)
+    monkeypatch.setattr(steps, "Ahead", AheadHere)
     plain_faults, faults = Faults(), Faults()
     plain = fed(encoder, 0, plain_faults)
     ahead = fed(encoder, 2, faults)
@@ -169,14 +170,14 @@ def test_a_packing_process_that_dies_again_and_again_is_an_error(encoder, monkey
         def __next__(self):
             raise BrokenProcessPool("killed")
 
-    monkeypatch.setattr(packing, "Ahead", Dead)
+    monkeypatch.setattr(steps, "Ahead", Dead)
     with pytest.raises(ValueError, match="--workers 1: the packing process died 10 times in a row"):
         next(fed(encoder, 1))
 
 
 def test_what_the_other_process_raises_is_raised_here(encoder, monkeypatch):
     monkeypatch.setattr(AheadHere, "deaths", random.Random(1))
-    monkeypatch.setattr(packing, "Ahead", AheadHere)
+    monkeypatch.setattr(steps, "Ahead", AheadHere)
     with pytest.raises(BadSample, match="ninth: 4"):
         for _ in fed(encoder, 1, Faults(strict=True)):
             continue

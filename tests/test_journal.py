@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import pytest
 
 from infra import journal, tracker
-from infra.checkpoint import RunDirectory, announce
+from infra.checkpoint import announce
 from infra.journal import Journal, LogFile, kept, read_log
+from infra.run_directory import RunDirectory
 from infra.text import printable
 
 

@@ -31,8 +31,9 @@ from data.encode import Encoder
 from data.images import stacked
 from data.readers import Folder
 from data.sample import Document, Faults
+from data.steps import Batches
 from data.stream import Documents, Drawn
-from packing import Batches, Rows, choose_subset, collate
+from packing import Rows, choose_subset, collate
 from scale import parallel
 from stage import Stage
 from train import one_step

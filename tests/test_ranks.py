@@ -25,7 +25,9 @@ from ranks_helpers import as_ranks, free_port
 from test_checkpoint import STAGE, bomb, config, forked, noisy, results, run
 from test_house import ROOMS
 
-from infra.checkpoint import Keeper, RunDirectory, checkpoints
+from infra.checkpoint import checkpoints
+from infra.keeper import Keeper
+from infra.run_directory import RunDirectory
 from infra.stopping import check_stop
 from scale import parallel
 from train import train
@@ -502,7 +504,8 @@ torch.accelerator.set_device_index = lambda index: print("index", index)
 torch._C._get_accelerator = lambda *a: torch.device("npu")
 
 # through start with a mesh, sums, gather, seeding, a step's precision, and a checkpoint
-from infra.checkpoint import Keeper, RunDirectory, get_rng, set_rng
+from infra.keeper import Keeper, get_rng, set_rng
+from infra.run_directory import RunDirectory
 from scale import parallel
 from scale.layout import Layout
 from stage import Stage

@@ -26,9 +26,9 @@ from data.images import frames_of, open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample, Video
 from data.show import ShowOptions, show_samples
+from data.steps import Batches
 from data.stream import RUN, WINDOW, Documents, Order, Walk
 from data.world import World
-from packing import Batches
 from tokenizer import Tokenizer
 from vlm import PRESETS
 

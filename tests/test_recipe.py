@@ -333,7 +333,7 @@ from data.encode import Encoder
 from data.sample import BadSample, Faults, Message, Sample
 from data.world import World
 from evaluate import gradable
-from infra.checkpoint import RunDirectory
+from infra.run_directory import RunDirectory
 from recipe import Setup, fit, new_model
 from stage import RLStage
 

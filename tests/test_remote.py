@@ -29,8 +29,8 @@ from data.mixture import datasets_of
 from data.readers import Folder
 from data.remote import ShardCache, StoreError, store_address
 from data.sample import Faults
+from data.steps import Batches
 from data.stream import Documents
-from packing import Batches
 
 MIB = 1 << 20
 

@@ -19,10 +19,10 @@ import torch
 from conftest import ROOT, answers
 from ranks_helpers import LENGTH, ROWS, SameRows, as_ranks, far, made_up_document, small_run
 
+from data.steps import Batches
 from data.world import GRADED, World
 from evaluate import evaluate
-from infra.checkpoint import RunDirectory
-from packing import Batches
+from infra.run_directory import RunDirectory
 from recipe import Setup, fit
 from scale import parallel
 from scale.layout import AXES, Layout

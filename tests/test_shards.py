@@ -27,17 +27,9 @@ from safetensors.torch import load_file, save_file
 import vit
 import vlm
 from infra import checkpoint, weights
-from infra.checkpoint import (
-    Draft,
-    Keeper,
-    RunDirectory,
-    checkpoints,
-    fault,
-    lacks,
-    latest,
-    seal,
-    with_rests,
-)
+from infra.checkpoint import Draft, checkpoints, fault, lacks, latest, seal
+from infra.keeper import Keeper, with_rests
+from infra.run_directory import RunDirectory
 from infra.stopping import check_stop
 from optim import make_optimizers
 from scale import parallel, shards
@@ -266,7 +258,7 @@ def test_a_rank_that_dies_while_all_copy_is_named_and_nobody_waits_for_its_part(
     tmp_path, small, tokenizer, monkeypatch
 ):
     monkeypatch.setattr(parallel, "ROLL_CALL", 0.3)
-    monkeypatch.setattr(checkpoint, "LAST_WORDS", 0.3)
+    monkeypatch.setattr("infra.run_directory.LAST_WORDS", 0.3)
 
     def work(ranks):
         signal.alarm(60)

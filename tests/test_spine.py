@@ -17,8 +17,9 @@ from data.encode import with_thinking
 from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Document, Message, Sample
+from data.steps import Batches
 from evaluate import ask, blind_chance, swapped
-from packing import Batches, Rows, choose_subset, collate
+from packing import Rows, choose_subset, collate
 from recipe import Setup, packed_rows
 from scale import parallel
 from stage import Stage

@@ -12,7 +12,9 @@ import torch
 from conftest import answers, made_up
 from test_checkpoint import STAGE, STEPS, bomb, config, forked, results, run, whole
 
-from infra.checkpoint import Keeper, RunDirectory, checkpoints
+from infra.checkpoint import checkpoints
+from infra.keeper import Keeper
+from infra.run_directory import RunDirectory
 from infra.stopping import StopRequested, StopSignals, check_stop
 from scale.parallel import Ranks
 from stage import Stage
@@ -145,7 +147,7 @@ def test_written_is_said_only_of_what_was_written(tmp_path, config, tokenizer, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infra.checkpoint.commit", full)
+    monkeypatch.setattr("infra.run_directory.commit", full)
     told = bomb(3, tell())
     assert forked(lambda: run(tmp_path, config, tokenizer, told, every=0)) == -143
     said = capfd.readouterr().err

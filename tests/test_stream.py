@@ -22,6 +22,7 @@ import data.encode
 from data.encode import Encoder
 from data.readers import Folder
 from data.sample import BadSample, Faults, Message, Sample
+from data.steps import Batches
 from data.stream import (
     SILENCE,
     Documents,
@@ -35,7 +36,6 @@ from data.stream import (
     Walk,
     read_sample,
 )
-from packing import Batches
 
 
 def sample(n: int) -> Sample:

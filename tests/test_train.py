@@ -21,8 +21,8 @@ import rl
 import sft
 import train as loop
 from data.world import corpus
-from infra import checkpoint
-from infra.checkpoint import RunDirectory
+from infra.keeper import get_rng, set_rng
+from infra.run_directory import RunDirectory
 from objective import loss_by_task, mean_by_task
 from recipe import THINK
 from stage import PARTS, Stage
@@ -388,9 +388,9 @@ def test_the_generators_state_survives_json():
         return (torch.rand(2).tolist(), random.random(), random.gauss(0, 1), np.random.rand())
 
     draw()
-    state, values = checkpoint.get_rng()
+    state, values = get_rng()
     first = draw()
-    checkpoint.set_rng(state, json.loads(json.dumps(values)))
+    set_rng(state, json.loads(json.dumps(values)))
     assert draw() == first
 
 

@@ -50,9 +50,9 @@ READING = {
 
 # The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
 ROOMS = {
-    "data": "sample images tiling containers mixture stream readers encode show world",
-    "infra": "cli plan memory config weights checkpoint stopping identity journal tracker judge "
-    "endpoint text device",
+    "data": "sample images tiling containers mixture stream readers encode ahead steps show world",
+    "infra": "cli plan memory config weights checkpoint run_directory keeper stopping identity journal "
+    "tracker judge endpoint text device",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding rollouts",

@@ -68,7 +68,7 @@ def phase_of(frame) -> str:
     while frame is not None:
         name = frame.f_code.co_name
         file = Path(frame.f_code.co_filename).name
-        if file == "checkpoint.py" and name in ("_write", "write", "commit"):
+        if file == "keeper.py" and name in ("save", "finish"):
             return "checkpoint"
         if file == "generate.py" and name == "generate":
             found = found or "rollout"
