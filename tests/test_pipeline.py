@@ -27,8 +27,9 @@ import rl
 import vlm
 from data.sample import Document
 from data.world import World
-from infra.checkpoint import RunDirectory, checkpoints
+from infra.checkpoint import checkpoints
 from infra.plan import memory_line
+from infra.run_directory import RunDirectory
 from objective import supervised
 from packing import collate
 from recipe import Setup

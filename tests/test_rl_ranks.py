@@ -15,7 +15,8 @@ from ranks_helpers import as_ranks
 from attention import Segments, attend_inside
 from data import world
 from evaluate import evaluate
-from infra.checkpoint import RunDirectory, checkpoints
+from infra.checkpoint import checkpoints
+from infra.run_directory import RunDirectory
 from infra.stopping import StopRequested
 from recipe import Setup, fit
 from scale.experts import Rounds, catch_up
