@@ -338,14 +338,17 @@ def agree(items: dict[str, object], among: object = None) -> None:
 
 
 def detail(first: dict, other: dict, name: str) -> str:
-    """What differs in an item, short: the first three options, or the two values."""
+    """What differs in an item, short: the first three options, or the ends of the two values.
+
+    (Of code with changes the beginnings are alike: the commit that was changed.)
+    """
     mine = first[name]
     theirs = other.get(name)
     if isinstance(mine, dict) and isinstance(theirs, dict):
         pairs = list(differences(mine, theirs).items())[:3]
         words = [f"{key} {new!r:.60} for {old!r:.60}" for key, (old, new) in pairs]
     else:
-        words = [f"{theirs!r:.20} for {mine!r:.20}"]
+        words = [f"{str(theirs)[-20:]} for {str(mine)[-20:]}"]
     return printable(f" ({', '.join(words)})")
 
 

@@ -53,6 +53,7 @@ def test_every_rank_learns_which_rank_differs_in_what(tmp_path):
             {
                 "options": {"stage": {"lr": 2.0 if wrong else 1.0, "steps": 9}},
                 "code": "abc",
+                "data": "the same commit with changes " + ("5eed" if wrong else "f00d"),
                 "weights": "\x1b[2J" if wrong else "0a",
             }
         )
@@ -64,6 +65,7 @@ def test_every_rank_learns_which_rank_differs_in_what(tmp_path):
     )
     assert "stage.lr 2.0 for 1.0" in said[0] and "steps" not in said[0]
     assert "rank 1 has other weights than rank 0" in said[0] and "\x1b" not in said[0]
+    assert "changes 5eed for" in said[0] and "changes f00d)" in said[0]
     assert "code" not in said[0].split("Start all")[0] and "rank 2" not in said[0]
 
 
