@@ -200,6 +200,7 @@ def test_what_the_command_cannot_do_is_an_error_before_anything_is_read(
 # ------------------------------------------------------------------------------------ the measurement
 
 
+@pytest.mark.slow
 def test_the_measurement_compares_designs_on_held_out_data(saved, tmp_path, monkeypatch):
     def small(encoder, mixture, seed, test, draw=calibration.draw_batches):
         return draw(encoder, mixture, seed, test, count=1, samples=10)

@@ -53,6 +53,7 @@ def test_it_is_torchs_muon_to_the_last_bit():
     assert all(torch.equal(a, b) for a, b in zip(ours(), torchs()))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_end_with_the_same_bits(tmp_path, size=3):
     torch.multiprocessing.spawn(one_rank, (size, str(tmp_path)), nprocs=size)
     found = [torch.load(tmp_path / f"{size}-{rank}.pt") for rank in range(size)]

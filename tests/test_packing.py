@@ -608,6 +608,7 @@ def two_ranks(place: Path, tokenizer, config) -> None:
     assert [p.exitcode for p in both] == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.slow
 def test_two_killed_processes_become_one_and_one_becomes_two_within_an_epoch(
     tmp_path, tokenizer, config
 ):

@@ -930,6 +930,7 @@ def test_the_kl_penalty_is_measured_against_the_reference_and_is_the_gradient_wh
     assert policy(model, batch, stage)[0] < total
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config, tokenizer, tmp_path):
     """The same global rollout batch, minibatches and weights, on one rank and on two: sampling is
     by call, not by rank."""

@@ -110,6 +110,7 @@ def test_strict_makes_the_first_fault_fatal(folder, tmp_path):
     assert "wrong placeholder count" in text or "empty answer" in text
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     common = ["multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3"]
     run("pretrain.py", *common, "--out", tmp_path / "one")
@@ -135,6 +136,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_unknown_option_or_stage_is_an_error():
     assert "--not-an-option" in run("pretrain.py", "basic", "--not-an-option", "1", ok=False)
     assert "sft9" in run("sft.py", "sft9", ok=False)
@@ -172,6 +174,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[s] for s in SCRIPTS] + [["-m", m] for m in MODULES], ids=" ".join
 )

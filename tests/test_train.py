@@ -187,6 +187,7 @@ def test_bf16_trains_fp32_weights_to_about_the_same_loss(config, tokenizer):
     assert runs["bf16"] == pytest.approx(runs["fp32"], rel=0.02) and runs["bf16"] != runs["fp32"]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_to_the_same_losses(config, tokenizer):
     """Traced, not translated to C++: whatever breaks the graphs' arguments (names, attention,
     recomputation) shows."""
