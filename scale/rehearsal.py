@@ -213,6 +213,7 @@ def rehearse(preset: str, stage: BaseStage, layout: Layout, ranks: int) -> list[
         f"  held: plan {held[0]:.1f} MiB, run {held[1]:.1f} MiB",
     ]
     planned: dict[str, int] = Counter()
+    flows.pop("expert counts", None)  # the objective sums them, and this pass has none
     for kind, flow in flows.items():
         planned[COLLECTIVES[kind]] += flow.handed
     for name in planned:
