@@ -67,8 +67,8 @@ class RouterSums(NamedTuple):
 class Decisions:
     """Where each MoE layer leaves its `Routing` in a forward pass, in the order of the layers.
 
-    Once: what a layer decides again when its activations are recomputed is not kept, and with it
-    would be all that was recomputed. No list either: FSDP2 rebuilds the lists among a block's
+    A layer's first decision counts. When its activations are recomputed it decides again; to keep
+    that one would keep alive all that was recomputed. No list, since FSDP2 rebuilds the lists among a block's
     arguments, and what a layer appends to such a copy is lost without a word.
     """
 

@@ -656,7 +656,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
             options.images,
             options.strict,
             options.allow_outside,
-            ShardCache(options.cache, int(options.cache_gib * 2**30)),
+            cache_of(options),
             options.timeout,
         )
 
@@ -744,6 +744,11 @@ def judged_reward(options: RunOptions, encoder: Encoder, ranks: Ranks) -> Judged
     return JudgedReward(options.stage.reward, judge, encoder)
 
 
+def cache_of(options: RunOptions) -> ShardCache:
+    """Where copies of remote shards lie, if there are any."""
+    return ShardCache(options.cache, int(options.cache_gib * 2**30))
+
+
 def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
     """A check for the log: accuracy over some held-out samples, and what was said to the first four.
 
@@ -754,7 +759,13 @@ def checker(options: RunOptions, setup: Setup) -> Callable[[int], dict]:
             "--check-every needs --held-out FILE: samples that --data does not contain"
         )
     if options.held_out:
-        held_out = Folder(options.held_out, options.images, allow_outside=options.allow_outside)
+        held_out = Folder(
+            options.held_out,
+            options.images,
+            allow_outside=options.allow_outside,
+            cache=cache_of(options),
+            timeout=options.timeout,
+        )
         encoder = replace(setup.encoder, root=held_out.root)
         samples = askable(held_out.first(64), encoder, held_out.faults)
         if held_out.faults.counts and setup.ranks.main:

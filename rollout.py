@@ -339,7 +339,7 @@ def rollout(
         group.answers.append(answer)
         text = text_of(answer, encoder.tokenizer)
         completions.append((text, group.sample, answer.finished))
-    for answer, parts in zip(answers, earned(reward, completions)):
+    for answer, parts in zip(answers, earned(reward, completions), strict=True):
         asked_groups[answer.prompt].parts.append(rewards.checked_parts(parts))
     return groups
 
@@ -430,7 +430,9 @@ class Rollouts:
         return [share[i : i + each] for i in range(0, len(share), max(each, 1))]
 
     def pack(self, part: list[Completion], empty: bool = False) -> RolloutBatch:
-        return pack_rollouts(part, self.encoder, self.stage, self.stats, self.reference, empty)
+        return pack_rollouts(
+            part, self.encoder, self.stage, self.stats, self.reference, empty, self.device
+        )
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -541,7 +543,9 @@ class Rollouts:
         for m, minibatch in enumerate(self.queue):
             places = {id(c): i for i, c in enumerate(minibatch)}
             for part in self.parts_of(minibatch, self.ranks.rank):
-                batch = self.pack(part).to(self.device)
+                # without the reference: ranks may have unequal numbers of parts, and it is sharded
+                batch = pack_rollouts(part, self.encoder, self.stage, {}).to(self.device)
+                check_stop()
                 with torch.no_grad():
                     logp = sampled_logprobs(self.sampler, batch, self.stage.temperature)
                 for completion, row in zip(part, logp):
@@ -549,6 +553,7 @@ class Rollouts:
                     scored[m, places[id(completion)]] = row[:length].tolist()
 
         catch_up(self.sampler, check_stop)
+        parallel.meet(f"scored {self.round}", check_stop)
 
         # Known to everyone; of several passes the first one counts, where the ratio is to be 1
         done: set[int] = set()
@@ -731,8 +736,9 @@ def pack_rollouts(
     stats: dict,
     reference: SailVL | None = None,
     empty: bool = False,
+    device: torch.device | str = "cpu",
 ) -> RolloutBatch:
-    """Completions as one packed row. `empty`: the same row at weight zero."""
+    """Completions as one packed row. `empty`: the same row at weight zero; device: the reference's."""
     # The row, a prompt's completions together
     groups: dict[int, list[tuple[int, Completion]]] = {}
     for number, completion in enumerate(part):
@@ -780,7 +786,6 @@ def pack_rollouts(
 
     # And what the reference model makes of it
     if reference is not None:
-        device = reference.language_model.lm_head.weight.device
         with torch.no_grad():
             batch.reference = sampled_logprobs(reference, batch.to(device), stage.temperature).cpu()
     return batch

@@ -27,9 +27,10 @@ from attention import Segments
 from infra.cli import command
 from infra.memory import PATCHES, MicroBatch, meta_model
 from infra.plan import size_text
+from optim import freeze_all_but
 from packing import Batch
 from scale import parallel
-from scale.devices import DEVICES
+from scale.devices import device_named
 from scale.layout import Layout
 from scale.needs import rank_memory, stage_model
 from scale.pace import ROW, decoder_work, step_pace
@@ -113,9 +114,7 @@ def random_model(options: GpuOptions, ranks: parallel.Ranks) -> SailVL:
     )
     with torch.device("meta"):
         model = SailVL(config)
-    for part in ALL:
-        module = {"vision": model.vision_model, "adapter": model.mlp1, "llm": model.language_model}
-        module[part].requires_grad_(part in options.trains)
+    freeze_all_but(model, options.trains)
     shard_model(model, ranks)
     model.to_empty(device=ranks.device)
     for p in model.parameters():
@@ -129,6 +128,7 @@ def random_model(options: GpuOptions, ranks: parallel.Ranks) -> SailVL:
 
 def measure_steps(options: GpuOptions) -> None:
     """Print rates, MFU, memory beside the plan's, and where the time goes."""
+    device_named(options.device)  # a typo is told before any time is spent
     ranks = parallel.start(layout=options.layout)
     preset = preset_named(options.preset)
     refuse_model(preset, ranks.layout)
@@ -170,7 +170,7 @@ def report_lines(
     """Measured, and beside it what was planned."""
     preset = preset_named(options.preset)
     everyone = ranks.size * ranks.layout.pp
-    layout = ranks.layout if ranks.layout.plain else ranks.layout.fitted(everyone)
+    layout = ranks.layout.fitted(everyone)
     images = full_row(model, options.length, "cpu").images
     tokens = options.rows * options.length * ranks.size
     lines = [
@@ -179,9 +179,9 @@ def report_lines(
         f"{tokens / step / everyone:,.0f} tokens and "
         f"{options.rows * len(images) / step * ranks.size / everyone:,.1f} images a second and device"
     ]
-    device = DEVICES.get(options.device)
-    if device and torch.accelerator.is_available():
-        pace = step_pace(preset, stage, layout.fitted(everyone), everyone, device)
+    if torch.accelerator.is_available():
+        device = device_named(options.device)
+        pace = step_pace(preset, stage, layout, everyone, device)
         left_out = meta_model(preset).config.text.num_hidden_layers
         left_out -= model.config.text.num_hidden_layers
         forward, backward = decoder_work(preset, layout.half, "llm" in stage.trains)
@@ -196,7 +196,7 @@ def report_lines(
     planned = stage_model(model.config, model.config.text.num_hidden_layers)
     patches = len(images) * model.config.vision.side**2
     batch = MicroBatch(options.length, options.length, patches, options.length // 4)
-    kinds = rank_memory(planned, stage, layout.fitted(everyone), everyone, True, batch)
+    kinds = rank_memory(planned, stage, layout, everyone, True, batch)
     lines.append(f"memory: planned {size_text(kinds['total'])}, measured {measured_peak()}")
     return lines
 

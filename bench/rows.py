@@ -387,6 +387,7 @@ def resident(work: Callable[[], int]) -> tuple[int, int]:
 
     child = multiprocessing.get_context("fork").Process(target=measure)
     child.start()
+    sender.close()  # so that a child that dies is an EOFError here
     found = receiver.recv()
     child.join()
     return found

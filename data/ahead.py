@@ -9,8 +9,8 @@ queue can fill up and block whoever wants to leave.
     there:  next(iterator) for every question, in order
 
 Packing works this way when there are worker processes (`steps.StepsAhead`): they decode, this one
-chooses, lays out rows and stacks pixels. Items travel pickled, arrays as bytes; nothing needs room in
-/dev/shm.
+chooses, lays out rows and stacks pixels. Items travel pickled, arrays as bytes: they need no room in
+/dev/shm (the source's index does, once).
 """
 
 from collections import deque

@@ -1,8 +1,8 @@
 """The index of a source: found by one process of a machine, mapped into memory by the others.
 
 What it teaches: eight ranks that parse the same two hundred thousand records do the same work eight
-times, and then hold its result eight times. One can do it and write it down; files that are mapped are
-shared by all who map them.
+times. One can do it and write it down; files that are mapped are shared by all who map them. (A rank
+with worker processes hands them a copy of the spans, 32 bytes a record.)
 
     first rank of the machine   walk over all shards -> spans.npy, records.npy, about.json -> one rename
     other ranks                 wait for it, with a limit -> map
@@ -32,7 +32,8 @@ import numpy as np
 
 from data.sample import Faults
 
-KEPT = 8  # indexes on a machine, the newest
+KEPT = 8  # indexes on a machine, the newest: our choice
+UNREADABLE = (OSError, ValueError, KeyError, EOFError)  # what a damaged one, or none, raises
 
 
 @dataclass
@@ -86,43 +87,72 @@ def shared_index(
     failed = place.with_suffix(".failed")
     if rank == 0:
         failed.unlink(missing_ok=True)
-        if not place.is_dir():
-            try:
-                put_index(walk(), place)
-            except BaseException:
-                failed.touch()
-                raise
+        found = known_index(place) or first_index(walk, place, failed)
         forget_old(folder)
-        return map_index(place)
+        return found
 
     # the others: a mark of failure from an earlier run costs them time, nothing else
     until = time.monotonic() + timeout
     while not place.is_dir() and not failed.exists():
         if time.monotonic() > until:
             raise TimeoutError(
-                f"waited {timeout:g} s for the first rank of this machine to index the data ({place})"
+                f"waited {timeout:g} s for the first rank of this machine to index the data ({place}): "
+                "raise --timeout"
             )
         time.sleep(0.05)
-    return map_index(place) if place.is_dir() else walk()
+    try:
+        return map_index(place)
+    except UNREADABLE:
+        return walk()
+
+
+def known_index(place: Path) -> Index | None:
+    """The index in its place, which is the newest from now on; none, too, if it is damaged."""
+    if not place.is_dir():
+        return None
+    try:
+        found = map_index(place)
+    except UNREADABLE:
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    os.utime(place)
+    return found
+
+
+def first_index(walk: Callable[[], Index], place: Path, failed: Path) -> Index:
+    """Walk, and write it down for the others; a mark says that there is nothing to wait for."""
+    try:
+        found = walk()
+    except BaseException:
+        failed.touch()
+        raise
+    try:
+        put_index(found, place)
+    except OSError:  # no room: the others walk, and find the same
+        failed.touch()
+        return found
+    return map_index(place)
 
 
 def put_index(index: Index, place: Path) -> None:
-    """All of it in place at once."""
+    """All of it in place at once. Raises OSError where there is no room."""
     part = Path(tempfile.mkdtemp(prefix="part-", dir=place.parent))
-    np.save(part / "spans.npy", index.spans)
     records = list(index.groups.values()) or [np.zeros(0, np.int64)]
-    np.save(part / "records.npy", np.concatenate(records))
     about = {
         "files": index.files,
         "groups": [(k, task, len(found)) for (k, task), found in index.groups.items()],
         "faults": index.faults.held(),
     }
-    (part / "about.json").write_text(json.dumps(about))
     try:
+        np.save(part / "spans.npy", index.spans)
+        np.save(part / "records.npy", np.concatenate(records))
+        (part / "about.json").write_text(json.dumps(about))
         os.rename(part, place)
     except OSError:
-        # another run has written the same one in the meantime
-        shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
+        # fine where another run has written the same one in the meantime
+        if not place.is_dir():
+            raise
 
 
 def map_index(place: Path) -> Index:

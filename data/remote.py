@@ -18,7 +18,8 @@ The version outlives the copy: a shard that is fetched again must be the one tha
 
 Needs fsspec and, for each store, the package that fsspec asks for (requirements/remote.txt).
 Simplified: a shard is one stream of ranges, not several at once; the pictures that a text container
-names by path must lie on this machine (--images); write a host into hdfs:// addresses.
+names by path must lie on this machine (--images); write a host into hdfs:// addresses. All limits
+are our choice.
 """
 
 import fcntl
@@ -93,13 +94,14 @@ def files_in_store(address: str) -> list[Path]:
 def tried(question: Callable[[], Any], address: str, patience: float = PATIENCE) -> Any:
     """question(), several times if it must be, each with a limit of time. Raises StoreError."""
     for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
             return in_time(question, patience)
         except (FileNotFoundError, PermissionError, StoreError) as error:
             raise StoreError(f"{address}: {reason_of(error)}") from error
         except Exception as error:
             last = error
-            time.sleep(PAUSE * 2**attempt)
     raise StoreError(
         f"{address}: {reason_of(last)}, {ATTEMPTS} times; the run can go on from its last checkpoint"
     ) from last

@@ -166,7 +166,7 @@ class Lanes:
 
 # -------------------------------------------------------------------------------------------- ahead
 
-# Micro-batches that may be made before they are asked for.
+# Micro-batches that may be made before they are asked for: our choice.
 MOST_AHEAD = 8
 
 

@@ -219,6 +219,23 @@ class Keeper:
         )
         shards.read_weights(self.model, found)
 
+        # The rest: what one rank refuses all refuse, and nobody waits for it
+        problem = ""
+        try:
+            self._restore_state(found, values)
+        except RESTORE_FAULTS as error:
+            problem = f"{type(error).__name__}: {parallel.first_line(error)}"
+        shards.refuse_together(problem)
+
+        self.home.best = values["best"]
+        self.home.committed = values["executed"]
+        self.last = values["executed"]
+        if self.ranks.main:
+            print(f"resumed from {found} (code {values['revision'][:12]})", flush=True)
+        return values
+
+    def _restore_state(self, found: Path, values: dict) -> None:
+        """All but the weights. No collectives in here: a rank may refuse."""
         # Optimizers and search, under the numbers that they have here
         names = self._names()
         files = [found / name for name in part_files("state", os.listdir(found))]
@@ -235,13 +252,6 @@ class Keeper:
             rank, _ = parallel.place_of_all()
             if rank < len(values["rng"]):
                 set_rng(state.tensor(f"rng.{rank}"), values["rng"][rank])
-
-        self.home.best = values["best"]
-        self.home.committed = values["executed"]
-        self.last = values["executed"]
-        if self.ranks.main:
-            print(f"resumed from {found} (code {values['revision'][:12]})", flush=True)
-        return values
 
     def _names(self) -> Names:
         searched = self.search.tensors if self.search else []
@@ -329,9 +339,9 @@ class Keeper:
                     self._save_marked()
             elif self.marked and self.ranks.main:
                 self._save_marked()
-                parallel.leave_note("left")
+                parallel.leave_note(parallel.note_of("left", 0))
             elif self.marked:
-                parallel.wait_for_note("left", seconds=120)
+                parallel.wait_for_note(parallel.note_of("left", 0), seconds=120)
         if self.ranks.main:
             announce(f"told to stop in the middle of a step, which is given up: {self.standing()}")
         self.close()

@@ -284,6 +284,9 @@ class RunDirectory:
             return False
         draft.parts = draft.writers.gather([draft.part.result()])
         written = draft.written.result()
+        if draft.writers.main and not written:
+            # what another rank still wrote after it was given up
+            shutil.rmtree(draft.temporary, ignore_errors=True)
         self.draft = None
         return written
 

@@ -50,7 +50,7 @@ class KernelOptions:
     width: int = 2048
     expert_width: int = 768
     repeat: int = 50
-    block: bool = False
+    block: bool = False  # (sizes of Qwen3-1.7B: of the options only --tokens and --repeat count)
     cpu: bool = False
     interpret: bool = False
     compile: int = 0  # compute capability: 80, 90 or 100

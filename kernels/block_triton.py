@@ -39,9 +39,13 @@ STRIPES = 256  # programs that share the rows of a norm's backward pass
 
 @triton.jit
 def norm_forward(x, weight, out, inverse, S, C, eps, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    # a tile: some rows, all of their columns
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    col = tl.arange(0, WIDE)  # (WIDE,)
     keep = (row < S)[:, None] & (col < C)[None, :]
     at = row.to(tl.int64)[:, None] * C + col[None, :]
+
+    # each row over its root mean square
     value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / C + eps)  # (ROWS,)
     # Half precision is rounded before the weight, as in the released code
@@ -65,7 +69,8 @@ def norm_backward(
     WIDE: tl.constexpr,
 ):
     """dx = (g w - n mean(g w n)) / rms(x); g n summed over this program's rows goes to `parts`."""
-    stripe, col = tl.program_id(0), tl.arange(0, WIDE)
+    stripe = tl.program_id(0)
+    col = tl.arange(0, WIDE)  # (WIDE,)
     w = tl.load(weight + col, mask=col < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((WIDE,), tl.float32)
     for first in range(stripe * ROWS, S, tl.num_programs(0) * ROWS):

@@ -75,6 +75,15 @@ class Layout:
                 f"--layout.schedule {self.schedule}: choose from {', '.join(SCHEDULES_OF_STAGES)}"
             )
 
+        # Choices that nothing would read
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise ValueError(f"--layout.schedule {self.schedule}: it needs --layout.pp")
+        if self.zero != 3 and (self.plain or self.pp > 1):
+            raise ValueError(
+                f"--layout.zero {self.zero}: it needs --layout.shard, and no --layout.pp (whose "
+                "schedules sum gradients once a step)"
+            )
+
         # A product, or the nearest one
         one_copy = self.pp * self.shard
         copies = self.copies or max(1, ranks // one_copy)

@@ -17,7 +17,7 @@ any number of them, its weights' bytes are not, which large products do not feel
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -190,6 +190,7 @@ def step_pace(
     """How long a step takes; an update, in RL (`rollout_seconds` comes beside it)."""
     lanes = ranks // layout.pp
     count = micro_batches(stage, lanes)
+    load = load_of(stage, lanes, load)
     tokens = mean_tokens(stage, lanes, load)
     works, useful = micro_batch_work(preset, stage, layout, tokens, load)
 
@@ -199,7 +200,9 @@ def step_pace(
     kernels = slowest * (count + layout.pp - 1)
 
     # Transfers: those that hide behind kernels, and those that do not
-    batch = MicroBatch(tokens, tokens, int(load.visual * tokens) * PATCHES, int(tokens / 4))
+    batch = MicroBatch(
+        tokens, tokens, int(load.visual * tokens) * PATCHES, int(load.labelled * tokens)
+    )
     flows = step_traffic(meta_model(preset), stage, layout, ranks, True, batch)
     hidden = sum(link_seconds(flow, device) for flow in flows.values() if flow.hidden)
     waited = sum(link_seconds(flow, device) for flow in flows.values() if not flow.hidden)
@@ -221,10 +224,26 @@ def mean_tokens(stage: BaseStage, lanes: int, load: Load) -> int:
     if not isinstance(stage, RLStage):
         rows = max(1, stage.rows // lanes) // max(1, micro_batches(stage, lanes))
         return stage.length * max(1, rows)
+    prompts, completions = mean_groups(stage, lanes)
+    return prompts * load.prompt + completions * load.answer
+
+
+def mean_groups(stage: RLStage, lanes: int) -> tuple[int, int]:
+    """Prompts, which are computed once a group, and completions of a micro-batch in RL."""
     minibatch = stage.prompts * stage.passes * stage.group / stage.updates
     completions = math.ceil(math.ceil(minibatch / lanes) / max(1, stage.accumulate))
-    prompts = math.ceil(completions / stage.group)  # computed once a group
-    return prompts * load.prompt + completions * load.answer
+    return math.ceil(completions / stage.group), completions
+
+
+def load_of(stage: BaseStage, lanes: int, load: Load) -> Load:
+    """The shares of all tokens: in RL pictures are in prompts alone, and the labels are the answers."""
+    if not isinstance(stage, RLStage):
+        return load
+    prompts, completions = mean_groups(stage, lanes)
+    asked = prompts * load.prompt
+    answered = completions * load.answer
+    both = asked + answered
+    return replace(load, visual=load.visual * asked / both, labelled=answered / both)
 
 
 def link_seconds(flow: Flow, device: Device) -> float:

@@ -290,13 +290,15 @@ def total(*values: float, everyone: bool = False) -> list[float]:
 
 
 def sum_where_it_lies(value: Tensor) -> Tensor:
-    """Sum of a tensor over the ranks of `total`, on its own device: the host does not wait for it."""
+    """Sum of a tensor over the ranks of `total`, on its own device: the host does not wait for it.
+
+    A contiguous tensor is overwritten.
+    """
     if not dist.is_initialized():
         return value
-    group = _meeting.mesh["dp"].get_group() if _meeting.mesh else None
     value = value.contiguous()
     with named_failure():
-        dist.all_reduce(value, group=group)
+        dist.all_reduce(value, group=large_group())
     return value
 
 
@@ -473,7 +475,7 @@ def named_failure(mixed: bool = False) -> Iterator[None]:
 
 
 def from_transport(error: RuntimeError) -> bool:
-    """Whether a collective failed; gloo's errors have no class of their own."""
+    """Whether a collective failed; gloo's errors have no class of their own. (HCCL's: unchecked.)"""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -483,9 +485,9 @@ def missing_ranks() -> str:
     if _meeting.store is None:
         return "another rank did not take part in a collective"
     try:
-        _meeting.store.set(f"here {rank}", "yes")
+        _meeting.store.set(note_of("here", rank), "yes")
         time.sleep(ROLL_CALL)
-        absent = [str(r) for r in range(size) if not _meeting.store.check([f"here {r}"])]
+        absent = [str(r) for r in range(size) if not _meeting.store.check([note_of("here", r)])]
     except RuntimeError:
         return "the launcher is gone, and with it the other ranks"
     if not absent:
@@ -567,11 +569,19 @@ def meet(name: str, each: Callable[[], None], every: float = 0.05) -> None:
     if _meeting.store is None:
         return
     names = [note_of(name, other) for other in range(size)]
-    _meeting.store.set(names[rank], "yes")
+    leave_note(names[rank])
     began = time.monotonic()
-    while not _meeting.store.check(names) and time.monotonic() - began < _meeting.timeout:
+    while not are_left(names) and time.monotonic() - began < _meeting.timeout:
         each()
         time.sleep(every)
+
+
+def are_left(names: list[str]) -> bool:
+    """Whether these notes are there; not when the launcher is gone, which `Watcher` tells `each` of."""
+    try:
+        return _meeting.store.check(names)
+    except RuntimeError:
+        return False
 
 
 def first_line(error: BaseException) -> str:

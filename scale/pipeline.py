@@ -58,9 +58,10 @@ SCHEDULE_CLASSES = {
     "interleaved": ScheduleInterleaved1F1B,
 }
 SECTIONS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}  # on each rank
-# Shares of tokens, by which layers are counted out: a guess, and nothing but the balance hangs on it
+# Our choice, a guess: shares of tokens by which layers are counted out. Only the balance hangs on them.
 VISUAL = 0.5
 LABELLED = 0.25
+PATCHES_A_TOKEN = 4
 
 
 # ------------------------------------------------------------------------------- who holds what
@@ -92,8 +93,8 @@ def layers_of(model: SailVL, sections: int) -> list[range]:
         parameters = block.named_parameters()
         costs.append(sum(p.numel() * (1 - idle * (".experts." in name)) for name, p in parameters))
 
-    # What the ends have besides: four patches for a visual token, and logits where there are labels
-    patches = 4 * VISUAL
+    # What the ends have besides: patches (four make a visual token), and logits where there are labels
+    patches = PATCHES_A_TOKEN * VISUAL
     costs[0] += patches * sum(p.numel() for p in model.vision_model.parameters())
     costs[-1] += LABELLED * model.language_model.lm_head.weight.numel()
     cuts = even_cuts(costs, sections)

@@ -42,7 +42,7 @@ from scale.layout import Layout
 from scale.needs import rank_memory, step_traffic
 from scale.pace import Pace, rollout_seconds, step_pace
 from scale.pipeline import check_cut
-from stage import BaseStage, RLStage
+from stage import BaseStage, RLStage, Stage
 from vlm import PRESETS
 
 STAGES: dict[str, BaseStage] = pretrain.PAPER | sft.PAPER | rl.PAPER
@@ -184,14 +184,18 @@ def powers_of_two(most: int) -> list[int]:
     return [2**n for n in range(most.bit_length()) if 2**n <= most]
 
 
-def layouts_for(preset: str, devices: int, device: Device) -> Iterator[list[Layout]]:
+def layouts_for(
+    preset: str, devices: int, device: Device, stage: BaseStage
+) -> Iterator[list[Layout]]:
     """What is worth a try, in tiers; a tier counts when nothing before it fits.
 
     Whole copies or shards whose weights travel in bf16, experts spread inside a node; then pipelines
-    over nodes; then the host's memory.
+    over nodes, where stage and model can have one; then the host's memory.
     """
-    experts = meta_model(preset).config.text.num_experts
-    nodes = max(1, devices // device.node)
+    text = meta_model(preset).config.text
+    experts = text.num_experts
+    in_stages = isinstance(stage, Stage) and not text.tie_word_embeddings
+    nodes = max(1, devices // device.node) if in_stages else 1
     for offload, stages in ((False, [1]), (False, powers_of_two(nodes)[1:]), (True, [1])):
         tier = [] if offload or stages != [1] else [Layout()]
         for pp in stages:
@@ -199,8 +203,8 @@ def layouts_for(preset: str, devices: int, device: Device) -> Iterator[list[Layo
                 if shard * pp == 1 or devices % (shard * pp):
                     continue
                 for ep in powers_of_two(min(shard, device.node)) if experts else [1]:
-                    tier.append(Layout(pp, 0, shard, ep, 2, offload, half=True))
-                    tier.append(Layout(pp, 0, shard, ep, 3, offload, half=True))
+                    for zero in (2, 3) if pp == 1 else (3,):
+                        tier.append(Layout(pp, 0, shard, ep, zero, offload, half=True))
         yield tier
 
 
@@ -212,7 +216,7 @@ def search_layouts(
     A layout that is less than 2 % faster than a simpler one is not worth it.
     """
     plans = []
-    for tier in layouts_for(preset, devices, device):
+    for tier in layouts_for(preset, devices, device, stage or STAGES[name]):
         plans += [plan_stage(preset, name, layout, devices, device, stage) for layout in tier]
         if any(plan.fits for plan in plans):
             break
@@ -308,19 +312,24 @@ def print_plan(options: PlanOptions) -> None:
     )
     searched = options.layout == Layout()
     days = 0.0
+    left_out = []
     for name in [options.stage] if options.stage else STAGES:
         if not searched:
             plans = [plan_stage(preset, name, options.layout, options.devices, device)]
         else:
             plans = search_layouts(preset, name, options.devices, device)
         print(*plan_lines(plans[0], options), sep="\n")
-        days += plans[0].days
+        if plans[0].fits:
+            days += plans[0].days
+        else:
+            left_out.append(name)
         if options.stage and searched:
             print_others(plans[1:])
     if not options.stage:
         price = options.price or device.price
         dollars = days * 24 * options.devices * price
-        print(f"all stages: {days:.1f} days, ${dollars:,.0f}")
+        without = f" without {', '.join(left_out)}, which do not fit" if left_out else ""
+        print(f"all stages{without}: {days:.1f} days, ${dollars:,.0f}")
 
 
 def print_others(plans: list[StagePlan]) -> None:

@@ -35,7 +35,7 @@ from scale.layout import Layout, axes_of
 from scale.needs import rank_memory, step_traffic
 from scale.parallel import Ranks, local
 from scale.shard import begin_micro_batch, shard_model
-from stage import BaseStage
+from stage import BaseStage, Stage
 from train import prepare_blocks
 from vlm import SailVL
 
@@ -192,7 +192,9 @@ def rehearse(preset: str, stage: BaseStage, layout: Layout, ranks: int) -> list[
     """
     if layout.pp > 1 or layout.offload or layout.plain:
         raise ValueError("--dry-run: give a layout with shards, without --layout.pp and .offload")
-    length = getattr(stage, "length", 8192)
+    if not isinstance(stage, Stage):
+        raise ValueError("--dry-run: give a stage on packed rows, as --stage sft1")
+    length = stage.length
     stage = replace(stage, rows=ranks, accumulate=1)
     batch = MicroBatch(length, length, PATCHES * length, length)
     kinds = rank_memory(meta_model(preset), stage, layout, ranks, True, batch)
@@ -216,7 +218,7 @@ def rehearse(preset: str, stage: BaseStage, layout: Layout, ranks: int) -> list[
     flows.pop("expert counts", None)  # the objective sums them, and this pass has none
     for kind, flow in flows.items():
         planned[COLLECTIVES[kind]] += flow.handed
-    for name in planned:
+    for name in sorted(planned.keys() | run.handed.keys()):
         sent = run.handed.get(name, 0)
         lines.append(f"  sent by {name.strip('_')}: plan {planned[name]:,}, run {sent:,} bytes")
     return lines

@@ -97,8 +97,7 @@ def flops_of(operation, name: str, args: tuple, kwargs: dict, result) -> float:
     if "grouped_mm" in name:
         left, right = args[:2]
         inner = left.shape[-1]
-        if right.ndim == 2:  # the gradient of stacked weights: groups lie along the inner side
-            return 2.0 * left.shape[0] * inner * right.shape[-1]
+        # of a gradient of stacked weights too, whose groups lie along the inner side
         return 2.0 * left.shape[0] * inner * right.shape[-1]
     if name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
         return attention_flops(name, args, kwargs)

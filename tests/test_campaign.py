@@ -46,7 +46,9 @@ def test_the_table_says_what_failed(monkeypatch):
     rows["fuzz"] = [Row("a", 1, "e", "e", True)]
     monkeypatch.setattr(campaign, "rows_of", rows.get)
     table, held = campaign.table_of(("kills", "disks"))
-    assert not held and "| 2,000 | e | **FAILED** x \\| y |" in table and "Disks" not in table
+    assert (
+        not held and "| 2,000 | e | **FAILED** x \\| y |" in table and "Disks\n\nNot run" in table
+    )
     assert campaign.table_of(("fuzz", "mutants"))[1]
     assert not campaign.table_of(("fuzz", "disks"))[1], "a part that did not run held"
 
@@ -124,6 +126,18 @@ def test_what_a_case_must_not_do_is_noticed(tmp_path, monkeypatch, act, word):
     (row,) = ledger.done.values()
     assert (row["seen"] == "problems") == bool(word)
     assert any(word in problem for problem in row["problems"] or [""]), row["problems"]
+
+
+def test_a_worker_that_dies_before_its_first_case_costs_that_chunk(tmp_path):
+    def prepare(folder: Path) -> list:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    ledger = Ledger("fuzz", "x", tmp_path)
+    target = fuzz.Target("planted", prepare, lambda folder, seed, rng: "fine")
+    fuzz.in_worker(target, [(500, 2), (1000, 2)], ledger)
+    assert list(ledger.done) == ["planted 500", "planted 1000"]
+    assert all("hung or died" in row["problems"][0] for row in ledger.done.values())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,10 +3,12 @@
 What is protected: whatever makes a step, and wherever, it is the step that this process would have made.
 """
 
+import errno
 import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +293,45 @@ def test_old_indexes_are_forgotten_and_a_process_alone_writes_none(tmp_path, mon
         Folder(place)
     (folder,) = tmp_path.glob("nanosail-index-*")
     assert len(list(folder.iterdir())) == 2 and folder.stat().st_mode & 0o77 == 0
+
+    # One that is used again is new again
+    os.utime(place / "a.jsonl", (2, 2))
+    Folder(place)
+    os.utime(place / "a.jsonl", (9, 9))
+    Folder(place)
+    kept = set(folder.iterdir())
+    os.utime(place / "a.jsonl", (2, 2))
+    Folder(place)
+    assert set(folder.iterdir()) == kept
+
+
+def test_a_damaged_index_is_made_again_and_one_without_room_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (tmp_path / "data").mkdir()
+    place = two_files(tmp_path / "data")
+    expected = Folder(place).spans.clone()  # a copy: the file is about to be damaged
+    (folder,) = tmp_path.glob("nanosail-index-*")
+    (found,) = folder.iterdir()
+
+    # half of it: the second rank walks by itself, the first one makes it anew
+    (found / "spans.npy").unlink()
+    (found / "spans.npy").write_bytes(b"")
+    for rank in "1", "0":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert torch.equal(Folder(place).spans, expected)
+    assert (found / "spans.npy").stat().st_size
+
+    # no room: a mark for the others, and nothing half-written
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    shutil.rmtree(found)
+    monkeypatch.setattr(np, "save", full)
+    assert torch.equal(Folder(place).spans, expected)
+    assert [path.suffix for path in folder.iterdir()] == [".failed"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert torch.equal(Folder(place).spans, expected)
 
 
 SCRIPT = """

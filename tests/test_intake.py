@@ -30,6 +30,7 @@ from data.images import frames_of, open_image
 from data.readers import Folder
 from data.sample import BadSample, Faults, Sample, Video
 from data.show import ShowOptions, show_samples
+from tests.campaign.fuzz import mutated
 
 ENCODED = {name: base64.b64encode(body).decode() for name, body in (("red", RED), ("blue", BLUE))}
 QA = {"question": "what?", "answer": "red"}
@@ -1221,50 +1222,6 @@ def seeds(root: Path) -> dict[str, bytes]:
             Image.new("RGB", (20, 10)), "JPEG", exif=exif(entry(0x0112, 3, 1, b"\6\0\0\0"))
         ),
     }
-
-
-SIGNS = [
-    b'"',
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b",",
-    b":",
-    b"\t",
-    b"\n",
-    b"\r",
-    b"\0",
-    b"\xff",
-    b"-",
-    b"1e999",
-    b"null",
-    b"true",
-    b"\\u",
-    b"<image>",
-    b"\xef\xbb\xbf",
-]
-
-
-def mutated(body: bytes, rng: random.Random) -> bytes:
-    data = bytearray(body)
-    for _ in range(rng.choice((1, 1, 2, 5, 20))):
-        at = rng.randrange(len(data) + 1)
-        choice = rng.randrange(6)
-        if choice == 0 and data:
-            data[min(at, len(data) - 1)] = rng.randrange(256)
-        elif choice == 1:
-            data[at:at] = rng.choice(SIGNS)
-        elif choice == 2:
-            del data[at : at + rng.choice((1, 2, 8, 512))]
-        elif choice == 3:
-            end = at + rng.randrange(60)
-            data[at:at] = data[at:end]
-        elif choice == 4:
-            data[at : at + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\x80\0\0\0", b"9999"))
-        elif rng.random() < 0.2:
-            del data[at:]
-    return bytes(data)
 
 
 def outcome(root: Path, name: str, body: bytes) -> str:

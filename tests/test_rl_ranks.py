@@ -121,6 +121,20 @@ def test_replayed_routing_survives_experts_elsewhere(tmp_path, sparse, encoder):
 
 
 @pytest.mark.slow
+def test_samples_are_scored_again_in_parts_that_ranks_have_unequal_numbers_of(
+    tmp_path, config, encoder
+):
+    """In bf16, nine completions: four in two parts, five in three. The reference is sharded too."""
+    stage = replace(STAGE, precision="bf16", updates=2, accumulate=3)
+
+    def work(ranks):
+        return learned(config, encoder, ranks, stage)
+
+    one, other = as_ranks(work, tmp_path, 2, 30.0, Layout(shard=2))
+    assert isinstance(one, dict) and one["losses"] == other["losses"], (one, other)
+
+
+@pytest.mark.slow
 def test_told_to_stop_in_a_check_ranks_that_share_experts_end_it_and_save(
     tmp_path, sparse, encoder
 ):

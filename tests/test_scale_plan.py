@@ -433,7 +433,7 @@ def test_npus_meet_on_one_machine_or_on_several(tmp_path):
 
 
 def test_the_bench_runs_the_loop_and_sets_the_plan_beside_it(capsys):
-    options = gpu.GpuOptions("toy", length=256, rows=2, steps=2, warm=1, device="none")
+    options = gpu.GpuOptions("toy", length=256, rows=2, steps=2, warm=1)
     gpu.measure_steps(options)
     printed = capsys.readouterr().out
     assert re.search(r"toy, 4 layers, 1 ranks, 2 rows of 256: [\d.]+ s a step", printed)

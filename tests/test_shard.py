@@ -323,6 +323,12 @@ def test_a_layout_that_does_not_fit_is_one_sentence():
         (Layout(copies=-1), "--layout.copies -1"),
         (Layout(zero=4), "--layout.zero 4: choose 1, 2 or 3"),
         (Layout(schedule="x"), "--layout.schedule x: choose from gpipe"),
+        (Layout(schedule="gpipe"), "--layout.schedule gpipe: it needs --layout.pp"),
+        (Layout(zero=2), "--layout.zero 2: it needs --layout.shard"),
+        (
+            Layout(pp=2, shard=2, zero=1),
+            "--layout.zero 1: it needs --layout.shard, and no --layout.pp",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             wrong.fitted(4)

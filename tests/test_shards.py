@@ -168,6 +168,17 @@ def test_every_layout_goes_on_from_every_layouts_checkpoint(tmp_path, small, tok
     assert distances[worst] < 1e-14, (worst, distances[worst])
 
 
+def test_what_another_rank_wrote_counts_also_when_it_is_read_late(tmp_path, monkeypatch):
+    draft = Draft(tmp_path, 4, Writers.among(Ranks()), {}, patience=0.0)
+    monkeypatch.setattr(parallel, "read_note", lambda name: '[{"a": 1}, ""]')
+    assert draft.word_of(1) == [{"a": 1}, ""]
+    monkeypatch.setattr(parallel, "read_note", lambda name: None)
+    draft.parts = [({}, ""), ({"b": 2}, "")]
+    assert draft.word_of(1) == ({"b": 2}, "")
+    draft.parts = None
+    assert "not written after 0 s" in draft.word_of(1)[1]
+
+
 # ------------------------------------------------------------------------------------ two ranks
 
 

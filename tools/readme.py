@@ -346,7 +346,7 @@ def larger_model_sentence() -> str:
     return (
         f"SAIL-VL2-8B whole on every rank does not fit: {len(others)} of its stages need "
         f"{min(others):.0f} to {max(others):.0f} GiB. Those that leave the language model frozen do: "
-        f"{', '.join(fitting)}. Sharded, all of them fit: scale/README.md."
+        f"{', '.join(fitting)}. Sharded: scale/README.md."
     )
 
 
@@ -410,7 +410,7 @@ def rung_table() -> str:
             "`sbatch --nodes 8 scale/launch/slurm.sh sft.py paper:sft1 ... --layout.shard 16`",
             f"8B: {gib(training_gib('SAIL-VL2-8B'))} a copy, "
             f"30B-A3B: {gib(training_gib('SAIL-VL2-30B-A3B'))}, over the GPUs that share it",
-            "every stage of 8B on 8 and of 30B-A3B on 8 or 64: [scale/README.md](scale/README.md)",
+            "stage by stage: [scale/README.md](scale/README.md)",
             "computed",
         ),
         (

@@ -73,8 +73,8 @@ def run_part(part: str, options: CampaignOptions) -> None:
         module.run(**numbers)
 
 
-def run_lanes(options: CampaignOptions) -> None:
-    """Each lane's parts one after the other; a part that fails as a whole ends with its own words."""
+def run_lanes(options: CampaignOptions) -> bool:
+    """Each lane's parts one after the other; whether all were run to their end."""
     import tests.campaign.small as small
 
     small.prepare()
@@ -82,14 +82,15 @@ def run_lanes(options: CampaignOptions) -> None:
     for parts in LANES:
         words = [sys.executable, "-m", "tests.campaign", "--only", *parts]
         words += ["--count", str(options.count), "--seconds", str(options.seconds)]
+        words += ["--targets", *options.targets] if options.targets else []
         lanes.append(subprocess.Popen(words, cwd=ROOT))
     try:
-        for lane in lanes:
-            lane.wait()
+        statuses = [lane.wait() for lane in lanes]
     except KeyboardInterrupt:
         for lane in lanes:
             lane.terminate()
         raise
+    return not any(statuses)
 
 
 def rows_of(part: str) -> list[Row]:
@@ -109,6 +110,7 @@ def table_of(parts: tuple[str, ...]) -> tuple[str, bool]:
         if not found:
             # (mutants are sampled by a command of their own)
             held = held and part == "mutants"
+            lines += ["", f"## {TITLES[part]}", "", "Not run on this code."]
             continue
         lines += [
             "",
@@ -162,8 +164,8 @@ def main(options: CampaignOptions) -> int:
             run_part(part, options)
         table, held = table_of(options.only)
     else:
-        run_lanes(options)
-        held = write_page()
+        whole = run_lanes(options)
+        held = write_page() and whole
         table, _ = table_of(PARTS)
     print(table)
     print(

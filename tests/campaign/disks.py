@@ -39,10 +39,7 @@ def limit(run: Life, size: int) -> None:
 def after_steps(run: Life, steps: int) -> None:
     """Until the log of a life has so many lines."""
     log = run.said.parent / "run" / "log.jsonl"
-    while not run.over:
-        if log.is_file() and log.read_bytes().count(b"\n") >= steps:
-            return
-        time.sleep(0.002)
+    life.wait_until(run, lambda: life.lines_in(log) >= steps)
 
 
 def words(place: Path, *more: str) -> list[str]:
@@ -99,6 +96,15 @@ def remount(place: Path, options: str) -> None:
     subprocess.run(again, check=True, capture_output=True)
 
 
+def again_after(first: Ended, place: Path) -> Ended:
+    """A second life, which has said what the first one said too; what its disk holds is kept."""
+    again = start(place).end()
+    again.said = first.said + again.said
+    if again.status == 0:
+        keep(place)
+    return again
+
+
 def small_disk(place: Path) -> Ended | None:
     """A disk on which two checkpoints do not fit, later a larger one."""
     if not mount(place, "2m"):
@@ -106,11 +112,7 @@ def small_disk(place: Path) -> Ended | None:
     try:
         first = start(place).end()
         remount(place, "size=64m")
-        again = start(place).end()
-        again.said = first.said + again.said
-        if again.status == 0:
-            keep(place)
-        return again
+        return again_after(first, place)
     finally:
         subprocess.run(["umount", "-l", str(place / "run")], check=False)
 
@@ -129,11 +131,7 @@ def read_only_for_a_while(place: Path) -> Ended | None:
         remount(place, "rw")
         if refused.status != 1:
             return refused
-        again = start(place).end()
-        again.said = refused.said + again.said
-        if again.status == 0:
-            keep(place)
-        return again
+        return again_after(refused, place)
     finally:
         subprocess.run(["umount", "-l", str(place / "run")], check=False)
 

@@ -791,6 +791,7 @@ def in_worker(target: Target, chunks: list[tuple[int, int]], ledger: Ledger) -> 
     """Chunks in a forked worker, written down as they come. One that hangs or dies costs its chunk."""
     while chunks:
         board = mmap.mmap(-1, 8)
+        board[:] = chunks[0][0].to_bytes(8, "little")  # who dies before a case costs this chunk
         reader, writer = os.pipe()
         process = os.fork()
         if process == 0:

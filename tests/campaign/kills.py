@@ -143,8 +143,7 @@ def checkpoint_numbers(run: Path) -> list[int]:
 
 def wait_for(run: life.Life, phase: str, more: float) -> None:
     """Until a life has been in a phase, and a little more."""
-    while run.processes[0].phase != phase and not run.over:
-        life.time.sleep(0.001)
+    life.wait_until(run, lambda: run.processes[0].phase == phase)
     life.time.sleep(more)
 
 

@@ -335,6 +335,17 @@ class Life:
         return [pid for process in self.processes for pid in process.alive()]
 
 
+def wait_until(run: Life, seen: Callable[[], bool]) -> None:
+    """Until something is seen of a life, it is over, or it lasts so long that `end` will call it hung."""
+    while not seen() and not run.over and time.monotonic() - run.began < LONGEST:
+        time.sleep(0.002)
+
+
+def lines_in(log: Path) -> int:
+    """Lines of a log that may not be there yet."""
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
 def warm(words: list[str], folder: Path) -> None:
     """Import here what a life of this command imports, so that no fork has to."""
     notes = folder / "modules.json"

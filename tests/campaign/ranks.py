@@ -89,8 +89,7 @@ def differing(place: Path, item: str, more: list[str]) -> str:
 
 def after_steps(run: Life, place: Path, steps: int) -> None:
     log = place / "run" / "log.jsonl"
-    while not run.over and not (log.is_file() and log.read_bytes().count(b"\n") >= steps):
-        time.sleep(0.005)
+    life.wait_until(run, lambda: life.lines_in(log) >= steps)
 
 
 def hit(place: Path, which: int, number: int, steps: int) -> str:
@@ -204,10 +203,8 @@ def bad_rewards(values: tuple[float, ...]) -> Callable[[], None]:
 
     def before() -> None:
         real = rollout.earned
-        seen = [0]
 
         def spoiled(reward, completions):
-            seen[0] += 1
             earned = real(reward, completions)
             for n, value in enumerate(values):
                 earned[n] = dict.fromkeys(earned[n], value)
