@@ -22,7 +22,7 @@ import fcntl
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import tyro
@@ -117,12 +117,21 @@ class AnswerFiles:
     """Answers on disk: a folder with settings.json and a file for each rank.
 
     A batch is appended in one write, after it is done; a line that a kill cut short is dropped.
+    to_line, from_line: how a record of another kind than `Record` is written; it needs an `index`.
     Raises ValueError when the folder holds answers of another model, other data or other options,
     and when another process writes there.
     """
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        to_line: Callable[[Any], dict] | None = None,
+        from_line: Callable[[dict], Any] | None = None,
+    ):
         self.folder = Path(folder)
+        self.to_line = to_line or as_line
+        self.from_line = from_line or record_of
         self.rank, _ = parallel.place()
         self.folder.mkdir(parents=True, exist_ok=True)
         # One writer for each file: two would ask everything twice.
@@ -169,7 +178,7 @@ class AnswerFiles:
 
     def add(self, records: list[Record]) -> None:
         # In one write, so that a kill leaves a whole batch or a torn end.
-        lines = [json.dumps(as_line(record)) + "\n" for record in records]
+        lines = [json.dumps(self.to_line(record)) + "\n" for record in records]
         self.file.write("".join(lines).encode())
         self.file.flush()
 
@@ -183,7 +192,7 @@ class AnswerFiles:
             with open(path, "rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):
-                        yield record_of(json.loads(line))
+                        yield self.from_line(json.loads(line))
 
 
 def as_line(record: Record) -> dict:

@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from PIL import Image
 
@@ -126,7 +126,7 @@ class RowWriter:
             beside = self.pictures / (hashed(picture) + suffix)
             if not beside.exists():
                 self.pictures.mkdir(exist_ok=True)
-                beside.write_bytes(picture)
+                appear(beside, lambda place: place.write_bytes(picture))
             return self.relative(beside)
 
         # A file: where it is, when that is inside the folder.
@@ -143,11 +143,18 @@ class RowWriter:
             try:
                 os.link(source, beside)
             except OSError:
-                shutil.copyfile(source, beside)
+                appear(beside, lambda place: shutil.copyfile(source, place))
         return self.relative(beside)
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.path.parent).as_posix()
+
+
+def appear(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file that is whole when it is there: a kill leaves no half of a picture under its name."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(unfinished)
+    os.replace(unfinished, path)
 
 
 def turn_of(message: Message, content: str) -> dict:

@@ -1,0 +1,293 @@
+"""Annotators: whoever writes captions, scores and questions for us, behind one interface.
+
+What it teaches: a data pipeline asks a stronger model the same few things about millions of samples.
+Which model that is changes with budget and year, so it stands behind one method:
+
+    requests --+--> OwnModel          a directory of weights, in batches, through generate.py
+               +--> Endpoint          any server that speaks OpenAI's chat protocol, many at once
+               +--> curation.oracle   the drawn world, which knows the truth, with noise as wanted
+                          |
+                          v
+    responses, one for each request, in their order; what has no answer says why
+
+What is asked stands in files, curation/prompts/NAME.txt: words of ours, with `$caption` and the like
+where a sample's own words go. `--annotator.prompts DIR` takes another folder first, so that a prompt is
+changed without changing code.
+
+    --annotator.model runs/toy/final
+    --annotator.url http://localhost:8000/v1 --annotator.name qwen2.5-vl --annotator.at-once 32
+    --annotator.oracle --annotator.noise 0.1
+
+Not published: the paper's prompts and models ("LVM API"). All prompts are ours, but for the three
+ratings of prompts/ratings.txt, whose scales follow SAIL-VL (arXiv 2501.05952, appendix I).
+"""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any, Mapping, Protocol, Sequence
+
+import torch
+
+from data.encode import Encoder
+from data.sample import BadSample, Message, Sample
+from generate import generate, load_model
+from infra.device import Precision, pick_device, torch_type
+from infra.endpoint import ChatEndpoint
+
+PROMPTS = Path(__file__).parent / "prompts"
+DEEPEST = 50  # brackets inside one another in a reply: more is hostile
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question about one sample.
+
+    task: what is asked, the name of its prompt file. fields: the sample's own words for the prompt.
+    pictures: PIL images, paths or bytes, in order, as `Message.parts` has them. about: the sample, for
+    its root and origin, and for an oracle, which reads its facts; no model is shown them.
+    """
+
+    task: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    pictures: tuple = ()
+    about: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was answered. text: None when nobody answered, and then `fault` says why."""
+
+    text: str | None
+    fault: str = ""
+
+
+class Annotator(Protocol):
+    """name: what a file of annotations says about who made them."""
+
+    name: str
+
+    def annotate(self, requests: Sequence[Request]) -> list[Response]:
+        """One response for each request, in their order. Never raises for what a model or server said."""
+
+    def report(self) -> str:
+        """One line for the end of a run: how much was asked, and what it cost."""
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+
+class Prompts:
+    """The prompt files, those of `folder` first."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folders = [folder, PROMPTS] if folder else [PROMPTS]
+        self.templates: dict[str, Template] = {}
+
+    def text(self, request: Request) -> str:
+        """The words of a request. Raises ValueError for a task without a prompt, and a `$name`
+        that the request has no field for."""
+        template = self.template(request.task)
+        try:
+            return template.substitute(request.fields)
+        except KeyError as error:
+            raise ValueError(f"prompt {request.task}.txt: no field {error} is known here") from None
+
+    def template(self, task: str) -> Template:
+        if task not in self.templates:
+            found = [folder / f"{task}.txt" for folder in self.folders]
+            present = [path for path in found if path.is_file()]
+            if not present:
+                raise ValueError(f"no prompt for {task!r}: {found[0]} is not there")
+            self.templates[task] = Template(present[0].read_text(encoding="utf-8").strip())
+        return self.templates[task]
+
+
+# ---------------------------------------------------------------------------------------- our own
+
+
+class OwnModel:
+    """Our own model: greedy answers, `batch` requests together."""
+
+    def __init__(
+        self,
+        directory: Path,
+        prompts: Prompts,
+        batch: int = 32,
+        max_new: int = 256,
+        device: str = "",
+        dtype: Precision = "float32",
+    ):
+        self.name = str(directory)
+        self.prompts = prompts
+        self.batch = batch
+        self.max_new = max_new
+        self.model, self.tokenizer = load_model(directory, pick_device(device), torch_type(dtype))
+        self.encoder = Encoder(self.tokenizer, self.model.config, None)
+        self.asked = 0
+
+    def annotate(self, requests: Sequence[Request]) -> list[Response]:
+        responses = []
+        for first in range(0, len(requests), self.batch):
+            responses += self.answer(requests[first : first + self.batch])
+        return responses
+
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
+        """A batch; a request whose pictures cannot be read is left out of it."""
+        # What can be asked
+        responses: list[Response | None] = []
+        prompts = []
+        for request in requests:
+            try:
+                prompts.append(self.encoder.prompt(as_question(request, self.prompts)))
+                responses.append(None)
+            except BadSample as fault:
+                responses.append(Response(None, str(fault)))
+
+        # Greedy: the same answers every time
+        answers = iter(())
+        if prompts:
+            with torch.inference_mode():
+                found = generate(self.model, prompts, self.tokenizer.ends, self.max_new, 1, 0.0)
+            answers = iter(found)
+        self.asked += len(prompts)
+        return [response or self.response(next(answers)) for response in responses]
+
+    def response(self, answer) -> Response:
+        # An answer that did not end in time is half of one
+        if not answer.finished:
+            return Response(None, f"no end within {self.max_new} tokens")
+        return Response(self.tokenizer.decode(answer.ids[:-1]).strip())
+
+    def report(self) -> str:
+        return f"{self.name}: {self.asked:,} asked"
+
+
+def as_question(request: Request, prompts: Prompts) -> Sample:
+    """A request as a sample that our own model is asked: pictures first, then the words."""
+    # As in training: the picture, a line break, the question
+    words = prompts.text(request)
+    parts = (*request.pictures, "\n" + words if request.pictures else words)
+    about = request.about
+    return Sample(
+        (Message("user", parts),),
+        origin=about.origin if about else request.task,
+        root=about.root if about else None,
+    )
+
+
+# ------------------------------------------------------------------------------------- a server's
+
+
+class Endpoint:
+    """A model behind an address: `ChatEndpoint` of infra, asked many things at once."""
+
+    def __init__(self, chat: ChatEndpoint, prompts: Prompts):
+        self.chat = chat
+        self.name = chat.model
+        self.prompts = prompts
+
+    def annotate(self, requests: Sequence[Request]) -> list[Response]:
+        raise NotImplementedError
+
+    def report(self) -> str:
+        return self.chat.report()
+
+
+# ---------------------------------------------------------------------------------- reading replies
+
+
+def json_in(text: str) -> Any:
+    """The first JSON object or array in a reply, whatever stands around it; None for none.
+
+    Models wrap it in fences and friendly words. Brackets nested deeper than any answer has are
+    refused before they are parsed.
+    """
+    decoder = json.JSONDecoder()
+    for at, character in enumerate(text):
+        if character not in "[{":
+            continue
+        opened = text.count("[", at) + text.count("{", at)
+        if opened > DEEPEST * DEEPEST:
+            return None
+        try:
+            found, _ = decoder.raw_decode(text, at)
+            return found
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+@dataclass
+class AnnotatorOptions:
+    """Who annotates: a directory of our own, a server, or the drawn world's oracle. Exactly one."""
+
+    model: Path | None = None  # a directory of weights
+    url: str = ""  # of a server, as in http://localhost:8000/v1
+    name: str = ""  # of the model that the server is asked for
+    oracle: bool = False  # the drawn world knows the truth
+    noise: float = 0.0  # of the oracle: the share of its answers that are wrong
+    prompts: Path | None = None  # a folder of prompts that come before ours
+    max_new: int = 256  # tokens of an answer
+    batch: int = 32  # requests together, of a model of our own
+    device: str = ""  # cuda, npu, mps, cpu; default: the accelerator, if there is one
+    dtype: Precision = "float32"
+    at_once: int = 16  # requests on their way, of a server
+    per_minute: int = 0  # requests, at most; 0: as many as there are
+    timeout: float = 120.0  # seconds of a request with all its attempts
+    retries: int = 4
+    key_name: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    cache: Path | None = None  # a file of replies, so that nothing is asked twice
+    price_in: float = 0.0  # dollars for a million tokens that are sent
+    price_out: float = 0.0  # and that are written
+
+
+def open_annotator(options: AnnotatorOptions, seed: int = 0) -> Annotator:
+    """The annotator that the options name. Raises ValueError unless they name exactly one."""
+    named = [bool(options.model), bool(options.url), options.oracle]
+    if sum(named) != 1:
+        raise ValueError(
+            "name one annotator: --annotator.model DIR, --annotator.url URL or --annotator.oracle"
+        )
+
+    prompts = Prompts(options.prompts)
+    if options.model:
+        return OwnModel(
+            options.model,
+            prompts,
+            options.batch,
+            options.max_new,
+            options.device,
+            options.dtype,
+        )
+    if options.url:
+        return Endpoint(chat_of(options), prompts)
+
+    # The one that knows scenes is asked for last, so that nobody else needs the drawn world
+    from curation.oracle import Oracle
+
+    return Oracle(options.noise, seed)
+
+
+def chat_of(options: AnnotatorOptions) -> ChatEndpoint:
+    if not options.name:
+        raise ValueError("--annotator.name: which model shall the server be asked for?")
+    return ChatEndpoint(
+        options.url,
+        options.name,
+        options.timeout,
+        options.retries,
+        options.cache,
+        options.key_name,
+        options.at_once,
+    )
+
+
+def generator_of(seed: int, index: int, step: str) -> random.Random:
+    """Random numbers of one sample in one step: the same whoever works on it, and when."""
+    return random.Random(f"{seed}/{index}/{step}")

@@ -1,0 +1,332 @@
+"""A pipeline: samples walk through steps, and each step says what it did to which, and why.
+
+What it teaches: "300M captions became 250M" is only believed of somebody who can show, for any one of
+the fifty million, which step dropped it and for what reason. So a step never returns a smaller list; it
+marks. What was kept, changed or dropped is written down for each sample (its history), the funnel is
+counted from the histories, and a page shows some of each with their pictures.
+
+    records --chunk 0, 1, 2 ...--> rank chunk % ranks --> step, step, step --> one line a record in OUT.work/
+                                                                                  |  all ranks are done
+    OUT.jsonl  rows for the ordinary readers   <--- steps over the whole set <----+
+    OUT.history.jsonl, OUT.funnel.json              (duplicates, balance)
+
+A step over a chunk sees its samples alone, so that a chunk's outcome depends on nothing else: ranks share
+chunks, and a run that was killed goes on with the chunks that are missing; finished, its files are the
+ones of a run that was never stopped. A step over the whole set (no two alike, uniform over classes) runs
+at the end, once.
+
+Source: the funnels are SAIL-VL2's (section 3.1: 300M to 250M captions; 4.1: 6.23M to 5.1M videos);
+how to keep books on them is ours.
+Simplified: a step over the whole set has the text of all rows in memory.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Iterator, Protocol, Sequence
+
+from tqdm import tqdm
+
+from curation.asking import AnswerFiles, Records
+from curation.rows import RowWriter
+from data.formats import to_sample
+from data.mixture import Dataset
+from data.readers import Folder
+from data.sample import BadSample, Sample
+from infra.text import printable
+from scale import parallel
+
+# ------------------------------------------------------------------------------------ what walks
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step did with a sample. did: kept, changed or dropped. why: the numbers that decided."""
+
+    step: str
+    did: str
+    why: str = ""
+
+
+@dataclass
+class Item:
+    """A sample on its way. sample: None once it cannot be read. A dropped item meets no later step."""
+
+    index: int
+    origin: str
+    sample: Sample | None
+    history: list[Event] = field(default_factory=list)
+
+    @property
+    def alive(self) -> bool:
+        return not self.history or self.history[-1].did != "dropped"
+
+    def keep(self, step: str, why: str = "", **measured: Any) -> None:
+        """It stays as it is; what was measured goes into its facts."""
+        self.sample = replace(self.sample, facts=self.sample.facts | measured)
+        self.history.append(Event(step, "kept", why))
+
+    def change(self, step: str, sample: Sample, why: str = "", **measured: Any) -> None:
+        """It becomes another sample."""
+        self.sample = replace(sample, facts=sample.facts | measured)
+        self.history.append(Event(step, "changed", why))
+
+    def drop(self, step: str, why: str) -> None:
+        """It goes no further. `why` begins with a short class to count by, then ": " and the details."""
+        self.history.append(Event(step, "dropped", why))
+
+
+class Step(Protocol):
+    """name: as histories and funnels have it. Called with the living items of a chunk (or, at the end,
+    of the whole set); it marks each of them once."""
+
+    name: str
+
+    def __call__(self, items: list[Item]) -> None: ...
+
+
+# -------------------------------------------------------------------------------------- on disk
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A record that went through the steps over chunks. row: as `RowWriter.row` has it, None if dropped."""
+
+    index: int
+    origin: str
+    history: list[Event]
+    row: dict | None
+
+
+def passed_line(passed: Passed) -> dict:
+    """As JSON; the inverse of `passed_of`."""
+    history = [[event.step, event.did, event.why] for event in passed.history]
+    return {
+        "index": passed.index,
+        "origin": passed.origin,
+        "history": history,
+        "row": passed.row,
+    }
+
+
+def passed_of(line: dict) -> Passed:
+    history = [Event(*event) for event in line["history"]]
+    return Passed(line["index"], line["origin"], history, line["row"])
+
+
+@dataclass
+class PipelineOptions:
+    """What every pipeline wants to know."""
+
+    data: Path  # JSON, JSONL, TSV, tar, parquet, a folder of them, or a mixture file
+    out: Path  # JSONL, in our own format
+    images: Path | None = None  # folder of the images; default: beside the data
+    limit: int = 0  # records of the data; 0: all
+    chunk: int = 64  # records that walk together
+    seed: int = 0
+
+
+# These decide how fast, not what.
+NO_OUTCOME = (
+    "out",
+    "at_once",
+    "per_minute",
+    "timeout",
+    "retries",
+    "cache",
+    "batch",
+    "price_in",
+    "price_out",
+)
+
+
+def run_pipeline(
+    options: PipelineOptions, steps: Sequence[Step], over_all: Sequence[Step] = ()
+) -> "Outcome":
+    """From files to files. Returns, on every rank, the funnel of the whole run.
+
+    Raises ValueError when --out is no .jsonl, when OUT.work holds another run, or when nothing is left.
+    """
+    # What can be wrong is found before the first step
+    if options.out.suffix != ".jsonl":
+        raise ValueError(f"--out {options.out}: a JSONL file is written, call it .jsonl")
+    if options.chunk < 1:
+        raise ValueError("--chunk must be positive")
+    rank, size = parallel.place()
+    records = Records(Folder(options.data, options.images), options.limit)
+    ledger = AnswerFiles(
+        options.out.with_suffix(".work"),
+        settings_of_pipeline(options, records, [*steps, *over_all]),
+        passed_line,
+        passed_of,
+    )
+
+    # The chunks that are missing, the same on all ranks; of them this rank's
+    known = set(parallel.gather(sorted(ledger.known())))
+    missing = []
+    for first in range(0, len(records), options.chunk):
+        chunk = range(first, min(first + options.chunk, len(records)))
+        if not known.issuperset(chunk):
+            missing.append(chunk)
+    writer = RowWriter(options.out)
+    writer.folder.mkdir(parents=True, exist_ok=True)
+    for chunk in tqdm(missing[rank::size], desc="chunks", disable=rank > 0):
+        ledger.add(walk(records, chunk, steps, writer))
+
+    # Nobody goes on before all are done; one rank writes, all know what came of it
+    parallel.gather([])
+    outcomes = [finish_pipeline(options, ledger, records, over_all)] if rank == 0 else []
+    outcome = parallel.gather(outcomes)[0]
+    if not outcome.written:
+        raise ValueError(f"{options.out} not written: nothing is left\n{outcome.report()}")
+    return outcome
+
+
+def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWriter) -> list[Passed]:
+    """A chunk through its steps."""
+    # What can be read
+    items = []
+    for index in chunk:
+        found = records[index]
+        if isinstance(found, BadSample):
+            items.append(Item(index, "", None, [Event("read", "dropped", str(found))]))
+        else:
+            items.append(Item(index, found.origin, found))
+
+    # Step by step; whoever was dropped meets no other
+    for step in steps:
+        alive = [item for item in items if item.alive]
+        step(alive)
+        assert_marked(step, alive)
+
+    # Rows of the survivors, with their pictures beside the file
+    return [passed_item(item, writer) for item in items]
+
+
+def assert_marked(step: Step, items: list[Item]) -> None:
+    """Every step says something about every sample that it met."""
+    for item in items:
+        marked = item.history and item.history[-1].step == step.name
+        assert marked, f"step {step.name} said nothing about {item.origin}"
+
+
+def passed_item(item: Item, writer: RowWriter) -> Passed:
+    row = None
+    if item.alive:
+        try:
+            row = writer.row(item.sample) | {"facts": item.sample.facts}
+        except BadSample as fault:
+            item.drop("write", str(fault))
+    return Passed(item.index, item.origin, item.history, row)
+
+
+def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequence[Step]) -> dict:
+    """What the outcome depends on: the data, the options, and which steps there are."""
+    stamps = []
+    for path, _ in records.folder.files:
+        stat = path.stat()
+        stamps.append([stat.st_size, stat.st_mtime_ns])
+    return {
+        "records": len(records),
+        "data files": stamps,
+        "steps": [step.name for step in steps],
+        **deciding(asdict(options)),
+    }
+
+
+def deciding(options: dict) -> dict:
+    """Options without those that decide how fast, not what."""
+    kept = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            kept[name] = deciding(value)
+        elif name not in NO_OUTCOME:
+            kept[name] = str(value) if isinstance(value, Path) else value
+    return kept
+
+
+# --------------------------------------------------------------------------------------- the end
+
+
+@dataclass
+class Outcome:
+    """What became of a run: for each step how many came, stayed, changed and went, and why they went."""
+
+    read: int = 0
+    written: int = 0
+    steps: dict[str, Counter] = field(default_factory=dict)  # step -> kept, changed, dropped
+    reasons: dict[str, Counter] = field(default_factory=dict)  # step -> why they were dropped
+
+    def add(self, history: Sequence[Event]) -> None:
+        self.read += 1
+        for event in history:
+            self.steps.setdefault(event.step, Counter())[event.did] += 1
+            if event.did == "dropped":
+                self.reasons.setdefault(event.step, Counter())[event.why.split(": ")[0]] += 1
+
+    def report(self) -> str:
+        """The funnel: a line a step, with the commonest reasons."""
+        lines = [f"{'step':24s} {'came':>10s} {'changed':>10s} {'dropped':>10s} {'left':>10s}"]
+        lines.append(f"{'records':24s} {'':10s} {'':10s} {'':10s} {self.read:10,d}")
+        for step, did in self.steps.items():
+            came = sum(did.values())
+            left = came - did["dropped"]
+            line = f"{step:24s} {came:10,d} {did['changed']:10,d} {did['dropped']:10,d} {left:10,d}"
+            why = ", ".join(
+                f"{n} {reason}" for reason, n in self.reasons.get(step, Counter()).most_common(3)
+            )
+            lines.append(f"{line}  {printable(why)}".rstrip())
+        return "\n".join(lines)
+
+
+def finish_pipeline(
+    options: PipelineOptions, ledger: AnswerFiles, records: Records, over_all: Sequence[Step]
+) -> Outcome:
+    """The steps over the whole set, then the rows, the histories and the funnel as files."""
+    # All records again, in their order
+    items = [item_of(passed, options.out.parent) for passed in ledger.records()]
+    for step in over_all:
+        alive = [item for item in items if item.alive]
+        step(alive)
+        assert_marked(step, alive)
+
+    # Rows: pictures lie beside the file already
+    outcome = Outcome()
+    with RowWriter(options.out) as rows:
+        for item in items:
+            if item.alive:
+                rows.write(item.sample, index=item.index)
+            outcome.add(item.history)
+        outcome.written = rows.written
+
+    # Who was dropped where and why, and the sum of it
+    write_whole(options.out.with_suffix(".history.jsonl"), history_lines(items))
+    totals = json.dumps(vars(outcome), indent=1)
+    write_whole(options.out.with_suffix(".funnel.json"), [totals])
+    return outcome
+
+
+def item_of(passed: Passed, folder: Path) -> Item:
+    """A record of the ledger as an item, whose pictures lie beside the file that will be written."""
+    sample = None
+    if passed.row is not None:
+        sample = to_sample(passed.row, passed.origin, folder, Dataset(data=""))
+    return Item(passed.index, passed.origin, sample, list(passed.history))
+
+
+def history_lines(items: Sequence[Item]) -> Iterator[str]:
+    for item in items:
+        line = {"index": item.index, "origin": item.origin, "kept": item.alive}
+        line["history"] = [asdict(event) for event in item.history]
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
+    """A text file that appears whole, or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+    os.replace(unfinished, path)
