@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention import Segments, packed_attention
+from attention import Attend, Segments, packed_attention
 from data.encode import Encoder
 from data.images import frames_of, normalise, open_image
 from data.sample import MAX_FRAMES, Message, Sample, Video
@@ -110,26 +110,14 @@ class Cache:
         return self.lengths - 1
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend` for one new token a row: q (B, H, D).
-
-        The H/G query heads of a group share its keys uncopied. Two products and a softmax: for one
-        query a row on a CPU half the time of the fused kernel under a mask.
-        """
+        """`attend` for one new token a row: q (B, H, D)."""
         # this token's own keys and values go into the newest column
         T = self.prompt + self.steps
         self.k[layer, :, :, T - 1] = k
         self.v[layer, :, :, T - 1] = v
         keys = self.k[layer, :, :, :T]  # (B, G, T, D)
         values = self.v[layer, :, :, :T]
-
-        # the queries of a group side by side
-        B, H, D = q.shape
-        q = q.to(keys.dtype)
-        grouped = q.view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
-        scores = (grouped @ keys.mT).float() * D**-0.5  # (B, G, H/G, T)
-        hidden = self.hidden[:, None, None, :T]
-        chances = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-        return (chances.to(q.dtype) @ values).reshape(B, H, D)
+        return attend_cached(q, keys, values, self.hidden[:, :T])
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
@@ -137,6 +125,22 @@ class Cache:
         self.v = self.v.index_select(1, rows)
         self.lengths = self.lengths[rows]
         self.hidden = self.hidden[rows]
+
+
+def attend_cached(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """One query a row over the keys that are kept: q (B, H, D), keys and values (B, G, T, D), hidden
+    (B, T) -> (B, H, D).
+
+    The H/G query heads of a group share its keys uncopied. Two products and a softmax: for one query
+    a row on a CPU half the time of the fused kernel under a mask.
+    """
+    # the queries of a group side by side
+    B, H, D = q.shape
+    q = q.to(keys.dtype)
+    grouped = q.view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
+    scores = (grouped @ keys.mT).float() * D**-0.5  # (B, G, H/G, T)
+    chances = scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(-1)
+    return (chances.to(q.dtype) @ values).reshape(B, H, D)
 
 
 # ------------------------------------------------------------------------------------------ sampling
@@ -240,6 +244,19 @@ def prefill_prompts(
     model: SailVL, ids: list[list[int]], images: list[np.ndarray], max_new: int
 ) -> tuple[Cache, Tensor]:
     """One forward for all P prompts: their cache, with room for answers, and logits (P, V)."""
+    llm = model.language_model
+    cache = Cache(llm, [len(row) for row in ids], max_new, llm.lm_head.weight)
+    return cache, prompt_logits(model, ids, images, cache.segments, cache.prefill)
+
+
+def prompt_logits(
+    model: SailVL,
+    ids: list[list[int]],
+    images: list[np.ndarray],
+    segments: Segments,
+    attend: Attend,
+) -> Tensor:
+    """One packed forward over P prompts, whose keys `attend` keeps -> logits (P, V) of what follows each."""
     # all prompts, one after another, and their pixels
     llm = model.language_model
     device = llm.lm_head.weight.device
@@ -250,11 +267,10 @@ def prefill_prompts(
     elif pixels is not None:
         pixels = pixels.to(device)
 
-    # through the model, the keys into the cache; only the last token of each is asked for the next
-    cache = Cache(llm, [len(row) for row in ids], max_new, llm.lm_head.weight)
-    hidden = llm(model.embed(packed, pixels), cache.segments.positions(), cache.prefill)  # (S, C)
-    last = hidden.index_select(0, (cache.segments.cu[1:] - 1).long())  # (P, C)
-    return cache, llm.lm_head(last)
+    # through the model; only the last token of each is asked for the next
+    hidden = llm(model.embed(packed, pixels), segments.positions(), attend)  # (S, C)
+    last = hidden.index_select(0, (segments.cu[1:] - 1).long())  # (P, C)
+    return llm.lm_head(last)
 
 
 def decode_rows(
