@@ -1,0 +1,1 @@
+"""Answers for many people at once: continuous batching, OpenAI's protocol, one page."""
