@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from conftest import ROOT
 
-ROOMS = ("data", "infra", "scale", "kernels", "bench", "claims", "curation", "tools")
+ROOMS = ("data", "infra", "scale", "kernels", "bench", "claims", "curation", "serving", "tools")
 FILES = sorted(ROOT.glob("*.py")) + [
     f for room in ROOMS for f in sorted((ROOT / room).glob("*.py"))
 ]
@@ -68,4 +68,5 @@ def test_a_public_name_stands_once():
 
 
 def test_the_door_has_few_rooms():
-    assert len(list(ROOT.glob("*.py"))) <= 26
+    # 27 with serve.py: what people type stands at the door, as generate.py and evaluate.py do
+    assert len(list(ROOT.glob("*.py"))) <= 27

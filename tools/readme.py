@@ -45,7 +45,7 @@ READING = {
         "rl",
         "calibrate",
     ),
-    "Use": ("generate", "evaluate", "toy"),
+    "Use": ("generate", "serve", "evaluate", "toy"),
 }
 
 # The rooms: what each is for (where it has no `__init__.py` to say so), and its files in order.
@@ -58,6 +58,7 @@ ROOMS = {
     "bench": "step rows packing_rules decoding rollouts",
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
+    "serving": "batching transcript protocol fetch api connections",
     "tools": "report ladder picture readme real lock",
     "tests": "",
     "requirements": "",
