@@ -103,7 +103,7 @@ class Desk:
             return picture_bytes(address, self.allow_remote)
 
         think_prompt = self.encoder.tokenizer.think_prompt
-        sample = protocol.sample_of(chat, fetch, think_prompt, self.limits)
+        sample = protocol.with_pictures(chat, fetch, think_prompt, self.limits)
         try:
             ids, images = self.encoder.prompt(sample, reply=True)
         except ValueError as fault:  # what only the model's own preprocessing can tell

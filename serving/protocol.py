@@ -5,7 +5,7 @@ one's own. This file is its words: JSON becomes a `Chat`, and whatever is wrong 
 in the form that clients know. No network here, and no model.
 
     {"messages": [...], "stream": true, ...}  --read_chat-->  Chat  or  ApiError(400, ...)
-    Chat  --sample_of-->  Sample, its pictures decoded  --Encoder-->  ids, tiles
+    Chat  --with_pictures-->  Sample, its pictures decoded  --Encoder-->  ids, tiles
     Delta, Delta, ...  --chunk, completion-->  {"choices": [{"delta": ...}], "usage": ...}
 
 A message's content is text, or parts: `text`, `image_url` and `video_url` (an animated GIF or WebP, as
@@ -363,7 +363,7 @@ def laid_out_parts(parts: list) -> tuple:
 # ------------------------------------------------------------------------------------- the pictures
 
 
-def sample_of(
+def with_pictures(
     chat: Chat, fetch: Callable[[Address], bytes], think_prompt: str, limits: Limits
 ) -> Sample:
     """The chat with its pictures decoded, as `Encoder.prompt` takes it. Raises ApiError.

@@ -20,10 +20,11 @@ from starlette.testclient import TestClient
 
 from data import world
 from generate import GenerateOptions, build_question, generate
+from serve import ServeOptions, check_options
 from serving.api import PAGE, Desk, build_app, policy_of
 from serving.batching import Ask, Batcher
 from serving.fetch import picture_bytes, public_address
-from serving.protocol import Address, ApiError, Limits, read_chat, sample_of
+from serving.protocol import Address, ApiError, Limits, read_chat, with_pictures
 from serving.transcript import Transcript
 from vlm import SailVL
 
@@ -227,7 +228,7 @@ def fetched(address: Address) -> bytes:
 def ids_of(body: dict, encoder) -> list[int]:
     limits = Limits()
     chat = read_chat(json.dumps(body).encode(), NAME, limits)
-    return encoder.prompt(sample_of(chat, fetched, "think!", limits), reply=True)[0]
+    return encoder.prompt(with_pictures(chat, fetched, "think!", limits), reply=True)[0]
 
 
 def test_a_request_becomes_the_prompt_that_the_command_makes(encoder, tokenizer, tmp_path):
@@ -292,7 +293,7 @@ def test_addresses_are_followed_only_where_allowed_and_only_to_public_hosts():
 
 def answer_alone(model, tokenizer, encoder, content, **how):
     chat = read_chat(json.dumps(request(content)).encode(), NAME, Limits())
-    prompt = encoder.prompt(sample_of(chat, fetched, "", Limits()), reply=True)
+    prompt = encoder.prompt(with_pictures(chat, fetched, "", Limits()), reply=True)
     return prompt[0], generate(model, [prompt], tokenizer.ends, **how)[0]
 
 
@@ -477,3 +478,19 @@ def test_numpy_pixels_of_one_shape_and_another_are_other_prompts():
     one = Ask([1], [np.zeros((2, 8, 3), np.uint8)], print)
     other = Ask([1], [np.zeros((8, 2, 3), np.uint8)], print)
     assert one.prompt != other.prompt
+
+
+def test_options_that_cannot_be_served_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDS_NONE", "two words\n")
+    wrong = [
+        (ServeOptions(tmp_path / "nowhere"), "no such directory"),
+        (ServeOptions(tmp_path, rows=0), "--rows 0: at least 1"),
+        (ServeOptions(tmp_path, max_tokens=0), "--max-tokens 0"),
+        (ServeOptions(tmp_path, key_name="HOLDS_NONE"), "holds the key"),
+        (ServeOptions(tmp_path, key_name="sk-secret"), "holds the key"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message) as raised:
+            check_options(options)
+        assert "sk-secret" not in str(raised.value)
+    check_options(ServeOptions(tmp_path))
