@@ -55,7 +55,7 @@ ROOMS = {
     "tracker judge endpoint text device",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
-    "bench": "step rows packing_rules decoding rollouts",
+    "bench": "step rows packing_rules decoding serving rollouts",
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
     "serving": "batching transcript protocol fetch api connections",
