@@ -146,7 +146,7 @@ def serve_model(options: ServeOptions) -> None:
         build_app(desk),
         http=protocol,
         ws="none",
-        log_level="warning",
+        log_level="error",
         timeout_graceful_shutdown=max(1, round(options.grace)),
         server_header=False,
         proxy_headers=False,

@@ -36,6 +36,7 @@ key/value heads, D head size, V words.
 
 import hashlib
 import logging
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -200,10 +201,13 @@ class Row:
         self.finish: str | None = None
 
     def take(self, token: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
-        """Write down one more token, and say what can be said."""
+        """Write down one more token, and say what can be said. A token that is no number's (its
+        logits were not finite) ends the row with an error."""
         self.last = token
         self.made += 1
-        if token in self.stops:
+        if math.isnan(logprob):
+            self.finish = "error"
+        elif token in self.stops:
             self.finish = "stop"
         else:
             self.transcript.add(token, logprob, likeliest)
@@ -219,7 +223,12 @@ class Row:
 
 def pick_tokens(rows: list[Row], logits: Tensor) -> tuple[list[int], list[float]]:
     """Every row's next token and its log-probability, from logits (n, V): what `next_token` picks
-    for that row alone. The greedy ones in one call, the others each by its own rule and seed."""
+    for that row alone. The greedy ones in one call, the others each by its own rule and seed.
+
+    A row whose logits are not finite has nan for its log-probability, and costs itself alone.
+    """
+    broken = ~logits.isfinite().all(-1)
+    logits = logits.masked_fill(broken[:, None], 0)
     ids = torch.empty(len(rows), dtype=torch.long, device=logits.device)
     scores = torch.empty(len(rows), device=logits.device)
     greedy = [i for i, row in enumerate(rows) if row.ask.temperature == 0]
@@ -232,7 +241,7 @@ def pick_tokens(rows: list[Row], logits: Tensor) -> tuple[list[int], list[float]
             continue
         rule = (ask.temperature, ask.top_k, ask.top_p, row.generator)
         ids[i : i + 1], scores[i : i + 1] = next_token(logits[i : i + 1], *rule)
-    return ids.tolist(), scores.tolist()
+    return ids.tolist(), scores.masked_fill(broken, torch.nan).tolist()
 
 
 def likeliest_of(ask: Ask, logits: Tensor) -> list[tuple[int, float]]:
@@ -411,7 +420,9 @@ class Batcher:
             row.take(token, score, likeliest_of(row.ask, own))
         self.counts.answer_tokens += len(rows)
         ended = [slot for slot, row in enumerate(self.rows) if row.finish]
-        self.counts.answers += len(ended)
+        failed = sum(self.rows[slot].finish == "error" for slot in ended)
+        self.counts.failed += failed
+        self.counts.answers += len(ended) - failed
         self.forget(ended)
 
     def forget(self, slots) -> None:

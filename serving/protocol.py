@@ -36,6 +36,7 @@ from data.sample import MAX_FRAMES, THINKING, BadSample, Message, Sample, Video
 from serving.transcript import TokenScore
 
 LEAST = -9999.0  # the API's word for the logarithm of nothing
+COLD = 1e-4  # a temperature below is 0
 MOST_PARTS = 1000  # of one message
 LONGEST_STOP = 200  # characters
 CAN_READ = "the picture cannot be read: JPEG, PNG, WebP, GIF and BMP files can, when they are whole"
@@ -146,6 +147,12 @@ def real(value: Any, param: str, low: float, high: float) -> float:
     return float(value)
 
 
+def warmth(value: Any, param: str) -> float:
+    """A temperature; what is nearly 0 is 0, since logits are divided by it."""
+    temperature = real(value, param, 0, 2)
+    return temperature if temperature >= COLD else 0.0
+
+
 def boolean(value: Any, param: str) -> bool:
     if type(value) is not bool:
         raise refused(param, "true or false is wanted")
@@ -251,7 +258,7 @@ def readers_of(limits: Limits) -> dict[str, Callable[[Any, str], Any]]:
         "n": lambda value, param: integer(value, param, 1, limits.choices),
         "max_tokens": tokens,
         "max_completion_tokens": tokens,
-        "temperature": lambda value, param: real(value, param, 0, 2),
+        "temperature": warmth,
         "top_p": lambda value, param: real(value, param, 1e-6, 1),
         "top_k": lambda value, param: max(0, integer(value, param, -1, 1 << 40)),
         "seed": lambda value, param: integer(value, param, -(1 << 63), (1 << 63) - 1),

@@ -182,6 +182,19 @@ def test_a_prompt_at_which_the_model_fails_costs_itself_alone(model, tokenizer, 
     assert text_of_deltas(answer) and batcher.counts.failed == 1
 
 
+def test_logits_that_are_no_numbers_cost_their_row_alone(model, tokenizer, prompts):
+    batcher = Batcher(model, tokenizer, 3, 600)
+    asks = [asking(p, max_new=6, temperature=t) for p, t in zip(prompts, (0.0, 1.0, 0.0))]
+    batcher.submit([ask for ask, _ in asks])
+    batcher.turn()
+    batcher.cache.k[:, :2] = torch.nan
+    while batcher.rows:
+        batcher.turn()
+    assert [said[-1].finish for _, said in asks[:2]] == ["error", "error"]
+    (alone,) = generate(model, [prompts[2]], tokenizer.ends, 6)
+    assert text_of_deltas(asks[2][1]) == tokenizer.decode_answer(alone.ids)
+
+
 # ----------------------------------------------------------------------------------- transcripts
 
 
