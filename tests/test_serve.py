@@ -25,6 +25,7 @@ from PIL import Image
 from data.encode import Encoder
 from data.sample import Message, Sample, Video
 from generate import generate, load_model
+from tests.campaign import hostile
 from vlm import SailVL
 
 pytestmark = pytest.mark.slow
@@ -277,3 +278,11 @@ def test_an_address_that_is_taken_is_one_line(directory, server):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and f"--port {server.port}" in line and done.stdout == ""
+
+
+def test_a_hundred_kinds_of_hostile_requests_leave_it_as_it_was():
+    """Two rounds of what `python -m tests.campaign.hostile` does for ten minutes."""
+    victim = hostile.besiege(seconds=0, warm=1)
+    assert victim.problems == []
+    assert len(hostile.KINDS) >= 100 and victim.good > 10
+    assert sum(victim.seen.values()) == 2 * len(hostile.KINDS)

@@ -23,8 +23,8 @@ from tests.campaign import mutants
 from tests.campaign.ledger import FOLDER, ROOT, Row, commit
 
 PAGE = Path(__file__).parent / "README.md"
-LANES = (("soak", "fuzz"), ("kills", "disks", "damage", "ranks", "determinism"))
-PARTS = ("kills", "disks", "damage", "ranks", "fuzz", "determinism", "soak", "mutants")
+LANES = (("soak", "fuzz", "hostile"), ("kills", "disks", "damage", "ranks", "determinism"))
+PARTS = ("kills", "disks", "damage", "ranks", "fuzz", "determinism", "soak", "hostile", "mutants")
 TITLES = {
     "kills": "Kills and stops",
     "disks": "Disks",
@@ -33,6 +33,7 @@ TITLES = {
     "fuzz": "Hostile input",
     "determinism": "Determinism",
     "soak": "Soak",
+    "hostile": "Hostile requests",
     "mutants": "Mutants",
 }
 
@@ -41,22 +42,37 @@ TITLES = {
 class CampaignOptions:
     """Kills, faults and hostile input, and what became of them."""
 
-    only: tuple[str, ...] = ()  # parts: kills disks damage ranks fuzz determinism soak mutants
+    only: tuple[
+        str, ...
+    ] = ()  # parts: kills disks damage ranks fuzz determinism soak hostile mutants
     count: int = 0  # cases of each part (of each target or file); 0: as many as the campaign has
     targets: tuple[str, ...] = ()  # of fuzz; none: all
-    seconds: float = 1200.0  # of the soak
+    seconds: float = 1200.0  # of the soak; half as many of hostile requests
     page: bool = False  # only write the page
 
 
 def run_part(part: str, options: CampaignOptions) -> None:
     """One part in this process."""
-    from tests.campaign import damage, determinism, disks, fuzz, kills, life, ranks, small, soak
+    from tests.campaign import (
+        damage,
+        determinism,
+        disks,
+        fuzz,
+        hostile,
+        kills,
+        life,
+        ranks,
+        small,
+        soak,
+    )
 
     numbers = {"count": options.count} if options.count else {}
     if part == "fuzz":
         fuzz.run(**numbers, targets=options.targets or tuple(fuzz.TARGETS))
     elif part == "soak":
         soak.run(options.seconds)
+    elif part == "hostile":
+        hostile.run(options.seconds / 2)
     elif part == "mutants":
         mutants.run(mutants.MutantOptions(**numbers))
     else:
@@ -95,9 +111,9 @@ def run_lanes(options: CampaignOptions) -> bool:
 
 def rows_of(part: str) -> list[Row]:
     """What the ledger knows of a part, on today's code."""
-    from tests.campaign import damage, determinism, disks, fuzz, kills, ranks, soak
+    from tests.campaign import damage, determinism, disks, fuzz, hostile, kills, ranks, soak
 
-    modules = (kills, disks, damage, ranks, fuzz, determinism, soak, mutants)
+    modules = (kills, disks, damage, ranks, fuzz, determinism, soak, hostile, mutants)
     return dict(zip(PARTS, modules))[part].rows()
 
 

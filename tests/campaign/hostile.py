@@ -38,8 +38,9 @@ from typing import Callable
 from PIL import Image
 
 from infra.cli import command
+from tests.campaign.ledger import ROOT, Ledger, Row
 
-ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600.0
 NAME = "tiny"
 CHAT = "/v1/chat/completions"
 PATIENCE = 2.0  # seconds that the server has for the slow
@@ -53,7 +54,7 @@ LATE = 20.0  # seconds within which a good request is answered (the machine may 
 class HostileOptions:
     """Attack a server of one's own on this machine."""
 
-    seconds: float = 600.0
+    seconds: float = SECONDS
     seed: int = 0
 
 
@@ -392,6 +393,7 @@ class Victim:
     problems: list[str] = field(default_factory=list)
     good: int = 0
     slowest: float = 0.0  # seconds of a good request
+    sizes: list[int] = field(default_factory=list)  # bytes of memory, after each round that counts
 
     def start(self) -> None:
         model = self.folder / "model"
@@ -420,6 +422,10 @@ class Victim:
     def resident(self) -> int:
         """Bytes of memory."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+    def grown(self) -> int:
+        """Bytes from the first size to the largest of the last three."""
+        return max(self.sizes[-3:]) - self.sizes[0]
 
     def stop(self) -> None:
         """Told to stop, it ends."""
@@ -514,7 +520,7 @@ def one_round(victim: Victim, rng: random.Random) -> None:
         thread.join()
 
 
-def run(seconds: float, seed: int = 0) -> Victim:
+def besiege(seconds: float, seed: int = 0, warm: int = WARM) -> Victim:
     """Rounds for so long, at least one after the warm ones; what was seen."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -524,40 +530,62 @@ def run(seconds: float, seed: int = 0) -> Victim:
         good = threading.Thread(target=keep_asking, args=(victim, over))
         good.start()
         try:
-            for _ in range(WARM):
+            for _ in range(warm):
                 one_round(victim, rng)
             os.kill(victim.process.pid, signal.SIGUSR1)
-            sizes = [victim.resident()]
+            victim.sizes.append(victim.resident())
             until = time.monotonic() + seconds
-            while len(sizes) < 2 or time.monotonic() < until:
+            while len(victim.sizes) < 2 or time.monotonic() < until:
                 one_round(victim, rng)
-                sizes.append(victim.resident())
+                victim.sizes.append(victim.resident())
         finally:
             over.set()
             good.join()
-            touched = victim.touched()  # its own end may open what it likes
+            victim.problems += [f"it touched {line}" for line in victim.touched()]
             victim.stop()
 
-    rounds = len(sizes) - 1
-    grown = (max(sizes[-3:]) - sizes[0]) >> 20
-    if grown << 20 > LEAK:
-        victim.problems.append(f"it grew by {grown} MiB in {rounds} rounds")
+    if victim.grown() > LEAK:
+        victim.problems.append(f"it grew by {victim.grown() >> 20} MiB")
     if victim.slowest > LATE:
         victim.problems.append(f"a good request took {victim.slowest:.1f} s")
-    victim.problems += [f"it touched {line}" for line in touched]
-    statuses = ", ".join(f"{n} {status}" for status, n in victim.seen.most_common())
-    print(
-        f"{len(KINDS)} kinds, {rounds} rounds after {WARM} warm ones: {statuses}; {victim.good} good "
-        f"requests, the slowest {victim.slowest:.1f} s; memory {sizes[0] >> 20} MiB {grown:+d}; "
-        f"{len(victim.problems)} problems"
-    )
-    for problem in list(dict.fromkeys(victim.problems))[:20]:
-        print("  " + problem[:400])
     return victim
 
 
+def summary_of(victim: Victim) -> str:
+    statuses = ", ".join(f"{n:,} {status}" for status, n in victim.seen.most_common())
+    return (
+        f"{sum(victim.seen.values()):,} requests in {len(victim.sizes) - 1} rounds and the warm ones: "
+        f"{statuses}; {victim.good:,} good ones meanwhile, the slowest {victim.slowest:.1f} s; memory "
+        f"{victim.sizes[0] >> 20} MiB {victim.grown() >> 20:+d}; {len(victim.problems)} problems"
+    )
+
+
+def run(seconds: float = SECONDS, seed: int = 0) -> None:
+    """The part of the campaign."""
+    ledger = Ledger("hostile")
+    if not ledger.done:
+        victim = besiege(seconds, seed)
+        problems = list(dict.fromkeys(victim.problems))[:20]
+        ledger.add("all kinds", seen=summary_of(victim), seconds=seconds, problems=problems)
+        print("hostile", summary_of(victim), *problems, sep="\n  ", flush=True)
+
+
+def rows() -> list[Row]:
+    """One line for all."""
+    table = []
+    for row in Ledger("hostile").done.values():
+        fault = f"{row['seconds'] / 60:.0f} minutes of {len(KINDS)} kinds of requests"
+        expected = "no 5xx, nothing outside touched, good requests answered, flat memory"
+        table.append(Row(fault, len(KINDS), expected, row["seen"], not row["problems"]))
+    return table
+
+
 def run_hostile(options: HostileOptions) -> int:
-    return 1 if run(options.seconds, options.seed).problems else 0
+    victim = besiege(options.seconds, options.seed)
+    print(summary_of(victim))
+    for problem in list(dict.fromkeys(victim.problems))[:20]:
+        print("  " + problem[:400])
+    return 1 if victim.problems else 0
 
 
 if __name__ == "__main__":
