@@ -93,7 +93,12 @@ def build_desk(options: ServeOptions, local: bool):
     from serving.protocol import Limits
 
     model, tokenizer = load_model(options.model, options.device, torch_type(options.dtype))
-    batcher = Batcher(model, tokenizer, options.rows, options.context)
+    try:
+        batcher = Batcher(model, tokenizer, options.rows, options.context)
+    except RuntimeError as error:  # the allocator's
+        reason = str(error).partition("\n")[0]
+        what = f"--rows {options.rows} --context {options.context}: no memory for the cache"
+        raise ValueError(f"{what} ({reason})") from error
     limits = Limits(
         context=options.context,
         max_tokens=options.max_tokens,
@@ -129,6 +134,8 @@ def serve_model(options: ServeOptions) -> None:
     except ModuleNotFoundError as error:
         wanted = "pip install -r requirements/serve.txt"
         raise ValueError(f"{error.name} is not installed, which serving needs: {wanted}") from error
+
+    # the door before the model: a port that is taken is known at once
     listener = listen(options.host, options.port)
     address, port = listener.getsockname()[:2]
     local = address in ("127.0.0.1", "::1")
@@ -139,7 +146,12 @@ def serve_model(options: ServeOptions) -> None:
             "anyone who can reach this machine may ask: --key-name asks for a key", file=sys.stderr
         )
     host = f"[{address}]" if ":" in address else address
-    print(f"{options.model} as `{desk.name}` at http://{host}:{port} (Ctrl-C ends)", flush=True)
+    cache = desk.batcher.cache.nbytes() / 2**30
+    print(
+        f"{options.model} as `{desk.name}` at http://{host}:{port} (Ctrl-C ends); "
+        f"{options.rows} rows of {options.context:,} tokens, {cache:.2f} GiB",
+        flush=True,
+    )
 
     protocol = partial(PatientProtocol, patience=options.patience, most=2 * desk.places + 40)
     config = uvicorn.Config(

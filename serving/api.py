@@ -18,8 +18,8 @@ pixels (400). A browser's page from elsewhere cannot use a server that listens o
 the Host header must be this machine's (no rebinding of names), a body must say that it is JSON
 (which a foreign page may not send unasked), and no page is told that it may.
 
-Why Starlette and uvicorn: HTTP is where strangers' bytes come in. Both are pure Python with two small
-packages below them (anyio, h11), maintained for years, read by many; a parser of our own would be neither.
+Why Starlette and uvicorn: HTTP is where strangers' bytes come in, so its parser should be one that many
+have read and attacked. Both are pure Python, and so are the few small packages below them (h11, anyio).
 """
 
 import asyncio
@@ -95,8 +95,18 @@ class Desk:
         finally:
             self.visits -= 1
 
+    @contextmanager
+    def room(self) -> Iterator[bytearray]:
+        """Room for a body, counted in `bodies` by who fills it, until the body is understood."""
+        body = bytearray()
+        try:
+            yield body
+        finally:
+            self.bodies -= len(body)
+
     def prepare(self, body: bytes) -> tuple[Chat, list[int], list[np.ndarray]]:
         """A body -> the chat, and its prompt as ids and tiles. In a thread of its own. Raises ApiError."""
+        # what is said, and the pictures that it names
         chat = protocol.read_chat(body, self.name, self.limits)
 
         def fetch(address: protocol.Address) -> bytes:
@@ -104,6 +114,8 @@ class Desk:
 
         think_prompt = self.encoder.tokenizer.think_prompt
         sample = protocol.with_pictures(chat, fetch, think_prompt, self.limits)
+
+        # as the model takes it
         try:
             ids, images = self.encoder.prompt(sample, reply=True)
         except ValueError as fault:  # what only the model's own preprocessing can tell
@@ -192,38 +204,40 @@ class ChatRoute:
         began = time.perf_counter()
         with self.desk.visit():
             try:
-                body = await read_body(Request(scope, receive), self.desk)
+                chat, ids, images = await self.understand(Request(scope, receive))
             except ClientDisconnect:
                 return
-            prepare = self.desk.prepare
-            chat, ids, images = await anyio.to_thread.run_sync(prepare, body, limiter=self.limiter)
-            del body
 
             # in line; whoever leaves takes the rows along
             mail = Mailbox()
             asks = asks_of(chat, ids, images, self.desk.limits, mail)
             answer = Answering(self.desk, chat, mail, len(ids), began)
+            reply = answer.stream(send) if chat.stream else answer.whole(scope, receive, send)
             try:
                 self.desk.batcher.submit(asks)
-                reply = answer.stream(send) if chat.stream else answer.whole(scope, receive, send)
                 await unless_gone(receive, reply)
-            except RuntimeError as error:
-                raise ApiError(503, "the server is shutting down") from error
             finally:
+                reply.close()  # where it was never begun
                 for ask in asks:
                     ask.gone = True
 
+    async def understand(self, request: Request) -> tuple[Chat, list[int], list[np.ndarray]]:
+        """The chat and its prompt, as ids and tiles. Raises ApiError, and ClientDisconnect."""
+        with self.desk.room() as body:
+            await read_body(request, self.desk, body)
+            prepare = self.desk.prepare
+            return await anyio.to_thread.run_sync(prepare, bytes(body), limiter=self.limiter)
 
-async def read_body(request: Request, desk: Desk) -> bytes:
-    """The body of a request. Raises ApiError when it is not JSON by its header, too large or too slow,
-    and ClientDisconnect."""
+
+async def read_body(request: Request, desk: Desk, body: bytearray) -> None:
+    """The body of a request, into `body`. Raises ApiError when it is not JSON by its header, too large
+    or too slow, and ClientDisconnect."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the header Content-Type must be application/json")
 
-    # a body that is too large is read on for a while, so that its sender comes to read why
+    # one that is too large is read on for a while, so that its sender comes to read why
     most = desk.limits.body
-    body = bytearray()
     received = 0
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -241,11 +255,8 @@ async def read_body(request: Request, desk: Desk) -> bytes:
                 deadline.reschedule(began + desk.patience + received / SLOWEST)
     except TimeoutError:
         raise ApiError(408, "the body came too slowly") from None
-    finally:
-        desk.bodies -= len(body)
     if received > most:
         raise ApiError(413, f"the body is larger than {most:,} bytes", "request_too_large")
-    return bytes(body)
 
 
 def asks_of(
@@ -310,11 +321,13 @@ class Answering:
 
     async def stream(self, send: Send) -> None:
         """Server-sent events: a chunk for whatever came, and [DONE]."""
+        # the status comes before the answer is known: from now on, faults are events
         head = protocol.head_of(self.desk.name, int(time.time()))
         kind = (b"content-type", b"text/event-stream; charset=utf-8")
         headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
+        # who speaks, then what is said
         opening = {"role": "assistant", "content": ""}
         roles = [self.chunk(head, index, opening, None, None) for index in range(self.chat.n)]
         await send({"type": "http.response.body", "body": b"".join(roles), "more_body": True})
@@ -323,6 +336,7 @@ class Answering:
             events = [self.delta_event(head, *item) for item in found.items()]
             await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
+        # what it took, for those who asked, and the end
         ending = b"data: [DONE]\n\n"
         if self.chat.include_usage:
             ending = event(protocol.chunk(head, []) | {"usage": self.usage()}) + ending
@@ -346,6 +360,7 @@ class Answering:
 
     async def whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One JSON object when all choices have come to their ends."""
+        # everything first
         whole: dict[int, Delta] = {}
         async for found in self.deltas():
             for index, new in found.items():
@@ -356,6 +371,7 @@ class Answering:
         if any(delta.finish == "error" for delta in whole.values()):
             raise ApiError(500, "the model failed on this request")
 
+        # then the choices, in order
         choices = []
         for index, delta in sorted(whole.items()):
             logprobs = protocol.logprobs_json(delta.tokens) if self.chat.logprobs else None
@@ -490,11 +506,14 @@ class Door:
 
     def fault_of(self, scope: Scope) -> ApiError | None:
         """Why this request is not let in."""
+        # a name that leads here from elsewhere
         headers = dict(scope["headers"])
         hosts = self.desk.hosts
         host = re.sub(r":[0-9]+$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if hosts and host not in hosts:
             return ApiError(421, f"this server is {' or '.join(hosts)}, and no other host")
+
+        # a stranger
         if not self.desk.key or scope["path"] in OPEN:
             return None
         given = headers.get(b"authorization", b"")

@@ -131,6 +131,10 @@ class SlotCache:
         self.columns = columns
         self.lengths = [0] * slots
 
+    def nbytes(self) -> int:
+        """Of memory."""
+        return self.k.nbytes + self.v.nbytes
+
     def prefilling(self, slots: list[int], segments: Segments) -> Attend:
         """An `attend` for packed prompts (S tokens), one for each of these slots."""
         device = self.k.device
@@ -286,15 +290,17 @@ class Batcher:
     # ---------------------------------------------------------------------------- from any thread
 
     def submit(self, asks: list[Ask]) -> None:
-        """Get in line. Raises RuntimeError when the batcher is closed."""
+        """Get in line. When the batcher is closed, they are told at once that there is no answer."""
         for ask in asks:
             room = self.cache.columns - len(ask.ids)
             assert 0 < ask.max_new <= room, f"{ask.max_new} tokens for a prompt that leaves {room}"
         with self.lock:
-            if self.closed:
-                raise RuntimeError("the batcher is closed")
-            self.waiting.extend(asks)
-            self.lock.notify()
+            welcome = not self.closed
+            if welcome:
+                self.waiting.extend(asks)
+                self.lock.notify()
+        if not welcome:
+            self.fail(asks, None)
 
     def close(self) -> None:
         """End `run` after its turn; what is unfinished ends with an error."""
@@ -306,15 +312,18 @@ class Batcher:
 
     def run(self) -> None:
         """Turn after turn while there is something to do, until `close`."""
-        while self.has_work():
-            try:
-                self.turn()
-            except Exception as error:  # whatever it is, the next ones are to be answered
-                self.fail([row.ask for row in self.rows], error)
-                self.forget(range(len(self.rows)))
-        left = [row.ask for row in self.rows] + list(self.waiting)
-        self.fail(left, None)
-        self.forget(range(len(self.rows)))
+        try:
+            while self.has_work():
+                try:
+                    self.turn()
+                except Exception as error:  # whatever it is, the next ones are to be answered
+                    self.fail([row.ask for row in self.rows], error)
+                    self.forget(range(len(self.rows)))
+        finally:
+            # nobody is left waiting
+            self.close()
+            self.fail([*(row.ask for row in self.rows), *self.waiting], None)
+            self.forget(range(len(self.rows)))
 
     def has_work(self) -> bool:
         """Waits until somebody asks; False when closed."""

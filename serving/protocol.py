@@ -177,8 +177,12 @@ def stop_strings(value: Any, param: str) -> tuple[str, ...]:
 
 
 def usage_wanted(value: Any, param: str) -> bool:
-    if type(value) is not dict or not set(value) <= {"include_usage"}:
-        raise refused(param, 'only {"include_usage": true} is served')
+    """Of `stream_options`; the API's other one is padding against eavesdroppers, which is not served."""
+    known = ("include_usage", "include_obfuscation")
+    if type(value) is not dict or any(key not in known for key in value):
+        raise refused(param, "an object with include_usage is wanted")
+    if value.get("include_obfuscation"):
+        raise refused(param, "include_obfuscation is not served", "unsupported_parameter")
     return boolean(value.get("include_usage", False), f"{param}.include_usage")
 
 
