@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from data.encode import Encoder
 from data.sample import Message, Sample, Video
 from generate import generate, load_model
 from tests.campaign import hostile
+from tools import screenshots
 from vlm import SailVL
 
 pytestmark = pytest.mark.slow
@@ -278,6 +280,35 @@ def test_an_address_that_is_taken_is_one_line(directory, server):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and f"--port {server.port}" in line and done.stdout == ""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this machine")
+def test_in_a_browser_a_picture_is_dropped_asked_about_and_answered(server, alone, tmp_path):
+    image = drawn("green", (64, 48))
+    with screenshots.Browser() as browser:
+        browser.open(server.url, 800, 600)
+        browser.drop([image])
+        shown = browser.ask("what is it?")
+        wanted = alone([image, "\nwhat is it?"], max_new=500)
+        assert re.sub(r"\s", "", wanted) in re.sub(r"\s", "", shown) and " tokens, " in shown
+        sent = browser.run("JSON.stringify(messages.map((message) => message.role))")
+        assert sent == '["user","assistant"]'
+
+        # what the page's policy keeps out
+        away = browser.run("fetch('https://example.com').then(() => 'out', () => 'kept in')")
+        assert away == "kept in"
+        script = "Object.assign(document.createElement('script'), { text: 'hacked = 1' })"
+        browser.run(f"document.body.append({script})")
+        assert browser.run("typeof hacked") == "undefined"
+
+        # a fault is told, and the question can be asked again
+        browser.run("Object.assign($('temperature'), { max: 99, value: 9 })")
+        assert "temperature" in browser.ask("and now?")
+        assert browser.run("messages.length") == 2
+        browser.run("$('reset').click()")
+        assert browser.run("[messages.length, $('drop').hidden]") == [0, False]
+        browser.photograph(tmp_path / "page.png")
+    assert Image.open(tmp_path / "page.png").size == (800, 600)
 
 
 def test_a_hundred_kinds_of_hostile_requests_leave_it_as_it_was():

@@ -59,7 +59,7 @@ ROOMS = {
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
     "serving": "batching transcript protocol fetch api connections",
-    "tools": "report ladder picture readme real lock",
+    "tools": "report ladder picture screenshots readme real lock",
     "tests": "",
     "requirements": "",
 }
