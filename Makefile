@@ -8,12 +8,13 @@ TORCH  := torch==2.13.0
 MODEL  ?= dense
 SEED   ?= 0
 RANKS  ?= 2
+SERVED ?= runs/toy/final
 LOCKED ?=
 LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy real check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy real serve check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -26,6 +27,9 @@ toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded 
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
+
+serve: $(VENV)/serve      ## 10 s     a page and an API for a model, on this machine: then open http://127.0.0.1:8000 (SERVED=runs/toy/final)
+	$(PY) serve.py --model $(SERVED)
 
 check: $(VENV)/check      ## 1 s      lint, import order, line length, format
 	$(VENV)/bin/ruff check .
@@ -88,6 +92,10 @@ $(VENV)/lock: $(VENV)/torch requirements/lock.txt
 $(VENV)/core $(VENV)/check $(VENV)/test: $(VENV)/lock
 	touch $@
 endif
+
+$(VENV)/serve: $(VENV)/core requirements/serve.txt
+	$(PIP) -r requirements/serve.txt
+	touch $@
 
 $(VENV)/real: $(VENV)/core requirements/real.txt
 	$(PIP) --no-deps -r requirements/real.txt

@@ -145,10 +145,7 @@ class Mailbox:
         found: dict[int, Delta] = {}
         while self.deltas:
             index, new = self.deltas.popleft()
-            old = found.get(index)
-            if old is not None:
-                new = Delta(old.text + new.text, old.tokens + new.tokens, new.made, new.finish)
-            found[index] = new
+            found[index] = found[index].then(new) if index in found else new
         return found
 
 
@@ -364,10 +361,7 @@ class Answering:
         whole: dict[int, Delta] = {}
         async for found in self.deltas():
             for index, new in found.items():
-                old = whole.get(index, Delta("", (), 0))
-                whole[index] = Delta(
-                    old.text + new.text, old.tokens + new.tokens, new.made, new.finish
-                )
+                whole[index] = whole[index].then(new) if index in whole else new
         if any(delta.finish == "error" for delta in whole.values()):
             raise ApiError(500, "the model failed on this request")
 

@@ -67,6 +67,10 @@ class Delta:
     made: int
     finish: str | None = None
 
+    def then(self, new: "Delta") -> "Delta":
+        """Both as one."""
+        return Delta(self.text + new.text, self.tokens + new.tokens, new.made, new.finish)
+
 
 @dataclass(eq=False)
 class Ask:

@@ -271,6 +271,6 @@ def test_every_open_requirement_has_its_reason_and_no_place_of_a_machine_is_name
         assert not re.search(r"file:|https?://|/home/|/opt/|/root/|--index|--find-links", text), (
             path
         )
-    for name in ("core", "check", "data", "test", "bench", "real"):
+    for name in ("core", "check", "data", "test", "bench", "real", "serve"):
         for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
             assert "#" in line, f"{name}.txt: {line}"

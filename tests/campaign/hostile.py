@@ -246,6 +246,7 @@ SETTINGS = {
 # ------------------------------------------------------------------------------------------ HTTP
 
 OK = chat()
+OK_HEAD = request_bytes(b"", "Content-Length: 5000")
 WIRE = {
     "nothing at all": b"",
     "noise": bytes(range(256)) * 40,
@@ -318,7 +319,7 @@ def resets(port: int, rng: random.Random) -> bytes:
 def drips(port: int, rng: random.Random, raw: bytes) -> bytes:
     """A byte now and then, for longer than the server waits."""
     with socket.create_connection(("127.0.0.1", port), timeout=8) as connection:
-        until = time.monotonic() + 2 * PATIENCE
+        until = time.monotonic() + 3 * PATIENCE + LATE
         try:
             for byte in raw:
                 if time.monotonic() > until:
@@ -347,8 +348,8 @@ BEHAVIOURS: dict[str, Callable[[int, random.Random], bytes]] = {
     "never reads": never_reads,
     "leaves in the middle": leaves,
     "resets in the middle": resets,
-    "drips a head": lambda port, rng: drips(port, rng, request_bytes(OK)),
-    "drips a body": lambda port, rng: drips(port, rng, b"x" * 200),
+    "drips a head": lambda port, rng: drips(port, rng, b"GET / HTTP/1.1\r\nX: " + b"a" * 400),
+    "drips a body": lambda port, rng: drips(port, rng, OK_HEAD + b" " * 400),
     "a silent crowd": crowd,
 }
 KINDS = {f"text: {name}": request_bytes(body) for name, body in TEXTS.items()}
@@ -538,6 +539,7 @@ def besiege(seconds: float, seed: int = 0, warm: int = WARM) -> Victim:
             while len(victim.sizes) < 2 or time.monotonic() < until:
                 one_round(victim, rng)
                 victim.sizes.append(victim.resident())
+                print([size >> 20 for size in victim.sizes], flush=True)
         finally:
             over.set()
             good.join()
