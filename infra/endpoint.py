@@ -345,6 +345,8 @@ class ChatEndpoint:
         # A reply that was cut short by the alarm looks like its end
         if expired.is_set():
             raise NoReply("no answer in time", passing=True)
+        if response.length and len(raw) <= LARGEST_REPLY:
+            raise NoReply("no connection", "the reply ends before its end", passing=True)
         found = completion_in(response, raw, key)
         sent, written = usage_in(found)
         self._count(sent=sent, written=written)
