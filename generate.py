@@ -405,7 +405,7 @@ def tokenizer_place(run: Path, place: Path) -> Path:
         return run
     try:
         start = json.loads((run / "run.json").read_text()).get("model")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         start = None
     if start and has_one(Path(start)):
         return Path(start)
