@@ -553,12 +553,12 @@ def family_heat(results: dict, families: list[str]) -> str:
     return heat(rows, families)
 
 
-def html_page(title: str, *parts: str) -> str:
-    """A whole page around finished parts: character set, policy, style."""
+def html_page(title: str, *parts: str, style: str = "") -> str:
+    """A whole page around finished parts: character set, policy, style (and what a page adds to it)."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += el("title", safe(title))
-    head += el("style", CSS)
+    head += el("style", CSS + style)
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
 
