@@ -40,9 +40,10 @@ from talk.typed import read_picture, split_command, split_pictures, told
 from tokenizer import Tokenizer
 from vlm import SailVL
 
+# `input` edits lines and remembers them once it is imported; Windows has none, and does so by itself
 try:
     import readline
-except ImportError:  # not on Windows
+except ImportError:
     readline = None
 
 DIM = "\033[2m"
@@ -95,6 +96,7 @@ class Screen:
         able = os.environ.get("TERM", "") not in ("", "dumb") or os.name == "nt"
         self.styled = self.tty and able and "NO_COLOR" not in os.environ
         self.failed = False
+        self.thinking = False
 
         # bytes that are no text must not end the talk
         for file, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
@@ -124,9 +126,15 @@ class Screen:
             width = shutil.get_terminal_size().columns - 4
             tail = tail_of(printable(so_far), width)
             print(f"{AGAIN}{DIM}... {tail}{PLAIN}", end="", flush=True)
+        elif not self.thinking:
+            self.remark("(thinking)")
+        self.thinking = True
 
     def fold(self, tokens: int) -> None:
-        """The thought is over: one line is left of it."""
+        """The thought is over: one line is left of it. Nothing when there was none."""
+        if not self.thinking:
+            return
+        self.thinking = False
         if self.styled:
             print(AGAIN, end="")
         self.remark(f"(thought for {tokens} tokens; /history shows them)")
@@ -372,25 +380,33 @@ def take_line(talk: Talk, screen: Screen, line: str) -> None:
 def print_answer(talk: Talk, screen: Screen, exchange: Exchange) -> None:
     """Stream an answer: its thought on a line that is folded away, its words as they come.
 
-    Ctrl-C ends it; what was said until then stays in the talk.
+    Ctrl-C ends it; what was said until then stays in the talk. Without a token there was no turn.
     """
-    was_thinking = False
+    ending = ""
     try:
         for thinking, piece in talk.answer(exchange):
             if thinking:
                 screen.think(exchange.thought)
-            elif was_thinking:
+            else:
                 screen.fold(thought_tokens(talk, exchange))
-            if not thinking:
                 screen.say(piece)
-            was_thinking = thinking
+        ending = how_it_ended(talk, exchange)
     except KeyboardInterrupt:
-        screen.say("\n")
-        screen.remark("(ended)")
-        return
-    if was_thinking:
-        screen.fold(thought_tokens(talk, exchange))
+        ending = "(ended)"
+    finally:
+        if not exchange.ids:
+            talk.exchanges.remove(exchange)
+    screen.fold(thought_tokens(talk, exchange))
     screen.say("\n")
+    if ending:
+        screen.remark(ending)
+
+
+def how_it_ended(talk: Talk, exchange: Exchange) -> str:
+    """What a person should know of an answer's end; nothing of one that ended by itself."""
+    if exchange.ids[-1] not in talk.encoder.tokenizer.ends:
+        return f"(cut off after {len(exchange.ids)} tokens: --max-new)"
+    return "" if exchange.answer.strip() else "(it said nothing)"
 
 
 def thought_tokens(talk: Talk, exchange: Exchange) -> int:

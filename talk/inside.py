@@ -174,7 +174,7 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutPicture:
     """A picture: itself, what became of it in words, and its sheets."""
 
     picture: Image.Image
@@ -237,7 +237,7 @@ def sheets_of(tiles: list[np.ndarray], titles: list[tuple], unit: int, before: i
     return sheets
 
 
-def picture_cuts(encoder: Encoder, sample: Sample) -> list[Cut]:
+def picture_cuts(encoder: Encoder, sample: Sample) -> list[CutPicture]:
     """Every picture of a sample (videos frame by frame), as the model was shown it."""
     sample = encoder.unrolled(sample)
     arrays, counts = encoder.images(sample)
@@ -258,7 +258,7 @@ def picture_cuts(encoder: Encoder, sample: Sample) -> list[Cut]:
         titles = sheet_titles(picture.size, len(tiles), encoder.config, len(pictures))
         sheets = sheets_of(tiles, titles, unit, before)
         before += count
-        cuts.append(Cut(picture, cut_note(picture, tiles, sheets, count), tuple(sheets)))
+        cuts.append(CutPicture(picture, cut_note(picture, tiles, sheets, count), tuple(sheets)))
     return cuts
 
 

@@ -26,7 +26,7 @@ from data.encode import Encoder
 from data.sample import Sample
 from infra.text import printable
 from talk.inside import (
-    Cut,
+    CutPicture,
     Inside,
     Sheet,
     expert_shares,
@@ -76,7 +76,7 @@ class View:
     """
 
     inside: Inside
-    cuts: list[Cut]
+    cuts: list[CutPicture]
     tiles: list[np.ndarray]
     by_cell: Tensor
     words: list[str]
@@ -322,8 +322,8 @@ def inside_page(view: View, question: str) -> str:
         ),
         section(
             "In a row",
-            "The conversation's tokens, and the packed row that would hold it: its first rectangle, the others "
-            "are samples of the drawn world.",
+            "The conversation's tokens, and the packed row that would hold it: its first rectangle. The "
+            "others are samples of the drawn world.",
             conversation_bar(view),
             row_bar(view),
         ),

@@ -28,7 +28,7 @@ MARKS = ".,;:!?)"  # what may stand behind a name in a sentence
 
 
 def split_command(line: str) -> tuple[str, str]:
-    """`/think on` -> ("think", "on"); ("", the line) when its first word is no command but words or a path."""
+    """`/think on` -> ("think", "on"); ("", the line) when it begins with a word or a path."""
     name, _, rest = line.strip().partition(" ")
     if re.fullmatch(r"/[a-z]+", name) and not os.path.exists(name):
         return name[1:], rest.strip()
@@ -76,7 +76,7 @@ def picture_path(word: str) -> Path | None:
     unescaped = re.sub(r"\\(.)", r"\1", text)
     spellings = [os.path.expanduser(spelling) for spelling in (text, unescaped)]
     for spelling in spellings:
-        if is_picture(spelling, quoted):
+        if names_picture(spelling, quoted):
             return Path(spelling)
 
     # not there, though it is called like one: the error will name it
@@ -85,7 +85,7 @@ def picture_path(word: str) -> Path | None:
     return None
 
 
-def is_picture(path: str, quoted: bool) -> bool:
+def names_picture(path: str, quoted: bool) -> bool:
     """Whether a file or a folder is meant: "data" in a sentence is a word, "./data" is not."""
     named = bool(re.search(r"\w", path)) and (quoted or "/" in path or os.sep in path)
     if os.path.isfile(path):
