@@ -36,7 +36,7 @@ from generate import load_model, stream, user_turn
 from infra.cli import command
 from infra.text import printable
 from talk.page import inside_lines, view_of, write_view
-from talk.typed import read_picture, split_command, split_pictures, told
+from talk.typed import listed_paths, read_picture, split_command, split_pictures, told
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -280,10 +280,7 @@ def do_image(talk: Talk, screen: Screen, rest: str) -> None:
         talk.waiting.clear()
         screen.remark("no picture waits")
     elif rest:
-        paths, words = split_pictures(rest)
-        if words:
-            raise ValueError(f"/image {words}: no such picture")
-        attach(talk, screen, paths)
+        attach(talk, screen, listed_paths(rest))
     else:
         list_pictures(talk, screen)
 

@@ -40,10 +40,9 @@ def split_pictures(line: str) -> tuple[list[Path], str]:
 
     Raises ValueError for an address in the web.
     """
-    # a path with spaces and without quotes, and nothing else
-    whole = os.path.expanduser(line.strip())
-    if whole.lower().endswith(SUFFIXES) and os.path.isfile(whole):
-        return [Path(whole)], ""
+    whole = whole_path(line)
+    if whole is not None:
+        return [whole], ""
 
     paths = []
     words: list[str] = []
@@ -63,31 +62,54 @@ def split_pictures(line: str) -> tuple[list[Path], str]:
     return paths, " ".join(words) if paths else line.strip()
 
 
+def listed_paths(line: str) -> list[Path]:
+    """Every word of a line as a path, where nothing but paths is expected. Raises ValueError as above."""
+    whole = whole_path(line)
+    if whole is not None:
+        return [whole]
+    words = [match[0] for match in WORD.finditer(line)]
+    return [picture_path(word) or Path(spellings(unquoted(word)[0])[-1]) for word in words]
+
+
+def whole_path(line: str) -> Path | None:
+    """The picture that a line is the path of: with spaces, without quotes, and nothing else."""
+    path = os.path.expanduser(line.strip())
+    return Path(path) if path.lower().endswith(SUFFIXES) and os.path.isfile(path) else None
+
+
 def picture_path(word: str) -> Path | None:
     """The path that a word stands for, None when it is only a word. Raises ValueError as above."""
-    quoted = len(word) > 2 and word[0] in "\"'" and word[-1] == word[0]
-    text = word[1:-1] if quoted else word
+    text, quoted = unquoted(word)
     if text.startswith("file://"):
         return Path(url2pathname(urlsplit(text).path))
     if re.match(r"https?://", text) and urlsplit(text).path.lower().endswith(SUFFIXES):
         raise ValueError(f"{text}: only files are read here; download it, and give its path")
-
-    # as it stands, or without the backslashes that a terminal has put before spaces
-    unescaped = re.sub(r"\\(.)", r"\1", text)
-    spellings = [os.path.expanduser(spelling) for spelling in (text, unescaped)]
-    for spelling in spellings:
+    if not re.search(r"\w", text):
+        return None
+    for spelling in spellings(text):
         if names_picture(spelling, quoted):
             return Path(spelling)
 
     # not there, though it is called like one: the error will name it
-    if unescaped.lower().endswith(SUFFIXES) and Path(unescaped).stem.lower() not in SUFFIXES:
-        return Path(spellings[1])
-    return None
+    wanted = Path(spellings(text)[-1])
+    return wanted if wanted.suffix.lower() in SUFFIXES else None
+
+
+def unquoted(word: str) -> tuple[str, bool]:
+    """A word without its quotes, and whether it had some."""
+    quoted = len(word) > 2 and word[0] in "\"'" and word[-1] == word[0]
+    return (word[1:-1] if quoted else word), quoted
+
+
+def spellings(text: str) -> list[str]:
+    """A path as it stands, and without the backslashes that a terminal has put before spaces."""
+    without = re.sub(r"\\(.)", r"\1", text)
+    return [os.path.expanduser(text), os.path.expanduser(without)]
 
 
 def names_picture(path: str, quoted: bool) -> bool:
     """Whether a file or a folder is meant: "data" in a sentence is a word, "./data" is not."""
-    named = bool(re.search(r"\w", path)) and (quoted or "/" in path or os.sep in path)
+    named = quoted or "/" in path or os.sep in path
     if os.path.isfile(path):
         return named or path.lower().endswith(SUFFIXES)
     return named and os.path.isdir(path)
