@@ -39,8 +39,9 @@ from tokenizer import Tokenizer
 from tools.report import drawn_rows, el, facts, heat, html_page, safe, section, svg, word
 from vlm import SailVL
 
-DARKEST = 215  # of 255: what lies over a cell that was not looked at
-FEW = 64  # cells of a sheet that still have room for a number each
+DARKEST = 224  # of 255: what lies over a cell that was not looked at
+SHADES = 32  # between that and nothing: few, so that a veil is a small file
+FEW = 16  # cells of a sheet that still have room for a number each
 
 CSS = """
 .tokens { display: grid; grid-template-columns: repeat(auto-fill, minmax(236px, 1fr)); gap: 26px 28px }
@@ -60,7 +61,9 @@ CSS = """
 .said { color: var(--blue) }
 details { margin-top: 4px }
 summary { cursor: pointer; color: var(--soft) }
-details .sheet { flex-basis: 72px }
+.layers { display: flex; flex-wrap: wrap; gap: 4px 10px; margin-top: 4px }
+.layer { flex: 0 0 72px }
+.layer .sheet { flex: 0 0 72px }
 """
 
 
@@ -124,7 +127,7 @@ def word_of(tokenizer: Tokenizer, token: int) -> str:
 def veil(weights: np.ndarray, brightest: float) -> Image.Image:
     """What lies over a sheet: black, and the more opaque the less a cell (rows, columns) was looked at."""
     light = np.clip(weights / max(brightest, 1e-9), 0, 1)
-    opacity = np.round(DARKEST * (1 - light)).astype(np.uint8)
+    opacity = (DARKEST // SHADES * np.round(SHADES * (1 - light))).astype(np.uint8)
     black = np.zeros_like(opacity)
     return Image.merge("LA", [Image.fromarray(black), Image.fromarray(opacity)])
 
@@ -210,9 +213,10 @@ def by_layer_details(view: View, number: int) -> str:
     """The same, layer by layer, folded."""
     layers = []
     for layer, weights in enumerate(view.by_cell[:, number]):
-        layers.append(el("p", f"layer {layer}: {weights.sum():.0%} to pictures"))
-        layers.append(lit_sheets(view, weights))
-    return el("details", el("summary", "layer by layer"), *layers)
+        share = el("p", f"{layer}: {weights.sum():.0%}", cls="soft")
+        layers.append(el("div", share, lit_sheets(view, weights), cls="layer"))
+    summary = el("summary", "layer by layer, and its share of attention to pictures")
+    return el("details", summary, el("div", *layers, cls="layers"))
 
 
 def whole_card(view: View) -> str:
@@ -302,7 +306,7 @@ def inside_page(view: View, question: str) -> str:
     ]
     if view.cuts:
         numbers.append((f"{view.shares.mean():.0%}", "of the attention went to pictures"))
-    said = "".join(view.words).replace("\u00b7", " ")
+    said = view.tokenizer.decode_answer(inside.answer.tolist())
     cards = [token_card(view, number) for number in range(len(inside.answer))]
     return html_page(
         f"Inside: {question}",

@@ -7,7 +7,7 @@ the list says why the answer will be wrong: every visual token is one cell, ever
 
     python -m talk.samples --out runs/pictures                           # the pictures, and what to ask
     python -m talk.samples --out runs/pictures --model runs/toy/final    # and what a model says
-    make chat                                                            # > runs/pictures/odd-1.png where is ...
+    make chat                                      # > runs/pictures/odd-1.png where is the odd one out?
 """
 
 import random
@@ -57,39 +57,39 @@ def taught(seed: int, each: int) -> list[Shown]:
 # ------------------------------------------------------------------------------------ what it was not
 
 
-def blank() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def empty_picture() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty picture of the toy's size, always of the same shade."""
     return canvas(random.Random(0))
 
 
 def colour_beyond() -> Image.Image:
-    image, pen = blank()
+    image, pen = empty_picture()
     pen.ellipse(square(2, 2, 12), fill=(150, 60, 200))
     return image
 
 
 def shape_beyond() -> Image.Image:
-    image, pen = blank()
+    image, pen = empty_picture()
     pen.polygon([(24, 1), (30, 7), (24, 14), (18, 7)], fill=COLORS["red"])
     return image
 
 
 def between_cells() -> Image.Image:
-    image, pen = blank()
+    image, pen = empty_picture()
     middle = (SIZE - 12) // 2
     draw_shape(pen, "circle", "blue", square(middle, middle, 12))
     return image
 
 
 def too_many() -> Image.Image:
-    image, pen = blank()
+    image, pen = empty_picture()
     for cell in range(9):
         pen.ellipse(square(10 * (cell % 3) + 2, 10 * (cell // 3) + 2, 5), fill=COLORS["green"])
     return image
 
 
 def small_letters() -> Image.Image:
-    image, pen = blank()
+    image, pen = empty_picture()
     for cell, letter in enumerate("dog"):
         x = cell % 2 * CELL + CELL // 2
         y = cell // 2 * CELL + CELL // 2

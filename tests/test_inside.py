@@ -1,4 +1,4 @@
-"""Seeing inside: the weights that are shown are those that the model used, and every cell is where it says."""
+"""Seeing inside: the weights that are shown are those that the model used, every cell is where it says."""
 
 import re
 from dataclasses import replace
