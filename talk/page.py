@@ -15,14 +15,14 @@ Simplified: the picture of a card is written once, as a background; a veil of a 
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.encode import Encoder
+from data.encode import Encoder, question_turns
 from data.sample import Sample
 from infra.text import printable
 from talk.inside import (
@@ -43,7 +43,7 @@ DARKEST = 224  # of 255: what lies over a cell that was not looked at
 SHADES = 32  # between that and nothing: few, so that a veil is a small file
 FEW = 16  # cells of a sheet that still have room for a number each
 
-CSS = """
+STYLE = """
 .tokens { display: grid; grid-template-columns: repeat(auto-fill, minmax(236px, 1fr)); gap: 26px 28px }
 .token { font-size: 12px; break-inside: avoid }
 .token h3 { font: 500 17px/1.3 Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere }
@@ -75,7 +75,7 @@ class View:
     """All that a page or a picture is made of.
 
     tiles: the arrays that the model was shown. by_cell (L, n, visual tokens): attention to pictures.
-    words: of the answer's tokens.
+    words: of the answer's tokens. name: of the styles of its sheets, one for each view on a page.
     """
 
     inside: Inside
@@ -84,6 +84,7 @@ class View:
     by_cell: Tensor
     words: list[str]
     encoder: Encoder
+    name: str = "sheet"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -100,19 +101,26 @@ class View:
 
 
 def view_of(
-    model: SailVL, encoder: Encoder, sample: Sample, answer: list[int], reply: bool = False
+    model: SailVL,
+    encoder: Encoder,
+    sample: Sample,
+    answer: list[int],
+    reply: bool = False,
+    name: str = "sheet",
 ) -> View:
     """Look into one answer (ids) to a sample, asked as `Encoder.prompt` asks it."""
-    prompt = encoder.prompt(sample, reply)
+    asked = sample if reply else replace(sample, messages=question_turns(sample))
+    prompt = encoder.prompt(asked, reply=True)
     inside = look_inside(model, prompt, answer)
     seen = visual_places(inside, encoder.tokenizer.image)
     return View(
         inside=inside,
-        cuts=picture_cuts(encoder, sample),
+        cuts=picture_cuts(encoder, asked),
         tiles=prompt[1],
         by_cell=inside.attention[:, :, seen],
         words=[word_of(encoder.tokenizer, token) for token in answer],
         encoder=encoder,
+        name=name,
     )
 
 
@@ -142,14 +150,16 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def sheet_styles(sheets: list[Sheet]) -> str:
+def view_style(view: View) -> str:
     """A class for each sheet: its picture, once."""
     rules = []
-    for number, sheet in enumerate(sheets):
+    for number, sheet in enumerate(view.sheets):
         picture = Image.fromarray(sheet.pixels)
         picture.thumbnail((672, 672))
         shape = f"aspect-ratio:{sheet.pixels.shape[1]}/{sheet.pixels.shape[0]}"
-        rules.append(f".sheet{number} {{ background-image:url({data_uri(picture)});{shape} }}")
+        rules.append(
+            f".{view.name}{number} {{ background-image:url({data_uri(picture)});{shape} }}"
+        )
     return "\n".join(rules)
 
 
@@ -163,7 +173,7 @@ def lit_sheets(view: View, weights: Tensor) -> str:
         here = paid[sheet.cells]  # (rows, columns)
         cover = f'<img alt="" src="{data_uri(veil(here, brightest))}">'
         numbers = cell_numbers(here / total) if here.size <= FEW else ""
-        boxes.append(el("div", cover, numbers, cls=f"sheet sheet{number}"))
+        boxes.append(el("div", cover, numbers, cls=f"sheet {view.name}{number}"))
     return el("div", *boxes, cls="sheets")
 
 
@@ -229,6 +239,12 @@ def whole_card(view: View) -> str:
     return el("div", el("h3", "the whole answer"), lit_sheets(view, weights), note, cls="token")
 
 
+def token_cards(view: View) -> str:
+    """The whole answer, then every token."""
+    cards = [token_card(view, number) for number in range(len(view.words))]
+    return el("div", whole_card(view), *cards, cls="tokens")
+
+
 def cut_rows(view: View) -> str:
     """Each picture as it came, what became of it, and the sheets that the model was shown."""
     rows = []
@@ -240,7 +256,7 @@ def cut_rows(view: View) -> str:
         shown = []
         for sheet in cut.sheets:
             tip = f"{sheet.title}: {sheet.cells.size} visual tokens"
-            shown.append(el("div", cls=f"sheet sheet{number}", title=tip))
+            shown.append(el("div", cls=f"sheet {view.name}{number}", title=tip))
             number += 1
         rows.append(el("p", safe(f"Picture {place}: {cut.note}")))
         rows.append(el("div", given, el("div", *shown, cls="sheets"), cls="two-sided"))
@@ -307,7 +323,6 @@ def inside_page(view: View, question: str) -> str:
     if view.cuts:
         numbers.append((f"{view.shares.mean():.0%}", "of the attention went to pictures"))
     said = view.tokenizer.decode_answer(inside.answer.tolist())
-    cards = [token_card(view, number) for number in range(len(inside.answer))]
     return html_page(
         f"Inside: {question}",
         el("h1", safe(question)),
@@ -317,7 +332,7 @@ def inside_page(view: View, question: str) -> str:
             "Where each token looked",
             "Bright: looked at most, when the token was chosen. Mean over heads and layers; the numbers "
             "are percent of its attention to pictures.",
-            el("div", whole_card(view), *cards, cls="tokens"),
+            token_cards(view),
         ),
         section(
             "How the pictures were cut",
@@ -336,7 +351,7 @@ def inside_page(view: View, question: str) -> str:
             "Percent of a layer's choices; full colour: twice the even share.",
             expert_tables(view),
         ),
-        style=CSS + sheet_styles(view.sheets),
+        style=STYLE + view_style(view),
     )
 
 

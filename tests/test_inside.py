@@ -14,9 +14,11 @@ from data import world
 from data.encode import Encoder
 from data.images import normalise
 from data.sample import Message, Sample, Video
+from evaluate import Graded
 from generate import GenerateOptions, answer_prompt, generate
 from infra.cli import one_line_errors
 from moe import Decisions
+from recipe import Setup
 from talk.inside import (
     Onlooker,
     attention_weights,
@@ -27,6 +29,8 @@ from talk.inside import (
     visual_places,
 )
 from talk.page import inside_lines, inside_page, inside_picture, veil, view_of, write_view
+from tools.ladder import looked_into
+from tools.report import write_report
 from vlm import PRESETS, SailVL
 
 NEVER = 10**6  # an end token that no vocabulary has
@@ -281,6 +285,25 @@ def test_a_page_or_a_picture_by_the_files_ending(view, tmp_path):
         assert picture.width == 5 * 150
     with pytest.raises(ValueError, match="--show .*a.txt: a page is .html, a picture is .png"):
         write_view(tmp_path / "a.txt", view, "how many?")
+
+
+def test_the_ladders_page_has_the_first_answer_of_a_few_families(sparse, encoder, tmp_path):
+    graded = []
+    for family in ("text", "counting", "counting", "reading", "odd", "video"):
+        sample = world.sample(1, 0, {family: 1.0}, turns=1)
+        graded.append(Graded(family, "", "", "", 1.0, sample))
+    looked, style = looked_into(Setup(sparse, encoder, world.World()), graded)
+    titles = re.findall("<h3>(counting|reading|odd|video|text): [^<]+</h3>", looked)
+    assert titles == ["counting", "reading", "odd"]
+    for number in range(3):
+        assert f".looked{number}-0 {{" in style and f'"sheet looked{number}-0"' in looked
+
+    results = {"title": "", "final": {}, "stages": []}
+    page = tmp_path / "report.html"
+    write_report(page, results, {}, [], [], {}, {}, looked=looked, style=style)
+    assert "Where it looked" in page.read_text()
+    write_report(page, results, {}, [], [], {}, {})
+    assert "Where it looked" not in page.read_text()
 
 
 def test_generate_shows_what_it_answered(model, tokenizer, tmp_path, capsys):

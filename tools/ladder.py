@@ -12,13 +12,16 @@ import torch
 
 import pretrain
 from data.images import open_image
-from evaluate import Graded, summary
+from data.sample import Sample
+from evaluate import Graded, question_texts, summary
+from generate import generate
 from infra.weights import write_json
 from moe import Decisions
 from objective import expert_counts
 from recipe import Setup, answers, packed_rows
 from rewards import split_think
 from scale import parallel
+from talk.page import STYLE, token_cards, view_of, view_style
 from tools import report
 
 Row = list[
@@ -123,10 +126,31 @@ def finish(ladder, seconds: float) -> None:
 
     write_json(options.out / "results.json", results)
     cards = answer_cards(ladder, thinking)
-    report.write_report(
-        options.out / "report.html", results, ladder.runs, cards, rows, load, results["swap"]
-    )
+    looked, style = looked_into(ladder.setup, ladder.graded)
+    page = options.out / "report.html"
+    parts = (results, ladder.runs, cards, rows, load, results["swap"])
+    report.write_report(page, *parts, looked=looked, style=style)
     print_tables(ladder, results)
+
+
+def looked_into(setup: Setup, graded: list[Graded], families: int = 3) -> tuple[str, str]:
+    """Where the first answer about a picture of each of a few families looked: markup, and its style."""
+    firsts: dict[str, Sample] = {}
+    for g in graded:
+        if g.sample.task != "text":
+            firsts.setdefault(g.family, g.sample)
+
+    markup = ""
+    style = STYLE
+    for number, (family, sample) in enumerate(list(firsts.items())[:families]):
+        # asked once more, for the tokens
+        ends = setup.encoder.tokenizer.ends
+        answer = generate(setup.model, [setup.encoder.prompt(sample)], ends)[0]
+        view = view_of(setup.model, setup.encoder, sample, answer.ids, name=f"looked{number}-")
+        asked = " ".join(question_texts(sample)).strip()
+        markup += report.el("h3", report.safe(f"{family}: {asked}")) + token_cards(view)
+        style += view_style(view)
+    return markup, style
 
 
 def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:
