@@ -35,7 +35,7 @@ from data.sample import MAX_FRAMES, Message, Sample
 from generate import load_model, stream, user_turn
 from infra.cli import command
 from infra.text import printable
-from talk.page import inside_lines, view_of, write_view
+from talk.page import check_page_path, inside_lines, view_of, write_view
 from talk.typed import listed_paths, read_picture, split_command, split_pictures, told
 from tokenizer import Tokenizer
 from vlm import SailVL
@@ -88,12 +88,15 @@ class ChatOptions:
 class Screen:
     """Where answers and remarks go.
 
-    tty: a person reads it. styled: it understands dimming and moving the cursor.
+    tty: a person reads it. interactive: a person types. styled: it understands dimming and moving the
+    cursor.
     """
 
     def __init__(self) -> None:
         self.tty = sys.stdout.isatty()
-        able = os.environ.get("TERM", "") not in ("", "dumb") or os.name == "nt"
+        self.interactive = sys.stdin.isatty()
+        # Windows' own terminal sets no TERM
+        able = os.environ.get("TERM", "") not in ("", "dumb") or "WT_SESSION" in os.environ
         self.styled = self.tty and able and "NO_COLOR" not in os.environ
         self.failed = False
         self.thinking = False
@@ -141,7 +144,7 @@ class Screen:
 
     def read(self) -> str | None:
         """The next line, None at the end. Raises KeyboardInterrupt for Ctrl-C."""
-        if sys.stdin.isatty() and self.tty:
+        if self.interactive and self.tty:
             try:
                 return input("> ")
             except EOFError:
@@ -309,6 +312,7 @@ def do_show(talk: Talk, screen: Screen, rest: str) -> None:
     if not answered:
         raise ValueError("/show: nothing was answered yet")
     path = Path(os.path.expanduser(rest)) if rest else talk.options.show
+    check_page_path(path)
     last = answered[-1]
     view = view_of(talk.model, talk.encoder, last.sample, last.ids, reply=True)
     write_view(path, view, last.words)
@@ -389,6 +393,8 @@ def print_answer(talk: Talk, screen: Screen, exchange: Exchange) -> None:
                 screen.say(piece)
         ending = how_it_ended(talk, exchange)
     except KeyboardInterrupt:
+        if not screen.interactive:
+            raise
         ending = "(ended)"
     finally:
         if not exchange.ids:
@@ -412,7 +418,13 @@ def thought_tokens(talk: Talk, exchange: Exchange) -> int:
 
 
 def chat(options: ChatOptions) -> int:
-    """Read lines until there are no more. Nothing that a line does wrong ends the talk."""
+    """Read lines until there are no more. Nothing that a line does wrong ends the talk.
+
+    Raises ValueError for an option that leaves nothing to say or to see.
+    """
+    for name in ("max_new", "frames"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     screen = Screen()
     model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
     talk = Talk(model, tokenizer, options)
@@ -425,14 +437,15 @@ def chat(options: ChatOptions) -> int:
     while True:
         try:
             line = screen.read()
+            if line is None or line.strip() in [f"/{word}" for word in LEAVE]:
+                break
+            if line.strip():
+                try_line(talk, screen, line)
         except KeyboardInterrupt:
+            if not screen.interactive:
+                return 130
             screen.remark("\n(Ctrl-D or /quit leaves)")
-            continue
-        if line is None or line.strip() in [f"/{word}" for word in LEAVE]:
-            break
-        if line.strip():
-            try_line(talk, screen, line)
-    return int(screen.failed and not sys.stdin.isatty())
+    return int(screen.failed and not screen.interactive)
 
 
 def try_line(talk: Talk, screen: Screen, line: str) -> None:
@@ -443,8 +456,6 @@ def try_line(talk: Talk, screen: Screen, line: str) -> None:
         screen.complain(error)
     except torch.OutOfMemoryError:
         screen.complain("not enough memory for this talk: /reset, or ask about fewer pictures")
-    except KeyboardInterrupt:
-        screen.remark("\n(ended)")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ STYLE = """
 .sheet { position: relative; flex: 0 1 168px; background-size: 100% 100%; image-rendering: pixelated }
 .sheet img, .sheet svg { position: absolute; inset: 0; width: 100%; height: 100% }
 .sheet svg { font-size: .3px; fill: #fff; stroke: #000; stroke-width: .07px; paint-order: stroke }
+.frames .sheet { flex-basis: 72px }
+.looked + .looked { margin-top: 30px }
+.looked > h3 { margin-bottom: 6px }
 .original { max-width: 240px; max-height: 240px; min-width: 84px; image-rendering: pixelated }
 .two-sided { display: flex; flex-wrap: wrap; gap: 8px 22px; align-items: flex-start; margin: 8px 0 18px }
 .row { display: flex; height: 22px; margin: 4px 0 }
@@ -174,7 +177,7 @@ def lit_sheets(view: View, weights: Tensor) -> str:
         cover = f'<img alt="" src="{data_uri(veil(here, brightest))}">'
         numbers = cell_numbers(here / total) if here.size <= FEW else ""
         boxes.append(el("div", cover, numbers, cls=f"sheet {view.name}{number}"))
-    return el("div", *boxes, cls="sheets")
+    return el("div", *boxes, cls="sheets frames" if len(boxes) > 2 else "sheets")
 
 
 def cell_numbers(shares: np.ndarray) -> str:
@@ -449,7 +452,7 @@ def brightest_cell(view: View, number: int) -> str:
 def check_page_path(path: Path) -> None:
     """Raises ValueError for a file that is neither .html nor .png."""
     if path.suffix.lower() not in (".html", ".png"):
-        raise ValueError(f"--show {path}: a page is .html, a picture is .png")
+        raise ValueError(f"{path}: where it looked is a page (.html) or a picture (.png)")
 
 
 def write_view(path: Path, view: View, question: str) -> None:

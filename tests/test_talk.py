@@ -248,6 +248,22 @@ def test_through_a_pipe_answers_alone_are_on_stdout(directory, pictures, monkeyp
     assert err.startswith("error: /nonsense: no such command; /help lists them\n")
 
 
+def test_control_c_ends_a_pipe(directory, monkeypatch, capsys):
+    def stream(*arguments, **how):
+        yield torch.tensor([0]), torch.tensor([100]), torch.tensor([0.0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk.chat, "stream", stream)
+    assert piped(monkeypatch, b"what?\nwhat?\n", ChatOptions(directory)) == 130
+    assert "(ended)" not in capsys.readouterr().err
+
+
+def test_options_that_leave_nothing_to_say_are_errors(directory):
+    for name in ("max_new", "frames"):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            chat(ChatOptions(directory, **{name: 0}))
+
+
 def test_bytes_that_are_no_text_do_not_end_the_talk(directory, monkeypatch, capsys):
     lines = b"\xff\xfe what?\n\xff.png what?\n\0.png?\n" + b"x" * 5000 + b".png\nwhat?\n"
     assert piped(monkeypatch, lines, ChatOptions(directory, max_new=2)) == 1
@@ -401,6 +417,8 @@ def test_show_writes_what_the_last_answer_looked_at(a_talk, pictures, capsys):
         take_line(a_talk, Screen(), "/show a.html")
     typed(a_talk, capsys, "cat.png what?")
     typed(a_talk, capsys, "why?")
+    with pytest.raises(ValueError, match="a.txt: where it looked is a page"):
+        take_line(a_talk, Screen(), "/show a.txt")
     said = typed(a_talk, capsys, "/show new/a.html")
     assert said.splitlines()[-1] == "where it looked: new/a.html"
     assert len(said.splitlines()) == 1 + 4 + 1

@@ -12,8 +12,7 @@ import torch
 
 import pretrain
 from data.images import open_image
-from data.sample import Sample
-from evaluate import Graded, question_texts, summary
+from evaluate import Graded, summary
 from generate import generate
 from infra.weights import write_json
 from moe import Decisions
@@ -135,20 +134,20 @@ def finish(ladder, seconds: float) -> None:
 
 def looked_into(setup: Setup, graded: list[Graded], families: int = 3) -> tuple[str, str]:
     """Where the first answer about a picture of each of a few families looked: markup, and its style."""
-    firsts: dict[str, Sample] = {}
+    firsts: dict[str, Graded] = {}
     for g in graded:
         if g.sample.task != "text":
-            firsts.setdefault(g.family, g.sample)
+            firsts.setdefault(g.family, g)
 
     markup = ""
     style = STYLE
-    for number, (family, sample) in enumerate(list(firsts.items())[:families]):
+    for number, g in enumerate(list(firsts.values())[:families]):
         # asked once more, for the tokens
         ends = setup.encoder.tokenizer.ends
-        answer = generate(setup.model, [setup.encoder.prompt(sample)], ends)[0]
-        view = view_of(setup.model, setup.encoder, sample, answer.ids, name=f"looked{number}-")
-        asked = " ".join(question_texts(sample)).strip()
-        markup += report.el("h3", report.safe(f"{family}: {asked}")) + token_cards(view)
+        answer = generate(setup.model, [setup.encoder.prompt(g.sample)], ends)[0]
+        view = view_of(setup.model, setup.encoder, g.sample, answer.ids, name=f"looked{number}-")
+        title = report.el("h3", report.safe(f"{g.family}: {g.question}"))
+        markup += report.el("div", title, token_cards(view), cls="looked")
         style += view_style(view)
     return markup, style
 
