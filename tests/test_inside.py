@@ -178,6 +178,12 @@ def test_every_cell_shows_the_pixels_of_its_visual_token(kind, sizes, config, to
             for left in range(0, tile.shape[1], unit):
                 blocks.append(tile[top : top + unit, left : left + unit])
 
+    # a sheet is its picture, resized: no tile stands in another's place
+    for cut in cuts:
+        for sheet in cut.sheets:
+            height, width = sheet.pixels.shape[:2]
+            assert np.array_equal(sheet.pixels, np.asarray(cut.picture.resize((width, height))))
+
     shown = set()
     for sheet in (sheet for cut in cuts for sheet in cut.sheets):
         for (row, column), number in np.ndenumerate(sheet.cells):

@@ -402,6 +402,18 @@ def test_earlier_thoughts_are_not_read_again(a_talk, monkeypatch, capsys):
     assert "blue" in text and "secret" not in text
 
 
+def test_a_question_that_could_not_be_answered_is_no_turn(a_talk, monkeypatch, capsys):
+    def stream(*arguments, **how):
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(talk.chat, "stream", stream)
+    screen = Screen()
+    talk.chat.try_line(a_talk, screen, "what?")
+    assert screen.failed and "not enough memory for this talk" in capsys.readouterr().err
+    assert a_talk.exchanges == []
+
+
 def test_the_oldest_turn_is_forgotten_when_the_talk_grows_too_long(a_talk, capsys):
     a_talk.options = replace(a_talk.options, context=60)
     for number in range(6):
