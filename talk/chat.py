@@ -213,6 +213,8 @@ class Talk:
         """
         asked = f"{words} {self.encoder.tokenizer.think_prompt}" if self.think else words
         question = user_turn(pictures, asked)
+
+        # turns are forgotten from the oldest on, until the rest fits
         while True:
             before = [m for exchange in self.exchanges for m in exchange.messages]
             sample = Sample((*before, question), origin="the question")
@@ -233,6 +235,8 @@ class Talk:
         """Pieces of the answer as they come, and whether each is a thought; all is kept in the exchange."""
         tokenizer = self.encoder.tokenizer
         options = self.options
+
+        # another draw for each turn, where answers are drawn
         steps = stream(
             self.model,
             [self.encoder.prompt(exchange.sample, reply=True)],
@@ -243,6 +247,8 @@ class Talk:
             top_p=options.top_p,
             seed=options.seed + len(self.exchanges),
         )
+
+        # runs of thought and of answer, each decoded by itself: no character spans both
         tokens = self.kept(steps, exchange)
         for thinking, run in itertools.groupby(labelled(tokens, tokenizer), key=is_thought):
             for piece in tokenizer.stream(token for _, token in run):
@@ -314,6 +320,8 @@ def do_show(talk: Talk, screen: Screen, rest: str) -> None:
     path = Path(os.path.expanduser(rest)) if rest else talk.options.show
     check_page_path(path)
     last = answered[-1]
+
+    # a page for later, and lines for now
     view = view_of(talk.model, talk.encoder, last.sample, last.ids, reply=True)
     write_view(path, view, last.words)
     for line in inside_lines(view):
@@ -425,6 +433,8 @@ def chat(options: ChatOptions) -> int:
     for name in ("max_new", "frames"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+    # one load
     screen = Screen()
     model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
     talk = Talk(model, tokenizer, options)
@@ -434,6 +444,7 @@ def chat(options: ChatOptions) -> int:
             f"{options.model}: {millions:.1f} M parameters on {options.device}. /help helps."
         )
 
+    # many turns
     while True:
         try:
             line = screen.read()

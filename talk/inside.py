@@ -123,16 +123,14 @@ def look_inside(
     # all that was read, on the way to the last token
     ids = torch.tensor([*asked, *answer[:-1]], device=device)  # (S,)
     places = torch.arange(len(asked) - 1, len(ids), device=device)  # (n,)
-    pixels = normalise(images) if images else None
-    if isinstance(pixels, list):
-        pixels = [image.to(device) for image in pixels]
-    elif pixels is not None:
-        pixels = pixels.to(device)
 
     # one document, watched
     watch = Onlooker(Segments.of([len(ids)], device), places)
     decisions = Decisions()
+    pixels = pixels_on(device, images)
     hidden = model.hidden(ids[None], pixels, attend=watch, routing=decisions)  # (S, C)
+
+    # what it chose from, at each place that chose
     logprobs = llm.lm_head(hidden[places]).float().log_softmax(-1)  # (n, V)
     chosen = torch.tensor(answer, device=device)
     likeliest = logprobs.topk(LIKELIEST)
@@ -146,10 +144,21 @@ def look_inside(
         likeliest=likeliest.indices.cpu(),
         chances=likeliest.values.exp().cpu(),
     )
+    # a dense model has decided nothing
     if not len(decisions):
         return found
     experts = torch.stack([routing.indices.cpu() for routing in decisions])  # (L, S, K)
     return replace(found, experts=experts, total_experts=llm.config.num_experts)
+
+
+def pixels_on(device: torch.device, images: list[np.ndarray]) -> Tensor | list[Tensor] | None:
+    """Tiles as the model takes them, where it is; None when there are none."""
+    if not images:
+        return None
+    pixels = normalise(images)
+    if torch.is_tensor(pixels):
+        return pixels.to(device)
+    return [image.to(device) for image in pixels]
 
 
 def expert_shares(inside: Inside, places: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Simplified: the picture of a card is written once, as a background; a veil of a 
 
 import base64
 import io
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from talk.inside import (
     look_inside,
     picture_cuts,
     row_among_samples,
+    row_length,
     visual_places,
 )
 from tokenizer import Tokenizer
@@ -168,9 +170,12 @@ def view_style(view: View) -> str:
 
 def lit_sheets(view: View, weights: Tensor) -> str:
     """All pictures, lit by the attention (visual tokens,) that one token paid to them."""
+    # one scale for all of them
     paid = weights.numpy()
     brightest = float(paid.max())
     total = max(float(paid.sum()), 1e-9)
+
+    # the picture is the box's background, the veil lies over it, the numbers over both
     boxes = []
     for number, sheet in enumerate(view.sheets):
         here = paid[sheet.cells]  # (rows, columns)
@@ -193,6 +198,7 @@ def cell_numbers(shares: np.ndarray) -> str:
 
 def token_card(view: View, number: int) -> str:
     """One token: what it was, how sure, where it looked, who computed it."""
+    # how sure it was, and where it looked
     inside = view.inside
     pictures = ""
     lines = [f"chance {inside.chance[number]:.0%}, entropy {inside.entropy[number]:.2f} nats"]
@@ -200,6 +206,8 @@ def token_card(view: View, number: int) -> str:
         lines.append(f"{view.shares[number]:.0%} of its attention to pictures")
         pictures = lit_sheets(view, view.by_cell[:, number].mean(0))
         pictures += by_layer_details(view, number)
+
+    # what else it might have said, and who computed that
     lines.append("or " + rivals_of(view, number))
     if inside.experts is not None:
         chosen = inside.experts[:, inside.places[number]].tolist()
@@ -253,9 +261,12 @@ def cut_rows(view: View) -> str:
     rows = []
     number = 0
     for place, cut in enumerate(view.cuts, 1):
+        # as it came
         small = cut.picture.copy()
         small.thumbnail((480, 480))
         given = f'<img alt="" class="original" src="{data_uri(small)}">'
+
+        # as the model was shown it
         shown = []
         for sheet in cut.sheets:
             tip = f"{sheet.title}: {sheet.cells.size} visual tokens"
@@ -268,17 +279,10 @@ def cut_rows(view: View) -> str:
 
 def token_kinds(inside: Inside, image_token: int) -> list[tuple[str, int]]:
     """The conversation as runs of tokens of one kind: (text, seen or said, how many)."""
-    kinds = ["seen" if i == image_token else "text" for i in inside.ids.tolist()]
-    kinds += ["said"]
-    for place in inside.places.tolist():
-        kinds[place + 1] = "said"
-    runs: list[tuple[str, int]] = []
-    for kind in kinds:
-        if runs and runs[-1][0] == kind:
-            runs[-1] = (kind, runs[-1][1] + 1)
-        else:
-            runs.append((kind, 1))
-    return runs
+    asked = inside.ids[: int(inside.places[0]) + 1].tolist()
+    kinds = ["seen" if token == image_token else "text" for token in asked]
+    kinds += ["said"] * len(inside.answer)
+    return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
 
 
 def conversation_bar(view: View) -> str:
@@ -293,10 +297,11 @@ def conversation_bar(view: View) -> str:
 
 
 def row_bar(view: View) -> str:
-    """The packed row, this conversation first."""
+    """The packed row, this conversation first, and what is left over as padding."""
     documents = row_among_samples(view.encoder, view.inside, view.tiles)
     row: list[tuple[int, bool | None]] = [(len(d), bool(d.images)) for d in documents]
-    return drawn_rows([row])
+    left = row_length(len(documents[0])) - sum(map(len, documents))
+    return drawn_rows([[*row, (left, None)] if left else row])
 
 
 def expert_tables(view: View) -> str:
@@ -367,11 +372,14 @@ COLUMNS = 6
 
 def inside_picture(view: View, question: str) -> Image.Image:
     """The cards as one picture, row by row, below the question."""
+    # all of one size, so many side by side
     cards = [picture_card(view, number) for number in range(len(view.words))]
     columns = min(COLUMNS, len(cards))
     height = max(card.height for card in cards)
     rows = -(-len(cards) // columns)
     top = LINE * 2
+
+    # the question on top
     sheet = Image.new("RGB", (max(columns, 2) * WIDE, top + rows * height), "white")
     write(sheet, 0, 8, printable(question), 16)
     for number, card in enumerate(cards):
@@ -387,6 +395,8 @@ def picture_card(view: View, number: int) -> Image.Image:
     if view.cuts:
         lines.append(f"{view.shares[number]:.0%} on pictures")
         lit = lit_pictures(view, view.by_cell[:, number].mean(0))
+
+    # the lines, then the pictures
     height = LINE * len(lines) + sum(picture.height + 6 for picture in lit) + 10
     card = Image.new("RGB", (WIDE, height), "white")
     for place, text in enumerate(lines):

@@ -195,6 +195,8 @@ def answers_of(directory: Path, pictures: list[Shown]) -> list[str]:
     """What a model says to every question, in order."""
     model, tokenizer = load_model(directory)
     encoder = Encoder(tokenizer, model.config)
+
+    # every question by itself, all in one batch
     prompts = []
     for shown in pictures:
         seen = shown.frames[0] if len(shown.frames) == 1 else Video(shown.frames)
