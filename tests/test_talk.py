@@ -5,6 +5,7 @@ import io
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -495,9 +496,21 @@ def test_a_model_is_asked_about_every_sample(directory):
 
 
 @pytest.mark.slow
-def test_make_chat_knows_both_toys_and_any_directory():
-    import subprocess
+def test_a_real_pipe(directory, pictures):
+    done = subprocess.run(
+        [sys.executable, "-m", "talk.chat", "--model", directory, "--max-new", "3"],
+        cwd=ROOT,
+        input=f"{pictures}/cat.png what?\n/image {pictures}/gone.png\nwhy?\n".encode(),
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stdout.count(b"\n") == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith(b"error: ")]
+    assert len(errors) == 1 and b"gone.png" in errors[0]
 
+
+@pytest.mark.slow
+def test_make_chat_knows_both_toys_and_any_directory():
     def command(*words: str) -> str:
         done = subprocess.run(
             ["make", "-n", "chat", *words], cwd=ROOT, capture_output=True, text=True
