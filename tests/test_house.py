@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from conftest import ROOT
 
-ROOMS = ("data", "infra", "scale", "kernels", "bench", "claims", "curation", "tools")
+ROOMS = ("data", "infra", "scale", "kernels", "bench", "claims", "curation", "talk", "tools")
 FILES = sorted(ROOT.glob("*.py")) + [
     f for room in ROOMS for f in sorted((ROOT / room).glob("*.py"))
 ]

@@ -58,6 +58,7 @@ ROOMS = {
     "bench": "step rows packing_rules decoding rollouts",
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
+    "talk": "chat typed samples inside page",
     "tools": "report ladder picture readme real lock",
     "tests": "",
     "requirements": "",
