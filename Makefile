@@ -8,13 +8,14 @@ TORCH  := torch==2.13.0
 MODEL  ?= dense
 SEED   ?= 0
 RANKS  ?= 2
-SERVED ?= runs/toy/final
 LOCKED ?=
+TALK_dense := runs/toy/final
+TALK_moe   := runs/toy-moe/final
 LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy real serve check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy chat serve real check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -24,12 +25,15 @@ env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1:
 toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
 	$(LADDER) --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
 
+chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (MODEL=dense|moe, or a directory)
+	$(PY) -m talk.chat --model $(or $(TALK_$(MODEL)),$(MODEL))
+
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 
-serve: $(VENV)/serve      ## 10 s     a page and an API for a model, on this machine: then open http://127.0.0.1:8000 (SERVED=runs/toy/final)
-	$(PY) serve.py --model $(SERVED)
+serve: $(VENV)/serve      ## 10 s     a page and an API for a model, on this machine: then open http://127.0.0.1:8000 (MODEL as for chat)
+	$(PY) serve.py --model $(or $(TALK_$(MODEL)),$(MODEL))
 
 check: $(VENV)/check      ## 1 s      lint, import order, line length, format
 	$(VENV)/bin/ruff check .

@@ -856,7 +856,7 @@ class AnswerFile:
         for number, line in enumerate(path.read_text("utf-8").splitlines()):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
 
             # the head must be that of this run, the rest are answers

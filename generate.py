@@ -11,6 +11,7 @@ the same temperature.
 
     python generate.py --model runs/toy/final --image some.png --prompt "how many things are there?"
     python generate.py --video clip.gif --prompt "which way does it move?"   # or a folder, or frames
+    python generate.py --image some.png --prompt "what is it?" --show runs/inside.html  # where it looked
 
 Legend: P prompts, n samples each, B = P * n rows, S tokens of all prompts, T cache length, H query
 heads, G key/value heads, D head size, V words.
@@ -37,6 +38,7 @@ from infra.cli import command
 from infra.config import read_config
 from infra.device import pick_device
 from infra.text import printable
+from talk.page import check_page_path, view_of, write_view
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -421,7 +423,7 @@ def tokenizer_place(run: Path, place: Path) -> Path:
         return run
     try:
         start = json.loads((run / "run.json").read_text()).get("model")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         start = None
     if start and has_one(Path(start)):
         return Path(start)
@@ -451,6 +453,7 @@ class GenerateOptions:
     top_p: float = 1.0
     samples: int = 1
     seed: int = 0
+    show: Path | None = None  # write where each token looked: a page (.html) or a picture (.png)
     device: str = "cpu"  # cuda, npu, mps
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -466,32 +469,46 @@ def build_question(options: GenerateOptions, think_prompt: str) -> Sample:
     if options.think:
         text = f"{text} {think_prompt}"
 
-    parts: list[Any] = []
+    seen: list[Any] = []
     for path in options.image:
         if len(frames_of(Video(path, 2, "even"), None, "--image")) > 1:
             print(f"{path} moves: its first frame is shown, --video shows all", file=sys.stderr)
-        parts += [open_image(path, origin="--image"), "\n"]
-
-    # frames announce themselves and end their lines (`Encoder.unrolled`)
+        seen.append(open_image(path, origin="--image"))
     if options.video:
         several = len(options.video) > 1
         video = Video(tuple(options.video) if several else options.video[0], options.frames, "even")
         frames_of(video, None, "--video")  # a missing one is named before the model is read
-        parts.append(video)
+        seen.append(video)
+    return Sample((user_turn(seen, text),), origin="--prompt")
+
+
+def user_turn(seen: list[Any], text: str) -> Message:
+    """Pictures, videos and a question as training has them: a line for each picture."""
+    parts: list[Any] = []
+    for picture in seen:
+        parts.append(picture)
+        # frames announce themselves and end their lines (`Encoder.unrolled`)
+        if not isinstance(picture, Video):
+            parts.append("\n")
 
     # the text goes on the line that an image has opened
     if parts and isinstance(parts[-1], str):
         text = parts.pop() + text
-    return Sample((Message("user", (*parts, text)),), origin="--prompt")
+    return Message("user", (*parts, text))
 
 
 def answer_prompt(options: GenerateOptions) -> None:
     # mistakes first: a large model takes minutes to read
     pick_device(options.device)
     build_question(options, "")
+    if options.show:
+        check_page_path(options.show)
+        if options.samples > 1:
+            raise ValueError("--show looks into one answer: leave out --samples")
     model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
     sample = build_question(options, tokenizer.think_prompt)
-    prompt = Encoder(tokenizer, model.config).prompt(sample)
+    encoder = Encoder(tokenizer, model.config)
+    prompt = encoder.prompt(sample)
 
     sampling = {
         "max_new": options.max_new,
@@ -508,11 +525,23 @@ def answer_prompt(options: GenerateOptions) -> None:
         return
 
     # one answer is printed as it is written
+    said: list[int] = []
     steps = stream(model, [prompt], tokenizer.ends, **sampling)
-    ids = (int(picked) for _, picked, _ in steps)
+    ids = noted((int(picked) for _, picked, _ in steps), said)
     for piece in tokenizer.stream(i for i in ids if i not in tokenizer.ends):
         print(printable(piece, lines=True), end="", flush=True)
     print()
+
+    if options.show:
+        write_view(options.show, view_of(model, encoder, sample, said), options.prompt)
+        print(f"where it looked: {options.show}", file=sys.stderr)
+
+
+def noted(ids: Iterator[int], said: list[int]) -> Iterator[int]:
+    """The same tokens; each is also written down."""
+    for token in ids:
+        said.append(token)
+        yield token
 
 
 if __name__ == "__main__":

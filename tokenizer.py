@@ -254,7 +254,7 @@ class Tokenizer:
             foreign = [
                 t["content"] for t in added if tokenizer.special.get(t["content"]) != t["id"]
             ]
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ValueError(
                 f"{file}: not a byte-level BPE vocabulary ({type(e).__name__}: {e})"
             ) from e

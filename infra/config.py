@@ -19,8 +19,8 @@ is read. NANOSAIL_FOLLOW_LINKS=1 allows it, for directories that you linked toge
 """
 
 import json
-import math
 import os
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def check_value(value, kind: type, key: str, source: str):
         largest = LARGEST.get(key, LARGEST_OTHER)
         fits = is_number and isinstance(value, int) and smallest <= value <= largest
     elif kind is float:
-        fits = is_number and 0 < value < math.inf
+        fits = is_number and 0 < value <= sys.float_info.max  # no int that no float holds
     else:
         fits = isinstance(value, kind)
     if not fits:

@@ -5,7 +5,18 @@ from collections import defaultdict
 
 from conftest import ROOT
 
-ROOMS = ("data", "infra", "scale", "kernels", "bench", "claims", "curation", "serving", "tools")
+ROOMS = (
+    "data",
+    "infra",
+    "scale",
+    "kernels",
+    "bench",
+    "claims",
+    "curation",
+    "talk",
+    "serving",
+    "tools",
+)
 FILES = sorted(ROOT.glob("*.py")) + [
     f for room in ROOMS for f in sorted((ROOT / room).glob("*.py"))
 ]

@@ -160,6 +160,8 @@ MODULES = [
     "tools.real",
     "tools.readme",
     "curation.balance",
+    "talk.chat",
+    "talk.samples",
     "bench.step",
     "bench.packing_rules",
     "bench.rows",
@@ -205,6 +207,9 @@ TINY_TRAINING = "--seeds 1 --samples 2"
 COMMANDS = [
     "-m data.world --out {tmp}/world.png",
     "generate.py --model {ladder}/final --image {tmp}/a.png --prompt what? --max-new 4 --think",
+    "generate.py --model {ladder}/moe-branch --image {tmp}/a.png --prompt what? --max-new 4"
+    " --show {tmp}/inside.html",
+    "-m talk.samples --out {tmp}/pictures --model {ladder}/final",
     "calibrate.py --model {ladder}/moe-branch --out {tmp}/calibrated",
     "evaluate.py --model {ladder}/final --data {tmp}/my.jsonl --max-new 4",
     "-m data.show --data {tmp}/my.jsonl --show 1 --out {tmp}/show",

@@ -121,6 +121,7 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_decoded_text(token
         '{"model": {"vocab": {"a": 0, "b": 2}}}',
         '{"model": {"vocab": ["a"]}}',
         '{"model": {"vocab": {"\\u2603": 0}}}',
+        pytest.param('{"model": ' + "[" * 100_000, id="nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_vocabulary_is_an_error_that_names_it(tmp_path, content):

@@ -683,3 +683,10 @@ def test_any_byte_of_a_header_changed_is_an_error_or_the_same_model(text):
             assert str(text) in str(e)
         else:
             assert equal(model, again)
+
+
+def test_an_integer_that_no_float_holds_is_an_odd_value_of_a_config(tmp_path):
+    """JSON has integers of any length; `float` of one with 400 digits is an OverflowError."""
+    values = LLMConfig().to_dict() | {"rope_theta": 10**400}
+    with pytest.raises(ValueError, match="rope_theta is 1000.* not a sensible float"):
+        LLMConfig.from_dict(values, "config.json")

@@ -13,12 +13,14 @@ import torch
 import pretrain
 from data.images import open_image
 from evaluate import Graded, summary
+from generate import generate
 from infra.weights import write_json
 from moe import Decisions
 from objective import expert_counts
 from recipe import Setup, answers, packed_rows
 from rewards import split_think
 from scale import parallel
+from talk.page import STYLE, token_cards, view_of, view_style
 from tools import report
 
 Row = list[
@@ -123,10 +125,31 @@ def finish(ladder, seconds: float) -> None:
 
     write_json(options.out / "results.json", results)
     cards = answer_cards(ladder, thinking)
-    report.write_report(
-        options.out / "report.html", results, ladder.runs, cards, rows, load, results["swap"]
-    )
+    looked, style = looked_into(ladder.setup, ladder.graded)
+    page = options.out / "report.html"
+    parts = (results, ladder.runs, cards, rows, load, results["swap"])
+    report.write_report(page, *parts, looked=looked, style=style)
     print_tables(ladder, results)
+
+
+def looked_into(setup: Setup, graded: list[Graded], families: int = 3) -> tuple[str, str]:
+    """Where the first answer about a picture of each of a few families looked: markup, and its style."""
+    firsts: dict[str, Graded] = {}
+    for g in graded:
+        if g.sample.task != "text":
+            firsts.setdefault(g.family, g)
+
+    markup = ""
+    style = STYLE
+    for number, g in enumerate(list(firsts.values())[:families]):
+        # asked once more, for the tokens
+        ends = setup.encoder.tokenizer.ends
+        answer = generate(setup.model, [setup.encoder.prompt(g.sample)], ends)[0]
+        view = view_of(setup.model, setup.encoder, g.sample, answer.ids, name=f"looked{number}-")
+        title = report.el("h3", report.safe(f"{g.family}: {g.question}"))
+        markup += report.el("div", title, token_cards(view), cls="looked")
+        style += view_style(view)
+    return markup, style
 
 
 def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:

@@ -58,6 +58,7 @@ ROOMS = {
     "bench": "step rows packing_rules decoding serving rollouts",
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
+    "talk": "chat typed samples inside page",
     "serving": "batching transcript protocol fetch api connections",
     "tools": "report ladder picture screenshots readme real lock",
     "tests": "",

@@ -553,12 +553,12 @@ def family_heat(results: dict, families: list[str]) -> str:
     return heat(rows, families)
 
 
-def html_page(title: str, *parts: str) -> str:
-    """A whole page around finished parts: character set, policy, style."""
+def html_page(title: str, *parts: str, style: str = "") -> str:
+    """A whole page around finished parts: character set, policy, style (and what a page adds to it)."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += el("title", safe(title))
-    head += el("style", CSS)
+    head += el("style", CSS + style)
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
 
@@ -571,6 +571,8 @@ def write_report(
     packed: list[list[tuple[int, bool | None]]],
     router: dict[str, list[float]],
     swap: dict,
+    looked: str = "",
+    style: str = "",
 ) -> None:
     """Write the page.
 
@@ -578,6 +580,7 @@ def write_report(
     packed: rows of one batch as (document length, has image; None for padding).
     router: shares of the experts, per layer and kind of token.
     swap: family -> accuracy with its own and with another picture.
+    looked: finished markup of where a few answers looked (talk/page.py), and its style.
     """
     final = results["final"]
     stages = results["stages"]
@@ -623,6 +626,12 @@ def write_report(
         "share. No token is dropped.",
         heat(router, [str(e) for e in range(experts)], 2 * even_share),
     )
+    attention = section(
+        "Where it looked",
+        "The first answer of a few families, token by token: bright is what a token looked at most when it "
+        "was chosen; the numbers are percent of its attention to the picture.",
+        looked,
+    )
     answers = section(
         "Answers",
         "Held-out samples as they come, not chosen. A number instead of a sign is a partial score.",
@@ -639,6 +648,8 @@ def write_report(
         el("div", spent, measured, cls="two"),
         batch,
         load,
+        attention,
         answers,
+        style=style,
     )
     path.write_text(page, encoding="utf-8")

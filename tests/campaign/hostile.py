@@ -425,8 +425,11 @@ class Victim:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
 
     def grown(self) -> int:
-        """Bytes from the first size to the largest of the last three."""
-        return max(self.sizes[-3:]) - self.sizes[0]
+        """Bytes: from the largest of the second quarter to the largest of the last."""
+        n = len(self.sizes)
+        if n < 8:
+            return max(self.sizes) - self.sizes[0]
+        return max(self.sizes[3 * n // 4 :]) - max(self.sizes[n // 4 : n // 2])
 
     def stop(self) -> None:
         """Told to stop, it ends."""
@@ -539,7 +542,6 @@ def besiege(seconds: float, seed: int = 0, warm: int = WARM) -> Victim:
             while len(victim.sizes) < 2 or time.monotonic() < until:
                 one_round(victim, rng)
                 victim.sizes.append(victim.resident())
-                print([size >> 20 for size in victim.sizes], flush=True)
         finally:
             over.set()
             good.join()
