@@ -52,6 +52,8 @@ from serving import protocol
 from serving.batching import Ask, Batcher, Delta
 from serving.fetch import picture_bytes
 from serving.protocol import ApiError, Chat, Limits
+from serving.seen import inside_json
+from talk.inside import CutPicture, Inside, picture_cuts
 
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 OPEN = ("/", "/health")  # no key is needed to see these
@@ -104,8 +106,8 @@ class Desk:
         finally:
             self.bodies -= len(body)
 
-    def prepare(self, body: bytes) -> tuple[Chat, list[int], list[np.ndarray]]:
-        """A body -> the chat, and its prompt as ids and tiles. In a thread of its own. Raises ApiError."""
+    def prepare(self, body: bytes) -> "Understood":
+        """A body -> what it asks, as the model takes it. In a thread of its own. Raises ApiError."""
         # what is said, and the pictures that it names
         chat = protocol.read_chat(body, self.name, self.limits)
 
@@ -122,7 +124,19 @@ class Desk:
             raise ApiError(400, printable(fault), "invalid_prompt", "messages") from None
         if len(ids) >= self.limits.context:
             raise protocol.too_long(self.limits, f"it has {len(ids):,} tokens")
-        return chat, ids, images
+        cuts = picture_cuts(self.encoder, sample) if chat.inside else []
+        return Understood(chat, ids, images, cuts)
+
+
+@dataclass(frozen=True)
+class Understood:
+    """A request that can be answered: its prompt as ids and tiles; cuts: where those come from, if that
+    was asked."""
+
+    chat: Chat
+    ids: list[int]
+    images: list[np.ndarray]
+    cuts: list[CutPicture]
 
 
 class Mailbox:
@@ -201,15 +215,18 @@ class ChatRoute:
         began = time.perf_counter()
         with self.desk.visit():
             try:
-                chat, ids, images = await self.understand(Request(scope, receive))
+                asked = await self.understand(Request(scope, receive))
             except ClientDisconnect:
                 return
 
             # in line; whoever leaves takes the rows along
             mail = Mailbox()
-            asks = asks_of(chat, ids, images, self.desk.limits, mail)
-            answer = Answering(self.desk, chat, mail, len(ids), began)
-            reply = answer.stream(send) if chat.stream else answer.whole(scope, receive, send)
+            asks = asks_of(asked, self.desk.limits, mail)
+            answer = Answering(self.desk, asked, mail, began)
+            if asked.chat.stream:
+                reply = answer.stream(send)
+            else:
+                reply = answer.whole(scope, receive, send)
             try:
                 self.desk.batcher.submit(asks)
                 await unless_gone(receive, reply)
@@ -218,8 +235,8 @@ class ChatRoute:
                 for ask in asks:
                     ask.gone = True
 
-    async def understand(self, request: Request) -> tuple[Chat, list[int], list[np.ndarray]]:
-        """The chat and its prompt, as ids and tiles. Raises ApiError, and ClientDisconnect."""
+    async def understand(self, request: Request) -> Understood:
+        """Read and prepare a request. Raises ApiError, and ClientDisconnect."""
         with self.desk.room() as body:
             await read_body(request, self.desk, body)
             prepare = self.desk.prepare
@@ -256,21 +273,20 @@ async def read_body(request: Request, desk: Desk, body: bytearray) -> None:
         raise ApiError(413, f"the body is larger than {most:,} bytes", "request_too_large")
 
 
-def asks_of(
-    chat: Chat, ids: list[int], images: list[np.ndarray], limits: Limits, mail: Mailbox
-) -> list[Ask]:
+def asks_of(asked: Understood, limits: Limits, mail: Mailbox) -> list[Ask]:
     """What the model is to do: one Ask for each choice, with seeds that follow one another."""
 
     def saying(index: int) -> Callable[[Delta], None]:
         return lambda delta: mail.put(index, delta)
 
+    chat = asked.chat
     asks = []
     for index in range(chat.n):
         ask = Ask(
-            ids,
-            images,
+            asked.ids,
+            asked.images,
             saying(index),
-            max_new=min(chat.max_tokens, limits.context - len(ids)),
+            max_new=min(chat.max_tokens, limits.context - len(asked.ids)),
             temperature=chat.temperature,
             top_k=chat.top_k,
             top_p=chat.top_p,
@@ -278,6 +294,7 @@ def asks_of(
             stop=chat.stop,
             likeliest=chat.top_logprobs,
             endless=chat.ignore_eos,
+            inside=chat.inside,
         )
         asks.append(ask)
     return asks
@@ -309,12 +326,16 @@ class Answering:
     """One reply under way. began: when its request came."""
 
     desk: Desk
-    chat: Chat
+    asked: Understood
     mail: Mailbox
-    prompt_tokens: int
     began: float
     made: dict[int, int] = field(default_factory=dict)  # choice -> tokens so far
     first: float = 0.0  # seconds to the first token
+    inside: Inside | None = None
+
+    @property
+    def chat(self) -> Chat:
+        return self.asked.chat
 
     async def stream(self, send: Send) -> None:
         """Server-sent events: a chunk for whatever came, and [DONE]."""
@@ -333,10 +354,13 @@ class Answering:
             events = [self.delta_event(head, *item) for item in found.items()]
             await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
-        # what it took, for those who asked, and the end
+        # where it looked and what it took, for those who asked, and the end
         ending = b"data: [DONE]\n\n"
         if self.chat.include_usage:
-            ending = event(protocol.chunk(head, []) | {"usage": self.usage()}) + ending
+            ending = event(protocol.chunk(head, [], self.usage())) + ending
+        seen = await self.seen()
+        if seen:
+            ending = event(protocol.chunk(head, []) | seen) + ending
         await send({"type": "http.response.body", "body": ending})
 
     def delta_event(self, head: dict, index: int, delta: Delta) -> bytes:
@@ -372,7 +396,7 @@ class Answering:
             said = {"role": "assistant", "content": delta.text, "refusal": None}
             choices.append(protocol.choice_json(index, "message", said, delta.finish, logprobs))
         head = protocol.head_of(self.desk.name, int(time.time()))
-        reply = json_reply(protocol.completion(head, choices, self.usage()))
+        reply = json_reply(protocol.completion(head, choices, self.usage()) | await self.seen())
         await reply(scope, receive, send)
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
@@ -384,6 +408,7 @@ class Answering:
                 self.first = time.perf_counter() - self.began
             for index, delta in found.items():
                 self.made[index] = delta.made
+                self.inside = delta.inside or self.inside
                 ended += delta.finish is not None
             yield found
 
@@ -394,7 +419,15 @@ class Answering:
         desk.seconds["answer"] += time.perf_counter() - self.began
 
     def usage(self) -> dict:
-        return protocol.usage_of(self.prompt_tokens, sum(self.made.values()))
+        return protocol.usage_of(len(self.asked.ids), sum(self.made.values()))
+
+    async def seen(self) -> dict:
+        """{"inside": ...} when it was asked and found, else {}."""
+        if self.inside is None:
+            return {}
+        tokenizer = self.desk.encoder.tokenizer
+        found = await anyio.to_thread.run_sync(inside_json, self.inside, self.asked.cuts, tokenizer)
+        return {"inside": found}
 
 
 # -------------------------------------------------------------------------------------- other routes

@@ -39,7 +39,7 @@ import logging
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Callable
 
@@ -50,6 +50,7 @@ from torch import Tensor
 from attention import Attend, Segments, packed_attention
 from generate import attend_cached, next_token, prompt_logits
 from serving.transcript import TokenScore, Transcript
+from talk.inside import Inside, look_inside
 from tokenizer import Tokenizer
 from vlm import SailVL
 
@@ -59,17 +60,18 @@ class Delta:
     """What one turn adds to an answer. made: tokens so far, with the one that ended it.
 
     finish: None while it goes on; "stop" at its end or a stop string, "length" at its limit, "error"
-    when the model failed.
+    when the model failed. inside: with the last one, where the answer looked, if that was asked.
     """
 
     text: str
     tokens: tuple[TokenScore, ...]
     made: int
     finish: str | None = None
+    inside: Inside | None = None
 
     def then(self, new: "Delta") -> "Delta":
         """Both as one."""
-        return Delta(self.text + new.text, self.tokens + new.tokens, new.made, new.finish)
+        return replace(new, text=self.text + new.text, tokens=self.tokens + new.tokens)
 
 
 @dataclass(eq=False)
@@ -78,8 +80,9 @@ class Ask:
 
     ids and images: a prompt, as from `Encoder.prompt`. say: called with every Delta, in the model's
     thread, and must return at once. likeliest: how many alternatives are told with each token.
-    endless: go on past the end, for measuring. gone: set it from any thread when nobody listens any
-    more; the row leaves before the next step.
+    endless: go on past the end, for measuring. inside: look at the whole answer once more when it has
+    ended (a forward of its own, for which all wait as for a prompt). gone: set it from any thread when
+    nobody listens any more; the row leaves before the next step.
     """
 
     ids: list[int]
@@ -93,6 +96,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     likeliest: int = 0
     endless: bool = False
+    inside: bool = False
     gone: bool = False
 
     @cached_property
@@ -204,15 +208,13 @@ class Row:
         self.stops = stops
         self.transcript = Transcript(tokenizer, ask.stop)
         self.generator = torch.Generator(first.device).manual_seed(ask.seed)
-        self.last = -1  # the newest token, which the cache does not have yet
-        self.made = 0
+        self.ids: list[int] = []  # the answer; the cache does not have its newest token yet
         self.finish: str | None = None
 
-    def take(self, token: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
-        """Write down one more token, and say what can be said. A token that is no number's (its
-        logits were not finite) ends the row with an error."""
-        self.last = token
-        self.made += 1
+    def take(self, token: int, logprob: float, likeliest: list[tuple[int, float]]) -> Delta:
+        """Write down one more token: what can be said now. A token that is no number's (its logits
+        were not finite) ends the row with an error."""
+        self.ids.append(token)
         if math.isnan(logprob):
             self.finish = "error"
         elif token in self.stops:
@@ -221,12 +223,11 @@ class Row:
             self.transcript.add(token, logprob, likeliest)
             if self.transcript.stopped:
                 self.finish = "stop"
-            elif self.made == self.ask.max_new:
+            elif len(self.ids) == self.ask.max_new:
                 self.finish = "length"
 
         text, tokens = self.transcript.take(last=self.finish is not None)
-        if text or tokens or self.finish:
-            self.ask.say(Delta(text, tokens, self.made, self.finish))
+        return Delta(text, tokens, len(self.ids), self.finish)
 
 
 def pick_tokens(rows: list[Row], logits: Tensor) -> tuple[list[int], list[float]]:
@@ -419,7 +420,7 @@ class Batcher:
     def step(self) -> None:
         """One token for each row."""
         llm = self.model.language_model
-        last = torch.tensor([row.last for row in self.rows], device=self.cache.k.device)  # (n,)
+        last = torch.tensor([row.ids[-1] for row in self.rows], device=self.cache.k.device)  # (n,)
         positions, attend = self.cache.stepping(len(self.rows))
         logits = llm.lm_head(llm(llm.embed(last), positions, attend))  # (n, V)
         self.counts.steps += 1
@@ -430,7 +431,12 @@ class Batcher:
         """Each row's next token from logits (n, V); rows that end leave."""
         ids, scores = pick_tokens(rows, logits)
         for row, token, score, own in zip(rows, ids, scores, logits):
-            row.take(token, score, likeliest_of(row.ask, own))
+            delta = row.take(token, score, likeliest_of(row.ask, own))
+            if row.ask.inside and delta.finish in ("stop", "length"):
+                prompt = (row.ask.ids, row.ask.images)
+                delta = replace(delta, inside=look_inside(self.model, prompt, row.ids))
+            if delta.text or delta.tokens or delta.finish:
+                row.ask.say(delta)
         self.counts.answer_tokens += len(rows)
         ended = [slot for slot, row in enumerate(self.rows) if row.finish]
         failed = sum(self.rows[slot].finish == "error" for slot in ended)

@@ -13,8 +13,8 @@ numbered frames). Parts stand in the order in which they are sent; but where a m
 and one text, the pictures come first, each on its own line, as the model was trained.
 
 A parameter that is not served is an error, unless it asks for what happens anyway (`"tools": []`).
-Beside the API's own there are `top_k`, `think` (append the request to think) and `ignore_eos` (go on
-past the end, to measure; as in vLLM).
+Beside the API's own there are `top_k`, `think` (append the request to think), `inside` (where the answer
+looked, seen.py) and `ignore_eos` (go on past the end, to measure; as in vLLM).
 
 Our choice: a request that does not say has the server's temperature, 0; log-probabilities are those
 at the request's temperature; `max_tokens` is cut to what the context leaves.
@@ -38,6 +38,7 @@ from serving.transcript import TokenScore
 LEAST = -9999.0  # the API's word for the logarithm of nothing
 COLD = 1e-4  # a temperature below is 0
 MOST_PARTS = 1000  # of one message
+MOST_INSIDE = 256  # tokens of an answer that is looked into
 LONGEST_STOP = 200  # characters
 CAN_READ = "the picture cannot be read: JPEG, PNG, WebP, GIF and BMP files can, when they are whole"
 LONGEST_TOKEN = 128  # bytes: a text of more than so many a token of the context cannot fit
@@ -130,6 +131,7 @@ class Chat:
     top_logprobs: int
     think: bool
     ignore_eos: bool
+    inside: bool
 
 
 # ------------------------------------------------------------------------------------ single values
@@ -230,6 +232,10 @@ def read_chat(body: bytes, name: str, limits: Limits) -> Chat:
     top_logprobs = said.get("top_logprobs", 0)
     if top_logprobs and not said.get("logprobs"):
         raise refused("top_logprobs", "it needs logprobs to be true")
+    if said.get("inside"):
+        max_tokens = min(max_tokens, MOST_INSIDE)
+        if said.get("n", 1) > 1:
+            raise refused("inside", "it needs n to be 1")
 
     # and what is not
     otherwise = {
@@ -244,6 +250,7 @@ def read_chat(body: bytes, name: str, limits: Limits) -> Chat:
         "top_logprobs": 0,
         "think": False,
         "ignore_eos": False,
+        "inside": False,
     }
     include_usage = said.pop("stream_options", False)
     values = otherwise | said
@@ -271,6 +278,7 @@ def readers_of(limits: Limits) -> dict[str, Callable[[Any, str], Any]]:
         "top_logprobs": lambda value, param: integer(value, param, 0, 20),
         "think": boolean,
         "ignore_eos": boolean,
+        "inside": boolean,
     }
 
 

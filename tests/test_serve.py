@@ -300,6 +300,17 @@ def test_in_a_browser_a_picture_is_dropped_asked_about_and_answered(server, alon
         sent = browser.run("JSON.stringify(messages.map((message) => message.role))")
         assert sent == '["user","assistant"]'
 
+        # where it looked: a veil over the picture, another one for another token
+        browser.run("$('reset').click(); $('inside').click()")
+        browser.drop([image])
+        browser.ask("where?")
+        canvas = "document.querySelector('.sheet canvas')"
+        alphas = f"[...{canvas}.getContext('2d').getImageData(0, 0, 2, 2).data].filter((_, i) => i % 4 == 3)"
+        browser.run("document.querySelectorAll('.words button')[0].onclick()")
+        first = browser.run(alphas)
+        browser.run("document.querySelectorAll('.words button')[3].onclick()")
+        assert min(first) == 0 < max(first) and browser.run(alphas) != first
+
         # what the page's policy keeps out
         away = browser.run("fetch('http://127.0.0.1:9').then(() => 'out', () => 'kept in')")
         assert away == "kept in"

@@ -359,6 +359,36 @@ def test_choices_have_seeds_of_their_own_and_stop_strings_end_them(
     assert cut["message"]["content"] == text[: text.index(stop)]
 
 
+def test_an_answer_seen_from_inside_is_what_look_inside_sees(client, model, tokenizer, encoder):
+    content = [image_part(picture()), {"type": "text", "text": "what?"}]
+    ids, alone = answer_alone(model, tokenizer, encoder, content, max_new=6)
+    reply = client.post(CHAT, json=request(content, max_tokens=6, inside=True)).json()
+    tokens = reply["inside"]["tokens"]
+    assert [token["text"] for token in tokens] == [tokenizer.decode([i]) for i in alone.ids]
+    chances = np.exp(alone.logprobs)
+    assert [token["chance"] for token in tokens] == pytest.approx(chances.tolist(), abs=1e-3)
+
+    # as many cells as the picture has visual tokens, all of them on its sheets
+    visual = ids.count(tokenizer.image)
+    sheets = [sheet for shown in reply["inside"]["pictures"] for sheet in shown["sheets"]]
+    cells = [cell for sheet in sheets for row in sheet["cells"] for cell in row]
+    assert sorted(cells) == list(range(visual))
+    for token in tokens:
+        assert len(token["cells"]) == visual
+        assert (
+            sum(token["cells"]) == pytest.approx(token["looked"], abs=1e-3) and token["looked"] < 1
+        )
+
+    # in a stream it is an event of its own; without being asked, there is none
+    asked = request(content, max_tokens=6, inside=True, stream=True)
+    lines = client.post(CHAT, json=asked).text.split("\n\n")
+    (event,) = [json.loads(line[6:]) for line in lines if '"inside"' in line]
+    assert event["inside"] == reply["inside"] and event["choices"] == []
+    assert "inside" not in client.post(CHAT, json=request(content, max_tokens=2)).json()
+    assert client.post(CHAT, json=request(inside=True, n=2)).status_code == 400
+    assert client.post(CHAT, json=request("a", inside=True)).json()["inside"]["pictures"] == []
+
+
 BAD = {
     "not json": (b"{", 400, "invalid_json"),
     "a list": (b"[]", 400, "invalid_json"),

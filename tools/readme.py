@@ -59,7 +59,7 @@ ROOMS = {
     "claims": "rates rate_problems alignment calibration posttraining algorithms",
     "curation": "balance chains difficulty free_response asking rows",
     "talk": "chat typed samples inside page",
-    "serving": "batching transcript protocol fetch api connections",
+    "serving": "batching transcript protocol fetch api connections seen",
     "tools": "report ladder picture screenshots readme real lock",
     "tests": "",
     "requirements": "",

@@ -76,7 +76,7 @@ class Browser:
             raise FileNotFoundError("no chromium and no google-chrome on this machine")
 
         # it reads from its descriptor 3 and writes to 4
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self.commands = os.pipe()
         self.events, own = os.pipe()
         home = f"--user-data-dir={self.folder.name}"
@@ -192,19 +192,21 @@ def chart_of(index: int) -> Image.Image:
 
 
 def take_screenshots(options: ScreenshotOptions) -> None:
-    """Both figures: a picture, a question, and a second one with thinking."""
+    """Both figures: a picture, a question, and a second one with thinking, seen from inside."""
     windows = {
-        "serve.png": {"width": 1000, "height": 600},
-        "serve-phone.png": {"width": 390, "height": 640, "phone": True, "dark": True},
+        "serve.png": {"width": 1000, "height": 860},
+        "serve-phone.png": {"width": 390, "height": 844, "phone": True, "dark": True},
     }
     with Browser() as browser:
         for name, window in windows.items():
             browser.open(options.url, **window)
             browser.drop([chart_of(8)])
             print(browser.ask("which bar is the highest?"))
-            browser.run("$('think').click()")
+            browser.run("$('think').click(); $('inside').click()")
             print(browser.ask("which bar is the lowest?"))
             browser.run("document.querySelector('details').open = true")
+            browser.run("document.querySelectorAll('.words button')[7].onclick()")
+            browser.run("$('log').scrollTop = $('log').scrollHeight")
             browser.photograph(options.out / name)
 
 
