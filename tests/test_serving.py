@@ -150,6 +150,17 @@ def test_an_equal_prompt_is_computed_once_while_somebody_has_it(model, tokenizer
     assert text_of_deltas(others[0][1]) == tokenizer.decode_answer(alone.ids)
 
 
+def test_a_turn_takes_no_more_of_prompts_than_it_may_but_always_one(model, tokenizer):
+    batcher = Batcher(model, tokenizer, 4, 600, prefill=50)
+    asks = [asking(([65 + i] * length, []), max_new=9) for i, length in enumerate((60, 20, 30, 1))]
+    batcher.submit([ask for ask, _ in asks])
+    living = []
+    for _ in range(3):
+        batcher.turn()
+        living.append(len(batcher.rows))
+    assert living == [1, 3, 4]
+
+
 def test_who_has_left_takes_the_row_along_and_leaves_nothing_in_it(model, tokenizer, prompts):
     batcher = Batcher(model, tokenizer, 2, 600)
     gone, heard = asking(prompts[3], max_new=50, endless=True)
@@ -414,6 +425,7 @@ BAD = {
     "broken": (request([image_part(picture()[:60])]), 400, "image_parse_error"),
     "no picture": (request([image_part(b"hello")]), 400, "image_parse_error"),
     "a bomb": (request([image_part(picture((3000, 3000)))]), 400, "image_parse_error"),
+    "large together": (request([image_part(picture((900, 800)))] * 2), 400, "image_parse_error"),
     "crowded": (request([image_part(picture())] * 17), 400, None),
     "a file": (
         request([{"type": "image_url", "image_url": "file:///etc/passwd"}]),
