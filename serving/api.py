@@ -63,6 +63,53 @@ SLOWEST = 64 << 10  # bytes a second of a body, on average
 AT_ONCE = 2  # requests whose pictures are decoded at a time
 
 
+class Post:
+    """Wakes those who have new mail, all that a turn has written to with one call: the model's thread
+    would otherwise stand in line for the event loop once for each."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.full: deque[Mailbox] = deque()
+
+    def deliver(self) -> None:
+        """From the model's thread."""
+        if self.full and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.wake)
+
+    def wake(self) -> None:
+        """In the event loop."""
+        while self.full:
+            self.full.popleft().arrived.set()
+
+
+class Mailbox:
+    """From the model's thread to the event loop: `put` there, `take` here.
+
+    patient: wake the reader at the end of a choice only, as a reply that is sent whole needs no more.
+    """
+
+    def __init__(self, post: Post, patient: bool):
+        self.post = post
+        self.patient = patient
+        self.arrived = asyncio.Event()
+        self.deltas: deque[tuple[int, Delta]] = deque()
+
+    def put(self, index: int, delta: Delta) -> None:
+        self.deltas.append((index, delta))
+        if delta.finish or not self.patient:
+            self.post.full.append(self)
+
+    async def take(self) -> dict[int, Delta]:
+        """What came since the last time, as one Delta for each choice; waits for something."""
+        await self.arrived.wait()
+        self.arrived.clear()
+        found: dict[int, Delta] = {}
+        while self.deltas:
+            index, new = self.deltas.popleft()
+            found[index] = found[index].then(new) if index in found else new
+        return found
+
+
 @dataclass
 class Desk:
     """What the routes share. key: "" for none. places: requests that may be here at a time."""
@@ -81,6 +128,7 @@ class Desk:
     # what is going on, and what has been
     visits: int = 0
     bodies: int = 0  # bytes
+    post: Post | None = None  # once it runs
     statuses: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)  # summed: to the first token, to the end
     answered: int = 0
@@ -137,30 +185,6 @@ class Understood:
     ids: list[int]
     images: list[np.ndarray]
     cuts: list[CutPicture]
-
-
-class Mailbox:
-    """From the model's thread to the event loop: `put` there, `take` here."""
-
-    def __init__(self):
-        self.loop = asyncio.get_running_loop()
-        self.arrived = asyncio.Event()
-        self.deltas: deque[tuple[int, Delta]] = deque()
-
-    def put(self, index: int, delta: Delta) -> None:
-        self.deltas.append((index, delta))
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.arrived.set)
-
-    async def take(self) -> dict[int, Delta]:
-        """What came since the last time, as one Delta for each choice; waits for something."""
-        await self.arrived.wait()
-        self.arrived.clear()
-        found: dict[int, Delta] = {}
-        while self.deltas:
-            index, new = self.deltas.popleft()
-            found[index] = found[index].then(new) if index in found else new
-        return found
 
 
 # ------------------------------------------------------------------------------------------- replies
@@ -220,7 +244,7 @@ class ChatRoute:
                 return
 
             # in line; whoever leaves takes the rows along
-            mail = Mailbox()
+            mail = Mailbox(self.desk.post, patient=not asked.chat.stream)
             asks = asks_of(asked, self.desk.limits, mail)
             answer = Answering(self.desk, asked, mail, began)
             if asked.chat.stream:
@@ -556,6 +580,8 @@ def build_app(desk: Desk) -> ASGIApp:
 
     @asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
+        desk.post = Post()
+        desk.batcher.told = desk.post.deliver
         thread = threading.Thread(target=desk.batcher.run, name="model", daemon=True)
         thread.start()
         try:

@@ -165,16 +165,20 @@ class SlotCache:
         """Positions (n,) of one more token in each of the first n slots, and the `attend` for them."""
         # the new token's column is its position
         device = self.k.device
-        rows = torch.arange(n, device=device)
         at = torch.tensor(self.lengths[:n], device=device)
         T = max(self.lengths[:n]) + 1
         hidden = torch.arange(T, device=device) > at[:, None]  # (n, T)
         for slot in range(n):
             self.lengths[slot] += 1
 
+        # a layer's slots, heads and columns as one long list: where in it the new ones go, (n * G,)
+        G, columns, D = self.k.shape[2:]
+        heads = torch.arange(n * G, device=device).view(n, G)
+        places = (heads * columns + at[:, None]).flatten()
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer, rows, :, at] = k.to(self.k.dtype)
-            self.v[layer, rows, :, at] = v.to(self.v.dtype)
+            self.k[layer].view(-1, D).index_copy_(0, places, k.reshape(-1, D).to(self.k.dtype))
+            self.v[layer].view(-1, D).index_copy_(0, places, v.reshape(-1, D).to(self.v.dtype))
             keys = self.k[layer, :n, :, :T]  # (n, G, T, D)
             values = self.v[layer, :n, :, :T]
             return attend_cached(q, keys, values, hidden)
@@ -236,27 +240,24 @@ def pick_tokens(rows: list[Row], logits: Tensor) -> tuple[list[int], list[float]
 
     A row whose logits are not finite has nan for its log-probability, and costs itself alone.
     """
-    broken = ~logits.isfinite().all(-1)
-    logits = logits.masked_fill(broken[:, None], 0)
-    ids = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    scores = torch.empty(len(rows), device=logits.device)
-    greedy = [i for i, row in enumerate(rows) if row.ask.temperature == 0]
-    if greedy:
-        ids[greedy], scores[greedy] = next_token(logits[greedy], 0.0, 0, 1.0, None)
-
+    ids, scores = next_token(logits, 0.0, 0, 1.0, None)
     for i, row in enumerate(rows):
         ask = row.ask
         if ask.temperature == 0:
             continue
+
+        # what is drawn from must be a distribution
+        own = logits[i : i + 1]
+        broken = ~own.isfinite().all()
         rule = (ask.temperature, ask.top_k, ask.top_p, row.generator)
-        ids[i : i + 1], scores[i : i + 1] = next_token(logits[i : i + 1], *rule)
-    return ids.tolist(), scores.masked_fill(broken, torch.nan).tolist()
+        token, score = next_token(own.masked_fill(broken, 0), *rule)
+        ids[i : i + 1] = token
+        scores[i : i + 1] = score.masked_fill(broken, torch.nan)
+    return ids.tolist(), scores.tolist()
 
 
 def likeliest_of(ask: Ask, logits: Tensor) -> list[tuple[int, float]]:
     """The likeliest words of logits (V,) with their log-probabilities, as many as are asked for."""
-    if not ask.likeliest:
-        return []
     logprobs = (logits.float() / (ask.temperature or 1.0)).log_softmax(-1)
     best = logprobs.topk(min(ask.likeliest, len(logprobs)))
     return list(zip(best.indices.tolist(), best.values.tolist()))
@@ -269,7 +270,8 @@ class Batcher:
     """Answers whoever asks, `slots` at a time: `submit` from any thread, `run` in one of its own.
 
     columns: tokens that a prompt and its answer may have together. prefill: tokens of prompts that
-    one turn computes (a longer one is computed alone).
+    one turn computes (a longer one is computed alone). told: called when a turn has said all that it
+    has to say, so that whoever listens can be woken once.
     """
 
     def __init__(
@@ -286,6 +288,7 @@ class Batcher:
         self.cache = SlotCache(model.language_model, slots, columns)
         self.rows: list[Row] = []  # row i lives in slot i
         self.counts = BatchCounts()
+        self.told: Callable[[], None] = lambda: None
 
         # what other threads touch, under this lock
         self.lock = threading.Condition()
@@ -348,6 +351,7 @@ class Batcher:
             self.let_in(asks)
         if self.rows:
             self.step()
+        self.told()
 
     def next_in_line(self) -> list[Ask]:
         """Those who can join now: as many as slots are free, and as a turn may prefill."""
@@ -430,8 +434,9 @@ class Batcher:
     def take_tokens(self, rows: list[Row], logits: Tensor) -> None:
         """Each row's next token from logits (n, V); rows that end leave."""
         ids, scores = pick_tokens(rows, logits)
-        for row, token, score, own in zip(rows, ids, scores, logits):
-            delta = row.take(token, score, likeliest_of(row.ask, own))
+        for i, row in enumerate(rows):
+            likeliest = likeliest_of(row.ask, logits[i]) if row.ask.likeliest else []
+            delta = row.take(ids[i], scores[i], likeliest)
             if row.ask.inside and delta.finish in ("stop", "length"):
                 prompt = (row.ask.ids, row.ask.images)
                 delta = replace(delta, inside=look_inside(self.model, prompt, row.ids))
@@ -462,3 +467,4 @@ class Batcher:
         self.counts.failed += len(asks)
         for ask in asks:
             ask.say(Delta("", (), 0, "error"))
+        self.told()

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from data import world
 from generate import GenerateOptions, build_question, generate
 from serve import ServeOptions, check_options
-from serving.api import PAGE, Desk, build_app, policy_of
+from serving.api import PAGE, Desk, Post, build_app, policy_of
 from serving.batching import Ask, Batcher
 from serving.fetch import picture_bytes, public_address
 from serving.protocol import Address, ApiError, Limits, read_chat, with_pictures
@@ -510,6 +510,8 @@ def test_a_client_that_leaves_takes_its_row_along(desk):
             await anyio.sleep(0)
 
     async def both() -> None:
+        desk.post = Post()
+        desk.batcher.told = desk.post.deliver
         async with anyio.create_task_group() as group:
             group.start_soon(turns, None)
             await visit()
