@@ -27,6 +27,7 @@ from typing import Any, Callable, Iterator, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention import Attend, Segments, packed_attention
@@ -64,7 +65,7 @@ class Cache:
     rows, so that writing is a slice. `lengths` (B,) counts a row's tokens: the next one's position.
 
         prompt 0   a b c d e | x y      prompt = 5: the longest
-        prompt 1   f g h . . | x y      `hidden` covers the dots
+        prompt 1   f g h . . | x y      `bias` covers the dots
     """
 
     def __init__(self, llm: Any, lengths: list[int], room: int, like: Tensor):
@@ -85,9 +86,10 @@ class Cache:
         self.k = like.new_zeros(shape, dtype=dtype)
         self.v = like.new_zeros(shape, dtype=dtype)
 
-        # (B, T): what lies between a prompt and its answer
-        self.hidden = torch.arange(T, device=device) >= self.lengths[:, None]
-        self.hidden[:, self.prompt :] = False
+        # (B, T): -inf for what lies between a prompt and its answer
+        hidden = torch.arange(T, device=device) >= self.lengths[:, None]
+        hidden[:, self.prompt :] = False
+        self.bias = self.k.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
         # where each of the packed prompts' tokens goes: its row and its column
         self.segments = Segments.of(lengths, device)
@@ -119,30 +121,26 @@ class Cache:
         self.v[layer, :, :, T - 1] = v
         keys = self.k[layer, :, :, :T]  # (B, G, T, D)
         values = self.v[layer, :, :, :T]
-        return attend_cached(q, keys, values, self.hidden[:, :T])
+        return attend_cached(q, keys, values, self.bias[:, :T])
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows."""
         self.k = self.k.index_select(1, rows)
         self.v = self.v.index_select(1, rows)
         self.lengths = self.lengths[rows]
-        self.hidden = self.hidden[rows]
+        self.bias = self.bias[rows]
 
 
-def attend_cached(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """One query a row over the keys that are kept: q (B, H, D), keys and values (B, G, T, D), hidden
-    (B, T) -> (B, H, D).
+def attend_cached(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """One query a row over the keys that are kept: q (B, H, D), keys and values (B, G, T, D) -> (B, H, D).
 
-    The H/G query heads of a group share its keys uncopied. Two products and a softmax: for one query
-    a row on a CPU half the time of the fused kernel under a mask.
+    bias (B, T), in the keys' type: 0 for what a row sees, -inf for the rest. The H/G query heads of a
+    group stand where a sequence has its positions, so they share their keys uncopied.
     """
-    # the queries of a group side by side
     B, H, D = q.shape
-    q = q.to(keys.dtype)
-    grouped = q.view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
-    scores = (grouped @ keys.mT).float() * D**-0.5  # (B, G, H/G, T)
-    chances = scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(-1)
-    return (chances.to(q.dtype) @ values).reshape(B, H, D)
+    grouped = q.to(keys.dtype).view(B, keys.shape[1], -1, D)  # (B, G, H/G, D)
+    mask = bias[:, None, None]  # (B, 1, 1, T)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(B, H, D)
 
 
 # ------------------------------------------------------------------------------------------ sampling

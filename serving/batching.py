@@ -168,6 +168,7 @@ class SlotCache:
         at = torch.tensor(self.lengths[:n], device=device)
         T = max(self.lengths[:n]) + 1
         hidden = torch.arange(T, device=device) > at[:, None]  # (n, T)
+        bias = self.k.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         for slot in range(n):
             self.lengths[slot] += 1
 
@@ -181,7 +182,7 @@ class SlotCache:
             self.v[layer].view(-1, D).index_copy_(0, places, v.reshape(-1, D).to(self.v.dtype))
             keys = self.k[layer, :n, :, :T]  # (n, G, T, D)
             values = self.v[layer, :n, :, :T]
-            return attend_cached(q, keys, values, hidden)
+            return attend_cached(q, keys, values, bias)
 
         return at, attend
 
@@ -192,7 +193,8 @@ class SlotCache:
         self.lengths[target] = length
 
     def clear(self, slot: int) -> None:
-        """Free a slot. Zeros, since a hidden column still counts as 0 times its value."""
+        """Free a slot. Zeros, since a column that is not seen still takes part: as its key less
+        infinity, and as 0 times its value."""
         length = self.lengths[slot]
         self.k[:, slot, :, :length] = 0
         self.v[:, slot, :, :length] = 0
