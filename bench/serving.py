@@ -183,12 +183,11 @@ def report_race(contestants: list[Callable[[], list[str]]], options: ServingOpti
     )
     for name, rate in rates.items():
         print(f"  {name.replace('_', ' '):20} {rate:8,.0f} tokens a second")
-    shared = min(rates["together"], rates["streams"])
-    print(
-        f"  at once: {rates['together'] / rates['one_by_one']:.1f} times one by one, "
-        f"{rates['together'] / rates['transformers_batch']:.1f} times transformers; streaming, "
-        f"{shared / rates['one_by_one']:.1f} and {shared / rates['transformers_batch']:.1f} times"
-    )
+    for name in ("together", "streams"):
+        print(
+            f"  {name}: {rates[name] / rates['one_by_one']:.1f} times one by one, "
+            f"{rates[name] / rates['transformers_batch']:.1f} times transformers"
+        )
 
 
 if __name__ == "__main__":
