@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,40 @@ def test_the_model_says_the_same_of_bytes_and_of_floats(model, documents, tokeni
         for images in (batch.images, normalised(batch.images))
     ]
     assert torch.equal(*said)
+
+
+def test_pictures_of_many_sizes_travel_between_processes_as_they_are(documents, tokenizer):
+    """A list of pictures, each of a size of its own, is the same list at the other end."""
+    batch = collate([documents[:4]], None, tokenizer.pad)
+    ragged = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((8, 24), (32, 16))]
+    there = steps.as_arrays(replace(batch, images=ragged))
+    assert [image.shape for image in there["images"]] == [(8, 24, 3), (32, 16, 3)]
+    back = steps.from_arrays(there).images
+    assert all(torch.equal(one, other) for one, other in zip(back, ragged, strict=True))
+
+
+def test_whoever_stops_taking_steps_leaves_no_reader_behind(encoder, monkeypatch):
+    """The packing process closes its readers, and waits for them, when its own work is given up."""
+    closed = []
+
+    class Watched(Documents):
+        def close(self, wait: bool = False) -> None:
+            closed.append(wait)
+            super().close(wait)
+
+    monkeypatch.setattr(steps, "Documents", Watched)
+    cut = steps.Cut(512, 1, 1, encoder.tokenizer.pad, 0, 1, 16, False, 1)
+    made = steps.pieces(World().stream(EVERY, 0, 1), encoder, Faults(), 0, cut, 0, {})
+    assert isinstance(next(made), steps.Opening)
+    made.close()
+    assert closed == [True]
+
+
+def test_memory_is_pinned_where_the_accelerator_can(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    packing.can_pin.cache_clear()
+    assert packing.can_pin()
+    packing.can_pin.cache_clear()
 
 
 def test_a_step_weighs_and_is_made_a_micro_batch_at_a_time(encoder, tokenizer, monkeypatch):
