@@ -7,9 +7,13 @@ samples of data/world.py carry in their facts and no model is shown.
 Simplified: it reads the fields of a request, not its prompt.
 """
 
+import json
+import random
 from typing import Sequence
 
 from curation.annotators import Request, Response
+from curation.told import told, true_answer
+from graders import phrase_f1
 
 
 class Oracle:
@@ -39,6 +43,35 @@ class Oracle:
 
     def say_caption(self, request: Request, words: str) -> str:
         return words
+
+    def say_caption2qa(self, request: Request, words: str) -> str:
+        """Pairs from the caption, drawn; a share of them, `noise`, with the answer of another one."""
+        rng = random.Random(f"{self.seed}/{request.about.origin}/{request.task}")
+        pairs = told(request.fields["caption"])
+        rng.shuffle(pairs)
+        answers = [answer for _, answer in pairs]
+        said = []
+        for question, answer in pairs[: int(request.fields["count"])]:
+            if rng.random() < self.noise:
+                answer = rng.choice(answers)
+            said.append({"question": question, "answer": answer})
+        return json.dumps(said)
+
+    def say_answer_from_caption(self, request: Request, words: str) -> str:
+        return true_answer(request.fields["caption"], request.fields["question"]) or "unanswerable"
+
+    def say_answer_from_picture(self, request: Request, words: str) -> str:
+        return true_answer(words, request.fields["question"]) or "unanswerable"
+
+    def say_compare(self, request: Request, words: str) -> str:
+        """Which of two captions has more of the scene's phrases right; a share, `noise`, by chance."""
+        first = phrase_f1(request.fields["first"], words)
+        second = phrase_f1(request.fields["second"], words)
+        better = "same" if first == second else "1" if first > second else "2"
+        rng = random.Random(f"{self.seed}/{request.about.origin}/{sorted(request.fields.items())}")
+        if rng.random() < self.noise:
+            better = rng.choice(("1", "2"))
+        return json.dumps({"better": better})
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"
