@@ -7,9 +7,11 @@ samples of data/world.py carry in their facts and no model is shown.
 Simplified: it reads the fields of a request, not its prompt.
 """
 
+import random
 from typing import Sequence
 
 from curation.annotators import Request, Response
+from curation.noise import alignment, richness
 
 
 class Oracle:
@@ -39,6 +41,34 @@ class Oracle:
 
     def say_caption(self, request: Request, words: str) -> str:
         return words
+
+    def say_vir(self, request: Request, words: str) -> str:
+        return self.score(request, richness(request.fields["caption"], words))
+
+    def say_ita(self, request: Request, words: str) -> str:
+        return self.score(request, alignment(request.fields["caption"], words))
+
+    def say_vir_yesno(self, request: Request, words: str) -> str:
+        return self.verdict(request, richness(request.fields["caption"], words))
+
+    def say_ita_yesno(self, request: Request, words: str) -> str:
+        return self.verdict(request, alignment(request.fields["caption"], words))
+
+    def score(self, request: Request, truth: int) -> str:
+        """As the prompt asks for it; a wrong one is any other."""
+        rng = self.dice(request)
+        if rng.random() < self.noise:
+            truth = rng.choice([score for score in range(1, 6) if score != truth])
+        return f'{{"score": {truth}}}'
+
+    def verdict(self, request: Request, truth: int) -> str:
+        """Yes from 3 on (SAIL-VL2, section 3.1)."""
+        wrong = self.dice(request).random() < self.noise
+        return "yes" if (truth >= 3) != wrong else "no"
+
+    def dice(self, request: Request) -> random.Random:
+        """Random numbers of one request: the same whenever it is asked."""
+        return random.Random(f"{self.seed}/{request.about.origin}/{request.task}")
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"
