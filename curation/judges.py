@@ -110,7 +110,7 @@ def score_in(reply: str) -> int | None:
     return int(alone[1]) if alone else None
 
 
-def verdict_in(reply: str) -> str | None:
+def yes_or_no_in(reply: str) -> str | None:
     """yes or no, as JSON with an `answer` or in words; None for neither."""
     found = json_in(reply)
     if isinstance(found, dict):
@@ -122,7 +122,7 @@ def read_reply(question: str, response: Response) -> int | str | None:
     """What a reply says: a score, yes or no, or None for one that cannot be read."""
     if response.text is None:
         return None
-    read = verdict_in if question.endswith("_yesno") else score_in
+    read = yes_or_no_in if question.endswith("_yesno") else score_in
     return read(response.text)
 
 
@@ -164,7 +164,7 @@ class Judging:
 def note(item: Item, question: str, said: int | str | None, response: Response) -> None:
     """annotate: the score becomes a fact; a reply that cannot be read drops the caption."""
     if said is None:
-        item.drop(question, unreadable(response))
+        item.drop(question, reason_of_no_reply(response))
     else:
         item.keep(question, str(said), **{question: said})
 
@@ -172,7 +172,7 @@ def note(item: Item, question: str, said: int | str | None, response: Response) 
 def drop_low(item: Item, question: str, said: int | str | None, response: Response) -> None:
     """filter: below 3, or a no."""
     if said is None:
-        item.drop(question, unreadable(response))
+        item.drop(question, reason_of_no_reply(response))
     elif is_low(said):
         reason = f"{question} below {LOWEST}" if isinstance(said, int) else f"{question} no"
         item.drop(question, f"{reason}: {said}")
@@ -185,7 +185,7 @@ def remember(item: Item, question: str, said: int | str | None, response: Respon
     item.keep(question, str(said), **{f"judge_{question}": said})
 
 
-def unreadable(response: Response) -> str:
+def reason_of_no_reply(response: Response) -> str:
     """Why a reply is none, with its class first."""
     if response.text is None:
         return f"not answered: {response.fault}"

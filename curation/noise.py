@@ -32,7 +32,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Callable, Iterator
 
-from curation.annotators import generator_of
 from curation.rows import RowWriter
 from data.sample import Message, Sample
 from data.world import CHARACTERS, COLORS, LEVELS, PLACES, SHAPES, sample
@@ -270,7 +269,7 @@ def noisy_sample(
         return None
 
     # As it is, or one kind of noise
-    rng = generator_of(seed, index, "noise")
+    rng = random.Random(f"{seed}/{index}/noise")
     words = drawn.facts["words"]
     if rng.random() >= rate:
         return noisy(drawn, "none", words)
