@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tyro.conf import subcommand
 
+from curation.noise import wrong_attribute
 from curation.rows import png_bytes
 from curation.told import true_answer
 from data import world
@@ -110,22 +111,10 @@ def bad_text(kind: str, said: str, index: int, rng: random.Random) -> str:
         "name": f"IMG_{1000 + index}.PNG",
         "advertising": rng.choice(ADVERTISING),
         "other": other,
-        "nearly": one_word_wrong(said, rng) or other,
+        "nearly": wrong_attribute(said or other, rng),
         "right": said or other,
     }
     return texts[kind]
-
-
-def one_word_wrong(said: str, rng: random.Random) -> str:
-    """Another color in one place; "" where there is none."""
-    found = said.split(" ")
-    places = [i for i, word in enumerate(found) if word in world.COLORS]
-    if not places:
-        return ""
-    place = rng.choice(places)
-    others = [color for color in world.COLORS if color != found[place]]
-    found[place] = rng.choice(others)
-    return " ".join(found)
 
 
 def noise(rng: random.Random) -> Image.Image:

@@ -34,7 +34,6 @@ section 3.1 for captions with alt-texts. The rest of the chain, and its order, i
 """
 
 import json
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator
@@ -43,13 +42,11 @@ from curation.annotators import (
     Annotator,
     AnnotatorOptions,
     Prompts,
-    Request,
-    Response,
-    json_in,
     open_annotator,
 )
 from curation.caption2qa import AlikePairs, QuestionOptions, question_steps
-from curation.captioner import WriteCaption, caption_in, shown_pictures
+from curation.captioner import WriteCaption, shown_pictures
+from curation.judges import QUESTIONS, Judging, drop_low
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
 from curation.report import ReviewOptions, write_review
 from curation.side_by_side import pixel_hash
@@ -57,13 +54,11 @@ from data.containers import SPANS
 from data.formats import DESCRIBE
 from data.images import SUFFIXES, natural_key, open_image
 from data.sample import BadSample
-from graders import yes_or_no
 from infra.cli import command
 from scale import parallel
 
 UNSAID = "(nothing)"  # the answer of a row whose picture nobody described yet
 LONGEST_ALT = 10_000  # characters that are read of a text beside a picture
-SCORE = re.compile(r"(?<![\d.])[1-5](?![\d.]*\d)")
 
 
 # ---------------------------------------------------------------------------------- a folder's rows
@@ -140,49 +135,6 @@ class LookAtPicture:
                 raise BadSample("one colour", f"{sample.origin}: nothing is to be seen")
 
 
-class JudgeCaption:
-    """Score and yes-or-no of one dimension; dropped "if the score is below 3 or the answer is No".
-
-    dimension: vir (richness) or ita (alignment), names of prompt files; each with its `_yesno`.
-    """
-
-    def __init__(self, judge: Annotator, dimension: str, least: int):
-        self.judge = judge
-        self.name = dimension
-        self.least = least
-
-    def __call__(self, items: list[Item]) -> None:
-        requests = []
-        for task in (self.name, f"{self.name}_yesno"):
-            for item in items:
-                fields = {"caption": caption_in(item.sample)}
-                requests.append(Request(task, fields, shown_pictures(item.sample), item.sample))
-        responses = self.judge.annotate(requests)
-        for item, scored, said in zip(items, responses, responses[len(items) :]):
-            self.mark(item, scored, said)
-
-    def mark(self, item: Item, scored: Response, said: Response) -> None:
-        score = score_in(scored.text or "")
-        verdict = yes_or_no(said.text or "")
-        if score is None or verdict is None:
-            fault = scored.fault or said.fault or "unreadable reply"
-            item.drop(self.name, f"not judged: {fault}")
-            return
-        if score < self.least or verdict == "no":
-            item.drop(self.name, f"score {score}, {verdict}")
-            return
-        item.keep(self.name, f"score {score}, {verdict}", **{self.name: score})
-
-
-def score_in(text: str) -> int | None:
-    """1 to 5 out of a reply: the field `score` of its JSON, else the first such number."""
-    found = json_in(text)
-    if isinstance(found, dict):
-        text = str(found.get("score", ""))
-    number = SCORE.search(text)
-    return int(number[0]) if number else None
-
-
 class SamePictures:
     """Over the whole set: of pictures with equal pixels the first one stays."""
 
@@ -245,7 +197,6 @@ class RecaptionOptions(PipelineOptions):
     with_alt: float = 0.0  # share of the samples whose old text the annotator is shown
     request: str = DESCRIBE  # what the rows with captions ask
     least_side: int = 16  # pixels of a picture
-    least_score: int = 3  # of a judge's 1 to 5
 
 
 def recaption(options: RecaptionOptions) -> None:
@@ -289,7 +240,7 @@ def recaption_steps(
         WriteCaption(annotator, prompts, options.with_alt, options.request, options.seed),
     ]
     if judge is not None:
-        steps += [JudgeCaption(judge, name, options.least_score) for name in ("vir", "ita")]
+        steps += [Judging(question, judge, drop_low) for question in QUESTIONS]
     return steps + question_steps(options.questions, annotator, options.seed, needed=False)
 
 
