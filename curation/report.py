@@ -193,14 +193,13 @@ def review_card(one: Reviewed) -> str:
     for speaker, said in turns_after(one.after):
         text += el("p", el("b", safe(shortened(said))) if speaker == "assistant" else safe(said))
 
-    # The steps; the last of a dropped one is why it went
-    steps = []
-    for event in one.history:
-        mark = "✗ " if event.did == "dropped" else ""
-        why = f": {shortened(event.why)}" if event.why else ""
-        cls = "bad" if event.did == "dropped" else "soft"
-        steps.append(el("p", safe(f"{mark}{event.step} {event.did}{why}"), cls=cls))
-    text += "".join(steps)
+    # The steps that had something to say; of a dropped one the last is why
+    said = [f"{event.step} {event.why}" for event in one.history if event.why]
+    last = one.history[-1] if one.history else Event("", "kept")
+    if last.did == "dropped":
+        said = [*said[:-1], f"✗ {last.step} {last.why}"] if last.why else [*said, f"✗ {last.step}"]
+    cls = "bad" if last.did == "dropped" else "soft"
+    text += el("p", safe(shortened(" · ".join(said))), cls=cls)
 
     pictures = pictures_shown(one.before)
     drawn = el("div", *pictures, cls="pictures") if pictures else ""
