@@ -89,7 +89,7 @@ def drawn_photo(index: int, seed: int, earlier: list[Photo]) -> Photo:
         content = original.content
         said = original.words
     elif kind == "noise":
-        content = png_bytes(noise_picture(rng))
+        content = png_bytes(random_pixels(rng))
         said = ""
     elif kind == "plain":
         color = tuple(rng.randrange(256) for _ in range(3))
@@ -117,7 +117,7 @@ def bad_text(kind: str, said: str, index: int, rng: random.Random) -> str:
     return texts[kind]
 
 
-def noise_picture(rng: random.Random) -> Image.Image:
+def random_pixels(rng: random.Random) -> Image.Image:
     """Random pixels: a picture of nothing."""
     generator = np.random.default_rng(rng.randrange(1 << 30))
     pixels = generator.integers(0, 256, (world.SIZE, world.SIZE, 3), dtype=np.uint8)

@@ -35,6 +35,7 @@ a caption, answers from its text. Not published: prompts and checks; all of them
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Iterable, Sequence
@@ -43,6 +44,7 @@ from curation.annotators import (
     Annotator,
     AnnotatorOptions,
     Request,
+    Response,
     generator_of,
     json_in,
     open_annotator,
@@ -181,6 +183,13 @@ class OverPairs:
     def __init__(self, needed: bool = True):
         self.needed = needed
 
+    def drop_lost(self, item: Item, responses: list[Response]) -> bool:
+        """Drops a sample that a server left without one of its answers, for the next run to ask again."""
+        lost = [response for response in responses if response.lost]
+        if lost:
+            item.drop(self.name, lost[0].fault)
+        return bool(lost)
+
     def mark(
         self, item: Item, pairs: Pairs, out: Counter[str], why: str = "", **measured: str
     ) -> None:
@@ -222,6 +231,9 @@ class AskQuestions(OverPairs):
 
         responses = self.annotator.annotate(requests)
         for item, request, response in zip(items, requests, responses, strict=True):
+            if response.lost:
+                item.drop(self.name, response.fault)
+                continue
             pairs, malformed = pairs_in(response.text or "", self.count)
             out = Counter({"malformed": malformed}) if malformed else Counter()
             nothing = "" if pairs else response.fault or "the reply holds no pairs"
@@ -263,10 +275,13 @@ class TemplateQuestions(OverPairs):
 
         # Each sample takes its own answers
         for item, (caption, questions) in zip(items, asked, strict=True):
+            said = list(islice(responses, len(questions)))
+            if self.drop_lost(item, said):
+                continue
             pairs = []
             out: Counter[str] = Counter()
-            for question in questions:
-                text = next(responses).text
+            for question, response in zip(questions, said, strict=True):
+                text = response.text
                 if is_text(text, LONGEST_ANSWER) and not UNANSWERABLE.match(text):
                     pairs.append((question, text.strip()))
                 else:
@@ -325,20 +340,21 @@ class CheckPairs(OverPairs):
     def __call__(self, items: list[Item]) -> None:
         sound = [sound_pairs(item.sample) for item in items]
 
-        # Where words cannot tell
+        # Where words cannot tell, once more
+        doubtful = []
         requests = []
         for item, (pairs, _) in zip(items, sound, strict=True):
-            caption = caption_in(item.sample)
-            for question, answer in pairs:
-                if not stands_in(answer, caption):
-                    fields = {"caption": caption, "question": question}
-                    requests.append(Request("answer_from_caption", fields, about=item.sample))
-        texts = iter([None] * len(requests))
+            asked = [again(item.sample, pair) for pair in pairs if in_doubt(item.sample, pair)]
+            doubtful.append(len(asked))
+            requests += asked
+        responses = iter([Response(None)] * len(requests))
         if self.verifier is not None and requests:
-            texts = iter([response.text for response in self.verifier.annotate(requests)])
+            responses = iter(self.verifier.annotate(requests))
 
-        for item, (pairs, out) in zip(items, sound, strict=True):
-            self.mark(item, answerable(pairs, caption_in(item.sample), texts, out), out)
+        for item, (pairs, out), number in zip(items, sound, doubtful, strict=True):
+            said = list(islice(responses, number))
+            if not self.drop_lost(item, said):
+                self.mark(item, answerable(item.sample, pairs, said, out), out)
 
 
 def sound_pairs(sample: Sample) -> tuple[Pairs, Counter[str]]:
@@ -354,16 +370,27 @@ def sound_pairs(sample: Sample) -> tuple[Pairs, Counter[str]]:
     return pairs, out
 
 
-def answerable(pairs: Pairs, caption: str, texts: Iterable, out: Counter[str]) -> Pairs:
-    """Those whose answer stands in the caption, or is what was said when asked again (`texts`)."""
+def in_doubt(sample: Sample, pair: tuple[str, str]) -> bool:
+    """Whether the caption's words do not show that the answer is in it."""
+    return not stands_in(pair[1], caption_in(sample))
+
+
+def again(sample: Sample, pair: tuple[str, str]) -> Request:
+    fields = {"caption": caption_in(sample), "question": pair[0]}
+    return Request("answer_from_caption", fields, about=sample)
+
+
+def answerable(sample: Sample, pairs: Pairs, said: Sequence[Response], out: Counter[str]) -> Pairs:
+    """The pairs that are in no doubt, and those that were answered the same once more (`said`)."""
     kept = []
-    for question, answer in pairs:
-        if not stands_in(answer, caption):
-            text = next(texts)
-            if text is None or UNANSWERABLE.match(text) or not says_the_same(text, answer):
+    replies = iter(said)
+    for pair in pairs:
+        if in_doubt(sample, pair):
+            text = next(replies).text
+            if text is None or UNANSWERABLE.match(text) or not says_the_same(text, pair[1]):
                 out["not in the caption"] += 1
                 continue
-        kept.append((question, answer))
+        kept.append(pair)
     return kept
 
 
@@ -391,9 +418,12 @@ class LookAgain(OverPairs):
 
         for item in items:
             pairs = pairs_of(item.sample)
+            said = list(islice(responses, len(pairs)))
+            if self.drop_lost(item, said):
+                continue
             agreeing = []
-            for question, answer in pairs:
-                text = next(responses).text
+            for (question, answer), response in zip(pairs, said, strict=True):
+                text = response.text
                 if text is not None and says_the_same(text, answer):
                     agreeing.append((question, answer))
             if pairs and len(agreeing) < self.least * len(pairs):

@@ -136,7 +136,7 @@ class WriteCaption:
     def mark(self, item: Item, request: Request, response: Response) -> None:
         # A caption that is none
         if response.text is None:
-            item.drop(self.name, f"no answer: {response.fault}")
+            item.drop(self.name, why_unanswered(response))
             return
         caption = response.text.strip()
         fault = fault_of_caption(caption)
@@ -152,6 +152,11 @@ class WriteCaption:
         by = self.annotator.name
         why = "with its alt-text" if shown else ""
         item.change(self.name, written, why, alt_text=alt_text, caption=caption, captioner=by)
+
+
+def why_unanswered(response: Response) -> str:
+    """Why a sample goes that has no answer."""
+    return response.fault if response.lost else f"no answer: {response.fault}"
 
 
 def fault_of_caption(caption: str) -> str:

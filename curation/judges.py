@@ -187,6 +187,8 @@ def remember(item: Item, question: str, said: int | str | None, response: Respon
 
 def reason_of_no_reply(response: Response) -> str:
     """Why a reply is none, with its class first."""
+    if response.lost:
+        return response.fault
     if response.text is None:
         return f"not answered: {response.fault}"
     return f"unreadable reply: {response.text[:100]}"

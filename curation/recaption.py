@@ -94,6 +94,8 @@ def album_rows(folder: Path) -> Iterator[str]:
 
 def write_album_rows(options: "RecaptionOptions") -> "RecaptionOptions":
     """The options with a data file in the folder's place. The file stays as it is while the folder does."""
+    if options.out.resolve().is_relative_to(options.data.resolve()):
+        raise ValueError(f"--out {options.out} would lie among the pictures: move it out")
     found = options.out.with_suffix(".found.jsonl")
     if parallel.place()[0] == 0:
         lines = list(album_rows(options.data))
@@ -197,6 +199,11 @@ class RecaptionOptions(PipelineOptions):
     with_alt: float = 0.0  # share of the samples whose old text the annotator is shown
     request: str = DESCRIBE  # what the rows with captions ask
     least_side: int = 16  # pixels of a picture
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.judge.cache is None:
+            self.judge = replace(self.judge, cache=self.annotator.cache)
 
 
 def recaption(options: RecaptionOptions) -> None:

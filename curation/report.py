@@ -251,9 +251,9 @@ def grouped_by_reason(samples: list[Reviewed]) -> str:
 
 def write_review(options: ReviewOptions) -> Path:
     """Writes the page; returns its path. Raises ValueError for files that are not a run's."""
+    rows = rows_beside(options.history)
     outcome, kept, dropped = draw_for_review(options)
     known = reviewed(options, kept + dropped)
-    rows = rows_beside(options.history)
     page = options.out or rows.with_suffix(".report.html")
 
     share = outcome.written / max(outcome.read, 1)

@@ -99,6 +99,9 @@ class CompareCaptions:
             self.mark(item, next(responses), next(responses))
 
     def mark(self, item: Item, forward: Response, backward: Response) -> None:
+        if forward.lost or backward.lost:
+            item.drop(self.name, forward.fault or backward.fault)
+            return
         first = winner_in(forward.text or "")
         second = winner_in(backward.text or "")
         if first is None or second is None:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_endpoint import KEY, Server, completion
 
 from curation import caption2qa, caption_statistics, side_by_side
 from curation.album import AlbumOptions, GradeAlbumOptions, draw_album, grade_album
@@ -27,11 +28,13 @@ from curation.caption2qa import (
 from curation.captioner import CaptionOptions, ReferenceOptions, WriteCaption, caption_files
 from curation.pipeline import Item
 from curation.recaption import RecaptionOptions, recaption
+from curation.report import ReviewOptions, write_review
 from curation.rows import RowWriter
 from curation.told import told, true_answer
 from data.readers import Folder
 from data.sample import Message, Sample
 from data.world import World
+from infra import endpoint
 
 PICTURE = b"a picture"
 CAPTION = "Two red cars and a small dog stand in front of a house with the number 12."
@@ -313,6 +316,7 @@ def test_numbers_of_captions_by_hand(monkeypatch):
     assert (chinese.language, chinese.length, chinese.pairs) == ("chinese", 6, 5)
 
 
+@pytest.mark.slow
 def test_taggers_count_kinds_of_words():
     pytest.importorskip("textblob", reason="requirements/words.txt")
     pytest.importorskip("jieba", reason="requirements/words.txt")
@@ -320,8 +324,8 @@ def test_taggers_count_kinds_of_words():
         "x", ["A small red dog is running.", "A small cat is running."]
     )
     assert row.kinds == {"noun": 1.0, "verb": 1.0, "adjective": 1.0}
-    row = caption_statistics.measure_captions("x", ["一只狗在跑步"])
-    assert row.kinds["noun"] == 1 and row.kinds["verb"] == 1
+    row = caption_statistics.measure_captions("x", ["小狗吃红色的苹果"])
+    assert row.kinds["noun"] >= 1 and row.kinds["verb"] >= 1
 
 
 def test_the_table_of_statistics_is_printed_for_files(tmp_path, capsys):
@@ -370,7 +374,7 @@ def test_right_captions_win_against_noisy_ones_of_the_same_pictures(tmp_path, ca
 
 
 def drawn_album(folder: Path) -> Path:
-    draw_album(AlbumOptions(folder / "album", pictures=40, seed=1))
+    draw_album(AlbumOptions(folder / "album", pictures=24, seed=1))
     (folder / "album" / "0003.txt").write_text("<script>alert(1)</script> \x1b[2J <image>")
     return folder / "album"
 
@@ -397,7 +401,9 @@ def check_album_files(out: Path, captions: int) -> None:
         assert (sample.root / sample.messages[0].parts[0]).is_file()
     page = out.with_suffix(".report.html").read_text()
     assert "<script" not in page and "\x1b" not in page
-    assert len(re.findall('class="card( many)?"', page)) == 40  # all of them: fewer than fifty of either
+    assert (
+        len(re.findall('class="card( many)?"', page)) == 40
+    )  # all of them: fewer than fifty of either
 
 
 def test_own_pictures_become_data_with_the_oracle_as_annotator(tmp_path, capsys):
@@ -414,3 +420,122 @@ def test_own_pictures_become_data_with_the_oracle_as_annotator(tmp_path, capsys)
     pictures, stayed, right, answers, true = map(int, row)
     assert pictures == stayed == right and answers == true > stayed
     assert album.is_dir()
+
+
+def test_own_pictures_become_data_with_a_server_as_annotator_and_as_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    album = drawn_album(tmp_path)
+    server = Server(lambda handler, request: completion(served(request)))
+    named = AnnotatorOptions(url=server.url, name="m")
+    options = RecaptionOptions(
+        album, tmp_path / "new.jsonl", annotator=named, judge=named, with_alt=1
+    )
+    recaption(options)
+
+    # Kept are all that can be seen, once; each with its caption and its question
+    kept = samples_in(options.out)
+    assert {sample.facts["caption"] for sample in kept} == {"A red car <b>in</b> a street."}
+    assert {len(sample.facts["pairs"]) for sample in kept} == {1}
+    check_album_files(options.out, len(kept))
+    outcome = json.loads(options.out.with_suffix(".funnel.json").read_text())
+    assert {"picture", "same"} == outcome["reasons"].keys()
+
+    # What a stranger wrote is shown where it belongs, and nothing is asked twice
+    asked = len(server.requests)
+    assert any("alert(1)" in json.dumps(body) for _, _, body in server.requests)
+    recaption(options)
+    assert len(server.requests) - asked <= 2  # whether it is there, for annotator and judge
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes()
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_what_a_server_left_unanswered_is_asked_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    album = drawn_album(tmp_path)
+    down = [True]
+
+    def reply(handler, request):
+        text = served(request)
+        failing = down[0] and text.startswith("[")  # the questions alone
+        return (503, {}, b"") if failing else completion(text)
+
+    server = Server(reply)
+    named = AnnotatorOptions(url=server.url, name="m", retries=0)
+    options = RecaptionOptions(album, tmp_path / "new.jsonl", annotator=named)
+    with pytest.raises(ValueError, match="nothing is left"):
+        recaption(options)
+    down[0] = False
+    recaption(options)
+    kept = samples_in(options.out)
+    assert kept and {len(sample.facts["pairs"]) for sample in kept} == {1}
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_own_pictures_that_cannot_be_meant_are_refused_in_a_line(tmp_path):
+    album = drawn_album(tmp_path)
+    oracle = AnnotatorOptions(oracle=True)
+    with pytest.raises(ValueError, match="among the pictures"):
+        recaption(RecaptionOptions(album, album / "new.jsonl", annotator=oracle))
+    with pytest.raises(ValueError, match="is there already"):
+        draw_album(AlbumOptions(album))
+    with pytest.raises(ValueError, match="count must be positive"):
+        questions = QuestionOptions(count=0)
+        recaption(
+            RecaptionOptions(album, tmp_path / "o.jsonl", annotator=oracle, questions=questions)
+        )
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def history_of(tmp_path: Path, dropped: int, rare: int) -> Path:
+    """A run of 100 records, of which some were dropped for a common and some for a rare reason."""
+    data = tmp_path / "data.jsonl"
+    rows = []
+    lines = []
+    for index in range(100):
+        messages = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": f"<i>{index}"},
+        ]
+        rows.append({"messages": messages, "facts": {"index": index}})
+        reason = "rare" if index < rare else "common"
+        events = [{"step": "look", "did": "kept", "why": ""}]
+        if index < dropped:
+            events = [{"step": "look", "did": "dropped", "why": f"{reason}: <script>"}]
+        lines.append({"index": index, "origin": "x", "kept": index >= dropped, "history": events})
+    data.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out.jsonl"
+    out.write_text("\n".join(map(json.dumps, rows[dropped:])))
+    history = tmp_path / "out.history.jsonl"
+    history.write_text("\n".join(map(json.dumps, lines)))
+    return history
+
+
+def test_the_page_shows_fifty_of_each_rare_reasons_too_and_nothing_is_markup(tmp_path):
+    history = history_of(tmp_path, dropped=45, rare=2)
+    page = write_review(ReviewOptions(history, tmp_path / "data.jsonl", kept=50, dropped=20))
+    text = page.read_text()
+    assert text.count('class="card"') == 70
+    assert text.count("&lt;i&gt;") == 50 * 2 + 20  # before and after; dropped ones have no after
+    assert "<i>" not in text and "<script" not in text
+    assert text.count("look: rare") == 1 and text.count("✗ look rare: &lt;script&gt;") == 2
+    assert "43 common, 2 rare" in text
+    assert text.index("Content-Security-Policy") < text.index("<style>")
+    assert (
+        write_review(ReviewOptions(history, tmp_path / "data.jsonl", kept=50, dropped=20)) == page
+    )
+    assert page.read_text() == text
+
+
+def test_a_page_about_what_is_no_run_is_refused_in_a_line(tmp_path):
+    history = history_of(tmp_path, dropped=3, rare=1)
+    with pytest.raises(ValueError, match="name what the run read, --data"):
+        write_review(ReviewOptions(history))
+    history.write_text("{}\n")
+    with pytest.raises(ValueError, match="history.jsonl:1: no line of a history"):
+        write_review(ReviewOptions(history))
