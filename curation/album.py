@@ -20,7 +20,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
@@ -60,6 +60,7 @@ class AlbumOptions:
 
     out: Path  # a folder that does not exist yet
     pictures: int = 300
+    held_out: bool = True  # scenes that the toy never trains on; false: those that it does
     seed: int = 0
 
 
@@ -74,11 +75,12 @@ class Photo:
     text: str
 
 
-def drawn_photo(index: int, seed: int, earlier: list[Photo]) -> Photo:
-    """Photo `index` of a seed: always the same, after the same earlier ones."""
-    rng = random.Random(f"album/{seed}/{index}")
+def drawn_photo(index: int, options: AlbumOptions, earlier: list[Photo]) -> Photo:
+    """Photo `index` of an album: always the same, after the same earlier ones."""
+    side = options.held_out
+    rng = random.Random(f"album/{options.seed}/{index}/{side}")
     kind = rng.choices(list(PICTURES), list(PICTURES.values()))[0]
-    subject = world.scene(rng.choice(KINDS), rng, test=True)
+    subject = world.scene(rng.choice(KINDS), rng, test=side)
     content = png_bytes(subject.draw(rng)[0])
     said = subject.words()
 
@@ -100,12 +102,13 @@ def drawn_photo(index: int, seed: int, earlier: list[Photo]) -> Photo:
         said = ""
 
     text_kind = rng.choices(list(TEXTS), list(TEXTS.values()))[0]
-    return Photo(kind, content, said, text_kind, bad_text(text_kind, said, index, rng))
+    other = world.scene(rng.choice(KINDS), rng, test=side).words()
+    text = bad_text(text_kind, said, other, index, rng)
+    return Photo(kind, content, said, text_kind, text)
 
 
-def bad_text(kind: str, said: str, index: int, rng: random.Random) -> str:
-    """What somebody wrote beside a picture that says `said`."""
-    other = world.scene(rng.choice(KINDS), rng, test=True).words()
+def bad_text(kind: str, said: str, other: str, index: int, rng: random.Random) -> str:
+    """What somebody wrote beside a picture that says `said`; `other` is what another one says."""
     texts = {
         "nothing": "",
         "name": f"IMG_{1000 + index}.PNG",
@@ -134,7 +137,7 @@ def draw_album(options: AlbumOptions) -> None:
     photos: list[Photo] = []
     truth = []
     for index in range(options.pictures):
-        photo = drawn_photo(index, options.seed, photos)
+        photo = drawn_photo(index, options, photos)
         photos.append(photo)
         picture = options.out / f"{index:04d}.png"
         picture.write_bytes(photo.content)
@@ -171,16 +174,17 @@ class GradeAlbumOptions:
 
     rows: Path  # OUT.jsonl of curation.recaption
     truth: Path  # ALBUM.truth.jsonl
+    by: Literal["kind", "text_kind"] = "kind"  # of the picture, or of the text that was beside it
 
 
 def grade_album(options: GradeAlbumOptions) -> None:
-    """A line for each kind of picture, then all scenes."""
+    """A line for each kind, then all."""
     counts: dict[str, Counter] = {}
     rows = rows_by_picture(options.rows)
     for name, truth in rows_by_picture(options.truth).items():
         facts = truth["facts"]
         words = facts.get("words", "")
-        count = counts.setdefault(facts["kind"], Counter())
+        count = counts.setdefault(facts[options.by], Counter())
         count["pictures"] += 1
         if name not in rows:
             continue
@@ -193,7 +197,7 @@ def grade_album(options: GradeAlbumOptions) -> None:
             count["true answers"] += true_answer(words, question) == answer
 
     columns = ("pictures", "kept", "right captions", "answers", "true answers")
-    print("| kind | " + " | ".join(columns) + " |")
+    print(f"| {options.by} | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * len(columns))
     for kind, count in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
         print(f"| {kind} | " + " | ".join(str(count[column]) for column in columns) + " |")
