@@ -52,7 +52,9 @@ REFUSAL = re.compile(
     r"|抱歉|对不起|很遗憾|我无法|无法(描述|查看|识别)|作为一个?(ai|人工智能))",
     re.IGNORECASE,
 )
-MARKED = re.compile(r"</?think>|\\boxed")  # half of a chain is no caption
+MARKED = re.compile(
+    r"</?think>|\\boxed|<image>|<video>"
+)  # half of a chain, or of a row, is no caption
 LONGEST = 6000  # characters of a caption
 ALIKE = 4  # times that the same four words may stand in one
 
