@@ -62,7 +62,7 @@ LONGEST_ANSWER = 1000
 NEARLY = 0.8  # shared words, of all words of two questions: above it they are the same one
 
 MENTION = re.compile(
-    r"\b(caption|description|describe[ds]?|alt[- ]?text|paragraph|passage|(in|by|to) the text)\b"
+    r"\b(caption|description|described|alt[- ]?text|paragraph|passage|(in|by|to) the text)\b"
     r"|描述|图注|说明文字|文中|上文|根据文字",
     re.IGNORECASE,
 )
@@ -229,13 +229,14 @@ class AskQuestions(OverPairs):
             fields = {"caption": caption_in(item.sample), "count": str(self.count)}
             requests.append(Request("caption2qa", fields, about=item.sample))
 
+        # What can be read of the replies; what nobody said is asked by the next run
         responses = self.annotator.annotate(requests)
         for item, request, response in zip(items, requests, responses, strict=True):
             if response.lost:
                 item.drop(self.name, response.fault)
                 continue
             pairs, malformed = pairs_in(response.text or "", self.count)
-            out = Counter({"malformed": malformed}) if malformed else Counter()
+            out = Counter({"malformed": malformed} if malformed else {})
             nothing = "" if pairs else response.fault or "the reply holds no pairs"
             self.mark(item, pairs, out, nothing, caption=request.fields["caption"])
 
@@ -278,14 +279,13 @@ class TemplateQuestions(OverPairs):
             said = list(islice(responses, len(questions)))
             if self.drop_lost(item, said):
                 continue
-            pairs = []
-            out: Counter[str] = Counter()
-            for question, response in zip(questions, said, strict=True):
-                text = response.text
-                if is_text(text, LONGEST_ANSWER) and not UNANSWERABLE.match(text):
-                    pairs.append((question, text.strip()))
-                else:
-                    out["without an answer"] += 1
+            pairs = [
+                (question, response.text.strip())
+                for question, response in zip(questions, said, strict=True)
+                if is_answer(response.text)
+            ]
+            silent = len(questions) - len(pairs)
+            out = Counter({"without an answer": silent} if silent else {})
             self.mark(item, pairs, out, caption=caption)
 
     def questions_about(self, caption: str, index: int) -> list[str]:
@@ -305,6 +305,10 @@ class TemplateQuestions(OverPairs):
                 if queue and len(chosen) < self.count:
                     chosen.append(queue.pop())
         return list(dict.fromkeys(chosen))
+
+
+def is_answer(text: str | None) -> bool:
+    return is_text(text, LONGEST_ANSWER) and not UNANSWERABLE.match(text)
 
 
 def read_templates(path: Path) -> list[tuple[re.Pattern, Template]]:
@@ -386,8 +390,8 @@ def answerable(sample: Sample, pairs: Pairs, said: Sequence[Response], out: Coun
     replies = iter(said)
     for pair in pairs:
         if in_doubt(sample, pair):
-            text = next(replies).text
-            if text is None or UNANSWERABLE.match(text) or not says_the_same(text, pair[1]):
+            reply = next(replies)
+            if not is_answer(reply.text) or not says_the_same(reply.text, pair[1]):
                 out["not in the caption"] += 1
                 continue
         kept.append(pair)

@@ -26,7 +26,8 @@ A drawn folder with bad texts, and the toy's own model, which writes no JSON:
     python -m curation.album grade --rows runs/recaptioned.jsonl --truth runs/album.truth.jsonl
 
 OUT.llava.jsonl is LLaVA's format (id, image, conversations): one row with the caption and one with the
-questions, so that no answer stands above its question. OUT.jsonl is our own, with all facts.
+questions, so that no answer stands above its question; paths of pictures start at the file's folder.
+OUT.jsonl is our own, with all facts.
 
 Sources: SAIL-VL2 (arXiv 2509.14033) section 4 for the judges and what is dropped; SAIL-VL (2501.05952)
 section 3.1 for captions with alt-texts. The rest of the chain, and its order, is ours. Without a judge,

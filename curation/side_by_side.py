@@ -94,11 +94,12 @@ class CompareCaptions:
             requests += both_orders(item.sample, other)
 
         # Two answers each
-        responses = iter(self.annotator.annotate(requests))
-        for item in known:
-            self.mark(item, next(responses), next(responses))
+        responses = self.annotator.annotate(requests)
+        for item, forward, backward in zip(known, responses[::2], responses[1::2], strict=True):
+            self.mark(item, forward, backward)
 
     def mark(self, item: Item, forward: Response, backward: Response) -> None:
+        # Not answered, or not in a way that can be read
         if forward.lost or backward.lost:
             item.drop(self.name, forward.fault or backward.fault)
             return

@@ -31,15 +31,20 @@ def told(words: str) -> list[tuple[str, str]]:
         return told_of_bars([match.groups() for match in bars])
 
     # One phrase
-    if match := DOTS.fullmatch(words):
-        return [("how many things are there?", match[1])]
-    if match := WRITTEN.fullmatch(words):
-        return [("what does it say?", match[1])]
-    if match := SUM.fullmatch(words):
-        a, sign, b = match.groups()
-        result = int(a) + int(b) if sign == "+" else int(a) - int(b)
-        return [("what is the result?", str(result))]
+    dots = DOTS.fullmatch(words)
+    if dots:
+        return [("how many things are there?", dots[1])]
+    written = WRITTEN.fullmatch(words)
+    if written:
+        return [("what does it say?", written[1])]
+    equation = SUM.fullmatch(words)
+    if equation:
+        return [("what is the result?", str(result_of(*equation.groups())))]
     return []
+
+
+def result_of(a: str, sign: str, b: str) -> int:
+    return int(a) + int(b) if sign == "+" else int(a) - int(b)
 
 
 def told_of_things(things: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
