@@ -16,6 +16,7 @@ changed without changing code.
 
     --annotator.model runs/toy/final
     --annotator.url http://localhost:8000/v1 --annotator.name qwen2.5-vl --annotator.at-once 32
+      --annotator.per-minute 600 --annotator.price-in 0.4 --annotator.price-out 1.6
     --annotator.oracle --annotator.noise 0.1
 
 Not published: the paper's prompts and models ("LVM API"). All prompts are ours, but for the three
@@ -211,7 +212,7 @@ class Endpoint:
         # What is asked
         words = self.prompts.text(request)
         try:
-            pictures = pictures_of(request)
+            pictures = opened_pictures(request)
         except BadSample as fault:
             return Response(None, str(fault))
 
@@ -221,14 +222,14 @@ class Endpoint:
         except NoReply as failure:
             return Response(None, f"{NO_REPLY}: {failure.kind}")
         if not reply.ended:
-            return Response(None, f"no end within {self.chat.sampling['max_tokens']} tokens")
+            return Response(None, f"no end within {self.chat.max_new or 'its'} tokens")
         return Response(reply.text.strip())
 
     def report(self) -> str:
         return self.chat.report()
 
 
-def pictures_of(request: Request) -> list[Image.Image]:
+def opened_pictures(request: Request) -> list[Image.Image]:
     """The pictures of a request, opened. Raises BadSample for one that cannot be read."""
     about = request.about
     root = about.root if about else None

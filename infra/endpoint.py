@@ -57,7 +57,7 @@ LARGEST_REPLY = 1 << 20  # bytes
 LONGEST_SIDE = 1024  # pixels of a picture that is sent
 FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each one after it
 LONGEST_PAUSE = 30.0  # seconds
-SERVER_IS_DOWN = 20  # questions in a row without a reply: from then on each is asked once
+SERVER_IS_DOWN = 20  # questions in a row that reached no server: from then on each is asked once
 FULL = 429  # the status of a server that wants to be asked less often
 PASSING = (408, 425, FULL)  # statuses that may be another the next time, beside 5xx
 MOST_TOKENS = 10**7  # of one reply: a server that says more is not believed
@@ -101,7 +101,7 @@ class Counts:
     written: int = 0
 
 
-class Pace:
+class Spacing:
     """When requests leave: `per_minute` of them, evenly spaced (0: whenever they like), and none while
     a server wants to be left alone."""
 
@@ -167,10 +167,11 @@ class ChatEndpoint:
         self.timeout = timeout
         self.retries = retries
         self.at_once = at_once
-        self.pace = Pace(per_minute)
+        self.spacing = Spacing(per_minute)
         self.cache = ReplyCache(cache)
 
         # What is asked for beside the words, and what it costs
+        self.max_new = max_new
         self.sampling: dict[str, Any] = {"temperature": temperature}
         if max_new:
             self.sampling["max_tokens"] = max_new
@@ -272,13 +273,20 @@ class ChatEndpoint:
         """A question, counted. Raises NoReply."""
         began = time.monotonic()
         down = self.failures_in_a_row >= SERVER_IS_DOWN
-        failed = True
         try:
             reply = self._insist(body, 1 if down else self.retries + 1)
-            failed = False
-        finally:
-            self._count(asked=True, failed=failed, seconds=time.monotonic() - began)
+        except NoReply as failure:
+            self._count(asked=True, failed=True, seconds=time.monotonic() - began)
+            self._reached(not failure.passing)
+            raise
+        self._count(asked=True, seconds=time.monotonic() - began)
+        self._reached(True)
         return reply
+
+    def _reached(self, server: bool) -> None:
+        """Whether a server was there: one that refuses a question is not down."""
+        with self.lock:
+            self.failures_in_a_row = 0 if server else self.failures_in_a_row + 1
 
     def _insist(self, body: bytes, attempts: int) -> ChatReply:
         """Attempts until one succeeds, none is left, or the time is over. Raises the last NoReply."""
@@ -287,7 +295,7 @@ class ChatEndpoint:
         counted = 0
         while True:
             # Half of the time for each, so that one which hangs can be followed by another
-            self.pace.wait()
+            self.spacing.wait()
             began = time.monotonic()
             try:
                 return self._attempt(body, min(self.timeout - spent, self.timeout / 2))
@@ -302,7 +310,7 @@ class ChatEndpoint:
                 if not failure.passing or counted >= attempts or spent + pause >= self.timeout:
                     raise
                 if failure.full:
-                    self.pace.hold(failure.wait)
+                    self.spacing.hold(failure.wait)
             wait_for(pause)
             spent += pause
 
@@ -370,8 +378,6 @@ class ChatEndpoint:
             self.counts.seconds += seconds
             self.counts.sent += sent
             self.counts.written += written
-            if asked:
-                self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
 
     def _report_once(self, failure: NoReply) -> None:
         """The first of each kind; the rest is in the counts."""
