@@ -34,7 +34,7 @@ Our choice as well: a reply that nobody can read drops its caption.
 import json
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Callable, Iterator, Literal, Sequence
@@ -54,7 +54,7 @@ from curation.annotators import (
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
 from data.readers import Folder
 from data.sample import BadSample, Message, Sample
-from graders import yes_or_no
+from graders import split_think, yes_or_no
 from infra.cli import command
 from scale import parallel
 
@@ -122,8 +122,9 @@ def read_reply(question: str, response: Response) -> int | str | None:
     """What a reply says: a score, yes or no, or None for one that cannot be read."""
     if response.text is None:
         return None
+    _, answer = split_think(response.text)
     read = yes_or_no_in if question.endswith("_yesno") else score_in
-    return read(response.text)
+    return read(answer)
 
 
 def is_low(said: int | str | None) -> bool:
@@ -194,6 +195,24 @@ def reason_of_no_reply(response: Response) -> str:
     return f"unreadable reply: {response.text[:100]}"
 
 
+class Repeated:
+    """A step over the whole set: a caption that more than `most` pictures have describes none of them."""
+
+    name = "repeated"
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def __call__(self, items: list[Item]) -> None:
+        said = [caption_request("ita", item.sample).fields["caption"] for item in items]
+        times = Counter(said)
+        for item, caption in zip(items, said):
+            if times[caption] > self.most:
+                item.drop(self.name, f"repeated: {times[caption]} times")
+            else:
+                item.keep(self.name, f"{times[caption]} times")
+
+
 # -------------------------------------------------------------------------------------- resampling
 
 
@@ -240,19 +259,28 @@ class Uniform:
 
 
 class AsJudgement:
-    """A step that makes a scored caption the question that a judge is asked, with its answer."""
+    """A step that makes a scored caption the question that a judge is asked, with its answer.
 
-    def __init__(self, question: str, prompts: Prompts):
+    chain: the fact that the judge shall say before it, "" for none.
+    """
+
+    def __init__(self, question: str, prompts: Prompts, chain: str = ""):
         self.name = f"as a question: {question}"
         self.question = question
         self.prompts = prompts
+        self.chain = chain
 
     def __call__(self, items: list[Item]) -> None:
         for item in items:
-            item.change(self.name, judgement(self.question, item.sample, self.prompts))
+            chain = item.sample.facts.get(self.chain) if self.chain else None
+            if self.chain and not chain:
+                item.drop(self.name, f"no chain: facts hold no {self.chain}")
+                continue
+            asked = judgement(self.question, item.sample, self.prompts, chain)
+            item.change(self.name, asked)
 
 
-def judgement(question: str, sample: Sample, prompts: Prompts) -> Sample:
+def judgement(question: str, sample: Sample, prompts: Prompts, chain: str | None = None) -> Sample:
     """A training row: the request exactly as a judge of our own will see it, and what it shall say."""
     score = sample.facts[dimension_of(question)]
     answer = str(score)
@@ -261,7 +289,7 @@ def judgement(question: str, sample: Sample, prompts: Prompts) -> Sample:
     asked = as_question(caption_request(question, sample), prompts)
     return replace(
         sample,
-        messages=(*asked.messages, Message("assistant", (answer,))),
+        messages=(*asked.messages, Message("assistant", (answer,), chain)),
         task=question,
         facts=sample.facts | {"answer": answer, "family": question},
     )
@@ -430,10 +458,15 @@ def annotate_captions(options: AnnotateOptions) -> None:
 class FilterOptions(JudgesOptions):
     """Drop captions that score below 3, or that a judge says no to, in either dimension."""
 
+    repeated: int = 0  # drop captions that more pictures than this have, too; 0: however many
+
 
 def filter_captions(options: FilterOptions) -> None:
-    steps = judging_steps(options, drop_low)
-    outcome = run_pipeline(options, steps)
+    # Without judges, if repetition is all that counts
+    asked = options.ask or not options.repeated
+    steps = judging_steps(options, drop_low) if asked else []
+    over_all = [Repeated(options.repeated)] if options.repeated else []
+    outcome = run_pipeline(options, steps, over_all)
     finished(steps, options, outcome.report())
 
 
@@ -445,13 +478,16 @@ class UniformOptions(PipelineOptions):
     train: Literal["", "score", "yesno"] = ""  # as questions of this kind of judge; "": as captions
     size: int = 0  # captions in all; 0: as many as the rarest score allows
     prompts: Path | None = None  # a folder of prompts that come before ours
+    chain: str = ""  # a fact that the judge shall say before its answer, as <think>...</think>
 
 
 def uniform_captions(options: UniformOptions) -> None:
     over_all: list = [Uniform(options.dimension, options.size, options.seed)]
     if options.train:
         suffix = "_yesno" if options.train == "yesno" else ""
-        over_all.append(AsJudgement(options.dimension + suffix, Prompts(options.prompts)))
+        over_all.append(
+            AsJudgement(options.dimension + suffix, Prompts(options.prompts), options.chain)
+        )
     outcome = run_pipeline(options, [], over_all)
     finished([], options, outcome.report())
 

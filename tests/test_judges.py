@@ -13,6 +13,7 @@ from curation.judges import (
     AnnotateOptions,
     FilterOptions,
     MeasureOptions,
+    Repeated,
     Tally,
     Uniform,
     UniformOptions,
@@ -171,6 +172,27 @@ def test_uniform_takes_no_more_than_it_is_told_and_drops_what_has_no_score():
     assert kept == {1: 2, 2: 2, 3: 2}
     assert items[-2].history[-1].why.startswith("no score")
     assert items[-1].history[-1].why.startswith("no score")
+
+
+def test_a_caption_of_many_pictures_describes_none():
+    titles = ["gramastar"] * 3 + ["Winter Hat", "Pear", "Pear"]
+    items = []
+    for index, title in enumerate(titles):
+        messages = (Message("user", ("?",)), Message("assistant", (title,)))
+        items.append(Item(index, str(index), Sample(messages)))
+    Repeated(2)(items)
+    assert [item.alive for item in items] == [False] * 3 + [True] * 3
+
+
+def test_a_judge_may_say_first_what_it_sees(captions, tmp_path):
+    out = tmp_path / "train.jsonl"
+    options = UniformOptions(captions, out, train="score", prompts=TOY_PROMPTS, chain="words")
+    uniform_captions(options)
+    for row in read_whole(out):
+        assert row.messages[-1].think == row.facts["words"]
+
+    # And its chain is no part of what is read
+    assert read_reply("ita", Response("<think>red dots 4</think>2")) == 2
 
 
 def test_precision_and_recall_are_those_of_what_is_dropped():
