@@ -7,6 +7,7 @@ remains, and leaves a page on which fifty kept and fifty dropped samples can be 
     folder/17.jpg, 17.txt                                     (or any data file)
       picture                   readable, large enough, not blank
       caption                   written anew
+      second                    written once more by another model; the two must agree (--second)
       vir, ita                  dropped "if the score is below 3 or the answer is No"
       questions, check, look    of the caption, answered from it, and by the picture
       same, alike               no picture twice, no question too often
@@ -22,7 +23,7 @@ A drawn folder with bad texts, and the toy's own model, which writes no JSON:
     python -m curation.recaption --data runs/album --out runs/recaptioned.jsonl \\
         --annotator.model runs/toy/final --annotator.prompts curation/prompts/toy \\
         --questions.templates curation/prompts/toy/templates.tsv \\
-        --questions.look --questions.least-agreement 0.5
+        --questions.look --second.model runs/toy/soup --least-common 1
     python -m curation.album grade --rows runs/recaptioned.jsonl --truth runs/album.truth.jsonl
 
 OUT.llava.jsonl is LLaVA's format (id, image, conversations): one row with the caption and one with the
@@ -30,11 +31,13 @@ questions, so that no answer stands above its question; paths of pictures start 
 OUT.jsonl is our own, with all facts.
 
 Sources: SAIL-VL2 (arXiv 2509.14033) section 4 for the judges and what is dropped; SAIL-VL (2501.05952)
-section 3.1 for captions with alt-texts. The rest of the chain, and its order, is ours. Without a judge,
-`--questions.look` stands in for one: what the caption says and what the picture says must agree.
+section 3.1 for captions with alt-texts. The rest of the chain, and its order, is ours; so are two filters for
+whoever has no judge: a second captioner, which errs elsewhere than the first, and `--questions.look`, which
+asks the picture what the caption answered.
 """
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator
@@ -43,10 +46,13 @@ from curation.annotators import (
     Annotator,
     AnnotatorOptions,
     Prompts,
+    Request,
+    Response,
     open_annotator,
 )
+from curation.balance import ngrams
 from curation.caption2qa import AlikePairs, QuestionOptions, question_steps
-from curation.captioner import WriteCaption, shown_pictures
+from curation.captioner import WriteCaption, caption_in, shown_pictures, why_unanswered
 from curation.judges import QUESTIONS, Judging, drop_low
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
 from curation.report import ReviewOptions, write_review
@@ -59,6 +65,7 @@ from infra.cli import command
 from scale import parallel
 
 UNSAID = "(nothing)"  # the answer of a row whose picture nobody described yet
+STOPS = re.compile(r"[,.;:!?，。；：！？、]")
 LONGEST_ALT = 10_000  # characters that are read of a text beside a picture
 
 
@@ -138,6 +145,48 @@ class LookAtPicture:
                 raise BadSample("one colour", f"{sample.origin}: nothing is to be seen")
 
 
+class SecondOpinion:
+    """Asks another annotator for a caption, and drops a sample where the two say different things.
+
+    least: share of the pairs of neighbouring words, of all that either has, that both must have. Two
+    models that describe freely share a fifth, two that were taught one style nearly all.
+    """
+
+    name = "second"
+
+    def __init__(self, annotator: Annotator, least: float):
+        if not 0 <= least <= 1:
+            raise ValueError("--least-common is a share, between 0 and 1")
+        self.annotator = annotator
+        self.least = least
+
+    def __call__(self, items: list[Item]) -> None:
+        requests = []
+        for item in items:
+            requests.append(Request("caption", {}, shown_pictures(item.sample), item.sample))
+        responses = self.annotator.annotate(requests)
+        for item, response in zip(items, responses, strict=True):
+            self.mark(item, response)
+
+    def mark(self, item: Item, response: Response) -> None:
+        if response.text is None:
+            item.drop(self.name, why_unanswered(response))
+            return
+        other = response.text.strip()
+        common = in_common(caption_in(item.sample), other)
+        if common < self.least:
+            item.drop(self.name, f"two captioners disagree: {common:.2f} in common with {other}")
+        else:
+            item.keep(self.name, f"{common:.2f} in common", common=round(common, 3))
+
+
+def in_common(one: str, other: str) -> float:
+    """The share of their pairs of words that two texts have in common, whatever stops stand between them."""
+    pairs = set(ngrams(STOPS.sub(" ", one), 2))
+    others = set(ngrams(STOPS.sub(" ", other), 2))
+    return len(pairs & others) / max(1, len(pairs | others))
+
+
 class SamePictures:
     """Over the whole set: of pictures with equal pixels the first one stays."""
 
@@ -195,16 +244,21 @@ class RecaptionOptions(PipelineOptions):
     """From a folder of pictures, or any data, to captions and questions that were checked."""
 
     annotator: AnnotatorOptions = field(default_factory=AnnotatorOptions)
+    second: AnnotatorOptions = field(default_factory=AnnotatorOptions)  # nobody named: one opinion
     judge: AnnotatorOptions = field(default_factory=AnnotatorOptions)  # nobody named: no scores
     questions: QuestionOptions = field(default_factory=QuestionOptions)
     with_alt: float = 0.0  # share of the samples whose old text the annotator is shown
     request: str = DESCRIBE  # what the rows with captions ask
     least_side: int = 16  # pixels of a picture
+    least_common: float = 0.1  # share of word pairs in which the second's caption must agree
 
     def __post_init__(self):
+        # All that servers said lies in one file
         super().__post_init__()
         if self.judge.cache is None:
             self.judge = replace(self.judge, cache=self.annotator.cache)
+        if self.second.cache is None:
+            self.second = replace(self.second, cache=self.annotator.cache)
 
 
 def recaption(options: RecaptionOptions) -> None:
@@ -213,8 +267,7 @@ def recaption(options: RecaptionOptions) -> None:
     if is_album(options.data):
         options = write_album_rows(options)
     annotator = open_annotator(options.annotator, options.seed)
-    judge = judge_of(options)
-    steps = recaption_steps(options, annotator, judge)
+    steps = recaption_steps(options, annotator)
     over_all = [SamePictures(), AlikePairs(options.questions.alike, needed=False)]
     outcome = run_pipeline(options, steps, over_all)
 
@@ -230,23 +283,24 @@ def recaption(options: RecaptionOptions) -> None:
     parallel.stop()
 
 
-def judge_of(options: RecaptionOptions) -> Annotator | None:
+def anybody(named: AnnotatorOptions, seed: int) -> Annotator | None:
     """None when nobody is named."""
-    named = options.judge
     if not (named.model or named.url or named.oracle):
         return None
-    return open_annotator(named, options.seed)
+    return open_annotator(named, seed)
 
 
-def recaption_steps(
-    options: RecaptionOptions, annotator: Annotator, judge: Annotator | None
-) -> list:
+def recaption_steps(options: RecaptionOptions, annotator: Annotator) -> list:
     """The steps over chunks, in their order."""
     prompts = Prompts(options.annotator.prompts)
     steps: list = [
         LookAtPicture(options.least_side),
         WriteCaption(annotator, prompts, options.with_alt, options.request, options.seed),
     ]
+    second = anybody(options.second, options.seed)
+    if second is not None:
+        steps.append(SecondOpinion(second, options.least_common))
+    judge = anybody(options.judge, options.seed)
     if judge is not None:
         steps += [Judging(question, judge, drop_low) for question in QUESTIONS]
     return steps + question_steps(options.questions, annotator, options.seed, needed=False)

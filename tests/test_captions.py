@@ -6,6 +6,7 @@ Whoever annotates here is a script or the oracle, so every test knows what shoul
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from curation.caption2qa import (
 )
 from curation.captioner import CaptionOptions, ReferenceOptions, WriteCaption, caption_files
 from curation.pipeline import Item
-from curation.recaption import RecaptionOptions, recaption
+from curation.recaption import RecaptionOptions, SecondOpinion, recaption
 from curation.report import ReviewOptions, write_review
 from curation.rows import RowWriter
 from curation.told import told, true_answer
@@ -420,6 +421,18 @@ def test_own_pictures_become_data_with_the_oracle_as_annotator(tmp_path, capsys)
     pictures, stayed, right, answers, true = map(int, row)
     assert pictures == stayed == right and answers == true > stayed
     assert album.is_dir()
+
+
+def test_a_caption_that_a_second_captioner_does_not_share_goes():
+    items = items_saying("a red car in a street", "a red car in a street", "a dog")
+    for item in items:
+        item.sample = replace(item.sample, facts={"caption": item.sample.messages[-1].parts[0]})
+    replies = iter(["A red car, in a street.", "a street in a red car", None])
+    SecondOpinion(Scripted(lambda request: next(replies)), 0.7)(items)
+    assert [item.alive for item in items] == [True, False, False]
+    assert items[1].history[-1].why == (
+        "two captioners disagree: 0.67 in common with a street in a red car"
+    )
 
 
 def test_own_pictures_become_data_with_a_server_as_annotator_and_as_judge(tmp_path, monkeypatch):
