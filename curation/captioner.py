@@ -152,7 +152,7 @@ class WriteCaption:
         shown = request.task == "caption_with_alt"
         alt_text = alt_text_of(item.sample)
         by = self.annotator.name
-        why = "with its alt-text" if shown else ""
+        why = f"with its alt-text: {caption}" if shown else caption
         item.change(self.name, written, why, alt_text=alt_text, caption=caption, captioner=by)
 
 

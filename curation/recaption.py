@@ -175,7 +175,7 @@ class SecondOpinion:
         other = response.text.strip()
         common = in_common(caption_in(item.sample), other)
         if common < self.least:
-            item.drop(self.name, f"two captioners disagree: {common:.2f} in common with {other}")
+            item.drop(self.name, f"two captioners disagree: {common:.2f} in common with: {other}")
         else:
             item.keep(self.name, f"{common:.2f} in common", common=round(common, 3))
 

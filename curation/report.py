@@ -193,13 +193,17 @@ def review_card(one: Reviewed) -> str:
     for speaker, said in turns_after(one.after):
         text += el("p", el("b", safe(shortened(said))) if speaker == "assistant" else safe(said))
 
-    # The steps that had something to say; of a dropped one the last is why
-    said = [f"{event.step} {event.why}" for event in one.history if event.why]
-    last = one.history[-1] if one.history else Event("", "kept")
-    if last.did == "dropped":
-        said = [*said[:-1], f"✗ {last.step} {last.why}"] if last.why else [*said, f"✗ {last.step}"]
-    cls = "bad" if last.did == "dropped" else "soft"
-    text += el("p", safe(shortened(" · ".join(said))), cls=cls)
+    # What the steps had to say, without what stands above already; of a dropped one the last is why
+    shown = [said for _, said in turns_after(one.after)]
+    notes = []
+    for event in one.history:
+        if event.did == "dropped":
+            why = el("span", safe(shortened(f"✗ {event.why}")), cls="bad")
+        else:
+            why = el("span", safe(shortened(event.why)), cls="soft")
+        if event.why and event.why not in shown:
+            notes.append(el("span", safe(event.step), cls="soft") + " " + why)
+    text += el("p", " · ".join(notes)) if notes else ""
 
     pictures = pictures_shown(one.before)
     drawn = el("div", *pictures, cls="pictures") if pictures else ""
