@@ -30,7 +30,7 @@ OUT.llava.jsonl is LLaVA's format (id, image, conversations): one row with the c
 questions, so that no answer stands above its question; paths of pictures start at the file's folder.
 OUT.jsonl is our own, with all facts.
 
-Sources: SAIL-VL2 (arXiv 2509.14033) section 4 for the judges and what is dropped; SAIL-VL (2501.05952)
+Sources: SAIL-VL2 (arXiv 2509.14033) section 3.1 for the judges and what is dropped; SAIL-VL (2501.05952)
 section 3.1 for captions with alt-texts. The rest of the chain, and its order, is ours; so are two filters for
 whoever has no judge: a second captioner, which errs elsewhere than the first, and `--questions.look`, which
 asks the picture what the caption answered.
@@ -244,8 +244,11 @@ class RecaptionOptions(PipelineOptions):
     """From a folder of pictures, or any data, to captions and questions that were checked."""
 
     annotator: AnnotatorOptions = field(default_factory=AnnotatorOptions)
-    second: AnnotatorOptions = field(default_factory=AnnotatorOptions)  # nobody named: one opinion
-    judge: AnnotatorOptions = field(default_factory=AnnotatorOptions)  # nobody named: no scores
+    # Another captioner, which must agree; nobody named: the first is believed
+    second: AnnotatorOptions = field(default_factory=AnnotatorOptions)
+    # Who scores captions; nobody named: they are not scored
+    judge: AnnotatorOptions = field(default_factory=AnnotatorOptions)
+    # How questions are made of captions
     questions: QuestionOptions = field(default_factory=QuestionOptions)
     with_alt: float = 0.0  # share of the samples whose old text the annotator is shown
     request: str = DESCRIBE  # what the rows with captions ask
@@ -253,12 +256,15 @@ class RecaptionOptions(PipelineOptions):
     least_common: float = 0.1  # share of word pairs in which the second's caption must agree
 
     def __post_init__(self):
-        # All that servers said lies in one file
+        # All that servers said lies in one file, and what is asked stands in one folder
         super().__post_init__()
-        if self.judge.cache is None:
-            self.judge = replace(self.judge, cache=self.annotator.cache)
-        if self.second.cache is None:
-            self.second = replace(self.second, cache=self.annotator.cache)
+        self.second = as_the_first(self.second, self.annotator)
+        self.judge = as_the_first(self.judge, self.annotator)
+
+
+def as_the_first(other: AnnotatorOptions, first: AnnotatorOptions) -> AnnotatorOptions:
+    """Another one's options, its prompts and cache the first one's unless it has its own."""
+    return replace(other, prompts=other.prompts or first.prompts, cache=other.cache or first.cache)
 
 
 def recaption(options: RecaptionOptions) -> None:
