@@ -30,7 +30,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 from curation.rows import RowWriter
 from data.sample import Message, Sample
@@ -74,7 +74,7 @@ def true_details(caption: str, words: str) -> tuple[int, int, int]:
     true = 0
     false = 0
     for phrase in phrases_of(caption):
-        meant = next((thing for thing in things if Counter(phrase) <= thing), None)
+        meant = thing_with(phrase, things)
         if meant is None:
             false += 1
             continue
@@ -82,6 +82,14 @@ def true_details(caption: str, words: str) -> tuple[int, int, int]:
         true += 1
         details += len(phrase)
     return details, true, false
+
+
+def thing_with(details: Sequence[str], things: list[Counter]) -> Counter | None:
+    """The first thing that has all of these details; None for none, and for no details."""
+    wanted = Counter(details)
+    if not wanted:
+        return None
+    return next((thing for thing in things if wanted <= thing), None)
 
 
 def number_of_details(caption: str) -> int:
@@ -111,6 +119,33 @@ def alignment(caption: str, words: str) -> int:
     if not false:
         return score_of_share(details, number_of_details(words))
     return 2 if true >= false else 1
+
+
+# ------------------------------------------------------------------------------------------ chain
+
+
+def check_of(caption: str, words: str) -> str:
+    """The scene's words, then the caption's, with a `no` where a phrase begins to be false.
+
+    northwest red circle; northwest green no circle: what a judge can say before it answers.
+    """
+    things = [Counter(thing) for thing in phrases_of(words)]
+    checked = []
+    for phrase in caption.split(","):
+        said = phrase.split()
+        meant = thing_with(details_of(phrase), things)
+        if meant is None:
+            said.insert(first_false(said, things), "no")
+        else:
+            things.remove(meant)
+        checked.append(" ".join(said))
+    return f"{words}; {', '.join(checked)}"
+
+
+def first_false(said: list[str], things: list[Counter]) -> int:
+    """After how many of its words a phrase fits no thing any more."""
+    ends = range(1, len(said) + 1)
+    return next(end for end in ends if not thing_with(details_of(" ".join(said[:end])), things))
 
 
 # ------------------------------------------------------------------------------------------ noise
@@ -255,6 +290,7 @@ def noisy(drawn: Sample, noise: str, caption: str) -> Sample:
         "noise": noise,
         "vir": richness(caption, words),
         "ita": alignment(caption, words),
+        "chain": check_of(caption, words),
     }
     answer = Message("assistant", (caption,))
     return replace(drawn, messages=(*drawn.messages[:-1], answer), facts=facts)

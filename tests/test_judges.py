@@ -29,6 +29,7 @@ from curation.noise import (
     SPOILED,
     NoiseOptions,
     alignment,
+    check_of,
     noisy_samples,
     richness,
     write_noisy,
@@ -77,6 +78,21 @@ def test_noise_does_what_its_name_says(kind):
         assert 2 <= alignment(left, words) == richness(left, words) <= 4
         assert richness(spoiled["gibberish"], words) == alignment(spoiled["gibberish"], words) == 1
         assert alignment(spoiled["short"], words) == richness(spoiled["short"], words) < 3
+
+
+@pytest.mark.parametrize(
+    "caption, checked",
+    [
+        (SCENE, SCENE),
+        ("northwest green circle", "northwest green no circle"),
+        ("red circle, red circle", "red circle, red no circle"),
+        ("circle, northeast red cross", "circle, northeast no red cross"),
+        ("text A1X", "text no A1X"),
+        ("wnhr tse", "wnhr no tse"),
+    ],
+)
+def test_a_check_marks_where_a_phrase_begins_to_be_false(caption, checked):
+    assert check_of(caption, SCENE) == f"{SCENE}; {checked}"
 
 
 def test_noisy_samples_are_the_same_for_the_same_seed():
