@@ -158,14 +158,14 @@ def pairs_in(text: str, most: int) -> tuple[Pairs, int]:
     for entry in found[:most]:
         question = entry.get("question") if isinstance(entry, dict) else None
         answer = entry.get("answer") if isinstance(entry, dict) else None
-        if is_text(question, LONGEST_QUESTION) and is_text(answer, LONGEST_ANSWER):
+        if usable_text(question, LONGEST_QUESTION) and usable_text(answer, LONGEST_ANSWER):
             pairs.append((question.strip(), answer.strip()))
         else:
             malformed += 1
     return pairs, malformed
 
 
-def is_text(value: object, longest: int) -> bool:
+def usable_text(value: object, longest: int) -> bool:
     """A text with something in it, and no half of a surrogate, which no file could hold."""
     if not isinstance(value, str) or not value.strip() or len(value) > longest:
         return False
@@ -308,7 +308,7 @@ class TemplateQuestions(OverPairs):
 
 
 def is_answer(text: str | None) -> bool:
-    return is_text(text, LONGEST_ANSWER) and not UNANSWERABLE.match(text)
+    return usable_text(text, LONGEST_ANSWER) and not UNANSWERABLE.match(text)
 
 
 def read_templates(path: Path) -> list[tuple[re.Pattern, Template]]:

@@ -108,7 +108,7 @@ def in_turn(groups: dict, number: int, rng: random.Random) -> list[int]:
 def reviewed(options: ReviewOptions, chosen: list[int]) -> dict[int, Reviewed]:
     """The chosen samples with what they were and what they became."""
     wanted = set(chosen)
-    records = Records(Folder(*source_of(options)))
+    records = Records(Folder(*what_was_read(options)))
 
     # What they became
     rows = {}
@@ -135,7 +135,7 @@ def rows_beside(history: Path) -> Path:
     return history.with_name(history.name.removesuffix(".history.jsonl") + ".jsonl")
 
 
-def source_of(options: ReviewOptions) -> tuple[Path, Path | None]:
+def what_was_read(options: ReviewOptions) -> tuple[Path, Path | None]:
     """The data and the images' folder: as named, else as the run wrote down."""
     if options.data:
         return options.data, options.images
