@@ -440,7 +440,7 @@ def test_own_pictures_become_data_with_a_server_as_annotator_and_as_judge(tmp_pa
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     album = drawn_album(tmp_path)
     server = Server(lambda handler, request: completion(served(request)))
-    named = AnnotatorOptions(url=server.url, name="m")
+    named = AnnotatorOptions(url=server.url, name="m", at_once=4)
     options = RecaptionOptions(
         album, tmp_path / "new.jsonl", annotator=named, judge=named, with_alt=1
     )
@@ -476,7 +476,7 @@ def test_what_a_server_left_unanswered_is_asked_by_the_next_run(tmp_path, monkey
         return (503, {}, b"") if failing else completion(text)
 
     server = Server(reply)
-    named = AnnotatorOptions(url=server.url, name="m", retries=0)
+    named = AnnotatorOptions(url=server.url, name="m", retries=0, at_once=4)
     options = RecaptionOptions(album, tmp_path / "new.jsonl", annotator=named)
     with pytest.raises(ValueError, match="nothing is left"):
         recaption(options)
