@@ -69,6 +69,12 @@ class Response:
     text: str | None
     fault: str = ""
 
+    @property
+    def lost(self) -> bool:
+        """Whether asking another time may bring an answer. A sample that needs it is dropped with its
+        `fault` as it stands, for the next run to try again (`Passed.unanswered`)."""
+        return self.text is None and self.fault.startswith(NO_REPLY)
+
 
 class Annotator(Protocol):
     """name: what a file of annotations says about who made them."""

@@ -136,7 +136,7 @@ class PipelineOptions:
     limit: int = 0  # records of the data; 0: all
     # records that walk together: many times --annotator.at-once, or the last ones keep the others waiting
     chunk: int = 256
-    seed: int = 0
+    seed: int = 0  # of whatever is drawn
 
     def __post_init__(self):
         # What a server said is kept beside the output, unless somebody wants it elsewhere

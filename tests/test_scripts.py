@@ -159,7 +159,14 @@ MODULES = [
     "data.world",
     "tools.real",
     "tools.readme",
+    "curation.album",
     "curation.balance",
+    "curation.caption2qa",
+    "curation.caption_statistics",
+    "curation.captioner",
+    "curation.recaption",
+    "curation.report",
+    "curation.side_by_side",
     "talk.chat",
     "talk.samples",
     "bench.step",
@@ -215,6 +222,8 @@ COMMANDS = [
     "-m data.show --data {tmp}/my.jsonl --show 1 --out {tmp}/show",
     "-m data.show --data {tmp}/my.jsonl --check --out {tmp}/show",
     "-m curation.balance example --out {tmp}/captions.jsonl",
+    "-m curation.album draw --pictures 8 --out {tmp}/album",
+    "-m curation.caption_statistics --data {tmp}/my.jsonl",
     "-m claims.algorithms --model {ladder}/long-cot --only learn --names grpo --kinds dense "
     f"{TINY_TRAINING} --effort 0.02 --out {{tmp}}/a",
     f"-m claims.posttraining --runs {{ladder}} --only curriculum {TINY_TRAINING} --effort 0.01 "

@@ -1,0 +1,259 @@
+"""Judges: noise is what its label says, a filter keeps what it should, and a table counts right."""
+
+import json
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from curation.annotators import PROMPTS, Prompts, Request, Response
+from curation.judges import (
+    QUESTIONS,
+    AnnotateOptions,
+    FilterOptions,
+    MeasureOptions,
+    Repeated,
+    Tally,
+    Uniform,
+    UniformOptions,
+    annotate_captions,
+    filter_captions,
+    measure_judges,
+    read_reply,
+    read_whole,
+    uniform_captions,
+)
+from curation.noise import (
+    NOISE,
+    SPOILED,
+    NoiseOptions,
+    alignment,
+    check_of,
+    noisy_samples,
+    richness,
+    write_noisy,
+)
+from curation.pipeline import Item
+from data.sample import Message, Sample
+from data.world import KINDS, scene
+
+TOY_PROMPTS = PROMPTS / "toy"
+SCENE = "northwest red circle, southeast blue cross"
+
+
+@pytest.mark.parametrize(
+    "caption, vir, ita",
+    [
+        (SCENE, 5, 5),
+        ("northwest green circle, southeast blue cross", 5, 2),
+        ("northwest green circle, southeast black cross", 5, 1),
+        (f"{SCENE}, northeast red cross", 5, 2),
+        ("northwest red circle, blue cross", 4, 4),
+        ("northwest red circle", 3, 3),
+        ("northwest red circle, northwest red circle", 3, 2),
+        ("circle", 2, 2),
+        ("picture", 1, 1),
+        ("wnhrtotse dre", 1, 1),
+        ("text A1X", 3, 1),
+    ],
+)
+def test_scores_are_what_the_rule_says(caption, vir, ita):
+    assert (richness(caption, SCENE), alignment(caption, SCENE)) == (vir, ita)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "video"])
+def test_noise_does_what_its_name_says(kind):
+    rng = random.Random(0)
+    for _ in range(60):
+        words = scene(kind, rng, test=False).words()
+        spoiled = {name: spoil(words, rng) for name, spoil in SPOILED.items()}
+
+        # An untruth costs alignment alone, something left out costs both the same
+        assert (richness(words, words), alignment(words, words)) == (5, 5)
+        assert alignment(spoiled["attribute"], words) < 3 <= richness(spoiled["attribute"], words)
+        assert alignment(spoiled["object"], words) == 2
+        assert richness(spoiled["object"], words) == 5
+        left = spoiled["omission"]
+        assert 2 <= alignment(left, words) == richness(left, words) <= 4
+        assert richness(spoiled["gibberish"], words) == alignment(spoiled["gibberish"], words) == 1
+        assert alignment(spoiled["short"], words) == richness(spoiled["short"], words) < 3
+
+
+@pytest.mark.parametrize(
+    "caption, checked",
+    [
+        (SCENE, SCENE),
+        ("northwest green circle", "northwest green no circle"),
+        ("red circle, red circle", "red circle, red no circle"),
+        ("circle, northeast red cross", "circle, northeast no red cross"),
+        ("text A1X", "text no A1X"),
+        ("wnhr tse", "wnhr no tse"),
+    ],
+)
+def test_a_check_marks_where_a_phrase_begins_to_be_false(caption, checked):
+    assert check_of(caption, SCENE) == f"{SCENE}; {checked}"
+
+
+def test_noisy_samples_are_the_same_for_the_same_seed():
+    first = list(islice(noisy_samples(3, rate=0.7), 120))
+    again = list(islice(noisy_samples(3, rate=0.7), 120))
+    assert [s.messages[-1] for s in first] == [s.messages[-1] for s in again]
+
+    # All kinds come, at about the rate that was asked for
+    kinds = Counter(sample.facts["noise"] for sample in first)
+    assert set(kinds) == {"none", *NOISE}
+    assert 0.15 < kinds["none"] / 120 < 0.45
+
+
+@pytest.mark.parametrize(
+    "question, text, said",
+    [
+        ("vir", "4", 4),
+        ("vir", 'Sure:\n```json\n{"score": 2}\n```', 2),
+        ("ita", "Score: 3/5.", 3),
+        ("ita", '{"score": "high"}', None),
+        ("ita", '{"score": 7}', None),
+        ("ita", '{"score": true}', None),
+        ("ita", "between 3 and 4", None),
+        ("ita", "I cannot see pictures.", None),
+        ("ita_yesno", "Yes, it does.", "yes"),
+        ("ita_yesno", "no", "no"),
+        ("vir_yesno", '{"answer": "No"}', "no"),
+        ("vir_yesno", "red circle", None),
+        ("vir_yesno", None, None),
+    ],
+)
+def test_a_reply_is_read_or_is_none(question, text, said):
+    assert read_reply(question, Response(text)) == said
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """200 captions of the drawn world, half of them spoiled."""
+    path = tmp_path_factory.mktemp("captions") / "noisy.jsonl"
+    write_noisy(NoiseOptions(path, samples=200, rate=0.6))
+    return path
+
+
+def ask_oracle(options, noise=0.0):
+    options.annotator.oracle = True
+    options.annotator.noise = noise
+    return options
+
+
+def test_the_filter_keeps_what_scores_three_in_both(captions, tmp_path):
+    out = tmp_path / "kept.jsonl"
+    filter_captions(ask_oracle(FilterOptions(captions, out)))
+
+    # In the order in which they came, all that should be kept and nothing else
+    good = [s.messages for s in read_whole(captions) if min(s.facts["vir"], s.facts["ita"]) >= 3]
+    kept = list(read_whole(out))
+    assert [sample.messages[-1] for sample in kept] == [messages[-1] for messages in good]
+    assert all(sample.facts["judge_ita_yesno"] == "yes" for sample in kept)
+
+    # And why the others went
+    lines = out.with_suffix(".history.jsonl").read_text().splitlines()
+    ends = [json.loads(line)["history"][-1] for line in lines]
+    dropped = {end["why"].split(":")[0] for end in ends if end["did"] == "dropped"}
+    assert dropped == {"vir below 3", "ita below 3"}
+
+
+def test_scored_captions_become_uniform_questions(captions, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    annotate_captions(ask_oracle(AnnotateOptions(captions, scored)))
+    out = tmp_path / "train.jsonl"
+    options = UniformOptions(scored, out, dimension="vir", train="yesno", prompts=TOY_PROMPTS)
+    uniform_captions(options)
+    rows = list(read_whole(out))
+
+    # As many of each score, asked as the judge will be
+    by_score = Counter(row.facts["vir"] for row in rows)
+    assert set(by_score) == {1, 2, 3, 4, 5}
+    assert len(set(by_score.values())) == 1
+    for row in rows:
+        assert row.messages[-1].parts == ("yes" if row.facts["vir"] >= 3 else "no",)
+        assert row.messages[0].parts[-1].startswith("\nmuch? ")
+
+
+def test_uniform_takes_no_more_than_it_is_told_and_drops_what_has_no_score():
+    scores = [1, 1, 1, 2, 2, 2, 3, 3, 3, 3, None, 9]
+    items = []
+    for index, score in enumerate(scores):
+        facts = {"ita": score} if score else {}
+        items.append(Item(index, str(index), Sample((Message("assistant", ("x",)),), facts=facts)))
+    Uniform("ita", size=7)(items)
+
+    kept = Counter(item.sample.facts["ita"] for item in items if item.alive)
+    assert kept == {1: 2, 2: 2, 3: 2}
+    assert items[-2].history[-1].why.startswith("no score")
+    assert items[-1].history[-1].why.startswith("no score")
+
+
+def test_a_caption_of_many_pictures_describes_none():
+    titles = ["gramastar"] * 3 + ["Winter Hat", "Pear", "Pear"]
+    items = []
+    for index, title in enumerate(titles):
+        messages = (Message("user", ("?",)), Message("assistant", (title,)))
+        items.append(Item(index, str(index), Sample(messages)))
+    Repeated(2)(items)
+    assert [item.alive for item in items] == [False] * 3 + [True] * 3
+
+
+def test_a_judge_may_say_first_what_it_sees(captions, tmp_path):
+    out = tmp_path / "train.jsonl"
+    options = UniformOptions(captions, out, train="score", prompts=TOY_PROMPTS, chain="words")
+    uniform_captions(options)
+    for row in read_whole(out):
+        assert row.messages[-1].think == row.facts["words"]
+
+    # And its chain is no part of what is read
+    assert read_reply("ita", Response("<think>red dots 4</think>2")) == 2
+
+
+def test_precision_and_recall_are_those_of_what_is_dropped():
+    tally = Tally()
+    for said, score in [(1, 1), (2, 2), ("no", 2), (4, 1), (2, 5), (3, 3), ("yes", 4), (None, 5)]:
+        tally.add(said, score)
+
+    # Of five that were dropped three should be, and one that should be was not
+    assert tally.dropping == (3 / 5, 3 / 4)
+    assert tally.keeping == (2 / 3, 2 / 4)
+    assert (tally.captions, tally.unread) == (8, 1)
+
+
+def test_a_table_says_how_good_a_judge_is(captions, tmp_path, capsys):
+    out = tmp_path / "measured.jsonl"
+    measure_judges(ask_oracle(MeasureOptions(captions, out), noise=0.2))
+    numbers = json.loads(out.with_suffix(".table.json").read_text())
+
+    # A verdict of the oracle is wrong one time in five; kinds of noise add up to all captions
+    tally = Tally(**numbers["ita_yesno"]["all"])
+    assert tally.captions == 200
+    assert 0.08 < (tally.missed + tally.lost) / 200 < 0.32
+    kinds = [Tally(**of_kind) for kind, of_kind in numbers["ita"].items() if kind != "all"]
+    assert sum(kind.captions for kind in kinds) == 200
+    precision, recall = tally.dropping
+    assert f"| ita_yesno | {precision:.3f} | {recall:.3f} |" in capsys.readouterr().out
+
+
+def test_captions_without_truth_measure_nobody(tmp_path):
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}
+    path = tmp_path / "plain.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="no truth"):
+        measure_judges(ask_oracle(MeasureOptions(path, tmp_path / "out.jsonl")))
+
+
+def test_an_unknown_question_is_an_error(captions, tmp_path):
+    options = FilterOptions(captions, tmp_path / "out.jsonl", ask=("beauty",))
+    with pytest.raises(ValueError, match="no question beauty: choose from vir, ita"):
+        filter_captions(ask_oracle(options))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("folder", [None, TOY_PROMPTS])
+def test_every_question_has_prompts_for_large_and_small_models(question, folder):
+    asked = Prompts(folder).text(Request(question, {"caption": SCENE}))
+    assert SCENE in asked
+    assert (len(asked) < 80) == (folder is not None)
