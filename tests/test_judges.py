@@ -34,6 +34,7 @@ from curation.noise import (
     richness,
     write_noisy,
 )
+from curation.oracle import Oracle
 from curation.pipeline import Item
 from data.sample import Message, Sample
 from data.world import KINDS, scene
@@ -235,6 +236,14 @@ def test_a_table_says_how_good_a_judge_is(captions, tmp_path, capsys):
     assert sum(kind.captions for kind in kinds) == 200
     precision, recall = tally.dropping
     assert f"| ita_yesno | {precision:.3f} | {recall:.3f} |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_is_counted_in_the_table(captions, tmp_path, monkeypatch):
+    monkeypatch.setattr(Oracle, "say_ita", lambda self, request, words: "it is a nice picture")
+    out = tmp_path / "measured.jsonl"
+    measure_judges(ask_oracle(MeasureOptions(captions, out, ask=("ita",))))
+    tally = Tally(**json.loads(out.with_suffix(".table.json").read_text())["ita"]["all"])
+    assert (tally.unread, tally.missed, tally.kept) == (200, 0, 0)
 
 
 def test_captions_without_truth_measure_nobody(tmp_path):
