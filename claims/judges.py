@@ -63,7 +63,7 @@ class JudgesClaimOptions:
     out: Path = Path("runs/curation/judges")
     seeds: int = 3
     steps: int = 500
-    pool: int = 24_000  # captions that are resampled for training
+    pool: int = 16_000  # captions that are resampled for training
     tested: int = 1000  # captions of each test set
 
 
@@ -133,8 +133,11 @@ def teach(options: JudgesClaimOptions, data: Path, seed: int, out: Path) -> floa
     return run.tail()
 
 
-def examine(judge: Path, tests: dict[str, Path], out: Path) -> dict:
-    """What a model says of the test captions: test -> question -> kind of noise -> counts."""
+def examine(judge: Path, tests: dict[str, Path], tested: int, out: Path) -> dict:
+    """What a model says of `tested` captions a question, and of half as many as found.
+
+    test -> question -> kind of noise -> counts.
+    """
     numbers = {}
     for name, path in tests.items():
         for question in QUESTIONS:
@@ -142,7 +145,9 @@ def examine(judge: Path, tests: dict[str, Path], out: Path) -> dict:
                 continue
             told = out / f"{path.stem}-{question}.jsonl"
             asked = AnnotatorOptions(judge, prompts=TOY_PROMPTS, max_new=LONGEST, batch=128)
-            exam = MeasureOptions(path, told, chunk=128, annotator=asked, ask=(question,))
+            limit = tested if name in DIMENSIONS else tested // 2
+            exam = MeasureOptions(path, told, limit=limit, annotator=asked, ask=(question,))
+            exam.chunk = asked.batch
             with redirect_stdout(StringIO()):
                 measure_judges(exam)
             table = json.loads(told.with_suffix(".table.json").read_text())
@@ -160,7 +165,7 @@ def numbers_of(options: JudgesClaimOptions, tests: dict[str, Path], seed: int | 
             judge = folder / "judge"
             if not (judge / "config.json").exists():
                 teach(options, write_lessons(options, folder, seed), seed, judge)
-        numbers = examine(judge, tests, folder / "said")
+        numbers = examine(judge, tests, options.tested, folder / "said")
         write_whole(path, [json.dumps(numbers, indent=1)])
     return json.loads(path.read_text())
 

@@ -339,12 +339,15 @@ def share(part: int, rest: int) -> float:
 
 
 def tallies(samples: Sequence[Sample], question: str) -> dict[str, Tally]:
-    """Of all captions (""), and of each kind of noise that facts name."""
+    """Of all captions (""), and of each kind of noise that facts name.
+
+    What could not be read is no fact of a row that was written.
+    """
     of_kind: dict[str, Tally] = defaultdict(Tally)
     for sample in samples:
         score = sample.facts[dimension_of(question)]
         for kind in ("", sample.facts.get("noise", "unnamed")):
-            of_kind[kind].add(sample.facts[f"judge_{question}"], score)
+            of_kind[kind].add(sample.facts.get(f"judge_{question}"), score)
     return dict(of_kind)
 
 

@@ -6,7 +6,10 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from PIL import Image
 
+from claims.judges import JudgesClaimOptions, claim_judges
+from claims.titles import LABELS
 from curation.annotators import PROMPTS, Prompts, Request, Response
 from curation.judges import (
     QUESTIONS,
@@ -34,9 +37,11 @@ from curation.noise import (
     richness,
     write_noisy,
 )
+from curation.oracle import Oracle
 from curation.pipeline import Item
 from data.sample import Message, Sample
 from data.world import KINDS, scene
+from tools.clipart import SHARE, ClipartOptions, write_clipart
 
 TOY_PROMPTS = PROMPTS / "toy"
 SCENE = "northwest red circle, southeast blue cross"
@@ -237,6 +242,14 @@ def test_a_table_says_how_good_a_judge_is(captions, tmp_path, capsys):
     assert f"| ita_yesno | {precision:.3f} | {recall:.3f} |" in capsys.readouterr().out
 
 
+def test_what_cannot_be_read_is_counted_in_the_table(captions, tmp_path, monkeypatch):
+    monkeypatch.setattr(Oracle, "say_ita", lambda self, request, words: "it is a nice picture")
+    out = tmp_path / "measured.jsonl"
+    measure_judges(ask_oracle(MeasureOptions(captions, out, ask=("ita",))))
+    tally = Tally(**json.loads(out.with_suffix(".table.json").read_text())["ita"]["all"])
+    assert (tally.unread, tally.missed, tally.kept) == (200, 0, 0)
+
+
 def test_captions_without_truth_measure_nobody(tmp_path):
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}
     path = tmp_path / "plain.jsonl"
@@ -257,3 +270,59 @@ def test_every_question_has_prompts_for_large_and_small_models(question, folder)
     asked = Prompts(folder).text(Request(question, {"caption": SCENE}))
     assert SCENE in asked
     assert (len(asked) < 80) == (folder is not None)
+
+
+@pytest.mark.slow
+def test_the_claim_runs_from_noise_to_table_and_not_twice(model, tokenizer, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save(tmp_path / "start")
+    options = JudgesClaimOptions(
+        tmp_path / "start", tmp_path / "out", seeds=1, steps=4, pool=250, tested=40
+    )
+    claim_judges(options)
+    table = (tmp_path / "out" / "table.md").read_text()
+    for question in QUESTIONS:
+        assert f"| {question} |" in table
+    assert (tmp_path / "out" / "seed-0" / "judge" / "model.safetensors").is_file()
+
+    # Finished seeds are read again
+    before = (tmp_path / "out" / "seed-0" / "numbers.json").stat().st_mtime_ns
+    claim_judges(options)
+    assert (tmp_path / "out" / "seed-0" / "numbers.json").stat().st_mtime_ns == before
+
+
+SVG = """<svg><metadata><cc:Work rdf:about=""><dc:title>{title}</dc:title><rdf:li>stars</rdf:li>
+<rdf:li>hash(0x8a09834)</rdf:li></cc:Work></metadata></svg>"""
+
+
+def test_clipart_pairs_pictures_with_their_titles(tmp_path):
+    packages = tmp_path / "packages"
+    titles = {
+        "a/star": "Fish &amp;\n chips",
+        "a/untitled": "",
+        "b/broken": "broken",
+        "b/alone": "alone",
+    }
+    for name, title in titles.items():
+        drawn = packages / SHARE / "svg" / f"{name}.svg"
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        drawn.write_text(SVG.format(title=title))
+        picture = packages / SHARE / "png" / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (300, 100)).save(picture)
+    (packages / SHARE / "png" / "b" / "broken.png").write_bytes(b"no picture")
+    (packages / SHARE / "png" / "b" / "alone.png").unlink()
+
+    # What has no title, no picture or a broken one is left out
+    write_clipart(ClipartOptions(tmp_path / "out", packages, side=60))
+    (row,) = read_whole(tmp_path / "out" / "titles.jsonl")
+    assert row.messages[-1].parts == ("Fish & chips",)
+    assert (row.facts["keywords"], row.facts["folder"]) == (["stars"], "a")
+    with Image.open(tmp_path / "out" / "images" / "a" / "star.png") as picture:
+        assert (picture.size, picture.getpixel((0, 0))) == ((60, 20), (255, 255, 255))
+
+
+def test_titles_of_clipart_have_a_hundred_labels():
+    scores = json.loads(LABELS.read_text())["ita"]
+    assert len(scores) == 100
+    assert set(scores.values()) == {1, 2, 3, 4, 5}
