@@ -7,9 +7,31 @@ samples of data/world.py carry in their facts and no model is shown.
 Simplified: it reads the fields of a request, not its prompt.
 """
 
+import json
+import random
 from typing import Sequence
 
 from curation.annotators import Request, Response
+from graders import final_answer, grade, grader_of
+from rewards import statements
+
+# How somebody would name a family's task; `seen` is a piece of the scene, which differs by sample.
+CLASS_PHRASES = {
+    "caption": ("describe the picture with {seen}", "say all that is there: {seen}"),
+    "listing": ("what is each one, such as {seen}", "each of them in a row: {seen}"),
+    "attributes": ("what color or shape is {seen}", "the shape and color of the thing, {seen}"),
+    "spatial": (
+        "where is the thing, above, below, left or right: {seen}",
+        "which place has {seen}",
+    ),
+    "counting": ("how many things are there, {seen}", "count of the dots or things: {seen}"),
+    "grounding": ("box of the thing: {seen}", "the box that has {seen}"),
+    "reading": ("what does it say: {seen}", "the text that it does say, {seen}"),
+    "charts": ("which bar is the highest or lowest: {seen}", "how high is the bar {seen}"),
+    "arithmetic": ("what is the result of {seen}", "how much higher, the result: {seen}"),
+    "odd": ("where is the odd one out: {seen}", "which is the odd one, most are {seen}"),
+    "video": ("which way does it move: {seen}", "frames of a move: {seen}"),
+}
 
 
 class Oracle:
@@ -39,6 +61,84 @@ class Oracle:
 
     def say_caption(self, request: Request, words: str) -> str:
         return words
+
+    # ------------------------------------------------------- latent classes, ratings, videos, chains
+
+    def lot(self, request: Request) -> random.Random:
+        """Random numbers for one answer: the same for the same seed, sample and task."""
+        return random.Random(f"{self.seed}/{request.about.origin}/{request.task}")
+
+    def say_class_phrase(self, request: Request, words: str) -> str:
+        """The family in one of several wordings, and something of the scene; wrong: another family's."""
+        lot = self.lot(request)
+        family = request.about.facts["family"]
+        if lot.random() < self.noise:
+            family = lot.choice(sorted(CLASS_PHRASES))
+        seen = lot.choice(words.split(", "))
+        return lot.choice(CLASS_PHRASES[family]).format(seen=seen)
+
+    def say_ratings(self, request: Request, words: str) -> str:
+        """More things are more complex, reasoning is a challenge, and what is untrue is not relevant."""
+        # All that was said is in the scene, or comes from it
+        facts = request.about.facts
+        said = request.fields["conversation"].rpartition("assistant: ")[2]
+        true = grade(final_answer(said), facts["answer"], grader_of(facts)) == 1
+        chain = facts.get("chain") or ""
+        scores = {
+            "complexity": min(5, 1 + words.count(",") + ("assistant: <think>" in said)),
+            "challenge": 1 if not chain else min(5, 2 + len(statements(chain)) // 2),
+            "relevance": 1 if not true else 5 if request.pictures else 2,
+        }
+        return self.noisy(request, scores, {name: (1, 5) for name in scores})
+
+    def say_video_scores(self, request: Request, words: str) -> str:
+        """Wrong answers fit badly, a thing at rest is poor, and what one frame shows is easy."""
+        facts = request.about.facts
+        frames = words.split(", ")
+        true = grade(request.fields["answer"], facts["answer"], grader_of(facts)) == 1
+        still = len(set(frames)) == 1
+        in_every_frame = all(facts["answer"] in frame for frame in frames)
+        scores = {
+            "alignment": 9 if true else 1,
+            "richness": 2 if still else 5 + (len(set(frames)) > 2),
+            "difficulty": 1 if in_every_frame else 5,
+        }
+        return self.noisy(
+            request, scores, {"alignment": (-1, 10), "richness": (-1, 7), "difficulty": (-1, 8)}
+        )
+
+    def noisy(self, request: Request, scores: dict, scales: dict) -> str:
+        """Scores as JSON; each is drawn from its scale instead as often as the noise says."""
+        lot = self.lot(request)
+        for name, (low, high) in scales.items():
+            if lot.random() < self.noise:
+                scores[name] = lot.randint(low, high)
+        return json.dumps(scores)
+
+    def say_answer_again(self, request: Request, words: str) -> str:
+        """The truth; wrong: a piece of the scene."""
+        lot = self.lot(request)
+        return (
+            lot.choice(words.split())
+            if lot.random() < self.noise
+            else request.about.facts["answer"]
+        )
+
+    def say_guided_chain(self, request: Request, words: str) -> str:
+        """The scene's own chain; wrong: the question said again."""
+        lot = self.lot(request)
+        again = f"{request.fields['question']} {request.fields['answer']}."
+        return again if lot.random() < self.noise else request.about.facts["chain"]
+
+    def say_same_answer(self, request: Request, words: str) -> str:
+        """Yes where the answer is the truth and the chain says nothing untrue; wrong: the opposite."""
+        facts = request.about.facts
+        right = grade(request.fields["said"], facts["answer"], grader_of(facts)) == 1
+        sound = statements(request.fields["chain"]) <= statements(facts["chain"]) | statements(
+            words
+        )
+        wrong = self.lot(request).random() < self.noise
+        return "yes" if (right and sound) != wrong else "no"
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"
