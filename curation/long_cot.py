@@ -8,6 +8,7 @@ twice over, and many only say the question or the answer again. Each step has it
     guide     where there is no chain, an annotator writes one from question and answer
     overlap   a chain whose words are mostly those of question and answer reasons about nothing
     distill   chain and box must come to the right answer: by rule, and where rules do not settle it, a judge
+              (a rule cannot see that a chain invents what it says: `--judge-all` has all of them judged)
     check     one chain, one box, no loops
     -- over the whole set: one for each (pictures, question), and lengths balanced --
 
@@ -306,14 +307,22 @@ class NotRedundant:
 
 
 class Distilled(AskStep):
-    """Keeps what comes to the right answer: by the grader's rules, else by the annotator's word."""
+    """Keeps what comes to the right answer: by the grader's rules, else by the annotator's word.
+
+    judge_all: ask about every chain. A rule sees where a chain ends, not whether what it says is there.
+    """
 
     name = "answer distilled"
+
+    def __init__(self, annotator, judge_all: bool = False):
+        super().__init__(annotator)
+        self.judge_all = judge_all
 
     def request(self, item: Item) -> Request | None:
         sample = item.sample
         said = answer_in_box(sample)
-        if right_by_rule(sample, said) and concludes(chain_of_turn(sample), said):
+        settled = right_by_rule(sample, said) and concludes(chain_of_turn(sample), said)
+        if settled and not self.judge_all:
             item.keep(self.name, "by rule")
             return None
         fields = {
@@ -440,6 +449,7 @@ class LongCotOptions(PipelineOptions):
     annotator: AnnotatorOptions = field(default_factory=AnnotatorOptions)
     rewrite: bool = False  # have every chain written anew, not only those that are missing
     overlap: float = 0.8  # most of a chain's words that question and answer may have
+    judge_all: bool = False  # ask about chains that come to the right answer by rule, too
     longest: int = 8192  # words of a chain
     share: float = 0.8  # of what is left, to keep evenly over lengths; 1: all
 
@@ -456,7 +466,7 @@ def curate_chains(options: LongCotOptions) -> None:
         Fingerprinted(),
         Guided(annotator, 8 * options.longest, options.rewrite),
         NotRedundant(options.overlap),
-        Distilled(annotator),
+        Distilled(annotator, options.judge_all),
         Checked(options.longest),
     ]
     walk_and_report(options, ranks, steps, [Distinct(), balanced], annotator=annotator)

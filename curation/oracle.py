@@ -15,22 +15,23 @@ from curation.annotators import Request, Response
 from graders import final_answer, grade, grader_of
 from rewards import statements
 
-# How somebody would name a family's task; `seen` is a piece of the scene, which differs by sample.
+# How somebody would name the task of a family.
 CLASS_PHRASES = {
-    "caption": ("describe the picture with {seen}", "say all that is there: {seen}"),
-    "listing": ("what is each one, such as {seen}", "each of them in a row: {seen}"),
-    "attributes": ("what color or shape is {seen}", "the shape and color of the thing, {seen}"),
-    "spatial": (
-        "where is the thing, above, below, left or right: {seen}",
-        "which place has {seen}",
+    "caption": ("describing the picture", "a caption", "saying all that shows"),
+    "listing": ("listing each thing in a row", "looking up many things", "what each of them is"),
+    "attributes": (
+        "naming a color or shape",
+        "what shape or color it is",
+        "attribute of one thing",
     ),
-    "counting": ("how many things are there, {seen}", "count of the dots or things: {seen}"),
-    "grounding": ("box of the thing: {seen}", "the box that has {seen}"),
-    "reading": ("what does it say: {seen}", "the text that it does say, {seen}"),
-    "charts": ("which bar is the highest or lowest: {seen}", "how high is the bar {seen}"),
-    "arithmetic": ("what is the result of {seen}", "how much higher, the result: {seen}"),
-    "odd": ("where is the odd one out: {seen}", "which is the odd one, most are {seen}"),
-    "video": ("which way does it move: {seen}", "frames of a move: {seen}"),
+    "spatial": ("where a thing is", "above, below, left or right", "position of a thing"),
+    "counting": ("counting things", "how many there are", "number of dots or things"),
+    "grounding": ("box of a thing", "finding the box around a thing", "corners of a thing"),
+    "reading": ("reading text", "what the text says", "characters in a picture"),
+    "charts": ("how high a bar is", "the highest or lowest bar", "value of a bar in a chart"),
+    "arithmetic": ("result of a sum", "how much higher, a difference", "adding or taking away"),
+    "odd": ("where the odd one is", "which differs from most", "finding the exception"),
+    "video": ("which way a thing moves", "direction of a move in frames", "movement in a video"),
 }
 
 
@@ -69,13 +70,14 @@ class Oracle:
         return random.Random(f"{self.seed}/{request.about.origin}/{request.task}")
 
     def say_class_phrase(self, request: Request, words: str) -> str:
-        """The family in one of several wordings, and something of the scene; wrong: another family's."""
+        """One of several wordings for the family, half of them with a detail; wrong: another family's."""
         lot = self.lot(request)
         family = request.about.facts["family"]
         if lot.random() < self.noise:
             family = lot.choice(sorted(CLASS_PHRASES))
-        seen = lot.choice(words.split(", "))
-        return lot.choice(CLASS_PHRASES[family]).format(seen=seen)
+        phrase = lot.choice(CLASS_PHRASES[family])
+        detail = lot.choice(words.split(", "))
+        return f"{phrase}: {detail}" if lot.random() < 0.5 else phrase
 
     def say_ratings(self, request: Request, words: str) -> str:
         """More things are more complex, reasoning is a challenge, and what is untrue is not relevant."""
