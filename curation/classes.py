@@ -95,9 +95,12 @@ class Embedded:
 
     def __call__(self, items: list[Item]) -> None:
         phrases = [item.sample.facts["phrase"] for item in items]
-        vectors = latents(self.model, self.tokenizer, phrases)
-        for item, vector in zip(items, vectors.cpu().numpy().astype(np.float16)):
-            item.keep(self.name, latent=base64.b64encode(vector.tobytes()).decode())
+        vectors = latents(self.model, self.tokenizer, phrases).cpu().numpy()
+
+        # As text: facts are JSON
+        for item, vector in zip(items, vectors.astype(np.float16)):
+            raw = vector.tobytes()
+            item.keep(self.name, latent=base64.b64encode(raw).decode())
 
 
 @torch.inference_mode()

@@ -61,9 +61,11 @@ class Rated(AskStep):
         return Request("ratings", fields, pictures_in(sample), sample)
 
     def read(self, item: Item, reply: str) -> None:
+        # As the history has them, and as facts
         scores = scores_in(reply, RATINGS)
         why = ", ".join(f"{name} {score}" for name, score in scores.items())
-        item.keep(self.name, why, **{self.before + name: score for name, score in scores.items()})
+        facts = {self.before + name: score for name, score in scores.items()}
+        item.keep(self.name, why, **facts)
 
 
 # ------------------------------------------------------------------------------------------ table
@@ -101,6 +103,7 @@ def ratings_table(paths: Sequence[Path]) -> list[str]:
     """A line a file, as Markdown: rated samples, and the means with their standard errors."""
     lines = ["| data | rated | challenge | complexity | relevance |", "|---|---|---|---|---|"]
     for path in paths:
+        # In the order of SAIL-VL's table
         ratings = ratings_of(path)
         cells = [path.stem, f"{len(ratings['complexity']):,}"]
         for name in ("challenge", "complexity", "relevance"):
@@ -132,6 +135,8 @@ def rate_file(options: RateOptions) -> None:
     unknown = sorted(options.least.keys() - RATINGS.keys())
     if unknown:
         raise ValueError(f"--least {unknown[0]}: choose from {', '.join(RATINGS)}")
+
+    # Rated, then what must have more
     ranks = parallel.start()
     annotator = open_annotator(options.annotator, options.seed)
     limits = [AtLeast(name, least) for name, least in options.least.items()]

@@ -74,6 +74,8 @@ class VideoScored(AskStep):
     def read(self, item: Item, reply: str) -> None:
         scores = scores_in(reply, VIDEO_SCALES)
         why = ", ".join(f"{name} {score}" for name, score in scores.items())
+
+        # One that is missing is a refusal of all
         if REFUSED in scores.values():
             raise BadSample("refused", why)
         item.keep(self.name, why, **scores)
@@ -94,6 +96,7 @@ class VideoScoreOptions(PipelineOptions):
 
 
 def score_videos(options: VideoScoreOptions) -> None:
+    # What can be wrong is found before anybody is asked
     if options.frames < 2:
         raise ValueError(f"--frames {options.frames}: a video has at least two")
     for name, scale in VIDEO_SCALES.items():
@@ -101,6 +104,7 @@ def score_videos(options: VideoScoreOptions) -> None:
         if not scale.low < least <= scale.high:
             raise ValueError(f"--{name} {least}: scores go from 0 to {scale.high}")
 
+    # Scored, then one threshold after the other
     ranks = parallel.start()
     annotator = open_annotator(options.annotator, options.seed)
     limits = [AtLeast(name, getattr(options, name)) for name in VIDEO_SCALES]
