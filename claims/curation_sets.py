@@ -108,7 +108,7 @@ def mean_size(groups: Sequence[Sized]) -> str:
     return f"{mean:,.0f}"
 
 
-def table(*rows: Sequence[str]) -> list[str]:
+def markdown(*rows: Sequence[str]) -> list[str]:
     """Rows of cells as Markdown, the first one its head."""
     head, *body = ["| " + " | ".join(cells) + " |" for cells in rows]
     return [head, "|---" * len(rows[0]) + "|", *body]
@@ -224,11 +224,11 @@ def entropies(draws: list[dict[str, list[Item]]]) -> Measured:
     for name in draws[0]:
         kept = [draw[name] for draw in draws]
         bits = [entropy_of(families_of(items)) for items in kept]
-        shares = [share_of(families_of(items), wanted) for items, wanted in zip(kept, rare)]
+        shares = [share_among(families_of(items), wanted) for items, wanted in zip(kept, rare)]
         rows.append((name, mean_size(kept), spread(bits, 2), spread(shares)))
         numbers["entropy"][name] = bits
         numbers["rarest"][name] = shares
-    return table(*rows), numbers
+    return markdown(*rows), numbers
 
 
 def rarest_families(items: Sequence[Item]) -> set[str]:
@@ -236,7 +236,7 @@ def rarest_families(items: Sequence[Item]) -> set[str]:
     return {name for name, _ in commonest_first[-RAREST:]}
 
 
-def share_of(families: Sequence[str], wanted: set[str]) -> float:
+def share_among(families: Sequence[str], wanted: set[str]) -> float:
     found = [name for name in families if name in wanted]
     return len(found) / len(families)
 
@@ -255,7 +255,7 @@ def purities(buckets: list[dict[str, list[Item]]]) -> Measured:
         rows.append((name, spread(pure), spread(dealt)))
         numbers["purity"][name] = pure
         numbers["chance"][name] = dealt
-    return table(*rows), numbers
+    return markdown(*rows), numbers
 
 
 # ------------------------------------------------------------------------------------------ again
@@ -285,7 +285,7 @@ def again_part(options: SetOptions) -> Measured:
             statistics.fmean(is_right(item.sample) for item in items) for items in kept
         ]
         rows.append((name, mean_size(kept), spread(numbers[name])))
-    return table(*rows), numbers
+    return markdown(*rows), numbers
 
 
 def is_right(one: Sample) -> bool:
@@ -320,12 +320,12 @@ def videos_part(options: SetOptions) -> Measured:
         left.append(left_of(before, after))
         for name, samples in (("before", before), ("after", after)):
             faults = list(map(fault_of_sample, samples))
-            sound[name].append(share_of(faults, {"nothing wrong"}))
+            sound[name].append(share_among(faults, {"nothing wrong"}))
 
     rows = [("videos", "share that is kept")]
     rows += [(fault, spread([one[fault] for one in left])) for fault in VIDEO_FAULTS]
     rows += [(f"without a fault, {name}", spread(shares)) for name, shares in sound.items()]
-    return table(*rows), {"left": left, "without a fault": sound}
+    return markdown(*rows), {"left": left, "without a fault": sound}
 
 
 # ---------------------------------------------------------------------------------------- ratings
@@ -367,7 +367,7 @@ def chains_part(options: SetOptions) -> Measured:
         kept_as = "repaired" if fault in REPAIRED else "dropped"
         shares = [spread([one[fault] for one in found]) for found in left.values()]
         rows.append((fault, "kept" if fault == "nothing wrong" else kept_as, *shares))
-    return table(*rows), left
+    return markdown(*rows), left
 
 
 def curated_chains(options: SetOptions, data: Path, seed: int, judge_all: bool) -> list[Sample]:
@@ -418,7 +418,7 @@ def trained_part(options: SetOptions) -> Measured:
         right = spread([row["accuracy"] for row in mine])
         form = spread([row["form"] for row in mine])
         rows.append((name, number, right, form, str(len(mine))))
-    return table(*rows), {"rows": done}
+    return markdown(*rows), {"rows": done}
 
 
 def chain_files(options: SetOptions, seed: int) -> dict[str, Path]:

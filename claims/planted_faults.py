@@ -192,7 +192,7 @@ def no_chain(one: Sample, rng: random.Random) -> Sample:
     return with_reply(one, None)
 
 
-def said_again(one: Sample, rng: random.Random) -> Sample:
+def question_again(one: Sample, rng: random.Random) -> Sample:
     answer = one.facts["answer"]
     return with_reply(one, f"{last_question(one)} {answer}.")
 
@@ -229,7 +229,7 @@ REPAIRED: dict[str, Fault] = {
     "no chain": no_chain,
 }
 DROPPED: dict[str, Fault] = {
-    "question said again": said_again,
+    "question said again": question_again,
     "wrong answer in the box": wrong_box,
     "chain that invents": invention,
     "chain that loops": loop,
