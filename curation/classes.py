@@ -15,7 +15,7 @@ there are labels, and draws uniformly over the buckets.
 
 The second command is the first half of the paper's two-stage check: an answer is replaced only by one that
 is rated no worse. The other half, whether a model that trains on the new file is better, is an incremental
-evaluation: curation/evaluating.py trains, grades and says so.
+evaluation: `python -m curation.evaluating incremental` trains, grades and says so.
 
 Source: SAIL-VL2 section 4.1. Not published: how phrases are embedded, the clustering, its K. Our choices: the
 mean over the phrase's tokens of the last hidden states of a model of ours (the logits, which the paper

@@ -164,10 +164,10 @@ def chain_and_answer(text: str, think: str | None = None) -> tuple[str, str]:
     >>> chain_and_answer("Two and one make three.\\n#### 3")
     ('Two and one make three.', '3')
     """
-    # A box says best what the answer is
+    # A box says best what the answer is; the first, if it is there again
     text = text.strip()
-    answer = boxed(text)
-    before = text[: text.index(BOX)] if answer is not None else ""
+    before, box, after = text.partition(BOX)
+    answer = boxed(box + after.partition(BOX)[0])
     if answer is None:
         found = next((match for ending in ENDINGS if (match := ending.search(text))), None)
         answer = found["answer"].rstrip(" .。") if found else text
@@ -211,11 +211,16 @@ class Formed:
 
 
 def in_one_form(sample: Sample) -> Sample:
-    """Raises BadSample without an answer, and for one that is too long for a box."""
+    """Raises BadSample without an answer, with several, and for one that is too long for a box."""
     at = last_answer(sample)
     if at is None:
         raise BadSample("no answer", f"{sample.origin}: no assistant turn")
     turn = sample.messages[at]
+    boxes = set(INNER_BOX.findall(text_of_message(turn)))
+    if len(boxes) > 1:
+        raise BadSample("several boxes", f"{sample.origin}: {excerpt(', '.join(sorted(boxes)))}")
+
+    # What is thought, and what is answered
     chain, answer = chain_and_answer(text_of_message(turn), turn.think)
     if not answer or answer.count("{") != answer.count("}"):
         raise BadSample("no answer", f"{sample.origin}: {excerpt(answer)}")

@@ -444,6 +444,8 @@ def test_what_asks_stays(text):
         ),
         ("3", None, "", "3"),
         ("So it is \\boxed{3}", None, "", "3"),
+        ("One. It is \\boxed{3}. Again, \\boxed{3}.", None, "One.", "3"),
+        ("One. \\boxed{\\frac{1}{2}}, so \\boxed{\\frac{1}{2}}", None, "One.", "\\frac{1}{2}"),
         ("\\boxed{3}", "It is \\boxed{3}.", "It is 3.", "3"),
     ],
 )
@@ -527,6 +529,21 @@ def test_each_fault_of_a_chain_is_dropped_by_its_step_or_repaired(tmp_path, caps
         "checked",
     ]
     assert [line[:16].strip() for line in lines[2:9]] == names
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("It is \\boxed{3}, or \\boxed{4}.", "several boxes"),
+        ("\\boxed{3", "no answer"),
+        ("<answer></answer>", "no answer"),
+        ("word " * 60, "essay for an answer"),
+    ],
+)
+def test_what_has_no_one_answer_is_dropped(said, reason):
+    item = item_for(cot(said=said))
+    long_cot.Formed()([item])
+    assert item.history[-1].why.split(": ")[0] == reason
 
 
 @pytest.mark.parametrize(
