@@ -14,7 +14,27 @@ from typing import Sequence
 from curation.annotators import Request, Response
 from curation.noise import alignment, richness, wrong_attribute
 from curation.told import told, true_answer
-from graders import phrase_f1
+from graders import final_answer, grade, grader_of, phrase_f1
+from rewards import statements
+
+# How somebody would name the task of a family.
+CLASS_PHRASES = {
+    "caption": ("describing the picture", "a caption", "saying all that shows"),
+    "listing": ("listing each thing in a row", "looking up many things", "what each of them is"),
+    "attributes": (
+        "naming a color or shape",
+        "what shape or color it is",
+        "attribute of one thing",
+    ),
+    "spatial": ("where a thing is", "above, below, left or right", "position of a thing"),
+    "counting": ("counting things", "how many there are", "number of dots or things"),
+    "grounding": ("box of a thing", "finding the box around a thing", "corners of a thing"),
+    "reading": ("reading text", "what the text says", "characters in a picture"),
+    "charts": ("how high a bar is", "the highest or lowest bar", "value of a bar in a chart"),
+    "arithmetic": ("result of a sum", "how much higher, a difference", "adding or taking away"),
+    "odd": ("where the odd one is", "which differs from most", "finding the exception"),
+    "video": ("which way a thing moves", "direction of a move in frames", "movement in a video"),
+}
 
 
 class Oracle:
@@ -106,6 +126,81 @@ class Oracle:
     def dice(self, request: Request) -> random.Random:
         """Random numbers of one request: the same whenever it is asked."""
         return random.Random(f"{self.seed}/{request.about.origin}/{request.task}")
+
+    # ------------------------------------------------------- latent classes, ratings, videos, chains
+
+    def say_class_phrase(self, request: Request, words: str) -> str:
+        """One of several wordings for the family, half of them with a detail; wrong: another family's."""
+        rng = self.dice(request)
+        family = request.about.facts["family"]
+        if rng.random() < self.noise:
+            family = rng.choice(sorted(CLASS_PHRASES))
+        phrase = rng.choice(CLASS_PHRASES[family])
+        detail = rng.choice(words.split(", "))
+        return f"{phrase}: {detail}" if rng.random() < 0.5 else phrase
+
+    def say_ratings(self, request: Request, words: str) -> str:
+        """More things are more complex, reasoning is a challenge, and what is untrue is not relevant."""
+        # All that was said is in the scene, or comes from it
+        facts = request.about.facts
+        said = request.fields["conversation"].rpartition("assistant: ")[2]
+        true = grade(final_answer(said), facts["answer"], grader_of(facts)) == 1
+        chain = facts.get("chain") or ""
+        scores = {
+            "complexity": min(5, 1 + words.count(",") + ("assistant: <think>" in said)),
+            "challenge": 1 if not chain else min(5, 2 + len(statements(chain)) // 2),
+            "relevance": 1 if not true else 5 if request.pictures else 2,
+        }
+        return self.noisy(request, scores, {name: (1, 5) for name in scores})
+
+    def say_video_scores(self, request: Request, words: str) -> str:
+        """Wrong answers fit badly, a thing at rest is poor, and what one frame shows is easy."""
+        facts = request.about.facts
+        frames = words.split(", ")
+        true = grade(request.fields["answer"], facts["answer"], grader_of(facts)) == 1
+        still = len(set(frames)) == 1
+        in_every_frame = all(facts["answer"] in frame for frame in frames)
+        scores = {
+            "alignment": 9 if true else 1,
+            "richness": 2 if still else 5 + (len(set(frames)) > 2),
+            "difficulty": 1 if in_every_frame else 5,
+        }
+        return self.noisy(
+            request, scores, {"alignment": (-1, 10), "richness": (-1, 7), "difficulty": (-1, 8)}
+        )
+
+    def noisy(self, request: Request, scores: dict, scales: dict) -> str:
+        """Scores as JSON; each is drawn from its scale instead as often as the noise says."""
+        rng = self.dice(request)
+        for name, (low, high) in scales.items():
+            if rng.random() < self.noise:
+                scores[name] = rng.randint(low, high)
+        return json.dumps(scores)
+
+    def say_answer_again(self, request: Request, words: str) -> str:
+        """The truth; wrong: a piece of the scene."""
+        rng = self.dice(request)
+        return (
+            rng.choice(words.split())
+            if rng.random() < self.noise
+            else request.about.facts["answer"]
+        )
+
+    def say_guided_chain(self, request: Request, words: str) -> str:
+        """The scene's own chain; wrong: the question said again."""
+        rng = self.dice(request)
+        again = f"{request.fields['question']} {request.fields['answer']}."
+        return again if rng.random() < self.noise else request.about.facts["chain"]
+
+    def say_same_answer(self, request: Request, words: str) -> str:
+        """Yes where the answer is the truth and the chain says nothing untrue; wrong: the opposite."""
+        facts = request.about.facts
+        right = grade(request.fields["said"], facts["answer"], grader_of(facts)) == 1
+        sound = statements(request.fields["chain"]) <= statements(facts["chain"]) | statements(
+            words
+        )
+        wrong = self.dice(request).random() < self.noise
+        return "yes" if (right and sound) != wrong else "no"
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"
