@@ -29,19 +29,26 @@ Ours: all sizes. The judge of `filter` and the questions of `scale` are the draw
 import hashlib
 import random
 import statistics
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
+import torch.nn.functional as F
+
 from claims.alignment import log_law
 from curation.annotators import generator_of
 from curation.balance import answers_as_text, thinned
+from curation.caption2qa import PairsAsTurns, QuestionOptions, question_steps
+from curation.classes import FINER, even_quotas, kmeans, latents
 from curation.evaluating import Selection, TrialBook, rank_correlation, train_and_grade
 from curation.noise import noisy_samples
+from curation.oracle import Oracle
+from curation.pipeline import Item
 from data.encode import Encoder
 from data.sample import Message, Sample
-from data.world import World, facts_of, opening, sample, scene
+from data.world import World, facts_of, opening, scene
 from evaluate import ask, text_of, weights_digest
 from generate import load_model
 from infra.cli import command
@@ -58,13 +65,13 @@ PICTURED = (
     "sum",
     "odd",
 )  # kinds of scene that are one picture
-ASKED = {"attributes": 3.0, "spatial": 3.0, "counting": 2.0, "charts": 2.0}
+ASKED = ("attributes", "spatial", "counting", "charts")  # families that captions can answer
 ALT_TEXT = ("short", "mismatch")  # what noise an alt-text is
 SIZES = (64, 128, 256, 512, 1024)
 SKEWED = {"dots": 0.7, "sum": 0.15}  # shares of the skewed set
 JUDGE_ERROR = 0.1  # share of a judge's answers that are wrong
 ROWS = 2  # of a step
-SAMPLES_A_STEP = 10  # that fit into its rows, with several questions each
+SAMPLES_A_STEP = 15  # that fit into its rows, with several questions each
 STEPS = 40
 POOL = 1000  # captions of a data set, of which those steps read about as many
 
@@ -271,18 +278,42 @@ def repeat_arms(lab: Lab, seed: int) -> Iterator[Arm]:
     more = spoiled(lab.sized(POOL), seed + 300, 0.5)
     yield Arm("good, repeated", good, steps)
     yield Arm("good, and more but spoiled", good + more, steps)
-    yield Arm("more but spoiled", more, steps)
 
 
 def balance_arms(lab: Lab, seed: int) -> Iterator[Arm]:
     steps = lab.sized(STEPS)
     skewed = skewed_captions(lab.sized(2 * POOL), seed)
     texts = [answers_as_text(each) for each in skewed]
-    kept = thinned(texts, cap=12, seed=seed, tolerance=0.5)
+    kept = thinned(texts, cap=5, seed=seed, tolerance=0.5)
     chance = random.Random(seed).sample(range(len(skewed)), len(kept))
     yield Arm("as it is", skewed, steps)
     yield Arm("as many at random", [skewed[i] for i in chance], steps)
     yield Arm("thinned by n-grams", [skewed[i] for i in kept], steps)
+    even = evenly_over_classes(lab, texts, len(kept), seed)
+    yield Arm("even over latent classes", [skewed[i] for i in even], steps)
+
+
+def evenly_over_classes(lab: Lab, phrases: list[str], amount: int, seed: int) -> list[int]:
+    """So many of the samples whose phrases these are, drawn as evenly as they go from latent classes.
+
+    A caption of this world is a phrase already: nobody is asked for another one.
+    """
+    # Ten buckets for each coarse class
+    model, tokenizer = load_model(lab.options.runs / STUDIES["balance"].start)
+    vectors = latents(model, tokenizer, phrases)
+    vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
+    buckets, _ = kmeans(vectors, FINER * len(PICTURED), seed)
+
+    # As many of each as there are
+    members = defaultdict(list)
+    for place, bucket in enumerate(buckets.tolist()):
+        members[bucket].append(place)
+    quotas = even_quotas([len(group) for group in members.values()], amount)
+    rng = random.Random(seed)
+    drawn = []
+    for group, quota in zip(members.values(), quotas):
+        drawn += rng.sample(group, quota)
+    return sorted(drawn)
 
 
 def skewed_captions(number: int, seed: int) -> list[Sample]:
@@ -310,11 +341,23 @@ def quick_arms(lab: Lab, seed: int) -> Iterator[Arm]:
 
 
 def scale_arms(lab: Lab, seed: int) -> Iterator[Arm]:
-    # One pass over each
+    # One pass over each, and each is the beginning of the next
+    kinds = ("objects", "chart", "objects", "dots")
+    most = lab.sized(max(SIZES))
+    captions = [captioned(kinds[i % len(kinds)], i, seed) for i in range(most)]
+    rows = questions_from_captions(captions, seed)
     for size in SIZES:
         number = lab.sized(size)
-        rows = [sample(i, seed, ASKED) for i in range(number)]
-        yield Arm(f"{size} samples", rows, max(2, round(number / SAMPLES_A_STEP)))
+        yield Arm(f"{size} captions", rows[:number], max(2, round(number / SAMPLES_A_STEP)))
+
+
+def questions_from_captions(captions: list[Sample], seed: int) -> list[Sample]:
+    """The conversations that Caption2QA makes of captions, with the drawn world's oracle to ask."""
+    steps = question_steps(QuestionOptions(count=4), Oracle(seed=seed), seed, needed=True)
+    items = [Item(index, each.origin, each) for index, each in enumerate(captions)]
+    for step in [*steps, PairsAsTurns()]:
+        step([item for item in items if item.alive])
+    return [item.sample for item in items if item.alive]
 
 
 STUDIES = {
@@ -328,10 +371,7 @@ STUDIES = {
     "recaption": Study(recaption_arms, (("re-captioned", "alt-texts"),)),
     "repeat": Study(
         repeat_arms,
-        (
-            ("good, repeated", "good, and more but spoiled"),
-            ("good, repeated", "more but spoiled"),
-        ),
+        (("good, repeated", "good, and more but spoiled"),),
         start="vit2",
         trains=EYES,
     ),
@@ -340,6 +380,8 @@ STUDIES = {
         (
             ("thinned by n-grams", "as it is"),
             ("thinned by n-grams", "as many at random"),
+            ("even over latent classes", "as it is"),
+            ("even over latent classes", "as many at random"),
         ),
     ),
     "quick": Study(quick_arms),
