@@ -57,14 +57,7 @@ from recipe import Setup, fit
 from stage import ALL, Stage
 
 EYES = ("vision", "adapter")
-PICTURED = (
-    "objects",
-    "dots",
-    "reading",
-    "chart",
-    "sum",
-    "odd",
-)  # kinds of scene that are one picture
+PICTURED = ("objects", "dots", "reading", "chart", "sum", "odd")  # scenes that are one picture
 ASKED = ("attributes", "spatial", "counting", "charts")  # families that captions can answer
 ALT_TEXT = ("short", "mismatch")  # what noise an alt-text is
 SIZES = (64, 128, 256, 512, 1024)

@@ -52,7 +52,7 @@ from generate import load_model
 from infra.cli import command
 from infra.device import pick_device
 from infra.weights import write_json
-from recipe import Setup, fit
+from recipe import Setup, fit, refuse_impossible
 from scale import parallel
 from scale.parallel import Ranks
 from scale.shard import whole_weights
@@ -231,7 +231,7 @@ class TrialOptions:
     max_new: int = 48  # tokens of an answer
     seeds: int = 1  # trainings of each collection, each in an order of its own
     anneal: Path | None = None  # data to end every training on, at a falling rate
-    anneal_steps: int = 0
+    anneal_steps: int = 0  # and for how long
     # image paths may lead out of the images' folder, also through links
     allow_outside: bool = False
     device: str = ""  # cuda, npu, mps, cpu; default: the accelerator, if there is one
@@ -252,7 +252,7 @@ class MixOptions(TrialOptions):
 class QuickOptions(MixOptions):
     """Rank the data sets of a mixture by a short training on some of each."""
 
-    samples: int = 0  # records of each; 0: a quarter of the smallest data set
+    amount: int = 0  # records of each; 0: a quarter of the smallest data set
     check: bool = False  # train on the whole of each as well, and compare the rankings
 
 
@@ -289,6 +289,7 @@ class Contest:
             raise ValueError("--seeds must be positive")
         if bool(options.anneal) != (options.anneal_steps > 0):
             raise ValueError("--anneal DATA and --anneal-steps N belong together")
+        refuse_other_stages(options.stage)
         self.options = options
         ranks = parallel.start()
         self.ranks = replace(ranks, device=pick_device(options.device or ranks.device))
@@ -372,6 +373,19 @@ def annealed(stage: Stage, steps: int) -> Stage:
     return replace(stage, steps=steps, schedule="cosine", warmup=0.0, adalrs=False)
 
 
+def refuse_other_stages(stage: Stage) -> None:
+    """Raises ValueError for a stage that no trial can be, and for options that none would read."""
+    refuse_impossible(stage)
+    if stage.objective != "supervised" or stage.samples not in ("answers", "chains"):
+        raise ValueError(
+            f"--objective {stage.objective} --samples {stage.samples}: a trial is supervised, on "
+            "answers or chains"
+        )
+    for name in ("mixture", "epochs", "turns"):
+        if getattr(stage, name):
+            raise ValueError(f"--{name}: a trial reads all its records alike, for --steps")
+
+
 class Mix:
     """The data sets of a mixture file by name, and collections of them."""
 
@@ -425,7 +439,7 @@ def quick_evaluation(options: QuickOptions) -> None:
         raise ValueError(f"--mix {options.mix}: a ranking needs two data sets that can be read")
 
     # Equally many records, equally many steps
-    amount = options.samples or max(1, min(sizes.values()) // 4)
+    amount = options.amount or max(1, min(sizes.values()) // 4)
     steps = options.stage.steps
     short = []
     for name in sizes:

@@ -57,7 +57,7 @@ def options(kind, files, out, **more):
     """Of a command, as short as it gets."""
     if kind is not AnnealingOptions:
         more = {"mix": files / "mix.json", "model": files / "start"} | more
-    return kind(held_out=files / "held_out.jsonl", out=out, stage=STAGE, **more)
+    return kind(**{"held_out": files / "held_out.jsonl", "out": out, "stage": STAGE} | more)
 
 
 @pytest.fixture
@@ -180,6 +180,8 @@ def test_every_seed_is_a_training_of_its_own_and_none_is_repeated(files, tmp_pat
         (IncrementalOptions, {"base": ()}, "--base"),
         (QuickOptions, {"seeds": 0}, "--seeds"),
         (QuickOptions, {"anneal_steps": 3}, "belong together"),
+        (QuickOptions, {"stage": replace(STAGE, samples="fusion")}, "on answers or chains"),
+        (QuickOptions, {"stage": replace(STAGE, turns=2)}, "--turns"),
         (AnnealingOptions, {"models": ()}, "--models"),
     ],
 )
