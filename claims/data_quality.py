@@ -14,7 +14,8 @@ many steps, the same held-out pictures; what differs is the data.
                 from latent classes, and for comparison as many at random (SAIL-VL2 sections 3.2.2, 4.1)
     quick       four data sets, ranked by a short training on a third of each and by the whole
                 (SAIL-VL Figure 4)
-    scale       questions made of captions, more and more of them: accuracy over log samples (Caption2QA)
+    scale       questions made of captions, more and more of them, each set read for as many steps:
+                accuracy over log samples (Caption2QA)
 
     python -m claims.data_quality                          # all, half an hour on one core; resumes
     python -m claims.data_quality --only filter --seeds 1  # a part
@@ -48,7 +49,7 @@ from curation.oracle import Oracle
 from curation.pipeline import Item
 from data.encode import Encoder
 from data.sample import Message, Sample
-from data.world import World, facts_of, opening, scene
+from data.world import facts_of, opening, scene
 from evaluate import ask, text_of, weights_digest
 from generate import load_model
 from infra.cli import command
@@ -58,14 +59,15 @@ from stage import ALL, Stage
 
 EYES = ("vision", "adapter")
 PICTURED = ("objects", "dots", "reading", "chart", "sum", "odd")  # scenes that are one picture
-ASKED = ("attributes", "spatial", "counting", "charts")  # families that captions can answer
+ASKED = ("chart", "dots")  # scenes that `scale` asks about
 ALT_TEXT = ("short", "mismatch")  # what noise an alt-text is
-SIZES = (64, 128, 256, 512, 1024)
+SIZES = (48, 96, 192, 384, 768)
 SKEWED = {"dots": 0.7, "sum": 0.15}  # shares of the skewed set
 JUDGE_ERROR = 0.1  # share of a judge's answers that are wrong
 ROWS = 2  # of a step
-SAMPLES_A_STEP = 15  # that fit into its rows, with several questions each
 STEPS = 40
+SCALE_STEPS = 60  # of which each reads about 15 samples
+QUESTIONS_A_CAPTION = 4
 POOL = 1000  # captions of a data set, of which those steps read about as many
 
 
@@ -114,9 +116,10 @@ class Lab:
         self.options = options
         self.book = TrialBook(options.out / "trials.jsonl")
         self.rows: list[dict] = []
+        asked = captions_of_asked(max(2, options.samples), 1, test=True)
         self.held_out = {
             "captions": captions_by_kind(options.samples // len(PICTURED), 1, test=True),
-            "questions": questions_held_out(options.samples // len(ASKED)),
+            "questions": questions_from_captions(asked, 1, 1),
         }
 
     def sized(self, number: int) -> int:
@@ -186,11 +189,6 @@ def captioned(kind: str, index: int, seed: int, test: bool = False) -> Sample:
 def captions_by_kind(each: int, seed: int, test: bool) -> list[Sample]:
     """Equally many of every kind: their score is the mean over kinds."""
     return [captioned(kind, i, seed, test) for kind in PICTURED for i in range(max(1, each))]
-
-
-def questions_held_out(each: int) -> list[Sample]:
-    world = World()
-    return [s for family in ASKED for s in world.held_out(family, max(1, each))]
 
 
 def spoiled(number: int, seed: int, rate: float, kinds: tuple[str, ...] | None = None) -> list:
@@ -334,23 +332,28 @@ def quick_arms(lab: Lab, seed: int) -> Iterator[Arm]:
 
 
 def scale_arms(lab: Lab, seed: int) -> Iterator[Arm]:
-    # One pass over each, and each is the beginning of the next
-    kinds = ("objects", "chart", "objects", "dots")
-    most = lab.sized(max(SIZES))
-    captions = [captioned(kinds[i % len(kinds)], i, seed) for i in range(most)]
-    rows = questions_from_captions(captions, seed)
+    # Each is the beginning of the next; the fewer, the more often they are read
+    captions = captions_of_asked(lab.sized(max(SIZES)), seed)
+    rows = questions_from_captions(captions, seed, QUESTIONS_A_CAPTION)
     for size in SIZES:
-        number = lab.sized(size)
-        yield Arm(f"{size} captions", rows[:number], max(2, round(number / SAMPLES_A_STEP)))
+        yield Arm(f"{size} captions", rows[: lab.sized(size)], lab.sized(SCALE_STEPS))
 
 
-def questions_from_captions(captions: list[Sample], seed: int) -> list[Sample]:
+def captions_of_asked(number: int, seed: int, test: bool = False) -> list[Sample]:
+    """Captions of the kinds of scene that `scale` asks about, in turn."""
+    return [captioned(ASKED[i % len(ASKED)], i, seed, test) for i in range(number)]
+
+
+def questions_from_captions(captions: list[Sample], seed: int, count: int) -> list[Sample]:
     """The conversations that Caption2QA makes of captions, with the drawn world's oracle to ask."""
-    steps = question_steps(QuestionOptions(count=4), Oracle(seed=seed), seed, needed=True)
+    steps = question_steps(QuestionOptions(count=count), Oracle(seed=seed), seed, needed=True)
     items = [Item(index, each.origin, each) for index, each in enumerate(captions)]
     for step in [*steps, PairsAsTurns()]:
         step([item for item in items if item.alive])
-    return [item.sample for item in items if item.alive]
+
+    # Graded by kind, which stands in front of the origin
+    asked = [item.sample for item in items if item.alive]
+    return [replace(s, facts=s.facts | {"family": s.origin.split("/")[0]}) for s in asked]
 
 
 STUDIES = {
