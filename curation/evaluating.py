@@ -260,7 +260,8 @@ class QuickOptions(MixOptions):
 class CompositionOptions(MixOptions):
     """Halve one data set of a mixture after another; what is no worse stays halved."""
 
-    level: float = 0.0  # a score that is lower by no more than this is level
+    # a score that is lower by no more than this is level (chance alone moves it: see --seeds)
+    level: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -268,7 +269,8 @@ class IncrementalOptions(MixOptions):
     """Let one data set of a mixture after another join those of --base; what is no worse stays."""
 
     base: tuple[str, ...]  # names of the data sets that are there already
-    level: float = 0.0  # a score that is lower by no more than this is level
+    # a score that is lower by no more than this is level (chance alone moves it: see --seeds)
+    level: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -299,17 +301,22 @@ class Contest:
         self.held_out = gradable(folder.first(options.limit), folder.faults)
         if not self.held_out:
             raise ValueError(f"--held-out {options.held_out}: no sample can be graded")
-        if folder.faults.counts and self.ranks.main:
-            print(f"--held-out {options.held_out}:\n{folder.faults.report()}")
+        self.say_faults(folder)
 
         # What every training ends on
-        self.annealing = self.opened(options.anneal) if options.anneal else None
+        self.annealing = None
+        if options.anneal:
+            data = Folder(options.anneal, allow_outside=options.allow_outside)
+            self.annealing = Selection(data)
+            self.say_faults(data)
         self.graded_on = [folder.identity(), options.limit, options.max_new]
         self.book = TrialBook(options.out / "trials.jsonl")
 
-    def opened(self, path: Path) -> Selection:
-        """All records of a file, a folder or a mixture."""
-        return Selection(Folder(path, allow_outside=self.options.allow_outside))
+    def mix(self, path: Path) -> "Mix":
+        """The data sets that are compared."""
+        mix = Mix(path, self.options.allow_outside)
+        self.say_faults(mix.folder)
+        return mix
 
     def standing(self, name: str, model: Path, source: Selection | None, steps: int) -> Standing:
         """What the checkpoint reaches after so many steps on the source (None: after none)."""
@@ -355,6 +362,10 @@ class Contest:
     def say(self, line: str) -> None:
         if self.ranks.main:
             print(line, flush=True)
+
+    def say_faults(self, folder: Folder) -> None:
+        if folder.faults.counts:
+            self.say(f"{folder.path}:\n{folder.faults.report()}")
 
     def finish(self, name: str, standings: Sequence[Standing], verdict: str, **more: Any) -> None:
         """The table on the screen and as a file, and all numbers as JSON."""
@@ -433,7 +444,7 @@ def evenly(records: Tensor, amount: int) -> Tensor:
 def quick_evaluation(options: QuickOptions) -> None:
     """Raises ValueError for a mixture with fewer than two data sets."""
     contest = Contest(options)
-    mix = Mix(options.mix, options.allow_outside)
+    mix = contest.mix(options.mix)
     sizes = mix.sizes()
     if len(sizes) < 2:
         raise ValueError(f"--mix {options.mix}: a ranking needs two data sets that can be read")
@@ -465,7 +476,7 @@ def quick_evaluation(options: QuickOptions) -> None:
 
 def composition_evaluation(options: CompositionOptions) -> None:
     contest = Contest(options)
-    mix = Mix(options.mix, options.allow_outside)
+    mix = contest.mix(options.mix)
 
     # As it is
     amounts = mix.sizes()
@@ -493,7 +504,7 @@ def composition_evaluation(options: CompositionOptions) -> None:
 def incremental_evaluation(options: IncrementalOptions) -> None:
     """Raises ValueError for a base that is not in the mixture, or none."""
     contest = Contest(options)
-    mix = Mix(options.mix, options.allow_outside)
+    mix = contest.mix(options.mix)
     mix.known(options.base)
     if not options.base:
         raise ValueError("--base: name the data sets that the others are to join")
