@@ -17,12 +17,12 @@ many steps, the same held-out pictures; what differs is the data.
     scale       questions made of captions, more and more of them, each set read for as many steps:
                 accuracy over log samples (Caption2QA)
 
-    python -m claims.data_quality                          # all, half an hour on one core; resumes
+    python -m claims.data_quality                          # all, a quarter of an hour of one core; resumes
     python -m claims.data_quality --only filter --seeds 1  # a part
 
-Prints a table for each study (score: mean F1 of captions, or accuracy, over held-out pictures) and keeps
-it as OUT/STUDY.md, with all numbers in OUT/STUDY.json. An effect is the difference of two arms of the
-same seed, which share pictures, noise and order; its spread is over seeds.
+Prints a table for each study and one of all effects (score: mean F1 of captions, or accuracy, over held-out
+pictures), and keeps them in OUT. An effect is the difference of two arms of the same seed, which share
+pictures, noise and order; its spread is the standard deviation over seeds.
 
 Ours: all sizes. The judge of `filter` and the questions of `scale` are the drawn world's own.
 """
@@ -412,12 +412,32 @@ def verdicts(lab: Lab, name: str) -> list[str]:
 
 
 def effect(lab: Lab, name: str, better: str, worse: str) -> str:
-    """The difference of two arms, seed by seed."""
-    pairs = zip(lab.scores(name, better), lab.scores(name, worse), strict=True)
-    gains = [one - other for one, other in pairs]
+    """The difference of two arms, in words."""
+    gains = gains_of(lab, name, better, worse)
     won = sum(gain > 0 for gain in gains)
     size = f"{statistics.mean(gains):+.3f} +- {spread_of(gains):.3f}"
     return f"- {better}, against {worse}: {size}, better in {won} of {len(gains)} seeds"
+
+
+def gains_of(lab: Lab, name: str, better: str, worse: str) -> list[float]:
+    """The difference of two arms, seed by seed."""
+    pairs = zip(lab.scores(name, better), lab.scores(name, worse), strict=True)
+    return [one - other for one, other in pairs]
+
+
+def effects_table(lab: Lab, names: Sequence[str]) -> str:
+    """Markdown: all differences that the studies claim, a line each."""
+    lines = ["| study | better | worse | score | instead of | effect | spread | seeds won |"]
+    lines.append("|" + "---|" * 8)
+    for name in names:
+        for better, worse in STUDIES[name].claims:
+            gains = gains_of(lab, name, better, worse)
+            means = [statistics.mean(lab.scores(name, arm)) for arm in (better, worse)]
+            cells = [name, better, worse, *[f"{mean:.3f}" for mean in means]]
+            cells += [f"{statistics.mean(gains):+.3f}", f"{spread_of(gains):.3f}"]
+            cells.append(f"{sum(gain > 0 for gain in gains)} of {len(gains)}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def quick_verdict(lab: Lab) -> str:
@@ -453,7 +473,8 @@ def study_data(options: QualityOptions) -> None:
         raise ValueError("--seeds must be positive")
 
     lab = Lab(options)
-    for name in options.only or STUDIES:
+    names = options.only or tuple(STUDIES)
+    for name in names:
         for seed in range(options.seeds):
             for arm in STUDIES[name].arms(lab, seed):
                 lab.measure(name, STUDIES[name], arm, seed)
@@ -461,6 +482,11 @@ def study_data(options: QualityOptions) -> None:
         (options.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         write_json(options.out / f"{name}.json", [r for r in lab.rows if r["study"] == name])
         print(f"\n{table}\n", flush=True)
+
+    # What they say together
+    effects = effects_table(lab, names)
+    (options.out / "effects.md").write_text(effects + "\n", encoding="utf-8")
+    print(effects)
 
 
 if __name__ == "__main__":

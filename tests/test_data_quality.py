@@ -15,6 +15,7 @@ from claims.data_quality import (
     balance_arms,
     captions_by_kind,
     digest_of,
+    effects_table,
     filter_arms,
     judged,
     quality_table,
@@ -134,6 +135,8 @@ def test_an_effect_is_a_difference_of_the_same_seeds(lab):
     table = quality_table(lab, "recaption")
     assert "| alt-texts | 10 | 4 | 0.200 | 0.141 | 2 |" in table
     assert "re-captioned, against alt-texts: +0.200 +- 0.141, better in 2 of 2 seeds" in table
+    line = "| recaption | re-captioned | alt-texts | 0.400 | 0.200 | +0.200 | 0.141 | 2 of 2 |"
+    assert line in effects_table(lab, ["recaption"])
 
 
 def test_rankings_are_compared_seed_by_seed(lab):
