@@ -169,6 +169,7 @@ MODULES = [
     "curation.side_by_side",
     "talk.chat",
     "talk.samples",
+    "curation.evaluating",
     "bench.step",
     "bench.packing_rules",
     "bench.rows",
@@ -179,6 +180,7 @@ MODULES = [
     "claims.posttraining",
     "claims.alignment",
     "claims.calibration",
+    "claims.data_quality",
     "kernels.bench",
 ]
 
@@ -230,6 +232,8 @@ COMMANDS = [
     "--out {tmp}/c",
     f"-m claims.posttraining --runs {{ladder}} --only soup {TINY_TRAINING} --effort 0.1 --out {{tmp}}/s",
     "-m claims.calibration --seeds 1 --steps 2 2 --held 2 --out {tmp}/c.html",
+    "-m claims.data_quality --only balance quick --runs {ladder} --seeds 1 --samples 12 --effort 0.02 "
+    "--out {tmp}/q",
     "-m claims.rates --problems quadratic --seeds 1 --out {tmp}/rates",
     "-m bench.packing_rules --example {tmp}/lengths.txt --samples 200",
     "-m bench.decoding --prompts 2 --samples 2 --longest 16 --max-new 4 --width 64 --layers 1 --repeats 1",
