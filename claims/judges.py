@@ -1,6 +1,6 @@
 """Can a small model be taught to find bad captions? Table 2 on the drawn world, over seeds.
 
-What it teaches: what the paper's judges are and how they are measured, in five minutes a seed. Captions
+What it teaches: what the paper's judges are and how they are measured, in ten minutes a seed. Captions
 spoiled in six known ways are scored by rule, resampled uniformly over the scores, and taught to the toy
 in one go: two dimensions, a Score Judge and a Yes-or-No Judge each, four judges in one set of weights
 (the paper: one model each).
@@ -62,7 +62,7 @@ class JudgesClaimOptions:
     model: Path = Path("runs/toy/final")  # where every judge starts: it knows how to think
     out: Path = Path("runs/curation/judges")
     seeds: int = 3
-    steps: int = 500
+    steps: int = 800
     pool: int = 16_000  # captions that are resampled for training
     tested: int = 1000  # captions of each test set
 

@@ -1,7 +1,7 @@
-"""Open Clip Art: 6,900 drawings with the titles that their makers gave them, a really noisy data set.
+"""Open Clip Art: 8,043 drawings with the titles that their makers gave them, a really noisy data set.
 
-What it teaches: what alt-texts are like where nobody looked. A fifth of these titles is "gramastar", a
-tenth is "Part of the Flat Icon Collection (Wed Aug 25 23:29:46 2004)"; others are good, "Winter Hat".
+What it teaches: what alt-texts are like where nobody looked. A sixth of these titles is "gramastar", a
+twelfth is "Part of the Flat Icon Collection (Wed Aug 25 23:29:46 2004)"; others are good, "Winter Hat".
 
     packages --apt-get--> openclipart-png  pictures --+--by path--> images/a/b.png, titles.jsonl
                           openclipart-svg  titles ----+
