@@ -391,6 +391,11 @@ class Records(Sequence):
         self.folder = folder
         self.limit = limit
 
+    @property
+    def files(self) -> list[tuple[Path, int]]:
+        """The files that they come from, with the number of each one's data set."""
+        return self.folder.files
+
     def __len__(self) -> int:
         return min(self.limit or len(self.folder), len(self.folder))
 

@@ -143,9 +143,14 @@ NO_OUTCOME = (
 
 
 def run_pipeline(
-    options: PipelineOptions, steps: Sequence[Step], over_all: Sequence[Step] = ()
+    options: PipelineOptions,
+    steps: Sequence[Step],
+    over_all: Sequence[Step] = (),
+    records: Sequence | None = None,
 ) -> "Outcome":
     """From files to files. Returns, on every rank, the funnel of the whole run.
+
+    records: in place of those of --data; as `Records`, with `files`, which may be empty.
 
     Raises ValueError when --out is no .jsonl, when OUT.work holds another run, or when nothing is left.
     """
@@ -155,7 +160,8 @@ def run_pipeline(
     if options.chunk < 1:
         raise ValueError("--chunk must be positive")
     rank, size = parallel.place()
-    records = Records(Folder(options.data, options.images), options.limit)
+    if records is None:
+        records = Records(Folder(options.data, options.images), options.limit)
     ledger = AnswerFiles(
         options.out.with_suffix(".work"),
         settings_of_pipeline(options, records, [*steps, *over_all]),
@@ -225,7 +231,7 @@ def passed_item(item: Item, writer: RowWriter) -> Passed:
 def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequence[Step]) -> dict:
     """What the outcome depends on: the data, the options, and which steps there are."""
     stamps = []
-    for path, _ in records.folder.files:
+    for path, _ in records.files:
         stat = path.stat()
         stamps.append([stat.st_size, stat.st_mtime_ns])
     return {
