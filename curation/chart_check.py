@@ -27,18 +27,18 @@ from infra.cli import command
 CLOSE = 0.00501  # half of the last decimal that is said
 
 
-def fault_of(sample: Sample) -> str:
+def chart_fault(sample: Sample) -> str:
     """What is wrong with a chart, as "class: details"; "" for nothing."""
     facts = sample.facts
     if not {"shown", "asked", "language"} <= facts.keys():
         return "no chart: facts hold no `shown`, `asked` and `language`"
-    texts = spoken(sample)
+    texts = spoken_turns(sample)
     for asked in facts["asked"]:
         # Asked as it was written, about names that stand in it
         turn = (asked["question"], asked["answer"])
         if turn not in texts:
             return f"not in the conversation: {turn}"
-        absent = unnamed(asked, facts["shown"])
+        absent = unnamed_in(asked, facts["shown"])
         if absent:
             return f"name not in the question: {absent!r}, {asked['question']!r}"
 
@@ -50,7 +50,7 @@ def fault_of(sample: Sample) -> str:
     return caption_fault(caption, facts["shown"]) if caption else ""
 
 
-def spoken(sample: Sample) -> list[tuple[str, str]]:
+def spoken_turns(sample: Sample) -> list[tuple[str, str]]:
     """Questions and answers of the conversation, without pictures."""
     words = []
     for message in sample.messages:
@@ -58,7 +58,7 @@ def spoken(sample: Sample) -> list[tuple[str, str]]:
     return list(zip(words[::2], words[1::2]))
 
 
-def unnamed(asked: dict, shown: dict) -> str:
+def unnamed_in(asked: dict, shown: dict) -> str:
     """A name that the question is about and does not say; "" if it says all."""
     names = list(asked["names"])
     if len(shown["table"]) > 1 or len(shown["points"]) > 1:
@@ -103,13 +103,13 @@ def recomputed(asked: dict, shown: dict, language: str) -> str | float | None:
     return found
 
 
-def row_of(asked: dict, shown: dict) -> tuple[list[str], np.ndarray]:
+def asked_row(asked: dict, shown: dict) -> tuple[list[str], np.ndarray]:
     """Names of the series that is asked about, and their numbers."""
     row = shown["table"][asked["series"]]
     return [*row], np.array([*row.values()])
 
 
-def at(asked: dict, shown: dict, place: int) -> float:
+def number_at(asked: dict, shown: dict, place: int) -> float:
     return shown["table"][asked["series"]][asked["names"][place]]
 
 
@@ -120,13 +120,13 @@ def only_place(numbers: np.ndarray) -> int | None:
 
 
 def again_highest(asked: dict, shown: dict, sign: int = 1) -> str | None:
-    names, numbers = row_of(asked, shown)
+    names, numbers = asked_row(asked, shown)
     place = only_place(sign * numbers)
     return None if place is None else names[place]
 
 
 def again_comparison(asked: dict, shown: dict) -> str:
-    return "yes" if at(asked, shown, 0) - at(asked, shown, 1) > 0 else "no"
+    return "yes" if number_at(asked, shown, 0) - number_at(asked, shown, 1) > 0 else "no"
 
 
 def again_count(asked: dict, shown: dict) -> float:
@@ -142,7 +142,7 @@ def again_trend(asked: dict, shown: dict) -> str:
         points = np.array(shown["points"][asked["series"]])  # (points, 2)
         r = np.corrcoef(points.T)[0, 1]
         return "neither" if abs(r) < 0.5 else ("rising" if r > 0 else "falling")
-    signs = set(np.sign(np.diff(row_of(asked, shown)[1])))
+    signs = set(np.sign(np.diff(asked_row(asked, shown)[1])))
     return (
         {1.0: "rising", -1.0: "falling"}.get(signs.pop(), "neither")
         if len(signs) == 1
@@ -151,7 +151,7 @@ def again_trend(asked: dict, shown: dict) -> str:
 
 
 def again_place(asked: dict, shown: dict) -> float | None:
-    place = only_place(row_of(asked, shown)[1])
+    place = only_place(asked_row(asked, shown)[1])
     return None if place is None or shown["horizontal"] else place + 1.0
 
 
@@ -167,14 +167,14 @@ AGAIN: dict[str, Callable[[dict, dict], str | float | None]] = {
     "kind": lambda asked, shown: KIND_NAMES["en"][shown["kind"]],
     "title": lambda asked, shown: shown["title"],
     "axis": lambda asked, shown: shown["y"],
-    "value": lambda asked, shown: at(asked, shown, 0),
+    "value": lambda asked, shown: number_at(asked, shown, 0),
     "highest": again_highest,
     "lowest": lambda asked, shown: again_highest(asked, shown, -1),
-    "difference": lambda asked, shown: abs(at(asked, shown, 0) - at(asked, shown, 1)),
+    "difference": lambda asked, shown: abs(number_at(asked, shown, 0) - number_at(asked, shown, 1)),
     "comparison": again_comparison,
     "count": again_count,
-    "sum": lambda asked, shown: float(row_of(asked, shown)[1].sum()),
-    "mean": lambda asked, shown: float(row_of(asked, shown)[1].mean()),
+    "sum": lambda asked, shown: float(asked_row(asked, shown)[1].sum()),
+    "mean": lambda asked, shown: float(asked_row(asked, shown)[1].mean()),
     "trend": again_trend,
     "place": again_place,
     "colour": again_colour,
@@ -199,7 +199,7 @@ def check_charts(options: ChartCheckOptions) -> int:
     wrong: Counter = Counter()
     first: dict[str, str] = {}
     for sample in (folder[index] for index in range(len(folder))):
-        fault = str(sample) if isinstance(sample, BadSample) else written_fault(sample)
+        fault = str(sample) if isinstance(sample, BadSample) else row_fault(sample)
         if fault:
             reason = fault.split(": ")[0]
             wrong[reason] += 1
@@ -217,7 +217,7 @@ def check_charts(options: ChartCheckOptions) -> int:
     return int(bool(wrong))
 
 
-def written_fault(sample: Sample) -> str:
+def row_fault(sample: Sample) -> str:
     """Of a row from a file: its picture too."""
     pictures = [p for m in sample.messages for p in m.parts if not isinstance(p, str)]
     if len(pictures) != 1:
@@ -228,7 +228,7 @@ def written_fault(sample: Sample) -> str:
         return str(fault)
     if len(picture.getcolors(1 << 24)) < 3:
         return f"blank picture: {sample.origin}"
-    return fault_of(sample)
+    return chart_fault(sample)
 
 
 if __name__ == "__main__":

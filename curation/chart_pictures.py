@@ -5,8 +5,9 @@ font (white boxes, for Chinese in particular), labels may lie on each other or o
 own objects are asked, after it is laid out. From the same objects the numbers are read back: the height of
 a bar, the angle of a slice. Answers are checked against those, not against what was meant to be drawn.
 
+    ChartSpec --check_letters--> BadSample: "no glyph"
     ChartSpec --figure_of--> figure --pixels_of--> picture
-                               |----check_texts_of--> BadSample: "no glyph", "texts overlap", "text cut off"
+                               |----check_places--> BadSample: "texts overlap", "text cut off"
                                '----read_back--> Shown: title, labels, names, numbers, colours
 
 matplotlib, because it is what most charts on paper and screen were drawn with, draws all eight kinds
@@ -26,7 +27,7 @@ from typing import Any, Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from curation.chart_specs import ChartSpec, interval, said
+from curation.chart_specs import ChartSpec, interval_name, said_number
 from data.sample import BadSample
 
 PACKAGES = ("matplotlib", "pylopdf_fonts_zh_cn")
@@ -63,6 +64,15 @@ COLORS = {
         "pink": "#c9357f",
         "brown": "#57351a",
     },
+}
+# Of plain pictures: what is a pixel wide cannot be seen
+THICK = {
+    "lines.linewidth": 7.0,
+    "lines.markersize": 14.0,
+    "boxplot.boxprops.linewidth": 4.0,
+    "boxplot.whiskerprops.linewidth": 4.0,
+    "boxplot.capprops.linewidth": 4.0,
+    "boxplot.medianprops.linewidth": 4.0,
 }
 ON_DARK = "soft"  # the palette of dark pictures
 
@@ -147,7 +157,7 @@ def styled(spec: ChartSpec, canvas: Canvas) -> Iterator[None]:
 
     family, _ = family_in(font_of(spec, canvas))
     paper, ink = ("#22252b", "#e8e8e8") if spec.style.dark else ("white", "#222222")
-    size = 9.0 if columns_of_names(spec) < 60 else 8.0
+    size = 9.0 if name_columns(spec) < 60 else 8.0
     ours = {
         "font.family": [family],
         "font.size": size,
@@ -161,14 +171,18 @@ def styled(spec: ChartSpec, canvas: Canvas) -> Iterator[None]:
         "figure.facecolor": paper,
         "axes.facecolor": paper,
         "legend.frameon": False,
+        "lines.linewidth": 2.0,
+        "lines.markersize": 5.0,
     }
+    if canvas.plain:
+        ours |= THICK
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         ours[name] = ink
     with style.context(["default", ours]):
         yield
 
 
-def columns_of_names(spec: ChartSpec) -> int:
+def name_columns(spec: ChartSpec) -> int:
     return sum(len(name) for name in spec.categories)
 
 
@@ -187,6 +201,7 @@ def figure_of(spec: ChartSpec, canvas: Canvas) -> Any:
         FigureCanvasAgg(figure)
         if canvas.plain:
             axes = figure.add_axes((0.04, 0.04, 0.92, 0.92))
+            axes.set_axis_off()
         else:
             figure.set_layout_engine("constrained")
             axes = figure.add_subplot()
@@ -194,8 +209,7 @@ def figure_of(spec: ChartSpec, canvas: Canvas) -> Any:
         # Shapes, then letters
         DRAW[spec.kind](axes, spec)
         if canvas.plain:
-            axes.set_axis_off()
-            for text in figure.findobj(match=is_text):
+            for text in axes.texts:
                 text.set_visible(False)
         else:
             label_axes(figure, axes, spec)
@@ -278,7 +292,7 @@ def draw_bars(axes: Any, spec: ChartSpec) -> None:
         below = below + values
         if spec.style.printed:
             kind = "center" if stacked else "edge"
-            texts = [said(value) for value in values]
+            texts = [said_number(value) for value in values]
             axes.bar_label(shapes, texts, label_type=kind, fontsize=7, padding=0 if stacked else 2)
     put_names(axes, spec)
     axes.margins(x=0.02, y=0.1)
@@ -290,11 +304,11 @@ def draw_lines(axes: Any, spec: ChartSpec) -> None:
     for number, (name, values) in enumerate(spec.series.items()):
         color = color_at(spec, number)
         label = name or "_"
-        axes.plot(places, values, marker=next(shapes), color=color, label=label, linewidth=2)
+        axes.plot(places, values, marker=next(shapes), color=color, label=label)
         if spec.style.printed:
             for place, value in zip(places, values):
                 where = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
-                axes.annotate(said(value), (place, value), fontsize=7, **where)
+                axes.annotate(said_number(value), (place, value), fontsize=7, **where)
     put_names(axes, spec)
     axes.margins(y=0.15)
 
@@ -316,7 +330,7 @@ def draw_pie(axes: Any, spec: ChartSpec) -> None:
     """Clockwise from the top, each slice with its name and, as it cannot be measured, its number."""
     (values,) = spec.series.values()
     colors = [color_at(spec, place) for place in range(len(values))]
-    labels = [f"{name}\n{said(value)}" for name, value in zip(spec.categories, values)]
+    labels = [f"{name}\n{said_number(value)}" for name, value in zip(spec.categories, values)]
     edge = {"linewidth": 1, "edgecolor": axes.get_facecolor()}
     axes.pie(
         values, labels=labels, colors=colors, startangle=90, counterclock=False, wedgeprops=edge
@@ -326,7 +340,7 @@ def draw_pie(axes: Any, spec: ChartSpec) -> None:
 def draw_points(axes: Any, spec: ChartSpec) -> None:
     for number, (name, points) in enumerate(spec.series.items()):
         xs, ys = zip(*points)
-        axes.scatter(xs, ys, s=22, color=color_at(spec, number), label=name or "_")
+        axes.scatter(xs, ys, color=color_at(spec, number), label=name or "_")
     axes.margins(0.08)
 
 
@@ -334,10 +348,10 @@ def draw_histogram(axes: Any, spec: ChartSpec) -> None:
     (values,) = spec.series.values()
     paper = axes.get_facecolor()
     axes.hist(values, bins=spec.edges, color=color_at(spec, 0), edgecolor=paper, linewidth=1)
-    axes.set_xticks(spec.edges, [said(edge) for edge in spec.edges])
+    axes.set_xticks(spec.edges, [said_number(edge) for edge in spec.edges])
     axes.yaxis.get_major_locator().set_params(integer=True)
     if spec.style.printed:
-        texts = [said(shape.get_height()) for shape in axes.patches]
+        texts = [said_number(shape.get_height()) for shape in axes.patches]
         axes.bar_label(axes.containers[0], texts, fontsize=7, padding=2)
     axes.margins(x=0.02, y=0.1)
 
@@ -350,14 +364,14 @@ def draw_heatmap(axes: Any, spec: ChartSpec) -> None:
     middle = (cells.min() + cells.max()) / 2
     for (row, column), value in np.ndenumerate(cells):
         ink = "white" if value > middle else "#222222"
-        axes.text(column, row, said(value), ha="center", va="center", color=ink, fontsize=8)
+        axes.text(column, row, said_number(value), ha="center", va="center", color=ink, fontsize=8)
 
     # Names of both sides, and the scale
     put_names(axes, spec)
     axes.set_yticks(range(len(spec.series)), [*spec.series])
     axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes) if axes.axison else None
-    if bar:
+    if axes.axison:
+        bar = axes.figure.colorbar(image, ax=axes)
         bar.set_label(spec.y_label)
         bar.outline.set_visible(False)
 
@@ -372,7 +386,7 @@ def draw_boxes(axes: Any, spec: ChartSpec) -> None:
         widths=0.55,
         patch_artist=True,
         orientation="horizontal" if spec.style.horizontal else "vertical",
-        medianprops={"color": "black", "linewidth": 1.8},
+        medianprops={"color": "black"},
     )
     for place, box in enumerate(parts["boxes"]):
         box.set_facecolor(color_at(spec, place))
@@ -405,16 +419,19 @@ def pixels_of(figure: Any) -> Image.Image:
 # ------------------------------------------------------------------------------ can it be read?
 
 
-def check_texts_of(figure: Any, spec: ChartSpec, canvas: Canvas) -> None:
-    """Raises BadSample when a letter is missing, or texts lie on each other or leave the picture."""
-    texts = visible_texts(figure)
+def check_letters(spec: ChartSpec, canvas: Canvas) -> None:
+    """Raises BadSample when the font cannot write a letter: a white box would stand for it."""
     _, letters = family_in(font_of(spec, canvas))
-    for text in texts:
-        for character in text.get_text():
-            if character != "\n" and ord(character) not in letters:
-                raise BadSample("no glyph", f"{character!r} in {text.get_text()!r}")
+    names = [spec.title, spec.x, spec.y_label, *spec.categories, *spec.series, "-.0123456789"]
+    for text in names:
+        for character in text:
+            if ord(character) not in letters:
+                raise BadSample("no glyph", f"{character!r} in {text!r}")
 
-    # As they lie in the picture
+
+def check_places(figure: Any) -> None:
+    """Raises BadSample when texts lie on each other or leave the picture."""
+    texts = visible_texts(figure)
     width, height = figure.canvas.get_width_height()
     boxes = [(text, text.get_window_extent()) for text in texts]
     for text, box in boxes:
@@ -549,7 +566,7 @@ def read_histogram(axes: Any, shown: Shown, spec: ChartSpec) -> None:
     counts = {}
     for shape in axes.patches:
         left = shape.get_x()
-        name = interval(left, left + shape.get_width(), spec.language)
+        name = interval_name(left, left + shape.get_width(), spec.language)
         counts[name] = number_of(shape.get_height())
     shown.table[""] = counts
 

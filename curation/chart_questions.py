@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from curation.chart_pictures import each_own_color
-from curation.chart_specs import ChartSpec, interval, said
+from curation.chart_specs import ChartSpec, interval_name, said_number
 
 # --------------------------------------------------------------------------------------- wordings
 
@@ -189,7 +189,7 @@ NUMBERS = ("value", "difference", "sum", "mean")
 # ------------------------------------------------------------------------------------ the numbers
 
 
-def table_of(spec: ChartSpec) -> dict[str, dict[str, float]]:
+def spec_table(spec: ChartSpec) -> dict[str, dict[str, float]]:
     """Series -> name -> number. Of a histogram, how many values lie in each bar; of a box, the median."""
     if spec.kind == "scatter":
         return {}
@@ -199,7 +199,7 @@ def table_of(spec: ChartSpec) -> dict[str, dict[str, float]]:
     table = {}
     for series, values in spec.series.items():
         if spec.kind == "box":
-            values = [middle_of(sample) for sample in values]
+            values = [median_of(sample) for sample in values]
         table[series] = dict(zip(spec.categories, values))
     return table
 
@@ -210,11 +210,11 @@ def counts_of(values: tuple, spec: ChartSpec) -> dict[str, float]:
     for left, right in zip(spec.edges, spec.edges[1:]):
         last = right == spec.edges[-1]
         inside = [v for v in values if left <= v < right or (last and v == right)]
-        counts[interval(left, right, spec.language)] = float(len(inside))
+        counts[interval_name(left, right, spec.language)] = float(len(inside))
     return counts
 
 
-def middle_of(sample: tuple[float, ...]) -> float:
+def median_of(sample: tuple[float, ...]) -> float:
     """The median."""
     ordered = sorted(sample)
     half = len(ordered) // 2
@@ -231,7 +231,7 @@ class Asking:
         self.spec = spec
         self.rng = rng
         self.plain = plain
-        self.table = table_of(spec)
+        self.table = spec_table(spec)
         self.upright = not (spec.style.horizontal and spec.kind in ("bar", "box"))
 
     def asked(
@@ -290,7 +290,7 @@ class Asking:
             return None
         series, row = self.row()
         name = self.rng.choice([*row])
-        return self.asked("value", said(row[name]), series, (name,))
+        return self.asked("value", said_number(row[name]), series, (name,))
 
     def extreme(self, ask: str) -> Asked | None:
         """The name at the top or the bottom, if it is there alone."""
@@ -315,7 +315,7 @@ class Asking:
             return None
         series, high, low = found
         row = self.table[series]
-        return self.asked("difference", said(row[high] - row[low]), series, (high, low))
+        return self.asked("difference", said_number(row[high] - row[low]), series, (high, low))
 
     def ask_comparison(self) -> Asked | None:
         """Yes and no come equally often."""
@@ -346,13 +346,13 @@ class Asking:
         if not self.table or self.spec.kind == "box":
             return None
         series, row = self.row()
-        return self.asked("sum", said(sum(row.values())), series)
+        return self.asked("sum", said_number(sum(row.values())), series)
 
     def ask_mean(self) -> Asked | None:
         if not self.table or self.spec.kind in ("box", "histogram"):
             return None
         series, row = self.row()
-        return self.asked("mean", said(sum(row.values()) / len(row)), series)
+        return self.asked("mean", said_number(sum(row.values()) / len(row)), series)
 
     # ------------------------------------------------------------------------------------- shapes
 
@@ -374,7 +374,7 @@ class Asking:
         return self.asked("trend", answer, series)
 
     def trend_of_points(self, series: str) -> Asked | None:
-        r = correlation(self.spec.series[series])
+        r = pearson_r(self.spec.series[series])
         if abs(r) > 0.8:
             return self.asked("trend", "rising" if r > 0 else "falling", series)
         return self.asked("trend", "neither", series) if abs(r) < 0.3 else None
@@ -407,7 +407,7 @@ class Asking:
         return self.asked("colour", spec.style.colors[spec.categories.index(top.answer)])
 
 
-def correlation(points: tuple[tuple[float, float], ...]) -> float:
+def pearson_r(points: tuple[tuple[float, float], ...]) -> float:
     """Pearson's r."""
     n = len(points)
     xs = [x for x, _ in points]
@@ -445,14 +445,14 @@ def questions_of(
     asking = Asking(spec, rng, plain)
     known = [ask for ask in (PLAIN if plain else ASKS) if rates.get(ask, 0.0 if rates else 1.0) > 0]
     found: list[Asked] = []
-    for ask in drawn_order(rng, {ask: rates.get(ask, 1.0) for ask in known}):
+    for ask in order_by_rates(rng, {ask: rates.get(ask, 1.0) for ask in known}):
         asked = ASKS[ask](asking)
         if asked is not None and len(found) < number:
             found.append(asked)
     return found
 
 
-def drawn_order(rng: random.Random, rates: dict[str, float]) -> list[str]:
+def order_by_rates(rng: random.Random, rates: dict[str, float]) -> list[str]:
     """All names in a random order, those of high rates rather first."""
     return sorted(rates, key=lambda name: rng.random() ** (1 / rates[name]), reverse=True)
 
@@ -511,7 +511,7 @@ def chinese_caption(spec: ChartSpec, plain: bool) -> str:
 def ends_of(spec: ChartSpec) -> list[tuple[str, tuple[str, str]]]:
     """The highest and the lowest number, as (where, number): at the first place that has it."""
     cells = []
-    for series, row in table_of(spec).items():
+    for series, row in spec_table(spec).items():
         for name, value in row.items():
             cells.append((value, f"{name}, {series}" if len(spec.series) > 1 else name))
     if not cells:
@@ -520,5 +520,5 @@ def ends_of(spec: ChartSpec) -> list[tuple[str, tuple[str, str]]]:
     for ask, choose in (("highest", max), ("lowest", min)):
         value, where = choose(cells, key=lambda cell: cell[0])
         where = where.replace(", ", "、") if spec.language == "zh" else where
-        ends.append((ask, (where, said(value))))
+        ends.append((ask, (where, said_number(value))))
     return ends

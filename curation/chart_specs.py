@@ -91,15 +91,15 @@ def with_unit(name: str, unit: str, language: str) -> str:
     return f"{name}（{unit}）" if language == "zh" else f"{name} ({unit})"
 
 
-def said(number: float) -> str:
+def said_number(number: float) -> str:
     """A number as it is printed and answered: at most two decimals, no zeros behind them."""
     text = f"{number:.{DECIMALS}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
-def interval(left: float, right: float, language: str) -> str:
+def interval_name(left: float, right: float, language: str) -> str:
     """The name of a histogram's bar."""
-    return f"{said(left)}{'至' if language == 'zh' else ' to '}{said(right)}"
+    return f"{said_number(left)}{'至' if language == 'zh' else ' to '}{said_number(right)}"
 
 
 # ------------------------------------------------------------------------------------- from JSON
@@ -179,7 +179,7 @@ def style_of(record: Any) -> ChartStyle:
 # --------------------------------------------------------------------------------------- validity
 
 
-def validate(spec: ChartSpec) -> None:
+def validate_spec(spec: ChartSpec) -> None:
     """Raises BadSample for a spec that cannot be drawn, read and asked about."""
     if spec.kind not in KINDS:
         raise BadSample("unknown kind", f"{spec.kind!r}; there are {', '.join(KINDS)}")
@@ -203,13 +203,13 @@ def check_texts(spec: ChartSpec) -> None:
     names = [spec.x, spec.y, spec.unit, *spec.categories, *spec.series]
     limits = [(spec.title, LONGEST_TITLE)] + [(name, LONGEST_NAME) for name in names]
     for text, limit in limits:
-        if columns(text) > limit:
+        if columns_of(text) > limit:
             raise BadSample("text too long", f"{text[:80]!r} has over {limit} columns")
         if any(not character.isprintable() for character in text):
             raise BadSample("unprintable text", repr(text[:80]))
 
 
-def columns(text: str) -> int:
+def columns_of(text: str) -> int:
     """How wide a text is: wide characters count twice."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
@@ -253,9 +253,11 @@ def check_table(spec: ChartSpec) -> None:
     numbers = [v for values in spec.series.values() for v in values if not isinstance(v, tuple)]
     heaps = spec.kind in ("pie", "area") or (spec.kind == "bar" and spec.style.stacked)
     if heaps and min(numbers) < 0:
-        raise BadSample(f"negative {spec.kind}", said(min(numbers)))
+        raise BadSample(f"negative {spec.kind}", said_number(min(numbers)))
     if spec.kind == "pie" and min(numbers) < 0.03 * sum(numbers):
-        raise BadSample("slice too thin", f"{said(min(numbers))} of {said(sum(numbers))}")
+        raise BadSample(
+            "slice too thin", f"{said_number(min(numbers))} of {said_number(sum(numbers))}"
+        )
     if numbers and not any(numbers):
         raise BadSample("empty", "all values are zero")
 
@@ -379,7 +381,7 @@ def invent_spec(rng: random.Random, kind: str, language: str, plain: bool = Fals
         return invent_histogram(rng, language, style, plain)
 
     # A theme, and some of its categories
-    theme = rng.choice([theme for theme in THEMES[language] if suits(theme, kind)])
+    theme = rng.choice([theme for theme in THEMES[language] if theme_suits(theme, kind)])
     known = theme.categories
     most = min(len(known), MOST_CATEGORIES[kind], 6 if plain else 10)
     number = rng.randint(FEWEST_CATEGORIES.get(kind, 2) if plain else 3, most)
@@ -398,7 +400,7 @@ def invent_spec(rng: random.Random, kind: str, language: str, plain: bool = Fals
     )
 
 
-def suits(theme: Theme, kind: str) -> bool:
+def theme_suits(theme: Theme, kind: str) -> bool:
     """Lines want an order, and parts of a whole want none."""
     if kind in ("line", "area"):
         return theme.ordered

@@ -26,7 +26,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 from PIL import Image
@@ -39,17 +38,18 @@ from curation.annotators import (
     json_in,
     open_annotator,
 )
-from curation.chart_check import fault_of
+from curation.chart_check import chart_fault
 from curation.chart_pictures import (
     Canvas,
-    check_texts_of,
+    check_letters,
+    check_places,
     figure_of,
     pixels_of,
     read_back,
     require_packages,
 )
 from curation.chart_questions import ASKS, CAPTION_REQUESTS, PLAIN, caption_of, questions_of
-from curation.chart_specs import KINDS, LANGUAGES, THEMES, invent_spec, spec_of, validate
+from curation.chart_specs import KINDS, LANGUAGES, THEMES, invent_spec, spec_of, validate_spec
 from curation.pipeline import Item, PipelineOptions, Step, run_pipeline
 from curation.rows import appear
 from data.sample import BadSample, Message, Sample
@@ -206,16 +206,20 @@ class WrittenSpecs:
         return Request("chart_spec", fields, about=about)
 
 
-def valid(items: list[Item]) -> None:
+class ValidSpecs:
     """Drops what cannot be drawn, read and asked about."""
-    for item in items:
-        try:
-            spec = spec_of(item.sample.facts["spec"])
-            validate(spec)
-        except BadSample as fault:
-            item.drop("valid", str(fault))
-        else:
-            item.keep("valid", spec=spec.record(), language=spec.language)
+
+    name = "valid"
+
+    def __call__(self, items: list[Item]) -> None:
+        for item in items:
+            try:
+                spec = spec_of(item.sample.facts["spec"])
+                validate_spec(spec)
+            except BadSample as fault:
+                item.drop(self.name, str(fault))
+            else:
+                item.keep(self.name, spec=spec.record(), language=spec.language)
 
 
 class Drawn:
@@ -229,9 +233,10 @@ class Drawn:
     def __call__(self, items: list[Item]) -> None:
         for item in items:
             spec = spec_of(item.sample.facts["spec"])
-            figure = figure_of(spec, self.canvas)
             try:
-                check_texts_of(figure, spec, self.canvas)
+                check_letters(spec, self.canvas)
+                figure = figure_of(spec, self.canvas)
+                check_places(figure)
                 shown = read_back(figure, spec)
             except BadSample as fault:
                 item.drop(self.name, str(fault))
@@ -269,10 +274,10 @@ class AskedAbout:
             facts["family"] = found[-1].ask if found else "caption"
             if found:
                 facts["grader"] = found[-1].grader
-            item.change(self.name, conversation(item.sample, turns), **facts)
+            item.change(self.name, chart_conversation(item.sample, turns), **facts)
 
 
-def conversation(sample: Sample, turns: list[tuple[str, str]]) -> Sample:
+def chart_conversation(sample: Sample, turns: list[tuple[str, str]]) -> Sample:
     """Picture, question, answer, question, answer, ..."""
     (picture,) = sample.messages[0].parts
     messages = []
@@ -282,26 +287,19 @@ def conversation(sample: Sample, turns: list[tuple[str, str]]) -> Sample:
     return replace(sample, messages=tuple(messages))
 
 
-def checked(items: list[Item]) -> None:
-    """Answers once more, from what was drawn."""
-    for item in items:
-        fault = fault_of(item.sample)
-        if fault:
-            item.drop("check", fault)
-        else:
-            number = len(item.sample.facts["asked"])
-            item.keep("check", f"{number} answers recomputed")
+class CheckedAnswers:
+    """Answers once more, from what was drawn; a chart with a wrong one is dropped."""
 
-
-@dataclass(frozen=True)
-class Named:
-    """A function as a step."""
-
-    name: str
-    function: Any
+    name = "check"
 
     def __call__(self, items: list[Item]) -> None:
-        self.function(items)
+        for item in items:
+            fault = chart_fault(item.sample)
+            if fault:
+                item.drop(self.name, fault)
+            else:
+                number = len(item.sample.facts["asked"])
+                item.keep(self.name, f"{number} answers recomputed")
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -315,13 +313,7 @@ def make_charts(options: ChartOptions) -> None:
     parallel.start()
     source, first = source_of(options)
     canvas = Canvas(options.pixels, options.plain, options.font)
-    steps = [
-        *first,
-        Named("valid", valid),
-        Drawn(canvas),
-        AskedAbout(options),
-        Named("check", checked),
-    ]
+    steps = [*first, ValidSpecs(), Drawn(canvas), AskedAbout(options), CheckedAnswers()]
     outcome = run_pipeline(options, steps, records=source)
 
     # The funnel, and something to look at

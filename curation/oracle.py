@@ -7,9 +7,12 @@ samples of data/world.py carry in their facts and no model is shown.
 Simplified: it reads the fields of a request, not its prompt.
 """
 
+import json
+import random
 from typing import Sequence
 
 from curation.annotators import Request, Response
+from curation.chart_specs import invent_spec
 
 
 class Oracle:
@@ -39,6 +42,13 @@ class Oracle:
 
     def say_caption(self, request: Request, words: str) -> str:
         return words
+
+    def say_chart_spec(self, request: Request, words: str) -> str:
+        """A spec of the wished kind; a wrong one has no numbers."""
+        rng = random.Random(f"{self.seed}/{request.about.origin}")
+        spec = invent_spec(rng, request.fields["kind"], request.fields["language"]).record()
+        wrong = rng.random() < self.noise
+        return json.dumps(spec | {"series": {}} if wrong else spec)
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"

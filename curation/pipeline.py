@@ -139,6 +139,7 @@ NO_OUTCOME = (
     "batch",
     "price_in",
     "price_out",
+    "sheet",
 )
 
 
