@@ -60,6 +60,7 @@ def spoken_turns(sample: Sample) -> list[tuple[str, str]]:
 
 def unnamed_in(asked: dict, shown: dict) -> str:
     """A name that the question is about and does not say; "" if it says all."""
+    # The series too, where there are several
     names = list(asked["names"])
     if len(shown["table"]) > 1 or len(shown["points"]) > 1:
         names.append(asked["series"])
@@ -73,6 +74,8 @@ def unnamed_in(asked: dict, shown: dict) -> str:
 def agrees(answer: str, found: Any) -> bool:
     if found is None:
         return False
+
+    # Texts to the letter, numbers to the last decimal that is said
     if isinstance(found, str):
         return answer == found
     return re.fullmatch(r"-?\d+(\.\d+)?", answer) is not None and abs(float(answer) - found) < CLOSE
@@ -80,10 +83,13 @@ def agrees(answer: str, found: Any) -> bool:
 
 def caption_fault(caption: str, shown: dict) -> str:
     """The two ends of the numbers stand in the caption, if it speaks of numbers at all."""
+    # Numbers of the caption, numbers of the picture
     numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", caption)]
     cells = np.array([[*row.values()] for row in shown["table"].values()])
     if not numbers or not cells.size or not shown["title"]:
         return ""
+
+    # Names may have numbers too: it is enough that both ends are among them
     for end in (cells.min(), cells.max()):
         if not np.isclose(numbers, end, rtol=0, atol=CLOSE).any():
             return f"caption differs: {end:g} is not in {caption!r}"
@@ -126,7 +132,9 @@ def again_highest(asked: dict, shown: dict, sign: int = 1) -> str | None:
 
 
 def again_comparison(asked: dict, shown: dict) -> str:
-    return "yes" if number_at(asked, shown, 0) - number_at(asked, shown, 1) > 0 else "no"
+    first = number_at(asked, shown, 0)
+    second = number_at(asked, shown, 1)
+    return "yes" if first - second > 0 else "no"
 
 
 def again_count(asked: dict, shown: dict) -> float:
@@ -142,12 +150,13 @@ def again_trend(asked: dict, shown: dict) -> str:
         points = np.array(shown["points"][asked["series"]])  # (points, 2)
         r = np.corrcoef(points.T)[0, 1]
         return "neither" if abs(r) < 0.5 else ("rising" if r > 0 else "falling")
-    signs = set(np.sign(np.diff(asked_row(asked, shown)[1])))
-    return (
-        {1.0: "rising", -1.0: "falling"}.get(signs.pop(), "neither")
-        if len(signs) == 1
-        else "neither"
-    )
+
+    # One sign of all steps, or more
+    _, numbers = asked_row(asked, shown)
+    signs = {*np.sign(np.diff(numbers))}
+    if signs == {1.0}:
+        return "rising"
+    return "falling" if signs == {-1.0} else "neither"
 
 
 def again_place(asked: dict, shown: dict) -> float | None:
@@ -193,6 +202,7 @@ class ChartCheckOptions:
 
 def check_charts(options: ChartCheckOptions) -> int:
     """Prints what there is and what is wrong; returns the exit status."""
+    # Row by row
     folder = Folder(options.data)
     kinds: Counter = Counter()
     asks: Counter = Counter()
@@ -219,6 +229,7 @@ def check_charts(options: ChartCheckOptions) -> int:
 
 def row_fault(sample: Sample) -> str:
     """Of a row from a file: its picture too."""
+    # One picture, that can be opened and has something on it
     pictures = [p for m in sample.messages for p in m.parts if not isinstance(p, str)]
     if len(pictures) != 1:
         return f"one picture: {len(pictures)} are there"

@@ -65,6 +65,7 @@ COLORS = {
         "brown": "#57351a",
     },
 }
+MARKERS = "osD^v"  # of lines, one for each that a chart may have
 # Of plain pictures: what is a pixel wide cannot be seen
 THICK = {
     "lines.linewidth": 7.0,
@@ -144,6 +145,8 @@ def family_in(path: Path) -> tuple[str, set[int]]:
 
         if not path.is_file():
             raise ValueError(f"--font {path}: no such file")
+
+        # matplotlib finds it by its name; which characters it has is the file's own table
         font_manager.fontManager.addfont(path)
         face = ft2font.FT2Font(path)
         FAMILIES[path] = (face.family_name, {*face.get_charmap()})
@@ -155,9 +158,13 @@ def styled(spec: ChartSpec, canvas: Canvas) -> Iterator[None]:
     """matplotlib's own defaults, whatever the user's are, and this chart's letters and paper."""
     from matplotlib import style
 
+    # Letters and paper
     family, _ = family_in(font_of(spec, canvas))
-    paper, ink = ("#22252b", "#e8e8e8") if spec.style.dark else ("white", "#222222")
+    paper = "#22252b" if spec.style.dark else "white"
+    ink = "#e8e8e8" if spec.style.dark else "#222222"
     size = 9.0 if name_columns(spec) < 60 else 8.0
+
+    # What a chart's style decides
     ours = {
         "font.family": [family],
         "font.size": size,
@@ -176,6 +183,8 @@ def styled(spec: ChartSpec, canvas: Canvas) -> Iterator[None]:
     }
     if canvas.plain:
         ours |= THICK
+
+    # All that is written or ruled, in one ink
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         ours[name] = ink
     with style.context(["default", ours]):
@@ -228,13 +237,14 @@ def label_axes(figure: Any, axes: Any, spec: ChartSpec) -> None:
     axes.set_title(spec.title)
     if spec.kind == "pie":
         return
-    lies = spec.style.horizontal and spec.kind in ("bar", "box")
-    x, y = (spec.y_label, spec.x) if lies else (spec.x, spec.y_label)
-    if spec.kind != "heatmap":
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+    if spec.lies:
+        axes.set_xlabel(spec.y_label)
+        axes.set_ylabel(spec.x)
     else:
         axes.set_xlabel(spec.x)
+        axes.set_ylabel("" if spec.kind == "heatmap" else spec.y_label)
+
+    # Names of series, outside of the shapes
     if len(spec.series) > 1 and spec.kind != "heatmap":
         beside = "outside right upper" if spec.style.wide else "outside lower center"
         figure.legend(loc=beside, ncols=1 if spec.style.wide else len(spec.series))
@@ -259,8 +269,7 @@ def color_at(spec: ChartSpec, place: int) -> str:
 def put_names(axes: Any, spec: ChartSpec) -> None:
     """Categories along their axis; long ones slanted."""
     places = range(len(spec.categories))
-    lies = spec.style.horizontal and spec.kind in ("bar", "box")
-    if lies:
+    if spec.lies:
         axes.set_yticks(places, spec.categories)
         axes.invert_yaxis()
         return
@@ -271,25 +280,26 @@ def put_names(axes: Any, spec: ChartSpec) -> None:
 
 def draw_bars(axes: Any, spec: ChartSpec) -> None:
     """Beside each other, or one on the other; upright or lying."""
+    # Bars of one place share it, or stand on each other
     places = np.arange(len(spec.categories))
     stacked = spec.style.stacked and len(spec.series) > 1
     thick = 0.75 if stacked or len(spec.series) == 1 else 0.8 / len(spec.series)
     below = np.zeros(len(places))
     for number, (name, values) in enumerate(spec.series.items()):
+        # One colour for a series, or one for each bar of a single one
         color = color_at(spec, number)
         if each_own_color(spec):
             color = [color_at(spec, place) for place in range(len(places))]
         shift = 0.0 if stacked else (number - (len(spec.series) - 1) / 2) * thick
-        along, base = ("left", axes.barh) if spec.style.horizontal else ("bottom", axes.bar)
-        shapes = base(
-            places + shift,
-            values,
-            thick,
-            **{along: below if stacked else 0.0},
-            color=color,
-            label=name or "_",
-        )
+        look = {"color": color, "label": name or "_"}
+        base = below if stacked else 0.0
+        if spec.lies:
+            shapes = axes.barh(places + shift, values, thick, left=base, **look)
+        else:
+            shapes = axes.bar(places + shift, values, thick, bottom=base, **look)
         below = below + values
+
+        # Numbers inside of stacked bars, and at the ends of others
         if spec.style.printed:
             kind = "center" if stacked else "edge"
             texts = [said_number(value) for value in values]
@@ -300,11 +310,10 @@ def draw_bars(axes: Any, spec: ChartSpec) -> None:
 
 def draw_lines(axes: Any, spec: ChartSpec) -> None:
     places = np.arange(len(spec.categories))
-    shapes = itertools.cycle("osD^v") if spec.style.markers else itertools.repeat("")
     for number, (name, values) in enumerate(spec.series.items()):
         color = color_at(spec, number)
-        label = name or "_"
-        axes.plot(places, values, marker=next(shapes), color=color, label=label)
+        marker = MARKERS[number] if spec.style.markers else ""
+        axes.plot(places, values, marker=marker, color=color, label=name or "_")
         if spec.style.printed:
             for place, value in zip(places, values):
                 where = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
@@ -358,9 +367,12 @@ def draw_histogram(axes: Any, spec: ChartSpec) -> None:
 
 def draw_heatmap(axes: Any, spec: ChartSpec) -> None:
     """Cells with their numbers, light to dark."""
-    cells = np.array([*spec.series.values()])
+    # Colours by value
+    cells = np.array([*spec.series.values()])  # (rows, columns)
     scale = {"bold": "Blues", "soft": "Greens", "deep": "Oranges"}[spec.style.palette]
     image = axes.imshow(cells, cmap=scale, aspect="auto")
+
+    # Numbers that can be read on light and dark
     middle = (cells.min() + cells.max()) / 2
     for (row, column), value in np.ndenumerate(cells):
         ink = "white" if value > middle else "#222222"
@@ -378,6 +390,7 @@ def draw_heatmap(axes: Any, spec: ChartSpec) -> None:
 
 def draw_boxes(axes: Any, spec: ChartSpec) -> None:
     """Whiskers from the lowest to the highest value, boxes from quartile to quartile."""
+    # matplotlib draws lines without names, so they are given some to be read back by
     (samples,) = spec.series.values()
     parts = axes.boxplot(
         [list(sample) for sample in samples],
@@ -385,7 +398,7 @@ def draw_boxes(axes: Any, spec: ChartSpec) -> None:
         whis=(0, 100),
         widths=0.55,
         patch_artist=True,
-        orientation="horizontal" if spec.style.horizontal else "vertical",
+        orientation="horizontal" if spec.lies else "vertical",
         medianprops={"color": "black"},
     )
     for place, box in enumerate(parts["boxes"]):
@@ -437,6 +450,8 @@ def check_places(figure: Any) -> None:
     for text, box in boxes:
         if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1:
             raise BadSample("text cut off", repr(text.get_text()))
+
+    # Every two of them
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         # Slanted ones lie beside each other although their boxes do not
         if one.get_rotation() % 90 and other.get_rotation() % 90:
@@ -467,7 +482,7 @@ def read_back(figure: Any, spec: ChartSpec) -> Shown:
     language an interval is named, which way a chart lies, and which palette names its colours."""
     axes = figure.axes[0]
     shown = Shown(spec.kind, axes.get_title(), axes.get_xlabel(), axes.get_ylabel())
-    shown.horizontal = spec.style.horizontal and spec.kind in ("bar", "box")
+    shown.horizontal = spec.lies
     if spec.kind == "heatmap" and len(figure.axes) > 1:
         shown.y = figure.axes[1].get_ylabel()
     if shown.horizontal:
@@ -491,6 +506,7 @@ def color_name(color: Any, spec: ChartSpec) -> str:
     """The word for a colour: the nearest of the palette."""
     from matplotlib.colors import to_rgb
 
+    # Shapes that are seen through, as areas are, differ a little from their palette
     palette = COLORS[ON_DARK if spec.style.dark else spec.style.palette]
     away = {
         name: np.abs(np.subtract(to_rgb(color), to_rgb(c))).sum() for name, c in palette.items()
@@ -509,6 +525,8 @@ def read_bars(axes: Any, shown: Shown, spec: ChartSpec) -> None:
         length = "get_width" if shown.horizontal else "get_height"
         values = [number_of(getattr(shape, length)()) for shape in shapes]
         shown.table[series_name(shapes)] = dict(zip(names, values, strict=True))
+
+    # Colours tell bars apart, or series
     if len(axes.containers) == 1:
         shapes = axes.containers[0]
         words = [color_name(shape.get_facecolor(), spec) for shape in shapes]
@@ -541,10 +559,13 @@ def read_areas(axes: Any, shown: Shown, spec: ChartSpec) -> None:
 
 def read_pie(axes: Any, shown: Shown, spec: ChartSpec) -> None:
     """The printed numbers, if the angles agree with them."""
+    # Names and numbers as they are printed
     slices = axes.patches
     texts = [shape.get_label().split("\n") for shape in slices]
     numbers = {name: float(number) for name, number in texts}
     total = sum(numbers.values())
+
+    # And as they are drawn
     for shape, (name, number) in zip(slices, texts):
         share = (shape.theta2 - shape.theta1) / 360
         if abs(share - numbers[name] / total) > 1e-4:
@@ -580,12 +601,15 @@ def read_heatmap(axes: Any, shown: Shown, spec: ChartSpec) -> None:
 
 def read_boxes(axes: Any, shown: Shown, spec: ChartSpec) -> None:
     """Medians, and how far the whiskers reach; caps come in pairs, lowest first."""
+    # Lines by the names that they were given
     across = "get_xdata" if shown.horizontal else "get_ydata"
     names = tick_names(axes.yaxis if shown.horizontal else axes.xaxis)
     found: dict[str, list[float]] = {}
     for line in axes.lines:
         if line.get_gid() in ("medians", "caps"):
             found.setdefault(line.get_gid(), []).append(number_of(getattr(line, across)()[0]))
+
+    # One median and two caps for each box
     shown.table[""] = dict(zip(names, found["medians"], strict=True))
     ends = zip(found["caps"][::2], found["caps"][1::2])
     shown.spans = {name: list(pair) for name, pair in zip(names, ends, strict=True)}

@@ -98,7 +98,7 @@ ENGLISH = {
     "kind": ("What kind of chart is this?", "Which type of chart is shown?"),
     "title": ("What is the title of the chart?", "What does the title say?"),
     "axis": ("What does the y axis show?", "What is measured along the y axis?"),
-    "axis bar lying": ("What does the x axis show?",),
+    "axis lying": ("What does the x axis show?",),
     "value": ("What is the {y}{of} for {a}?", "How high is {a}{of}?"),
     "value box": ("What is the median {y} for {a}?",),
     "value histogram": ("How many values lie between {a}?",),
@@ -133,7 +133,7 @@ CHINESE = {
     "kind": ("这是什么类型的图表？", "图中是哪种图表？"),
     "title": ("图表的标题是什么？", "标题写的是什么？"),
     "axis": ("纵轴表示什么？", "纵轴的标签是什么？"),
-    "axis bar lying": ("横轴表示什么？",),
+    "axis lying": ("横轴表示什么？",),
     "value": ("{of}{a}的{y}是多少？", "{of}{a}对应的数值是多少？"),
     "value box": ("{a}的{y}中位数是多少？",),
     "value histogram": ("有多少个数值在{a}之间？",),
@@ -221,6 +221,11 @@ def median_of(sample: tuple[float, ...]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+def readable_gap(row: dict[str, float]) -> float:
+    """Two numbers of a series that differ by no more than this look alike."""
+    return TOO_CLOSE * (max(row.values()) - min(row.values()))
+
+
 # ----------------------------------------------------------------------------------------- asking
 
 
@@ -232,12 +237,12 @@ class Asking:
         self.rng = rng
         self.plain = plain
         self.table = spec_table(spec)
-        self.upright = not (spec.style.horizontal and spec.kind in ("bar", "box"))
 
     def asked(
         self, ask: str, answer: str, series: str = "", names: tuple[str, ...] = (), form: str = ""
     ) -> Asked:
         """The question in words. form: which wording, where the kind does not decide it."""
+        # What is said of this kind, or of any
         spec = self.spec
         wordings = WORDINGS[spec.language]
         found = wordings.get(form or f"{ask} {spec.kind}") or wordings[ask]
@@ -245,13 +250,14 @@ class Asking:
         of = ""
         if series and len(spec.series) > 1:
             of = f" of {series}" if spec.language == "en" else f"{series}的"
-        a, b = (*names, "", "")[:2]
-        if spec.kind == "histogram" and spec.language == "en":
-            a, b = a.replace(" to ", " and "), b.replace(" to ", " and ")
-        question = self.rng.choice(found).format(
-            x=spec.x, y=spec.y, a=a, b=b, of=of, thing=thing, things=things
-        )
-        return Asked(ask, question, self.word(answer), series, names)
+        words = {"x": spec.x, "y": spec.y, "of": of, "thing": thing, "things": things}
+
+        # Names that it is about; "between 10 and 20" is how an interval is asked for
+        for letter, name in zip("ab", names):
+            between = spec.kind == "histogram" and spec.language == "en"
+            words[letter] = name.replace(" to ", " and ") if between else name
+        wording = self.rng.choice(found)
+        return Asked(ask, wording.format(**words), self.word(answer), series, names)
 
     def word(self, answer: str) -> str:
         return WORDS.get(answer, answer) if self.spec.language == "zh" else answer
@@ -264,8 +270,9 @@ class Asking:
     def pair(self) -> tuple[str, str, str] | None:
         """A series and two of its names whose numbers clearly differ, the higher one first."""
         series, row = self.row()
-        one, other = sorted(self.rng.sample([*row], 2), key=row.get, reverse=True)
-        clear = row[one] - row[other] > TOO_CLOSE * (max(row.values()) - min(row.values()))
+        higher_first = {"key": row.get, "reverse": True}
+        one, other = sorted(self.rng.sample([*row], 2), **higher_first)
+        clear = row[one] - row[other] > readable_gap(row)
         return (series, one, other) if clear else None
 
     # ------------------------------------------------------------------------- reading and naming
@@ -280,7 +287,7 @@ class Asking:
         """The axis of the numbers, wherever it lies; a heatmap has a scale instead, a pie nothing."""
         if self.spec.kind in ("pie", "heatmap"):
             return None
-        form = "" if self.upright else "axis bar lying"
+        form = "axis lying" if self.spec.lies else ""
         return self.asked("axis", self.spec.y_label, form=form)
 
     # ------------------------------------------------------------------------------------ numbers
@@ -298,8 +305,8 @@ class Asking:
             return None
         series, row = self.row()
         ordered = sorted(row, key=row.get, reverse=ask == "highest")
-        gap = abs(row[ordered[0]] - row[ordered[1]])
-        if gap <= TOO_CLOSE * (max(row.values()) - min(row.values())):
+        first, second = ordered[:2]
+        if abs(row[first] - row[second]) <= readable_gap(row):
             return None
         return self.asked(ask, ordered[0], series)
 
@@ -330,6 +337,7 @@ class Asking:
 
     def ask_count(self) -> Asked | None:
         """How many shapes: of one series its bars, slices, boxes, points; lines and areas by series."""
+        # Kinds whose shapes are not categories
         spec = self.spec
         if spec.kind in ("line", "area"):
             return self.asked("count", str(len(spec.series)))
@@ -337,6 +345,8 @@ class Asking:
             return self.asked("count", str(len(spec.edges) - 1))
         if spec.kind == "heatmap":
             return self.asked("count", str(len(spec.series) * len(spec.categories)))
+
+        # One shape a value
         if len(spec.series) > 1:
             return None
         (values,) = spec.series.values()
@@ -364,6 +374,8 @@ class Asking:
             return self.trend_of_points(series)
         if kind not in ("line", "area") or (kind == "area" and len(self.table) > 1):
             return None
+
+        # Every step counts
         series, row = self.row()
         steps = [b - a for a, b in zip([*row.values()], [*row.values()][1:])]
         answer = "neither"
@@ -381,7 +393,7 @@ class Asking:
 
     def ask_place(self) -> Asked | None:
         """Of one series, the highest shape's place from the left."""
-        suits = self.spec.kind in ("bar", "histogram", "line", "area", "box") and self.upright
+        suits = self.spec.kind in ("bar", "histogram", "line", "area", "box") and not self.spec.lies
         if not suits or len(self.table) > 1:
             return None
         top = self.extreme("highest")
@@ -392,6 +404,7 @@ class Asking:
 
     def ask_colour(self) -> Asked | None:
         """Of the highest shape, or, where series have colours, of a series."""
+        # The legend says which
         spec = self.spec
         if not each_own_color(spec):
             if len(spec.series) < 2 or spec.kind == "heatmap":
@@ -399,6 +412,8 @@ class Asking:
             name = self.rng.choice([*spec.series])
             color = spec.style.colors[[*spec.series].index(name) % len(spec.style.colors)]
             return self.asked("colour", color, names=(name,), form="colour series")
+
+        # Each has its own, unless there are too many
         if len(spec.categories) > len(spec.style.colors):
             return None
         top = self.extreme("highest")
@@ -412,7 +427,10 @@ def pearson_r(points: tuple[tuple[float, float], ...]) -> float:
     n = len(points)
     xs = [x for x, _ in points]
     ys = [y for _, y in points]
-    mean_x, mean_y = sum(xs) / n, sum(ys) / n
+    mean_x = sum(xs) / n
+    mean_y = sum(ys) / n
+
+    # Sums of products of the distances from the middle
     sxy = sum((x - mean_x) * (y - mean_y) for x, y in points)
     sxx = sum((x - mean_x) ** 2 for x in xs)
     syy = sum((y - mean_y) ** 2 for y in ys)
@@ -442,8 +460,11 @@ def questions_of(
     spec: ChartSpec, rng: random.Random, number: int, rates: dict[str, float], plain: bool = False
 ) -> list[Asked]:
     """At most `number` different questions, kinds of them drawn by their rates."""
+    # All that may be asked, in a random order
     asking = Asking(spec, rng, plain)
     known = [ask for ask in (PLAIN if plain else ASKS) if rates.get(ask, 0.0 if rates else 1.0) > 0]
+
+    # As far as this chart has an answer
     found: list[Asked] = []
     for ask in order_by_rates(rng, {ask: rates.get(ask, 1.0) for ask in known}):
         asked = ASKS[ask](asking)
@@ -453,8 +474,12 @@ def questions_of(
 
 
 def order_by_rates(rng: random.Random, rates: dict[str, float]) -> list[str]:
-    """All names in a random order, those of high rates rather first."""
-    return sorted(rates, key=lambda name: rng.random() ** (1 / rates[name]), reverse=True)
+    """All names in a random order, those of high rates rather first.
+
+    A name is first as often as its rate says (Efraimidis and Spirakis, 2006).
+    """
+    keys = {name: rng.random() ** (1 / rate) for name, rate in rates.items()}
+    return sorted(keys, key=keys.get, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------- caption
@@ -469,10 +494,13 @@ def caption_of(spec: ChartSpec, plain: bool = False) -> str:
     """What the chart shows, in sentences: kind, title, names, and the two ends of its numbers."""
     if spec.language == "zh":
         return chinese_caption(spec, plain)
+    # What it is
     kind = KIND_NAMES["en"][spec.kind]
     article = "An" if kind[0] in "aeiou" else "A"
     if plain:
         return f"{article} {kind}."
+
+    # What it shows
     sentences = [f'{article} {kind} titled "{spec.title}".']
     if spec.kind == "scatter":
         sentences.append(f"It shows {spec.y_label} over {spec.x}.")
@@ -482,6 +510,8 @@ def caption_of(spec: ChartSpec, plain: bool = False) -> str:
         sentences.append(f"It shows {spec.y_label} for {', '.join(spec.categories)}.")
     if len(spec.series) > 1:
         sentences.append(f"It compares {', '.join(spec.series)}.")
+
+    # Where it is highest and lowest
     measure = {"box": "median", "histogram": "count"}.get(spec.kind, "value")
     for ask, where in ends_of(spec):
         sentences.append(f"The {ask} {measure} is {where[1]}, at {where[0]}.")
@@ -510,12 +540,15 @@ def chinese_caption(spec: ChartSpec, plain: bool) -> str:
 
 def ends_of(spec: ChartSpec) -> list[tuple[str, tuple[str, str]]]:
     """The highest and the lowest number, as (where, number): at the first place that has it."""
+    # All numbers, with their places in words
     cells = []
     for series, row in spec_table(spec).items():
         for name, value in row.items():
             cells.append((value, f"{name}, {series}" if len(spec.series) > 1 else name))
     if not cells:
         return []
+
+    # Both ends
     ends = []
     for ask, choose in (("highest", max), ("lowest", min)):
         value, where = choose(cells, key=lambda cell: cell[0])

@@ -80,6 +80,11 @@ class ChartSpec:
     def y_label(self) -> str:
         return with_unit(self.y, self.unit, self.language)
 
+    @property
+    def lies(self) -> bool:
+        """Whether its numbers go from left to right."""
+        return self.style.horizontal and self.kind in ("bar", "box")
+
     def record(self) -> dict:
         """As JSON; the inverse of `spec_of`."""
         return asdict(self)
@@ -159,6 +164,7 @@ def style_of(record: Any) -> ChartStyle:
     """What is not given is the default; what is not known is an error, as everywhere."""
     if not isinstance(record, dict):
         raise BadSample("not an object", "style")
+    # Switches and words of the right type
     known = asdict(ChartStyle())
     for name, value in record.items():
         if name not in known:
@@ -186,7 +192,7 @@ def validate_spec(spec: ChartSpec) -> None:
     if spec.language not in LANGUAGES:
         raise BadSample("unknown language", f"{spec.language!r}; there are {', '.join(LANGUAGES)}")
     check_texts(spec)
-    check_names(spec)
+    check_name_counts(spec)
     if spec.kind == "histogram":
         check_histogram(spec)
     elif spec.kind == "scatter":
@@ -214,7 +220,7 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
-def check_names(spec: ChartSpec) -> None:
+def check_name_counts(spec: ChartSpec) -> None:
     """As many names as can be told apart."""
     wants_categories = spec.kind not in ("scatter", "histogram")
     if wants_categories:
@@ -243,6 +249,8 @@ def check_table(spec: ChartSpec) -> None:
         if len(values) != len(spec.categories):
             detail = f"{name}: {len(values)} values for {len(spec.categories)} categories"
             raise BadSample("lengths differ", detail)
+
+        # Lists of numbers in boxes, numbers in all others
         nested = [isinstance(value, tuple) for value in values]
         if any(nested) != (spec.kind == "box") or (spec.kind == "box" and not all(nested)):
             raise BadSample("not a number", f"{name}: values of a {spec.kind}")
@@ -463,32 +471,50 @@ def invent_values(
 def invent_sample(rng: random.Random, theme: Theme, size: int) -> tuple[float, ...]:
     middle = rng.uniform(theme.low, theme.high)
     spread = (theme.high - theme.low) * rng.uniform(0.05, 0.15)
-    return tuple(round(max(0.0, rng.gauss(middle, spread)), 1) for _ in range(size))
+    numbers = []
+    for _ in range(size):
+        number = max(0.0, rng.gauss(middle, spread))
+        numbers.append(round(number, 1))
+    return tuple(numbers)
 
 
 def invent_scatter(rng: random.Random, language: str, style: ChartStyle, plain: bool) -> ChartSpec:
     """Points along a line that rises or falls, or a cloud."""
+    # Two things that are measured
     x, x_low, x_high, y, unit, y_low, y_high = rng.choice(PAIRS[language])
     names = invent_names(rng, "scatter", language, plain)
     series = {}
     for name in names:
-        slope = rng.choice((1, -1, 0))
         points = []
-        for _ in range(rng.randint(5, 9) if plain else rng.randint(8, 20)):
-            along = rng.random()
-            across = rng.random() if slope == 0 else along if slope > 0 else 1 - along
-            across = min(1.0, max(0.0, across + rng.gauss(0, 0.06)))
-            point = (x_low + along * (x_high - x_low), y_low + across * (y_high - y_low))
-            points.append((round(point[0], 1), round(point[1], 1)))
+        for along, across in invent_points(rng, plain):
+            measured_x = x_low + along * (x_high - x_low)
+            measured_y = y_low + across * (y_high - y_low)
+            points.append((round(measured_x, 1), round(measured_y, 1)))
         series[name] = tuple(points)
     title = say_title(rng, PAIR_TITLES[language], x, y)
     return ChartSpec("scatter", language, title, x, y, unit, (), series, style=style)
+
+
+def invent_points(rng: random.Random, plain: bool) -> list[tuple[float, float]]:
+    """Points in the unit square, near a diagonal or anywhere."""
+    way = rng.choice(("rising", "falling", "cloud"))
+    number = rng.randint(5, 9) if plain else rng.randint(8, 20)
+    points = []
+    for _ in range(number):
+        along = rng.random()
+        across = 1 - along if way == "falling" else along
+        if way == "cloud":
+            across = rng.random()
+        near = across + rng.gauss(0, 0.06)
+        points.append((along, min(1.0, max(0.0, near))))
+    return points
 
 
 def invent_histogram(
     rng: random.Random, language: str, style: ChartStyle, plain: bool
 ) -> ChartSpec:
     """Numbers around one middle; of pictures without a text, bars of clearly different heights."""
+    # Something measured, in intervals of one width
     x, low, high, *_ = rng.choice(PAIRS[language])
     bars = rng.randint(3, 6) if plain else rng.randint(4, 8)
     width = math.ceil((high - low) / bars)

@@ -115,6 +115,8 @@ class Wishes(Sequence):
     def __getitem__(self, index: int) -> Sample:
         if index >= len(self):
             raise IndexError(index)
+
+        # Its own numbers, whatever came before it
         options = self.options
         rng = generator_of(options.seed, index, "wish")
         wish = {}
@@ -222,7 +224,7 @@ class ValidSpecs:
                 item.keep(self.name, spec=spec.record(), language=spec.language)
 
 
-class Drawn:
+class DrawnCharts:
     """The picture of a spec, and what it shows; what cannot be read is dropped."""
 
     name = "draw"
@@ -257,11 +259,14 @@ class AskedAbout:
     def __call__(self, items: list[Item]) -> None:
         options = self.options
         for item in items:
+            # Questions with their answers
             spec = spec_of(item.sample.facts["spec"])
             rng = generator_of(options.seed, item.index, self.name)
             found = questions_of(spec, rng, options.questions, options.asks, options.plain)
             turns = [(asked.question, asked.answer) for asked in found]
             facts = {"asked": [asdict(asked) for asked in found], "category": spec.kind}
+
+            # The caption before them
             if options.caption:
                 facts["caption"] = caption_of(spec, options.plain)
                 turns.insert(0, (rng.choice(CAPTION_REQUESTS[spec.language]), facts["caption"]))
@@ -313,7 +318,7 @@ def make_charts(options: ChartOptions) -> None:
     parallel.start()
     source, first = source_of(options)
     canvas = Canvas(options.pixels, options.plain, options.font)
-    steps = [*first, ValidSpecs(), Drawn(canvas), AskedAbout(options), CheckedAnswers()]
+    steps = [*first, ValidSpecs(), DrawnCharts(canvas), AskedAbout(options), CheckedAnswers()]
     outcome = run_pipeline(options, steps, records=source)
 
     # The funnel, and something to look at
@@ -345,13 +350,14 @@ COLUMNS = 4
 
 def write_sheet(rows: Path, path: Path) -> None:
     """The first chart of each kind and language, side by side, as a PNG of few colours."""
+    # The first of each
     firsts: dict[tuple[str, str], Path] = {}
     for line in rows.read_text("utf-8").splitlines():
         row = json.loads(line)
         facts = row["facts"]
         firsts.setdefault((facts["language"], facts["category"]), rows.parent / row["images"][0])
 
-    # As many rows as are needed
+    # As many rows of the sheet as are needed
     height = -(-len(firsts) // COLUMNS) * CELL[1]
     sheet = Image.new("RGB", (COLUMNS * CELL[0], height), "white")
     order = {kind: place for place, kind in enumerate(KINDS)}
@@ -362,6 +368,8 @@ def write_sheet(rows: Path, path: Path) -> None:
         left = place % COLUMNS * CELL[0] + (CELL[0] - small.width) // 2
         top = place // COLUMNS * CELL[1] + (CELL[1] - small.height) // 2
         sheet.paste(small, (left, top))
+
+    # Few colours, so that it stays small
     path.parent.mkdir(parents=True, exist_ok=True)
     few = sheet.quantize(256)
     appear(path, lambda unfinished: few.save(unfinished, "PNG", optimize=True))
