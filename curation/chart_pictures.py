@@ -170,6 +170,7 @@ def styled(spec: ChartSpec, canvas: Canvas) -> Iterator[None]:
         "font.size": size,
         "axes.titlesize": size + 2,
         "axes.unicode_minus": False,
+        "text.parse_math": False,  # a price is no formula
         "axes.grid": spec.style.grid and spec.kind not in ("pie", "heatmap"),
         "axes.axisbelow": True,
         "axes.spines.top": spec.style.grid,

@@ -232,10 +232,9 @@ def readable_gap(row: dict[str, float]) -> float:
 class Asking:
     """Questions about one chart, in its language."""
 
-    def __init__(self, spec: ChartSpec, rng: random.Random, plain: bool = False):
+    def __init__(self, spec: ChartSpec, rng: random.Random):
         self.spec = spec
         self.rng = rng
-        self.plain = plain
         self.table = spec_table(spec)
 
     def asked(
@@ -461,7 +460,7 @@ def questions_of(
 ) -> list[Asked]:
     """At most `number` different questions, kinds of them drawn by their rates."""
     # All that may be asked, in a random order
-    asking = Asking(spec, rng, plain)
+    asking = Asking(spec, rng)
     known = [ask for ask in (PLAIN if plain else ASKS) if rates.get(ask, 0.0 if rates else 1.0) > 0]
 
     # As far as this chart has an answer

@@ -241,6 +241,8 @@ def check_name_counts(spec: ChartSpec) -> None:
             raise BadSample("names repeat", ", ".join(names))
         if len(names) > 1 and "" in trimmed:
             raise BadSample("text missing", "a name is empty")
+        if any(name.startswith("_") for name in trimmed):
+            raise BadSample("hidden name", "legends leave out what begins with an underscore")
 
 
 def check_table(spec: ChartSpec) -> None:

@@ -184,6 +184,7 @@ def test_the_check_notices(bars, damage):
         ({"series": {"": [[[1]]]}}, "not a list"),
         ({"series": [1, 2, 3]}, "not an object"),
         ({"categories": ["a", "A ", "b"]}, "names repeat"),
+        ({"series": {"_a": [1, 2, 3], "b": [1, 2, 3]}}, "hidden name"),
         ({"categories": ["a"], "series": {"": [1]}}, "too few categories"),
         ({"categories": [*"abcdefghijklm"], "series": {"": [1] * 13}}, "too many categories"),
         ({"series": {name: [1, 2, 3] for name in "abcde"}}, "too many series"),
