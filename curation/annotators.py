@@ -16,6 +16,7 @@ changed without changing code.
 
     --annotator.model runs/toy/final
     --annotator.url http://localhost:8000/v1 --annotator.name qwen2.5-vl --annotator.at-once 32
+      --annotator.per-minute 600 --annotator.price-in 0.4 --annotator.price-out 1.6
     --annotator.oracle --annotator.noise 0.1
 
 Not published: the paper's prompts and models ("LVM API"). All prompts are ours, but for the three
@@ -30,14 +31,19 @@ from string import Template
 from typing import Any, Mapping, Protocol, Sequence
 
 import torch
+from PIL import Image
 
+from data.container_base import finite, refuse_number
 from data.encode import Encoder
+from data.images import open_image
 from data.sample import BadSample, Message, Sample
 from generate import generate, load_model
 from infra.device import Precision, pick_device, torch_type
-from infra.endpoint import ChatEndpoint
+from infra.endpoint import ChatEndpoint, NoReply, in_threads
+from scale import parallel
 
 PROMPTS = Path(__file__).parent / "prompts"
+NO_REPLY = "no reply"  # how a fault begins that may not come again: the next run asks once more
 DEEPEST = 50  # brackets inside one another in a reply: more is hostile
 
 
@@ -94,6 +100,8 @@ class Prompts:
             return template.substitute(request.fields)
         except KeyError as error:
             raise ValueError(f"prompt {request.task}.txt: no field {error} is known here") from None
+        except ValueError:
+            raise ValueError(f"prompt {request.task}.txt: write $$ for a dollar sign") from None
 
     def template(self, task: str) -> Template:
         if task not in self.templates:
@@ -182,7 +190,7 @@ def as_question(request: Request, prompts: Prompts) -> Sample:
 
 
 class Endpoint:
-    """A model behind an address: `ChatEndpoint` of infra, asked many things at once."""
+    """A model behind an address: `ChatEndpoint` of infra, asked `chat.at_once` things at a time."""
 
     def __init__(self, chat: ChatEndpoint, prompts: Prompts):
         self.chat = chat
@@ -190,10 +198,37 @@ class Endpoint:
         self.prompts = prompts
 
     def annotate(self, requests: Sequence[Request]) -> list[Response]:
-        raise NotImplementedError
+        return in_threads(self.answer, requests, self.chat.at_once)
+
+    def answer(self, request: Request) -> Response:
+        """One request, in a thread of its own. Pictures are opened here: no more of them are in memory
+        than requests on their way."""
+        # What is asked
+        words = self.prompts.text(request)
+        try:
+            pictures = opened_pictures(request)
+        except BadSample as fault:
+            return Response(None, str(fault))
+
+        # What is answered; an answer that did not end in time is half of one
+        try:
+            reply = self.chat.ask(words, pictures)
+        except NoReply as failure:
+            return Response(None, f"{NO_REPLY}: {failure.kind}")
+        if not reply.ended:
+            return Response(None, f"no end within {self.chat.max_new or 'its'} tokens")
+        return Response(reply.text.strip())
 
     def report(self) -> str:
         return self.chat.report()
+
+
+def opened_pictures(request: Request) -> list[Image.Image]:
+    """The pictures of a request, opened. Raises BadSample for one that cannot be read."""
+    about = request.about
+    root = about.root if about else None
+    origin = about.origin if about else request.task
+    return [open_image(picture, root, origin) for picture in request.pictures]
 
 
 # ---------------------------------------------------------------------------------- reading replies
@@ -203,9 +238,9 @@ def json_in(text: str) -> Any:
     """The first JSON object or array in a reply, whatever stands around it; None for none.
 
     Models wrap it in fences and friendly words. Brackets nested deeper than any answer has are
-    refused before they are parsed.
+    refused before they are parsed; NaN and infinities are no JSON.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_constant=refuse_number, parse_float=finite)
     for at, character in enumerate(text):
         if character not in "[{":
             continue
@@ -237,36 +272,40 @@ class AnnotatorOptions:
     batch: int = 32  # requests together, of a model of our own
     device: str = ""  # cuda, npu, mps, cpu; default: the accelerator, if there is one
     dtype: Precision = "float32"
-    at_once: int = 16  # requests on their way, of a server
-    per_minute: int = 0  # requests, at most; 0: as many as there are
+    at_once: int = 16  # requests on their way, of a server; each rank has so many
+    per_minute: float = 0.0  # requests of all ranks, at most; 0: no limit
     timeout: float = 120.0  # seconds of a request with all its attempts
     retries: int = 4
     key_name: str = "OPENAI_API_KEY"  # the environment variable that holds the key
-    cache: Path | None = None  # a file of replies, so that nothing is asked twice
+    # a file of replies, so that nothing is asked twice; default of a pipeline: OUT.replies.jsonl
+    cache: Path | None = None
     price_in: float = 0.0  # dollars for a million tokens that are sent
     price_out: float = 0.0  # and that are written
 
 
 def open_annotator(options: AnnotatorOptions, seed: int = 0) -> Annotator:
-    """The annotator that the options name. Raises ValueError unless they name exactly one."""
+    """The annotator that the options name, on the device of this rank.
+
+    Raises ValueError unless they name exactly one, and for a server that does not answer.
+    """
     named = [bool(options.model), bool(options.url), options.oracle]
     if sum(named) != 1:
         raise ValueError(
             "name one annotator: --annotator.model DIR, --annotator.url URL or --annotator.oracle"
         )
 
+    ranks = parallel.start()
     prompts = Prompts(options.prompts)
     if options.model:
+        device = pick_device(options.device, ranks.device)
         return OwnModel(
-            options.model,
-            prompts,
-            options.batch,
-            options.max_new,
-            options.device,
-            options.dtype,
+            options.model, prompts, options.batch, options.max_new, device, options.dtype
         )
     if options.url:
-        return Endpoint(chat_of(options), prompts)
+        chat = chat_of(options, ranks.size)
+        if ranks.main:
+            chat.check()
+        return Endpoint(chat, prompts)
 
     # The one that knows scenes is asked for last, so that nobody else needs the drawn world
     from curation.oracle import Oracle
@@ -274,9 +313,12 @@ def open_annotator(options: AnnotatorOptions, seed: int = 0) -> Annotator:
     return Oracle(options.noise, seed)
 
 
-def chat_of(options: AnnotatorOptions) -> ChatEndpoint:
+def chat_of(options: AnnotatorOptions, size: int = 1) -> ChatEndpoint:
+    """The server, for one of `size` ranks. Raises ValueError for what cannot be meant."""
     if not options.name:
         raise ValueError("--annotator.name: which model shall the server be asked for?")
+    if options.max_new < 1:
+        raise ValueError("--annotator.max-new must be positive")
     return ChatEndpoint(
         options.url,
         options.name,
@@ -285,6 +327,10 @@ def chat_of(options: AnnotatorOptions) -> ChatEndpoint:
         options.cache,
         options.key_name,
         options.at_once,
+        role="annotator",
+        max_new=options.max_new,
+        per_minute=options.per_minute / size,
+        prices=(options.price_in, options.price_out),
     )
 
 

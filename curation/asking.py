@@ -118,6 +118,7 @@ class AnswerFiles:
 
     A batch is appended in one write, after it is done; a line that a kill cut short is dropped.
     to_line, from_line: how a record of another kind than `Record` is written; it needs an `index`.
+    option: what a message tells a user to change.
     Raises ValueError when the folder holds answers of another model, other data or other options,
     and when another process writes there.
     """
@@ -128,8 +129,10 @@ class AnswerFiles:
         settings: dict,
         to_line: Callable[[Any], dict] | None = None,
         from_line: Callable[[dict], Any] | None = None,
+        option: str = "--answers",
     ):
         self.folder = Path(folder)
+        self.option = option
         self.to_line = to_line or as_line
         self.from_line = from_line or record_of
         self.rank, _ = parallel.place()
@@ -140,7 +143,7 @@ class AnswerFiles:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{self.folder}: another process is writing here; wait for it, or give another --answers"
+                f"{self.folder}: another process is writing here; wait for it, or give another {option}"
             ) from error
         self.compare(settings)
         self.mend()
@@ -162,8 +165,12 @@ class AnswerFiles:
             if saved.get(key) != settings.get(key):
                 raise ValueError(
                     f"{self.folder} holds answers with {key} {saved.get(key)!r}, now it is "
-                    f"{settings.get(key)!r}: give another --answers, or remove that folder"
+                    f"{settings.get(key)!r}: give another {self.option}, or remove that folder"
                 )
+
+    def close(self) -> None:
+        """Another may write from now on."""
+        self.file.close()
 
     def mend(self) -> None:
         """Drop the line that a kill left unfinished."""
@@ -392,9 +399,14 @@ class Records(Sequence):
         self.limit = limit
 
     @property
-    def files(self) -> list[tuple[Path, int]]:
-        """The files that they come from, with the number of each one's data set."""
-        return self.folder.files
+    def versions(self) -> list:
+        """What tells the files that they come from from others in their place."""
+        return self.folder.versions
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """What the first look found to be no record, by reason."""
+        return self.folder.faults.counts
 
     def __len__(self) -> int:
         return min(self.limit or len(self.folder), len(self.folder))

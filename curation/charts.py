@@ -104,7 +104,9 @@ def check_chart_options(options: ChartOptions) -> None:
 class Wishes(Sequence):
     """Which kind in which language each chart shall be, by their rates."""
 
-    files = ()  # nothing is read
+    # Nothing is read
+    versions = ()
+    refused: dict[str, int] = {}
 
     def __init__(self, options: ChartOptions):
         self.options = options
@@ -128,9 +130,11 @@ class Wishes(Sequence):
 class SpecFile(Sequence):
     """Specs that somebody wrote, one a line. Simplified: the lines are kept in memory."""
 
+    refused: dict[str, int] = {}
+
     def __init__(self, path: Path, limit: int = 0):
         lines = path.read_bytes().splitlines()
-        self.files = ((path, 0),)
+        self.versions = ((str(path), len(lines), path.stat().st_mtime_ns),)
         self.name = path.name
         self.lines = lines[: limit or len(lines)]
 
@@ -184,7 +188,7 @@ class WrittenSpecs:
         requests = [self.request(item) for item in items]
         for item, response in zip(items, self.annotator.annotate(requests), strict=True):
             if response.text is None:
-                item.drop(self.name, f"no answer: {response.fault}")
+                item.drop(self.name, response.fault)
                 continue
             record = json_in(response.text)
             wish = item.sample.facts
@@ -315,16 +319,18 @@ def make_charts(options: ChartOptions) -> None:
     sense and for missing packages."""
     require_packages()
     check_chart_options(options)
-    parallel.start()
     source, first = source_of(options)
     canvas = Canvas(options.pixels, options.plain, options.font)
     steps = [*first, ValidSpecs(), DrawnCharts(canvas), AskedAbout(options), CheckedAnswers()]
     outcome = run_pipeline(options, steps, records=source)
 
-    # The funnel, and something to look at
+    # The funnel, what asking cost, and something to look at
     rank, _ = parallel.place()
     if rank == 0:
         print(outcome.report())
+        for step in first:
+            if isinstance(step, WrittenSpecs):
+                print(step.annotator.report())
         if options.sheet:
             write_sheet(options.out, options.sheet)
     parallel.stop()

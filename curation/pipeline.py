@@ -12,8 +12,9 @@ counted from the histories, and a page shows some of each with their pictures.
 
 A step over a chunk sees its samples alone, so that a chunk's outcome depends on nothing else: ranks share
 chunks, and a run that was killed goes on with the chunks that are missing; finished, its files are the
-ones of a run that was never stopped. A step over the whole set (no two alike, uniform over classes) runs
-at the end, once.
+ones of a run that was never stopped. A chunk in which a server did not answer is missing, too: the same
+command, given once more, asks what has no reply yet, and nothing else (OUT.replies.jsonl has the others).
+A step over the whole set (no two alike, uniform over classes) runs at the end, once.
 
 Source: the funnels are SAIL-VL2's (section 3.1: 300M to 250M captions; 4.1: 6.23M to 5.1M videos);
 how to keep books on them is ours.
@@ -23,14 +24,17 @@ Simplified: a step over the whole set has the text of all rows in memory.
 import json
 import os
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator, Protocol, Sequence
 
 from tqdm import tqdm
 
+from curation.annotators import NO_REPLY
 from curation.asking import AnswerFiles, Records
-from curation.rows import RowWriter
+from curation.rows import RowWriter, as_json, hashed
+from data.container_base import strict_json
 from data.formats import to_sample
 from data.mixture import Dataset
 from data.readers import Folder
@@ -99,6 +103,12 @@ class Passed:
     history: list[Event]
     row: dict | None
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether it was dropped because a server did not answer, which may be otherwise next time."""
+        last = self.history[-1] if self.history else None
+        return last is not None and last.did == "dropped" and last.why.startswith(NO_REPLY)
+
 
 def passed_line(passed: Passed) -> dict:
     """As JSON; the inverse of `passed_of`."""
@@ -124,13 +134,23 @@ class PipelineOptions:
     out: Path  # JSONL, in our own format
     images: Path | None = None  # folder of the images; default: beside the data
     limit: int = 0  # records of the data; 0: all
-    chunk: int = 64  # records that walk together
+    # records that walk together: many times --annotator.at-once, or the last ones keep the others waiting
+    chunk: int = 256
     seed: int = 0
 
+    def __post_init__(self):
+        # What a server said is kept beside the output, unless somebody wants it elsewhere
+        annotator = getattr(self, "annotator", None)
+        if annotator is not None and annotator.cache is None:
+            self.annotator = replace(annotator, cache=self.out.with_suffix(".replies.jsonl"))
 
-# These decide how fast, not what.
+
+# These decide how fast, where and for whose money, not what.
 NO_OUTCOME = (
     "out",
+    "url",
+    "key_name",
+    "device",
     "at_once",
     "per_minute",
     "timeout",
@@ -151,16 +171,15 @@ def run_pipeline(
 ) -> "Outcome":
     """From files to files. Returns, on every rank, the funnel of the whole run.
 
-    records: in place of those of --data; as `Records`, with `files`, which may be empty.
+    records: in place of those of --data; as `Records`, with their `versions` and
+    `refused`, which may be empty.
 
-    Raises ValueError when --out is no .jsonl, when OUT.work holds another run, or when nothing is left.
+    Raises ValueError when --out is no .jsonl or lies in the data, when OUT.work holds another run or is
+    another process's, or when nothing is left (its history and funnel are written then, too).
     """
     # What can be wrong is found before the first step
-    if options.out.suffix != ".jsonl":
-        raise ValueError(f"--out {options.out}: a JSONL file is written, call it .jsonl")
-    if options.chunk < 1:
-        raise ValueError("--chunk must be positive")
-    rank, size = parallel.place()
+    parallel.start()
+    refuse_places(options)
     if records is None:
         records = Records(Folder(options.data, options.images), options.limit)
     ledger = AnswerFiles(
@@ -168,37 +187,65 @@ def run_pipeline(
         settings_of_pipeline(options, records, [*steps, *over_all]),
         passed_line,
         passed_of,
+        option="--out",
     )
 
-    # The chunks that are missing, the same on all ranks; of them this rank's
-    known = set(parallel.gather(sorted(ledger.known())))
-    missing = []
-    for first in range(0, len(records), options.chunk):
-        chunk = range(first, min(first + options.chunk, len(records)))
-        if not known.issuperset(chunk):
-            missing.append(chunk)
-    writer = RowWriter(options.out)
-    writer.folder.mkdir(parents=True, exist_ok=True)
-    for chunk in tqdm(missing[rank::size], desc="chunks", disable=rank > 0):
-        ledger.add(walk(records, chunk, steps, writer))
-
-    # Nobody goes on before all are done; one rank writes, all know what came of it
-    parallel.gather([])
-    outcomes = [finish_pipeline(options, ledger, records, over_all)] if rank == 0 else []
-    outcome = parallel.gather(outcomes)[0]
+    # All ranks walk; one writes, all know what came of it
+    with closing(ledger):
+        walk_missing(options, ledger, records, steps)
+        rank, _ = parallel.place()
+        outcomes = [finish_pipeline(options, ledger, records, over_all)] if rank == 0 else []
+        outcome = parallel.gather(outcomes)[0]
     if not outcome.written:
         raise ValueError(f"{options.out} not written: nothing is left\n{outcome.report()}")
     return outcome
 
 
+def refuse_places(options: PipelineOptions) -> None:
+    """Raises ValueError for an output that is no JSONL, or that the next call would read as data."""
+    if options.out.suffix != ".jsonl":
+        raise ValueError(f"--out {options.out}: a JSONL file is written, call it .jsonl")
+    if options.chunk < 1:
+        raise ValueError("--chunk must be positive")
+    if options.limit < 0:
+        raise ValueError("--limit must not be negative; 0 is all")
+    if options.data and options.out.resolve().is_relative_to(options.data.resolve()):
+        raise ValueError(f"--out {options.out} would be part of --data {options.data}: move it out")
+
+
+def walk_missing(
+    options: PipelineOptions, ledger: AnswerFiles, records: Records, steps: Sequence[Step]
+) -> None:
+    """The chunks that have no outcome yet. On return they have one, on all ranks."""
+    # The same on all ranks; of them this rank's
+    rank, size = parallel.place()
+    done = {passed.index for passed in ledger.stored() if not passed.unanswered}
+    known = set(parallel.gather(sorted(done)))
+    missing = []
+    for first in range(0, len(records), options.chunk):
+        chunk = range(first, min(first + options.chunk, len(records)))
+        if not known.issuperset(chunk):
+            missing.append(chunk)
+
+    # A chunk is written when all of it is through
+    writer = RowWriter(options.out)
+    writer.folder.mkdir(parents=True, exist_ok=True)
+    for chunk in tqdm(missing[rank::size], desc="chunks", disable=rank > 0):
+        ledger.add(walk(records, chunk, steps, writer))
+
+    # Nobody goes on before all are done
+    parallel.gather([])
+
+
 def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWriter) -> list[Passed]:
     """A chunk through its steps."""
-    # What can be read
+    # What can be read; a fault's words begin with its place
     items = []
     for index in chunk:
         found = records[index]
         if isinstance(found, BadSample):
-            items.append(Item(index, "", None, [Event("read", "dropped", str(found))]))
+            origin = found.args[1].split(": ")[0]
+            items.append(Item(index, origin, None, [Event("read", "dropped", str(found))]))
         else:
             items.append(Item(index, found.origin, found))
 
@@ -220,37 +267,58 @@ def assert_marked(step: Step, items: list[Item]) -> None:
 
 
 def passed_item(item: Item, writer: RowWriter) -> Passed:
+    """What became of an item. A row that no reader would take is a drop as well."""
     row = None
     if item.alive:
         try:
-            row = writer.row(item.sample) | {"facts": item.sample.facts}
+            row = readable_row(item.sample, writer)
         except BadSample as fault:
             item.drop("write", str(fault))
     return Passed(item.index, item.origin, item.history, row)
 
 
+def readable_row(sample: Sample, writer: RowWriter) -> dict:
+    """A sample as a row, its pictures beside the file. Raises BadSample for one that cannot be read back."""
+    row = writer.row(sample) | {"facts": sample.facts}
+    try:
+        row = strict_json(json.dumps(row, default=as_json))
+        to_sample(row, sample.origin, writer.folder, Dataset(data=""))
+    except BadSample as fault:
+        raise fault.at(sample.origin) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadSample.because(error, "unreadable row", sample.origin) from error
+    return row
+
+
 def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequence[Step]) -> dict:
     """What the outcome depends on: the data, the options, and which steps there are."""
-    stamps = []
-    for path, _ in records.files:
-        stat = path.stat()
-        stamps.append([stat.st_size, stat.st_mtime_ns])
+    # Of a shard its version; of a folder of own prompts what they say
+    versions = []
+    for version in records.versions:
+        versions.append(version[1:] if isinstance(version, tuple) else version)
+    annotator = getattr(options, "annotator", None)
+    prompts = annotator.prompts if annotator is not None else None
+    words = {}
+    for path in sorted(prompts.glob("*.txt")) if prompts else ():
+        words[f"prompt {path.stem}"] = hashed(path.read_bytes())
     return {
         "records": len(records),
-        "data files": stamps,
+        "data files": versions,
         "steps": [step.name for step in steps],
+        **words,
         **deciding(asdict(options)),
     }
 
 
-def deciding(options: dict) -> dict:
-    """Options without those that decide how fast, not what."""
+def deciding(options: dict, inside: str = "") -> dict:
+    """Options without those of `NO_OUTCOME`, by the names that a command line has for them."""
     kept = {}
     for name, value in options.items():
+        spelled = f"{inside}{name}".replace("_", "-")
         if isinstance(value, dict):
-            kept[name] = deciding(value)
+            kept |= deciding(value, f"{spelled}.")
         elif name not in NO_OUTCOME:
-            kept[name] = str(value) if isinstance(value, Path) else value
+            kept[spelled] = str(value) if isinstance(value, Path) else value
     return kept
 
 
@@ -263,6 +331,7 @@ class Outcome:
 
     read: int = 0
     written: int = 0
+    refused: dict[str, int] = field(default_factory=dict)  # at first sight: no record of these
     steps: dict[str, Counter] = field(default_factory=dict)  # step -> kept, changed, dropped
     reasons: dict[str, Counter] = field(default_factory=dict)  # step -> why they were dropped
 
@@ -276,16 +345,26 @@ class Outcome:
     def report(self) -> str:
         """The funnel: a line a step, with the commonest reasons."""
         lines = [f"{'step':24s} {'came':>10s} {'changed':>10s} {'dropped':>10s} {'left':>10s}"]
-        lines.append(f"{'records':24s} {'':10s} {'':10s} {'':10s} {self.read:10,d}")
+        refused = sum(self.refused.values())
+        found = f"{self.read + refused:10,d} {0:10,d} {refused:10,d} {self.read:10,d}"
+        lines.append(f"{'records':24s} {found}  {commonest(self.refused)}".rstrip())
         for step, did in self.steps.items():
             came = sum(did.values())
             left = came - did["dropped"]
             line = f"{step:24s} {came:10,d} {did['changed']:10,d} {did['dropped']:10,d} {left:10,d}"
-            why = ", ".join(
-                f"{n} {reason}" for reason, n in self.reasons.get(step, Counter()).most_common(3)
-            )
-            lines.append(f"{line}  {printable(why)}".rstrip())
+            lines.append(f"{line}  {commonest(self.reasons.get(step, {}))}".rstrip())
+
+        # What another call may do better
+        unanswered = sum(reasons.get(NO_REPLY, 0) for reasons in self.reasons.values())
+        if unanswered:
+            lines.append(f"{unanswered:,} had no reply: the same command asks them once more")
         return "\n".join(lines)
+
+
+def commonest(reasons: dict[str, int]) -> str:
+    """The first three reasons with their numbers."""
+    first = Counter(reasons).most_common(3)
+    return printable(", ".join(f"{number} {reason}" for reason, number in first))
 
 
 def finish_pipeline(
@@ -293,26 +372,41 @@ def finish_pipeline(
 ) -> Outcome:
     """The steps over the whole set, then the rows, the histories and the funnel as files."""
     # All records again, in their order
-    items = [item_of(passed, options.out.parent) for passed in ledger.records()]
+    items = [item_of(passed, options.out.parent) for passed in all_passed(ledger)]
     for step in over_all:
         alive = [item for item in items if item.alive]
         step(alive)
         assert_marked(step, alive)
 
-    # Rows: pictures lie beside the file already
-    outcome = Outcome()
+    # Who was dropped where and why, and the sum of it
+    outcome = Outcome(refused=dict(records.refused))
+    for item in items:
+        outcome.add(item.history)
+    outcome.written = sum(item.alive for item in items)
+    write_whole(options.out.with_suffix(".history.jsonl"), history_lines(items))
+    totals = json.dumps(vars(outcome), indent=1)
+    write_whole(options.out.with_suffix(".funnel.json"), [totals])
+
+    # Rows: pictures lie beside the file already. Last, so that who sees the file has all of it
+    if not outcome.written:
+        options.out.unlink(missing_ok=True)
+        return outcome
     with RowWriter(options.out) as rows:
         for item in items:
             if item.alive:
                 rows.write(item.sample, index=item.index)
-            outcome.add(item.history)
-        outcome.written = rows.written
-
-    # Who was dropped where and why, and the sum of it
-    write_whole(options.out.with_suffix(".history.jsonl"), history_lines(items))
-    totals = json.dumps(vars(outcome), indent=1)
-    write_whole(options.out.with_suffix(".funnel.json"), [totals])
+    for litter in rows.pictures.glob("*.part"):
+        litter.unlink()  # of a process that was killed; all others are done
     return outcome
+
+
+def all_passed(ledger: AnswerFiles) -> list[Passed]:
+    """Every record's outcome, in their order. Whoever was answered the second time was answered."""
+    found: dict[int, Passed] = {}
+    for passed in ledger.stored():
+        if passed.index not in found or not passed.unanswered:
+            found[passed.index] = passed
+    return [found[index] for index in sorted(found)]
 
 
 def item_of(passed: Passed, folder: Path) -> Item:
@@ -333,7 +427,7 @@ def history_lines(items: Sequence[Item]) -> Iterator[str]:
 def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """A text file that appears whole, or not at all."""
     unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
         for line in lines:
             file.write(line + "\n")
     os.replace(unfinished, path)

@@ -50,7 +50,8 @@ class RowWriter:
 
     def __enter__(self) -> "RowWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.unfinished, "w", encoding="utf-8")
+        # (a half of a character, as JSON can have, is written as its escape)
+        self.file = open(self.unfinished, "w", encoding="utf-8", errors="backslashreplace")
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -64,7 +65,7 @@ class RowWriter:
         """One more row; `facts` are added to the sample's. Raises BadSample for a picture that is gone."""
         row = self.row(sample)
         row["facts"] = sample.facts | facts
-        self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        self.file.write(json.dumps(row, ensure_ascii=False, default=as_json) + "\n")
         self.written += 1
 
     def row(self, sample: Sample) -> dict:
@@ -148,6 +149,15 @@ class RowWriter:
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.path.parent).as_posix()
+
+
+def as_json(value: Any) -> Any:
+    """A fact that JSON has no form for: a number of numpy or torch as a number, all else as its text."""
+    single = getattr(value, "item", None)
+    try:
+        return single() if single else str(value)
+    except (RuntimeError, ValueError):
+        return str(value)  # an array
 
 
 def appear(path: Path, write: Callable[[Path], Any]) -> None:

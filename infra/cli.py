@@ -111,11 +111,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 def command(function: Callable, argv: list[str] | None = None) -> NoReturn:
-    """The last line of a script: read the options that `function` takes, and run it."""
+    """The last line of a script: read the options that `function` takes, run it, and leave with the
+    other ranks."""
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return", None)
     (options_class,) = hints.values()
     options = parse_options(options_class, argv)
     with one_line_errors():
         status = function(options)
+        parallel.stop()
     sys.exit(status or 0)

@@ -1,31 +1,33 @@
-"""A judge behind an address: questions to any server that speaks OpenAI's chat protocol.
+"""A model behind an address: questions to any server that speaks OpenAI's chat protocol.
 
-What it teaches: a model that grades stands on another machine, and a network fails in every way that
-there is. A run of days must neither stop for that nor learn from it. So a question has a time limit,
-failures that pass are asked again (later and later, each at a random moment, so that a thousand
+What it teaches: a model that judges or annotates stands on another machine, and a network fails in every
+way that there is. A run of days must neither stop for that nor learn from it. So a question has a time
+limit, failures that pass are asked again (later and later, each at a random moment, so that a thousand
 questions do not come back together), and what stays unanswered is None, counted, and said once.
 
-    prompt, images -> key -> in flight? wait for it -> in the cache? its reply
+    prompt, images -> key -> in flight? wait for it -> in the cache? its reply          (replies.py)
                                |  no                     |  no
                                v                         v
-                             POST {url}/chat/completions -> reply -> cache -> text, or None
+               at its pace:  POST {url}/chat/completions -> reply -> cache -> text, or None
 
     what happened                                         what is done
-    429, 408, 5xx, no connection, no answer in time       asked again, as often as `retries` and in
+    429                                                   nobody asks for as long as it says; then
+                                                          again, in all for `timeout` seconds
+    408, 5xx, no connection, no answer in time            asked again, as often as `retries` and in
                                                           all for `timeout` seconds
     another status, a redirect, no chat completion        None at once: the same would come again
 
-The API key is read from the environment with every request and stands in no attribute, message or file.
-The standard library is enough for one POST, and it follows no redirect, so a key goes to the named host
-alone; a client package would bring thirty others for the same request.
+The API key is read from the environment with every request and stands in no attribute, message or file;
+a reply that quotes it is kept without it. The standard library is enough for one POST, and it follows no
+redirect, so a key goes to the named host alone; a client package would bring thirty others for the same
+request.
 
 Our choice: all limits; temperature 0; pictures as PNG, 1024 pixels at their longer side.
-Simplified: no streaming, no proxies, a new connection for each request. Two ranks that ask the same at
-the same moment both ask; of one process, and of runs after one another, nothing is asked twice.
+Simplified: no streaming, no proxies, a new connection for each request. Tokens are those that the server
+counts; what a reply that never arrived has cost is not known here.
 """
 
 import base64
-import fcntl
 import hashlib
 import http.client
 import io
@@ -41,45 +43,84 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
-from infra.stopping import check_stop
+from infra.replies import ChatReply, ReplyCache
+from infra.stopping import TICK, check_stop, wait_for
 from infra.text import printable
 
 LARGEST_REPLY = 1 << 20  # bytes
 LONGEST_SIDE = 1024  # pixels of a picture that is sent
 FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before each one after it
 LONGEST_PAUSE = 30.0  # seconds
-SERVER_IS_DOWN = 20  # questions in a row without a reply: from then on each is asked once
-TICK = 0.1  # seconds between two looks at whether the run was told to stop
-PASSING = (408, 425, 429)  # statuses that may be another the next time, beside 5xx
+SERVER_IS_DOWN = 20  # questions in a row that reached no server: from then on each is asked once
+FULL = 429  # the status of a server that wants to be asked less often
+PASSING = (408, 425, FULL)  # statuses that may be another the next time, beside 5xx
+MOST_TOKENS = 10**7  # of one reply: a server that says more is not believed
+SHORTEST_KEY = (
+    12  # characters: a shorter one ("EMPTY", "none") is no secret, and may be a word of a reply
+)
 
 
 class NoReply(Exception):
-    """An attempt that failed. passing: another may succeed; wait: seconds that the server asks for.
+    """An attempt that failed. passing: another may succeed; wait: seconds that the server asks for;
+    full: it does nothing but ask to wait.
 
     The text is safe to print: it quotes the server without the key.
     """
 
-    def __init__(self, kind: str, detail: str = "", passing: bool = False, wait: float = 0.0):
+    def __init__(
+        self,
+        kind: str,
+        detail: str = "",
+        passing: bool = False,
+        wait: float = 0.0,
+        full: bool = False,
+    ):
         super().__init__(f"{kind}: {printable(detail)}" if detail else kind)
         self.kind = kind
         self.passing = passing
         self.wait = wait
+        self.full = full
 
 
 @dataclass
 class Counts:
-    """Questions by what became of them; seconds: of waiting, summed over threads."""
+    """Questions by what became of them. seconds: of waiting, summed over threads. sent, written: tokens
+    of prompts and of replies, as the server counts them; a reply from the cache has none."""
 
     asked: int = 0
     cached: int = 0
     failed: int = 0
     seconds: float = 0.0
+    sent: int = 0
+    written: int = 0
+
+
+class Spacing:
+    """When requests leave: `per_minute` of them, evenly spaced (0: whenever they like), and none while
+    a server wants to be left alone."""
+
+    def __init__(self, per_minute: float = 0.0):
+        self.gap = 60 / per_minute if per_minute else 0.0
+        self.next = 0.0
+        self.lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Until it is this request's turn. A stop ends it."""
+        with self.lock:
+            turn = max(time.monotonic(), self.next)
+            self.next = turn + self.gap
+        wait_for(turn - time.monotonic())
+
+    def hold(self, seconds: float) -> None:
+        """Nobody's turn comes before that."""
+        with self.lock:
+            self.next = max(self.next, time.monotonic() + seconds)
 
 
 class ChatEndpoint:
@@ -87,9 +128,12 @@ class ChatEndpoint:
 
     url: as in http://localhost:8000/v1. timeout: seconds of a question with all its attempts; one
     attempt gets half. cache: a file for replies, shared by ranks and by later runs; none: memory
-    alone. key_name: the environment variable that holds the API key; unset: no key is sent.
+    alone. key_name: the environment variable that holds the API key; unset: no key is sent. role: what
+    messages call it. max_new: tokens of a reply, 0: as many as the server likes. per_minute: requests
+    at most, 0: no limit. prices: dollars for a million tokens that are sent, and that are written.
 
-    Raises ValueError for a URL that is not plain http or https, and for a key that no header can hold.
+    Raises ValueError for a URL that is not plain http or https, for a key that no header can hold, and
+    for limits below zero.
     """
 
     def __init__(
@@ -101,18 +145,37 @@ class ChatEndpoint:
         cache: Path | None = None,
         key_name: str = "OPENAI_API_KEY",
         at_once: int = 16,
+        role: str = "judge",
+        max_new: int = 0,
+        temperature: float = 0.0,
+        per_minute: float = 0.0,
+        prices: tuple[float, float] = (0.0, 0.0),
     ):
         # Where to: nothing of the address may be a secret, as it is printed
-        self.secure, self.host, self.port, self.path = address_of(url)
+        self.role = role
+        self.secure, self.host, self.port, self.path = address_of(url, role)
         self.model = model
         self.key_name = key_name
-        api_key(key_name)
+        api_key(key_name, role)
 
         # How long, how often, how many
+        if (
+            min(timeout, at_once) <= 0
+            or min(retries, max_new, temperature, per_minute, *prices) < 0
+        ):
+            raise ValueError(f"the {role}'s limits and prices must not be negative")
         self.timeout = timeout
         self.retries = retries
         self.at_once = at_once
+        self.spacing = Spacing(per_minute)
         self.cache = ReplyCache(cache)
+
+        # What is asked for beside the words, and what it costs
+        self.max_new = max_new
+        self.sampling: dict[str, Any] = {"temperature": temperature}
+        if max_new:
+            self.sampling["max_tokens"] = max_new
+        self.prices = prices
 
         # What was so far
         self.counts = Counts()
@@ -123,12 +186,19 @@ class ChatEndpoint:
         self.jitter = random.Random()  # of its own: the run's generators must not move
 
     def __call__(self, prompt: str, images: Sequence = ()) -> str | None:
-        """The reply; None when there is none after all attempts.
+        """The reply's text; None when there is none after all attempts.
 
         images: PIL images or uint8 arrays (H, W, 3), shown before the prompt.
         """
+        try:
+            return self.ask(prompt, images).text
+        except NoReply:
+            return None
+
+    def ask(self, prompt: str, images: Sequence = ()) -> ChatReply:
+        """The reply, as `__call__`. Raises NoReply when there is none."""
         pictures = [png_of(image) for image in images]
-        key = question_key(self.model, prompt, pictures)
+        key = question_key(self.model, prompt, pictures, self.sampling)
 
         # The same question is on its way already: share what comes of it
         with self.lock:
@@ -138,24 +208,32 @@ class ChatEndpoint:
                 flight = Future()
                 self.in_flight[key] = flight
         if shared:
-            reply = flight.result()
-            self._count(cached=reply is not None, failed=reply is None)
-            return reply
+            failed = flight.exception() is not None
+            self._count(cached=not failed, failed=failed)
+            return flight.result()
 
-        # Ask, unless it was asked before
-        reply = None
+        # Ask, unless it was asked before; whoever waits hears the same
         try:
-            reply = self.cache.get(key)
-            if reply is not None:
-                self._count(cached=True)
-            else:
-                reply = self._ask(request_body(self.model, prompt, pictures))
-                if reply is not None:
-                    self.cache.put(key, reply)
+            reply = self._reply(key, request_body(self.model, prompt, pictures, self.sampling))
+        except BaseException as error:
+            flight.set_exception(error)
+            raise
+        else:
+            flight.set_result(reply)
         finally:
             with self.lock:
                 del self.in_flight[key]
-            flight.set_result(reply)
+        return reply
+
+    def _reply(self, key: str, body: bytes) -> ChatReply:
+        """From the cache, or from the server. Raises NoReply."""
+        with self.cache.claimed(key, self.timeout):
+            reply = self.cache.get(key)
+            if reply is not None:
+                self._count(cached=True)
+                return reply
+            reply = self._ask(body)
+            self.cache.put(key, reply.text, reply.ended)
         return reply
 
     def ask_all(self, prompts: Sequence[str]) -> list[str | None]:
@@ -163,58 +241,92 @@ class ChatEndpoint:
         return in_threads(self, prompts, self.at_once)
 
     def check(self) -> None:
-        """Ask something, once and uncached. Raises ValueError saying why there is no reply."""
-        body = request_body(self.model, "Reply with the word ready.", [])
+        """Ask something, uncached. Raises ValueError saying why there is no reply."""
+        body = request_body(self.model, "Reply with the word ready.", [], self.sampling)
         try:
-            self._attempt(body, self.timeout / 2)
+            self._insist(body, self.retries + 1)
         except NoReply as failure:
-            raise ValueError(f"the judge at {self.host} does not answer: {failure}") from None
+            message = f"the {self.role} at {self.host} does not answer: {failure}"
+            raise ValueError(message) from None
 
     def report(self) -> str:
         """One line for the end of a run."""
         counts = self.counts
-        return (
-            f"judge {self.model} at {self.host}: {counts.asked:,} asked, {counts.cached:,} from the "
-            f"cache, {counts.failed:,} without a reply, {counts.seconds:,.0f} s of waiting (this rank)"
+        line = (
+            f"{self.role} {self.model} at {self.host}: {counts.asked:,} asked, {counts.cached:,} from "
+            f"the cache, {counts.failed:,} without a reply, {counts.seconds:,.0f} s of waiting"
         )
+        if counts.sent or counts.written:
+            line += f", {counts.sent:,} tokens sent, {counts.written:,} written"
+        if any(self.prices):
+            line += f", ${self.dollars():,.2f}"
+        return f"{line} (this rank)"
+
+    def dollars(self) -> float:
+        """What the tokens so far have cost, by `prices`."""
+        sent, written = self.prices
+        return (self.counts.sent * sent + self.counts.written * written) / 1e6
 
     # ------------------------------------------------------------------------------- one question
 
-    def _ask(self, body: bytes) -> str | None:
-        """Attempts until one succeeds, none is left, or the time is over."""
+    def _ask(self, body: bytes) -> ChatReply:
+        """A question, counted. Raises NoReply."""
         began = time.monotonic()
         down = self.failures_in_a_row >= SERVER_IS_DOWN
-        attempts = 1 if down else self.retries + 1
-
-        reply = None
-        for attempt in range(attempts):
-            # Half of the time for each, so that one which hangs can be followed by another
-            left = self.timeout - (time.monotonic() - began)
-            try:
-                reply = self._attempt(body, min(left, self.timeout / 2))
-                break
-            except NoReply as failure:
-                self._report_once(failure)
-                last = not failure.passing or attempt == attempts - 1
-
-                # Later and later, and not all at once
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt)
-                pause = max(failure.wait, pause * self.jitter.uniform(0.5, 1.5))
-                if last or time.monotonic() - began + pause >= self.timeout:
-                    break
-                wait_for(pause)
-
-        self._count(asked=True, failed=reply is None, seconds=time.monotonic() - began)
+        try:
+            reply = self._insist(body, 1 if down else self.retries + 1)
+        except NoReply as failure:
+            self._count(asked=True, failed=True, seconds=time.monotonic() - began)
+            self._reached(not failure.passing)
+            raise
+        self._count(asked=True, seconds=time.monotonic() - began)
+        self._reached(True)
         return reply
 
-    def _attempt(self, body: bytes, seconds: float) -> str:
+    def _reached(self, server: bool) -> None:
+        """Whether a server was there: one that refuses a question is not down."""
+        with self.lock:
+            self.failures_in_a_row = 0 if server else self.failures_in_a_row + 1
+
+    def _insist(self, body: bytes, attempts: int) -> ChatReply:
+        """Attempts until one succeeds, none is left, or the time is over. Raises the last NoReply."""
+        spent = 0.0  # seconds; waiting for one's turn is not among them
+        failures = 0
+        counted = 0
+        while True:
+            # Half of the time for each, so that one which hangs can be followed by another
+            self.spacing.wait()
+            began = time.monotonic()
+            try:
+                return self._attempt(body, min(self.timeout - spent, self.timeout / 2))
+            except NoReply as failure:
+                self._report_once(failure)
+                spent += time.monotonic() - began
+
+                # A server that is full has not failed: that costs time alone
+                counted += not failure.full or attempts == 1
+                pause = self._pause(failures, failure.wait)
+                failures += 1
+                if not failure.passing or counted >= attempts or spent + pause >= self.timeout:
+                    raise
+                if failure.full:
+                    self.spacing.hold(failure.wait)
+            wait_for(pause)
+            spent += pause
+
+    def _pause(self, failures: int, wanted: float) -> float:
+        """Seconds before the next attempt: later and later, not all at once, not before it is wanted."""
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 30))
+        return max(wanted, pause * self.jitter.uniform(0.5, 1.5))
+
+    def _attempt(self, body: bytes, seconds: float) -> ChatReply:
         """One request. Raises NoReply, at the latest after about so many seconds."""
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=max(seconds, TICK))
         alarm = None
         expired = threading.Event()
         headers = {"Content-Type": "application/json"}
-        key = api_key(self.key_name)
+        key = api_key(self.key_name, self.role)
         if key:
             headers["Authorization"] = f"Bearer {key}"
 
@@ -228,7 +340,8 @@ class ChatEndpoint:
             connection.request("POST", self.path, body, headers)
             response = connection.getresponse()
             raw = response.read(LARGEST_REPLY + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # (a ValueError: chunks of negative length, and what else is no HTTP)
             if expired.is_set() or isinstance(error, TimeoutError):
                 raise NoReply("no answer in time", passing=True) from None
             raise NoReply("no connection", type(error).__name__, passing=True) from None
@@ -240,7 +353,12 @@ class ChatEndpoint:
         # A reply that was cut short by the alarm looks like its end
         if expired.is_set():
             raise NoReply("no answer in time", passing=True)
-        return reply_in(response, raw, key)
+        if response.length and len(raw) <= LARGEST_REPLY:
+            raise NoReply("no connection", "the reply ends before its end", passing=True)
+        found = completion_in(response, raw, key)
+        sent, written = usage_in(found)
+        self._count(sent=sent, written=written)
+        return reply_in(found, key)
 
     # ------------------------------------------------------------------------------------- counts
 
@@ -250,14 +368,16 @@ class ChatEndpoint:
         cached: bool = False,
         failed: bool = False,
         seconds: float = 0.0,
+        sent: int = 0,
+        written: int = 0,
     ) -> None:
         with self.lock:
             self.counts.asked += asked
             self.counts.cached += cached
             self.counts.failed += failed
             self.counts.seconds += seconds
-            if asked:
-                self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+            self.counts.sent += sent
+            self.counts.written += written
 
     def _report_once(self, failure: NoReply) -> None:
         """The first of each kind; the rest is in the counts."""
@@ -266,11 +386,14 @@ class ChatEndpoint:
             self.reported.add(failure.kind)
         if not known:
             logging.getLogger(__name__).warning(
-                "judge at %s: %s (more of these are counted, not printed)", self.host, failure
+                "%s at %s: %s (more of these are counted, not printed)",
+                self.role,
+                self.host,
+                failure,
             )
 
 
-def address_of(url: str) -> tuple[bool, str, int, str]:
+def address_of(url: str, role: str) -> tuple[bool, str, int, str]:
     """Whether it is https, host, port, and the path to post to.
 
     Raises ValueError, without quoting what may be a password.
@@ -279,28 +402,29 @@ def address_of(url: str) -> tuple[bool, str, int, str]:
         address = urlsplit(url)
         port = address.port
     except ValueError:
-        raise ValueError("the judge's URL cannot be read; write http://HOST:PORT/v1") from None
+        raise ValueError(f"the {role}'s URL cannot be read; write http://HOST:PORT/v1") from None
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError("the judge's URL must begin with http:// or https:// and name a host")
+        raise ValueError(f"the {role}'s URL must begin with http:// or https:// and name a host")
     if address.username is not None or address.query or address.fragment:
         raise ValueError(
-            "the judge's URL may hold no user, password or query: it is printed and saved; put the "
+            f"the {role}'s URL may hold no user, password or query: it is printed and saved; put the "
             "key into an environment variable"
         )
     path = address.path.rstrip("/") + "/chat/completions"
     if not path.isascii() or not path.isprintable() or " " in path:
-        raise ValueError("the judge's URL has characters in its path that must be encoded (%20)")
+        message = f"the {role}'s URL has characters in its path that must be encoded (%20)"
+        raise ValueError(message)
     secure = address.scheme == "https"
     return secure, address.hostname, port or (443 if secure else 80), path
 
 
-def api_key(name: str) -> str:
+def api_key(name: str, role: str) -> str:
     """The key in an environment variable, "" for none. Raises ValueError naming the variable alone:
     the library's own error would quote the key."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name or "_"):
         # Perhaps the key itself: not quoted
         raise ValueError(
-            "the judge's key is given by the name of an environment variable, as MY_KEY"
+            f"the {role}'s key is given by the name of an environment variable, as MY_KEY"
         )
     key = os.environ.get(name, "").strip() if name else ""
     if not key.isascii() or not key.isprintable():
@@ -317,18 +441,10 @@ def expire(connected: socket.socket, expired: threading.Event) -> None:
         pass  # it has ended by itself
 
 
-def wait_for(seconds: float) -> None:
-    """A pause that a stop ends."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        check_stop()
-        time.sleep(max(0.0, min(TICK, until - time.monotonic())))
-
-
 # ---------------------------------------------------------------------------------- the protocol
 
 
-def request_body(model: str, prompt: str, pictures: list[bytes]) -> bytes:
+def request_body(model: str, prompt: str, pictures: list[bytes], sampling: dict) -> bytes:
     """The JSON of a request: pictures first, as data URLs, then the prompt."""
     content: list[dict] | str = prompt
     if pictures:
@@ -338,31 +454,62 @@ def request_body(model: str, prompt: str, pictures: list[bytes]) -> bytes:
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": prompt})
     message = {"role": "user", "content": content}
-    return json.dumps({"model": model, "messages": [message], "temperature": 0}).encode()
+    return json.dumps({"model": model, "messages": [message], **sampling}).encode()
 
 
-def reply_in(response: http.client.HTTPResponse, raw: bytes, key: str) -> str:
-    """The text of a chat completion. Raises NoReply."""
+def completion_in(response: http.client.HTTPResponse, raw: bytes, key: str) -> Any:
+    """The JSON of a reply, whatever it holds; None for what is no JSON. Raises NoReply for a status
+    other than 200, and for a reply that is too large."""
     status = response.status
     if status in (401, 403):
         raise NoReply(f"status {status}", "the server refuses the API key, or wants one")
     if 300 <= status < 400:
         raise NoReply(f"status {status}", "a redirect, which is not followed")
     if status != 200:
-        said = raw[:300].decode("utf-8", "replace")
+        # (without the key before it is cut: half of a key is one, too)
+        said = without_key(raw.decode("utf-8", "replace"), key)[:300]
         passing = status in PASSING or status >= 500
         wait = seconds_in(response.getheader("Retry-After", ""))
-        raise NoReply(f"status {status}", said.replace(key, "***") if key else said, passing, wait)
+        raise NoReply(f"status {status}", said, passing, wait, status == FULL)
 
     if len(raw) > LARGEST_REPLY:
         raise NoReply("a reply that is too large", f"over {LARGEST_REPLY:,} bytes")
     try:
-        text = json.loads(raw)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+def reply_in(found: Any, key: str) -> ChatReply:
+    """The text of a chat completion, without the key and without halves of characters. Raises NoReply."""
+    try:
+        choice = found["choices"][0]
+        text = choice["message"]["content"]
+        ended = choice.get("finish_reason") != "length"
+    except (LookupError, TypeError, AttributeError):
         text = None
     if not isinstance(text, str):
         raise NoReply("a reply that is no chat completion")
-    return text
+    if len(key) >= SHORTEST_KEY:
+        text = without_key(text, key)
+    return ChatReply(text.encode("utf-8", "replace").decode(), ended)
+
+
+def usage_in(found: Any) -> tuple[int, int]:
+    """Tokens of the prompt and of the reply, as the server counts them; 0 for what it does not say, and
+    for what cannot be."""
+    usage = found.get("usage") if isinstance(found, dict) else None
+    tokens = []
+    for name in ("prompt_tokens", "completion_tokens"):
+        number = usage.get(name) if isinstance(usage, dict) else 0
+        believed = type(number) is int and 0 <= number <= MOST_TOKENS
+        tokens.append(number if believed else 0)
+    return tokens[0], tokens[1]
+
+
+def without_key(text: str, key: str) -> str:
+    """What a server said, its mentions of the key blotted out."""
+    return text.replace(key, "***") if key else text
 
 
 def seconds_in(header: str) -> float:
@@ -381,83 +528,20 @@ def png_of(image) -> bytes:
     return file.getvalue()
 
 
-def question_key(model: str, prompt: str, pictures: list[bytes]) -> str:
-    """sha256 of model, prompt and pictures, each by its own digest: no two ways to read their joint."""
+def question_key(
+    model: str, prompt: str, pictures: list[bytes], sampling: dict | None = None
+) -> str:
+    """sha256 of model, prompt and pictures, each by its own digest: no two ways to read their joint.
+
+    sampling counts where it is another than greedy without a limit, so that older caches stay true.
+    """
+    parts = [model.encode(), prompt.encode("utf-8", "surrogatepass"), *pictures]
+    if sampling and sampling != {"temperature": 0}:
+        parts.append(json.dumps(sampling, sort_keys=True).encode())
     digest = hashlib.sha256()
-    for part in (model.encode(), prompt.encode("utf-8", "surrogatepass"), *pictures):
+    for part in parts:
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------- the cache
-
-
-class ReplyCache:
-    """Replies in a file of JSON lines, [key, reply], that several processes append to.
-
-    A line is written whole under a lock; half a line of a process that was killed is passed over,
-    and the next line begins on its own. A disk that fails costs the cache, not the run.
-    """
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self.replies: dict[str, str] = {}
-        self.read_to = 0  # bytes of the file that are known
-        self.lock = threading.Lock()
-        self.failed = False
-
-    def get(self, key: str) -> str | None:
-        """The reply, also one that another process has written by now."""
-        with self.lock:
-            if key not in self.replies and self.path is not None:
-                self._on_disk(self._read)
-            return self.replies.get(key)
-
-    def put(self, key: str, reply: str) -> None:
-        with self.lock:
-            self.replies[key] = reply
-            if self.path is not None:
-                self._on_disk(lambda: self._write(json.dumps([key, reply]).encode() + b"\n"))
-
-    def _read(self) -> None:
-        """The lines since the last look; the end of the file may be a line in the making."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            file.seek(self.read_to)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.read_to += len(line)
-                try:
-                    key, reply = json.loads(line)
-                except (ValueError, TypeError):
-                    continue  # half a line
-                if isinstance(key, str) and isinstance(reply, str):
-                    self.replies[key] = reply
-
-    def _write(self, line: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-            # Somebody was killed in the middle of a line
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":
-                    line = b"\n" + line
-            file.write(line)
-
-    def _on_disk(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except OSError as error:
-            if not self.failed:
-                logging.getLogger(__name__).warning(
-                    "judge's cache: %s; replies are kept in memory alone", error
-                )
-            self.failed = True
 
 
 # ------------------------------------------------------------------------------- several at once

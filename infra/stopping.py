@@ -25,11 +25,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
 STOPPED = 143  # exit status of a run that was told to stop
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TICK = 0.1  # seconds between two looks of who waits for something else
 
 
 class StopRequested(SystemExit):
@@ -130,6 +132,14 @@ def check_stop() -> None:
     """
     if any(listener.requested for listener in _listening):
         raise StopRequested
+
+
+def wait_for(seconds: float) -> None:
+    """A pause that a stop ends."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        check_stop()
+        time.sleep(max(0.0, min(TICK, until - time.monotonic())))
 
 
 def _say(text: str) -> None:

@@ -311,10 +311,10 @@ class Model:
         return [Response(text) for text in (*said, "[" * 9000)] + [Response(None, "a timeout")]
 
     def report(self):
-        return ""
+        return "5 asked"
 
 
-def test_specs_are_asked_for_and_whatever_comes_back_costs_one_chart(tmp_path, monkeypatch):
+def test_specs_are_asked_for_and_whatever_comes_back_costs_one_chart(tmp_path, monkeypatch, capsys):
     model = Model()
     monkeypatch.setattr(charts, "open_annotator", lambda options, seed: model)
     options = ChartOptions(
@@ -325,9 +325,9 @@ def test_specs_are_asked_for_and_whatever_comes_back_costs_one_chart(tmp_path, m
         annotator=AnnotatorOptions(oracle=True),
     )
     make_charts(options)
-    assert len(written(options.out)) == 1
+    assert len(written(options.out)) == 1 and "5 asked" in capsys.readouterr().out
     reasons = json.loads((tmp_path / "c.funnel.json").read_text())["reasons"]["spec"]
-    assert reasons == {"no JSON": 2, "another chart": 1, "no answer": 1}
+    assert reasons == {"no JSON": 2, "another chart": 1, "a timeout": 1}
     fields = model.asked[0].fields
     assert fields["kind"] == "bar" and fields["language"] == "en" and " / " in fields["topic"]
 
