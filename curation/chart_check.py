@@ -237,7 +237,7 @@ def row_fault(sample: Sample) -> str:
         picture = open_image(pictures[0], sample.root, sample.origin)
     except BadSample as fault:
         return str(fault)
-    if len(picture.getcolors(1 << 24)) < 3:
+    if all(darkest == lightest for darkest, lightest in picture.getextrema()):
         return f"blank picture: {sample.origin}"
     return chart_fault(sample)
 
