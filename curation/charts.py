@@ -12,7 +12,15 @@ each can be read and each answer is right.
     python -m curation.charts --count 1000 --out zh.jsonl --kinds bar=2 line=1 --languages zh=1
     python -m curation.charts --data specs.jsonl --out charts.jsonl              # a spec a line
     python -m curation.charts --count 1000 --out charts.jsonl --annotator.url http://localhost:8000/v1 ...
-    python -m curation.charts --count 9000 --out toy.jsonl --plain --pixels 64 --caption false   # toy
+
+A toy reads them as well: shapes alone, in 64 x 64 pixels, seen whole. Answers of held-out charts, and what
+never looking would score (RESULTS.md):
+
+    python -m curation.charts --count 3000 --questions 5 --out train.jsonl --plain --pixels 64 --caption false
+    python -m curation.charts --count 1000 --questions 1 --out held.jsonl --seed 1 --plain --pixels 64 \\
+        --caption false
+    python sft.py sft1 --data train.jsonl --model runs/toy/soup --any-resolution --steps 500 --out runs/charts
+    python evaluate.py --model runs/charts --data held.jsonl
 
 Needs requirements/charts.txt. Resumes and runs on several ranks as every pipeline does; the same seed and
 versions draw the same bytes.
