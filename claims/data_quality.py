@@ -39,7 +39,6 @@ from typing import Callable, Iterator, Sequence
 import torch.nn.functional as F
 
 from claims.alignment import log_law
-from curation.annotators import generator_of
 from curation.balance import answers_as_text, thinned
 from curation.caption2qa import PairsAsTurns, QuestionOptions, question_steps
 from curation.classes import FINER, even_quotas, kmeans, latents
@@ -47,6 +46,7 @@ from curation.evaluating import Selection, TrialBook, rank_correlation, train_an
 from curation.noise import noisy_samples
 from curation.oracle import Oracle
 from curation.pipeline import Item
+from curation.requests import generator_of
 from data.encode import Encoder
 from data.sample import Message, Sample
 from data.world import facts_of, opening, scene

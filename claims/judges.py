@@ -27,7 +27,7 @@ from io import StringIO
 from pathlib import Path
 
 import sft
-from curation.annotators import PROMPTS, AnnotatorOptions
+from curation.annotators import AnnotatorOptions
 from curation.judges import (
     DIMENSIONS,
     QUESTIONS,
@@ -39,6 +39,7 @@ from curation.judges import (
 )
 from curation.noise import NoiseOptions, write_noisy
 from curation.pipeline import write_whole
+from curation.requests import PROMPTS
 from data.encode import Encoder
 from data.readers import Folder
 from generate import load_model

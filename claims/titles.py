@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sft
-from curation.annotators import PROMPTS, OwnModel, Prompts
+from curation.annotators import OwnModel
 from curation.judges import Tally, caption_request, judgement, read_reply, read_whole
 from curation.pipeline import write_whole
+from curation.requests import PROMPTS, Prompts
 from curation.rows import write_rows
 from data.encode import Encoder
 from data.readers import Folder

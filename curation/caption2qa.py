@@ -40,18 +40,11 @@ from pathlib import Path
 from string import Template
 from typing import Iterable, Sequence
 
-from curation.annotators import (
-    Annotator,
-    AnnotatorOptions,
-    Request,
-    Response,
-    generator_of,
-    json_in,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import words
 from curation.captioner import caption_in, newly_said, shown_pictures
 from curation.pipeline import Item, PipelineOptions, run_pipeline
+from curation.requests import Annotator, Request, Response, generator_of, json_in
 from data.sample import Message, Sample
 from graders import same_answer, yes_or_no
 from infra.cli import command

@@ -28,17 +28,10 @@ from typing import Annotated
 
 import tyro
 
-from curation.annotators import (
-    Annotator,
-    AnnotatorOptions,
-    Prompts,
-    Request,
-    Response,
-    generator_of,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import answers_as_text, ngrams
 from curation.pipeline import Item, PipelineOptions, run_pipeline
+from curation.requests import Annotator, Prompts, Request, Response, generator_of
 from data.formats import DESCRIBE
 from data.sample import Message, Sample
 from infra.cli import command

@@ -38,7 +38,7 @@ from torch import Tensor
 from tyro.conf import subcommand
 
 from attention import Segments
-from curation.annotators import AnnotatorOptions, OwnModel, Request, generator_of, open_annotator
+from curation.annotators import AnnotatorOptions, OwnModel, open_annotator
 from curation.difficulty import label_of
 from curation.pipeline import Item, PipelineOptions
 from curation.questions import (
@@ -51,6 +51,7 @@ from curation.questions import (
     words_in,
 )
 from curation.ratings import RATINGS, Rated
+from curation.requests import Request, generator_of
 from data.encode import last_answer
 from data.readers import Folder
 from data.sample import BadSample, Sample

@@ -41,17 +41,9 @@ from typing import Annotated, Callable, Iterator, Literal, Sequence
 
 from tyro.conf import subcommand
 
-from curation.annotators import (
-    Annotator,
-    AnnotatorOptions,
-    Prompts,
-    Request,
-    Response,
-    as_question,
-    json_in,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, as_question, open_annotator
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
+from curation.requests import Annotator, Prompts, Request, Response, json_in
 from data.readers import Folder
 from data.sample import BadSample, Message, Sample
 from graders import split_think, yes_or_no

@@ -29,7 +29,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field, replace
 
-from curation.annotators import AnnotatorOptions, Request, open_annotator
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import distinct, words
 from curation.classes import EvenOver
 from curation.free_response import SENTENCE_END
@@ -43,6 +43,7 @@ from curation.questions import (
     walk_and_report,
     words_in,
 )
+from curation.requests import Request
 from data.encode import (
     chain_of,
     known_grader,

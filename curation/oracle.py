@@ -11,8 +11,9 @@ import json
 import random
 from typing import Sequence
 
-from curation.annotators import Request, Response
+from curation.chart_specs import invent_spec
 from curation.noise import alignment, richness, wrong_attribute
+from curation.requests import Request, Response
 from curation.told import told, true_answer
 from graders import final_answer, grade, grader_of, phrase_f1
 from rewards import statements
@@ -201,6 +202,13 @@ class Oracle:
         )
         wrong = self.dice(request).random() < self.noise
         return "yes" if (right and sound) != wrong else "no"
+
+    def say_chart_spec(self, request: Request, words: str) -> str:
+        """A spec of the wished kind; a wrong one has no numbers."""
+        rng = random.Random(f"{self.seed}/{request.about.origin}")
+        spec = invent_spec(rng, request.fields["kind"], request.fields["language"]).record()
+        wrong = rng.random() < self.noise
+        return json.dumps(spec | {"series": {}} if wrong else spec)
 
     def report(self) -> str:
         return f"{self.name}: {self.asked:,} asked"

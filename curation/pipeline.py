@@ -31,8 +31,8 @@ from typing import Any, Iterator, Protocol, Sequence
 
 from tqdm import tqdm
 
-from curation.annotators import NO_REPLY
 from curation.asking import AnswerFiles, Records
+from curation.requests import NO_REPLY
 from curation.rows import RowWriter, as_json, hashed
 from data.container_base import strict_json
 from data.formats import to_sample
@@ -159,13 +159,20 @@ NO_OUTCOME = (
     "batch",
     "price_in",
     "price_out",
+    "sheet",
 )
 
 
 def run_pipeline(
-    options: PipelineOptions, steps: Sequence[Step], over_all: Sequence[Step] = ()
+    options: PipelineOptions,
+    steps: Sequence[Step],
+    over_all: Sequence[Step] = (),
+    records: Sequence | None = None,
 ) -> "Outcome":
     """From files to files. Returns, on every rank, the funnel of the whole run.
+
+    records: in place of those of --data; as `Records`, with their `versions` and
+    `refused`, which may be empty.
 
     Raises ValueError when --out is no .jsonl or lies in the data, when OUT.work holds another run or is
     another process's, or when nothing is left (its history and funnel are written then, too).
@@ -173,7 +180,8 @@ def run_pipeline(
     # What can be wrong is found before the first step
     parallel.start()
     refuse_places(options)
-    records = Records(Folder(options.data, options.images), options.limit)
+    if records is None:
+        records = Records(Folder(options.data, options.images), options.limit)
     ledger = AnswerFiles(
         options.out.with_suffix(".work"),
         settings_of_pipeline(options, records, [*steps, *over_all]),
@@ -201,7 +209,7 @@ def refuse_places(options: PipelineOptions) -> None:
         raise ValueError("--chunk must be positive")
     if options.limit < 0:
         raise ValueError("--limit must not be negative; 0 is all")
-    if options.out.resolve().is_relative_to(options.data.resolve()):
+    if options.data and options.out.resolve().is_relative_to(options.data.resolve()):
         raise ValueError(f"--out {options.out} would be part of --data {options.data}: move it out")
 
 
@@ -286,7 +294,7 @@ def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequ
     """What the outcome depends on: the data, the options, and which steps there are."""
     # Of a shard its version; of a folder of own prompts what they say
     versions = []
-    for version in records.folder.versions:
+    for version in records.versions:
         versions.append(version[1:] if isinstance(version, tuple) else version)
     annotator = getattr(options, "annotator", None)
     prompts = annotator.prompts if annotator is not None else None
@@ -371,7 +379,7 @@ def finish_pipeline(
         assert_marked(step, alive)
 
     # Who was dropped where and why, and the sum of it
-    outcome = Outcome(refused=dict(records.folder.faults.counts))
+    outcome = Outcome(refused=dict(records.refused))
     for item in items:
         outcome.add(item.history)
     outcome.written = sum(item.alive for item in items)

@@ -18,8 +18,8 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any, Mapping, Sequence
 
-from curation.annotators import Annotator, Request, Response, json_in
 from curation.pipeline import Item, PipelineOptions, Step, run_pipeline
+from curation.requests import Annotator, Request, Response, json_in
 from data.encode import last_answer, question_turns, text_of_message
 from data.images import frames_of
 from data.sample import MAX_FRAMES, BadSample, Sample, Video

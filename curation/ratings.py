@@ -27,7 +27,7 @@ from typing import Annotated, Sequence
 
 from tyro.conf import subcommand
 
-from curation.annotators import AnnotatorOptions, Request, open_annotator
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.pipeline import Item, PipelineOptions
 from curation.questions import (
     AskStep,
@@ -38,6 +38,7 @@ from curation.questions import (
     scores_in,
     walk_and_report,
 )
+from curation.requests import Request
 from data.readers import Folder
 from data.sample import BadSample
 from infra.cli import command

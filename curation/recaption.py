@@ -42,20 +42,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator
 
-from curation.annotators import (
-    Annotator,
-    AnnotatorOptions,
-    Prompts,
-    Request,
-    Response,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import ngrams
 from curation.caption2qa import AlikePairs, QuestionOptions, question_steps
 from curation.captioner import WriteCaption, caption_in, shown_pictures, why_unanswered
 from curation.judges import QUESTIONS, Judging, drop_low
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
 from curation.report import ReviewOptions, write_review
+from curation.requests import Annotator, Prompts, Request, Response
 from curation.side_by_side import pixel_hash
 from data.containers import SPANS
 from data.formats import DESCRIBE

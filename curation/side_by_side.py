@@ -22,16 +22,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from curation.annotators import (
-    Annotator,
-    AnnotatorOptions,
-    Request,
-    Response,
-    json_in,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.captioner import caption_in, shown_pictures
 from curation.pipeline import Item, PipelineOptions, run_pipeline
+from curation.requests import Annotator, Request, Response, json_in
 from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Sample

@@ -21,7 +21,7 @@ same ones for the same record.
 
 from dataclasses import dataclass, field
 
-from curation.annotators import AnnotatorOptions, Request, open_annotator
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.pipeline import Item, PipelineOptions
 from curation.questions import (
     AskStep,
@@ -33,6 +33,7 @@ from curation.questions import (
     scores_in,
     walk_and_report,
 )
+from curation.requests import Request
 from data.images import evenly_spaced
 from data.sample import MAX_FRAMES, BadSample, Sample
 from infra.cli import command

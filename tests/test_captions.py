@@ -14,7 +14,7 @@ from test_endpoint import KEY, Server, completion
 
 from curation import caption2qa, caption_statistics, side_by_side
 from curation.album import AlbumOptions, GradeAlbumOptions, draw_album, grade_album
-from curation.annotators import AnnotatorOptions, Prompts, Request, Response
+from curation.annotators import AnnotatorOptions
 from curation.caption2qa import (
     AlikePairs,
     AskQuestions,
@@ -30,6 +30,7 @@ from curation.captioner import CaptionOptions, ReferenceOptions, WriteCaption, c
 from curation.pipeline import Item
 from curation.recaption import RecaptionOptions, SecondOpinion, recaption
 from curation.report import ReviewOptions, write_review
+from curation.requests import Prompts, Request, Response
 from curation.rows import RowWriter
 from curation.told import told, true_answer
 from data.readers import Folder

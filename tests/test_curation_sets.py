@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from curation import classes, long_cot, ratings, video_scores
-from curation.annotators import AnnotatorOptions, Response
+from curation.annotators import AnnotatorOptions
 from curation.classes import entropy_of, even_quotas, kmeans, purity_of
 from curation.long_cot import chain_and_answer, overlap_of, without_hints
 from curation.oracle import Oracle
 from curation.pipeline import Item
 from curation.questions import Scale, refuses, scores_in, words_in
+from curation.requests import Response
 from curation.rows import write_rows
 from data import world
 from data.readers import Folder

@@ -10,7 +10,6 @@ from PIL import Image
 
 from claims.judges import JudgesClaimOptions, claim_judges
 from claims.titles import LABELS
-from curation.annotators import PROMPTS, Prompts, Request, Response
 from curation.judges import (
     QUESTIONS,
     AnnotateOptions,
@@ -39,6 +38,7 @@ from curation.noise import (
 )
 from curation.oracle import Oracle
 from curation.pipeline import Item
+from curation.requests import PROMPTS, Prompts, Request, Response
 from data.sample import Message, Sample
 from data.world import KINDS, scene
 from tools.clipart import SHARE, ClipartOptions, write_clipart
