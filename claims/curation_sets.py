@@ -56,7 +56,7 @@ from curation.classes import (
 )
 from curation.long_cot import LongCotOptions, curate_chains
 from curation.oracle import Oracle
-from curation.pipeline import Item, Step
+from curation.pipeline import Item, PipelineStep
 from curation.questions import AtLeast
 from curation.ratings import Rated, RateOptions, mean_of, rate_file, ratings_of, ratings_table
 from curation.rows import write_rows
@@ -132,7 +132,7 @@ def check_settings(options: SetOptions) -> None:
     path.write_text(settings)
 
 
-def walked(items: list[Item], *steps: Step) -> list[Item]:
+def walked(items: list[Item], *steps: PipelineStep) -> list[Item]:
     """What a chain of steps makes of samples that others go on with."""
     walking = [Item(item.index, item.origin, item.sample) for item in items]
     for step in steps:

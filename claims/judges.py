@@ -38,7 +38,7 @@ from curation.judges import (
     uniform_captions,
 )
 from curation.noise import NoiseOptions, write_noisy
-from curation.pipeline import write_whole
+from curation.pipeline import write_lines
 from curation.requests import PROMPTS
 from data.encode import Encoder
 from data.readers import Folder
@@ -109,7 +109,7 @@ def write_lessons(options: JudgesClaimOptions, folder: Path, seed: int) -> Path:
             uniform_captions(lesson)
         mixture[question] = {"data": lesson.out.name}
     path = folder / "lessons" / "mixture.json"
-    write_whole(path, [json.dumps({"datasets": mixture}, indent=1)])
+    write_lines(path, [json.dumps({"datasets": mixture}, indent=1)])
     return path
 
 
@@ -167,7 +167,7 @@ def numbers_of(options: JudgesClaimOptions, tests: dict[str, Path], seed: int | 
             if not (judge / "config.json").exists():
                 teach(options, write_lessons(options, folder, seed), seed, judge)
         numbers = examine(judge, tests, options.tested, folder / "said")
-        write_whole(path, [json.dumps(numbers, indent=1)])
+        write_lines(path, [json.dumps(numbers, indent=1)])
     return json.loads(path.read_text())
 
 
@@ -236,7 +236,7 @@ def claim_judges(options: JudgesClaimOptions) -> None:
         kind_table(seeds),
     ]
     text = "\n".join(parts)
-    write_whole(options.out / "table.md", [text])
+    write_lines(options.out / "table.md", [text])
     print(text)
 
 

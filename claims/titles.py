@@ -24,7 +24,7 @@ from pathlib import Path
 import sft
 from curation.annotators import OwnModel
 from curation.judges import Tally, caption_request, judgement, read_reply, read_whole
-from curation.pipeline import write_whole
+from curation.pipeline import write_lines
 from curation.requests import PROMPTS, Prompts
 from curation.rows import write_rows
 from data.encode import Encoder
@@ -90,7 +90,7 @@ def ruled_titles(rows: list[Sample], times: Counter, seed: int) -> list[Sample]:
     return found
 
 
-def taught(options: TitlesOptions, rows: list[Sample], name: str) -> OwnModel:
+def trained_on(options: TitlesOptions, rows: list[Sample], name: str) -> OwnModel:
     """A judge that was trained on scored titles, as many of a yes as of a no."""
     # As rows of a file, which the ordinary reader reads
     prompts = Prompts(PROMPTS / "toy")
@@ -145,8 +145,8 @@ def claim_titles(options: TitlesOptions) -> None:
 
     # The rule; the toy as it is; the toy taught by labels, and by the rule
     untaught = OwnModel(options.model, Prompts(PROMPTS / "toy"), max_new=8)
-    by_labels = taught(options, labelled[::2], "labelled")
-    by_rule = taught(options, ruled_titles(others, times, options.seed), "ruled")
+    by_labels = trained_on(options, labelled[::2], "labelled")
+    by_rule = trained_on(options, ruled_titles(others, times, options.seed), "ruled")
     tallies = {
         f"repeated more than {MOST} times": tally_of_rule(labelled, times),
         "the toy, zero-shot": tally_of_judge(untaught, labelled),
@@ -154,7 +154,7 @@ def claim_titles(options: TitlesOptions) -> None:
         "the toy, the rule's labels": tally_of_judge(by_rule, labelled),
     }
     numbers = {name: vars(tally) for name, tally in tallies.items()}
-    write_whole(options.out / "numbers.json", [json.dumps(numbers, indent=1)])
+    write_lines(options.out / "numbers.json", [json.dumps(numbers, indent=1)])
     print(titles_table(tallies))
 
 

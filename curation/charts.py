@@ -51,7 +51,7 @@ from curation.chart_pictures import (
 )
 from curation.chart_questions import ASKS, CAPTION_REQUESTS, PLAIN, caption_of, questions_of
 from curation.chart_specs import KINDS, LANGUAGES, THEMES, invent_spec, spec_of, validate_spec
-from curation.pipeline import Item, PipelineOptions, Step, run_pipeline
+from curation.pipeline import Item, PipelineOptions, PipelineStep, run_pipeline
 from curation.requests import Annotator, Request, generator_of, json_in
 from curation.rows import appear
 from data.sample import BadSample, Message, Sample
@@ -338,7 +338,7 @@ def make_charts(options: ChartOptions) -> None:
     parallel.stop()
 
 
-def source_of(options: ChartOptions) -> tuple[Sequence, list[Step]]:
+def source_of(options: ChartOptions) -> tuple[Sequence, list[PipelineStep]]:
     """The records, and the step that makes specs of them, if they are none."""
     asked = options.annotator
     named = bool(asked.model or asked.url or asked.oracle)

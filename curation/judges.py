@@ -42,7 +42,7 @@ from typing import Annotated, Callable, Iterator, Literal, Sequence
 from tyro.conf import subcommand
 
 from curation.annotators import AnnotatorOptions, as_question, open_annotator
-from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
+from curation.pipeline import Item, PipelineOptions, run_pipeline, write_lines
 from curation.requests import Annotator, Prompts, Request, Response, json_in
 from data.readers import Folder
 from data.sample import BadSample, Message, Sample
@@ -504,7 +504,7 @@ def measure_judges(options: MeasureOptions) -> None:
             question: {kind or "all": vars(tally) for kind, tally in of_kind.items()}
             for question, of_kind in measured.items()
         }
-        write_whole(options.out.with_suffix(".table.json"), [json.dumps(numbers, indent=1)])
+        write_lines(options.out.with_suffix(".table.json"), [json.dumps(numbers, indent=1)])
         print(table_of(measured))
     finished(steps, options, outcome.report())
 

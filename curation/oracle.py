@@ -14,7 +14,7 @@ from typing import Sequence
 from curation.chart_specs import invent_spec
 from curation.noise import alignment, richness, wrong_attribute
 from curation.requests import Request, Response
-from curation.told import told, true_answer
+from curation.told import told_pairs, true_answer
 from graders import final_answer, grade, grader_of, phrase_f1
 from rewards import statements
 
@@ -74,7 +74,7 @@ class Oracle:
     def say_caption2qa(self, request: Request, words: str) -> str:
         """Pairs from the caption, drawn; a share of them, `noise`, with the answer of another one."""
         rng = self.dice(request)
-        pairs = told(request.fields["caption"])
+        pairs = told_pairs(request.fields["caption"])
         rng.shuffle(pairs)
         answers = [answer for _, answer in pairs]
         said = []

@@ -82,7 +82,7 @@ class Item:
         self.history.append(Event(step, "dropped", why))
 
 
-class Step(Protocol):
+class PipelineStep(Protocol):
     """name: as histories and funnels have it. Called with the living items of a chunk (or, at the end,
     of the whole set); it marks each of them once."""
 
@@ -165,10 +165,10 @@ NO_OUTCOME = (
 
 def run_pipeline(
     options: PipelineOptions,
-    steps: Sequence[Step],
-    over_all: Sequence[Step] = (),
+    steps: Sequence[PipelineStep],
+    over_all: Sequence[PipelineStep] = (),
     records: Sequence | None = None,
-) -> "Outcome":
+) -> "FunnelCounts":
     """From files to files. Returns, on every rank, the funnel of the whole run.
 
     records: in place of those of --data; as `Records`, with their `versions` and
@@ -214,7 +214,7 @@ def refuse_places(options: PipelineOptions) -> None:
 
 
 def walk_missing(
-    options: PipelineOptions, ledger: AnswerFiles, records: Records, steps: Sequence[Step]
+    options: PipelineOptions, ledger: AnswerFiles, records: Records, steps: Sequence[PipelineStep]
 ) -> None:
     """The chunks that have no outcome yet. On return they have one, on all ranks."""
     # The same on all ranks; of them this rank's
@@ -237,7 +237,9 @@ def walk_missing(
     parallel.gather([])
 
 
-def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWriter) -> list[Passed]:
+def walk(
+    records: Records, chunk: range, steps: Sequence[PipelineStep], writer: RowWriter
+) -> list[Passed]:
     """A chunk through its steps."""
     # What can be read; a fault's words begin with its place
     items = []
@@ -259,7 +261,7 @@ def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWrite
     return [passed_item(item, writer) for item in items]
 
 
-def assert_marked(step: Step, items: list[Item]) -> None:
+def assert_marked(step: PipelineStep, items: list[Item]) -> None:
     """Every step says something about every sample that it met."""
     for item in items:
         marked = item.history and item.history[-1].step == step.name
@@ -290,7 +292,9 @@ def readable_row(sample: Sample, writer: RowWriter) -> dict:
     return row
 
 
-def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequence[Step]) -> dict:
+def settings_of_pipeline(
+    options: PipelineOptions, records: Records, steps: Sequence[PipelineStep]
+) -> dict:
     """What the outcome depends on: the data, the options, and which steps there are."""
     # Of a shard its version; of a folder of own prompts what they say
     versions = []
@@ -326,7 +330,7 @@ def deciding(options: dict, inside: str = "") -> dict:
 
 
 @dataclass
-class Outcome:
+class FunnelCounts:
     """What became of a run: for each step how many came, stayed, changed and went, and why they went."""
 
     read: int = 0
@@ -368,8 +372,11 @@ def commonest(reasons: dict[str, int]) -> str:
 
 
 def finish_pipeline(
-    options: PipelineOptions, ledger: AnswerFiles, records: Records, over_all: Sequence[Step]
-) -> Outcome:
+    options: PipelineOptions,
+    ledger: AnswerFiles,
+    records: Records,
+    over_all: Sequence[PipelineStep],
+) -> FunnelCounts:
     """The steps over the whole set, then the rows, the histories and the funnel as files."""
     # All records again, in their order
     items = [item_of(passed, options.out.parent) for passed in all_passed(ledger)]
@@ -379,13 +386,13 @@ def finish_pipeline(
         assert_marked(step, alive)
 
     # Who was dropped where and why, and the sum of it
-    outcome = Outcome(refused=dict(records.refused))
+    outcome = FunnelCounts(refused=dict(records.refused))
     for item in items:
         outcome.add(item.history)
     outcome.written = sum(item.alive for item in items)
-    write_whole(options.out.with_suffix(".history.jsonl"), history_lines(items))
+    write_lines(options.out.with_suffix(".history.jsonl"), history_lines(items))
     totals = json.dumps(vars(outcome), indent=1)
-    write_whole(options.out.with_suffix(".funnel.json"), [totals])
+    write_lines(options.out.with_suffix(".funnel.json"), [totals])
 
     # Rows: pictures lie beside the file already. Last, so that who sees the file has all of it
     if not outcome.written:
@@ -424,7 +431,7 @@ def history_lines(items: Sequence[Item]) -> Iterator[str]:
         yield json.dumps(line, ensure_ascii=False)
 
 
-def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
+def write_lines(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """A text file that appears whole, or not at all."""
     unfinished = path.with_name(path.name + ".part")
     with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -18,7 +18,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any, Mapping, Sequence
 
-from curation.pipeline import Item, PipelineOptions, Step, run_pipeline
+from curation.pipeline import Item, PipelineOptions, PipelineStep, run_pipeline
 from curation.requests import Annotator, Request, Response, json_in
 from data.encode import last_answer, question_turns, text_of_message
 from data.images import frames_of
@@ -224,8 +224,8 @@ def excerpt(reply: str) -> str:
 def walk_and_report(
     options: PipelineOptions,
     ranks: parallel.Ranks,
-    steps: Sequence[Step],
-    over_all: Sequence[Step] = (),
+    steps: Sequence[PipelineStep],
+    over_all: Sequence[PipelineStep] = (),
     annotator: Annotator | None = None,
 ) -> None:
     """What a command ends with: the pipeline, its funnel, and what the annotator did for it."""

@@ -47,7 +47,7 @@ from curation.balance import ngrams
 from curation.caption2qa import AlikePairs, QuestionOptions, question_steps
 from curation.captioner import WriteCaption, caption_in, shown_pictures, why_unanswered
 from curation.judges import QUESTIONS, Judging, drop_low
-from curation.pipeline import Item, PipelineOptions, run_pipeline, write_whole
+from curation.pipeline import Item, PipelineOptions, run_pipeline, write_lines
 from curation.report import ReviewOptions, write_review
 from curation.requests import Annotator, Prompts, Request, Response
 from curation.side_by_side import pixel_hash
@@ -104,7 +104,7 @@ def write_album_rows(options: "RecaptionOptions") -> "RecaptionOptions":
         known = found.read_text(encoding="utf-8").splitlines() if found.exists() else None
         if lines != known:
             found.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(found, lines)
+            write_lines(found, lines)
     parallel.gather([])
     return replace(options, data=found, images=options.images or options.data)
 
@@ -274,7 +274,7 @@ def recaption(options: RecaptionOptions) -> None:
     # What a person trains on, and what a person looks at
     if parallel.place()[0] == 0:
         llava = options.out.with_suffix(".llava.jsonl")
-        write_whole(llava, llava_lines(options.out))
+        write_lines(llava, llava_lines(options.out))
         history = options.out.with_suffix(".history.jsonl")
         page = write_review(ReviewOptions(history, options.data, options.images))
         print(outcome.report())

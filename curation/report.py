@@ -24,7 +24,7 @@ from typing import Iterator
 
 from curation.asking import Records
 from curation.captioner import alt_text_of, shown_pictures
-from curation.pipeline import Event, Outcome, write_whole
+from curation.pipeline import Event, FunnelCounts, write_lines
 from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Sample
@@ -72,9 +72,9 @@ def histories(path: Path) -> Iterator[tuple[int, list[Event]]]:
                 raise ValueError(f"{path}:{number}: no line of a history ({error})") from error
 
 
-def draw_for_review(options: ReviewOptions) -> tuple[Outcome, list[int], list[int]]:
+def draw_for_review(options: ReviewOptions) -> tuple[FunnelCounts, list[int], list[int]]:
     """The funnel, and the indices of the kept and the dropped samples to show."""
-    outcome = Outcome()
+    outcome = FunnelCounts()
     kept = []
     dropped: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, history in histories(options.history):
@@ -150,7 +150,7 @@ def what_was_read(options: ReviewOptions) -> tuple[Path, Path | None]:
 # ------------------------------------------------------------------------------------------- page
 
 
-def funnel_drawing(outcome: Outcome) -> str:
+def funnel_drawing(outcome: FunnelCounts) -> str:
     """A bar for each step: what is left, and in red what it dropped."""
     bars = [("records", outcome.read, 0)]
     for step, did in outcome.steps.items():
@@ -172,7 +172,7 @@ def funnel_drawing(outcome: Outcome) -> str:
     return svg(860, 24 * len(bars), "what is left after each step", out)
 
 
-def funnel_rows(outcome: Outcome) -> str:
+def funnel_rows(outcome: FunnelCounts) -> str:
     """The numbers, with every reason."""
     heads = ("step", "came", "changed", "dropped", "left", "why they were dropped")
     cells = [el("th", head, cls="r" if 0 < i < 5 else "") for i, head in enumerate(heads)]
@@ -282,7 +282,7 @@ def write_review(options: ReviewOptions) -> Path:
         section("Kept", "Drawn at random. Grey: what was said before.", stayed_cards(stayed)),
         section("Dropped", "Drawn from all reasons in turn.", went),
     )
-    write_whole(page, [markup])
+    write_lines(page, [markup])
     return page
 
 

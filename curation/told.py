@@ -20,7 +20,7 @@ WRITTEN = re.compile(r"text (\w+)")
 SUM = re.compile(r"sum (\d) ([+-]) (\d)")
 
 
-def told(words: str) -> list[tuple[str, str]]:
+def told_pairs(words: str) -> list[tuple[str, str]]:
     """(question, answer) about a caption in the world's words; nothing about other texts."""
     phrases = words.split(", ")
     placed = [PLACED.fullmatch(phrase) for phrase in phrases]
@@ -78,5 +78,5 @@ def told_of_bars(bars: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def true_answer(words: str, question: str) -> str | None:
-    """What the words say to a question, None when it is none of `told`."""
-    return dict(told(words)).get(question)
+    """What the words say to a question, None when it is none of `told_pairs`."""
+    return dict(told_pairs(words)).get(question)

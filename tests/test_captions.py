@@ -32,7 +32,7 @@ from curation.recaption import RecaptionOptions, SecondOpinion, recaption
 from curation.report import ReviewOptions, write_review
 from curation.requests import Prompts, Request, Response
 from curation.rows import RowWriter
-from curation.told import told, true_answer
+from curation.told import told_pairs, true_answer
 from data.readers import Folder
 from data.sample import Message, Sample
 from data.world import World
@@ -300,7 +300,7 @@ def test_what_a_caption_tells_agrees_with_the_worlds_own_questions(family):
             assert answer == sample.facts["answer"]
             compared += 1
     assert compared > 10 or family == "odd"
-    assert told("no scene at all") == []
+    assert told_pairs("no scene at all") == []
 
 
 # ---------------------------------------------------------------------------- statistics and side by side

@@ -68,13 +68,13 @@ def unpacked(folder: Path) -> Path:
                 f"{tool} is not here: get {' and '.join(PACKAGES)} from packages.debian.org, unpack "
                 "both into one folder, and give it as --packages"
             )
-    run(["apt-get", "download", *PACKAGES], folder)
+    shell(["apt-get", "download", *PACKAGES], folder)
     for package in sorted(folder.glob("*.deb")):
-        run(["dpkg-deb", "-x", package.name, "."], folder)
+        shell(["dpkg-deb", "-x", package.name, "."], folder)
     return folder
 
 
-def run(words: list[str], folder: Path) -> None:
+def shell(words: list[str], folder: Path) -> None:
     """A command in this folder. Raises ValueError with its last line when it fails."""
     try:
         subprocess.run(
