@@ -4,6 +4,7 @@ What is protected: whatever makes a step, and wherever, it is the step that this
 """
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -33,6 +34,7 @@ from data.steps import Batches, Step, weight_of
 from data.stream import Documents, Drawn
 from data.world import World
 from packing import collate
+from scale import parallel
 from vit import MEAN, STD, normalised
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -367,6 +369,26 @@ def test_a_damaged_index_is_made_again_and_one_without_room_is_done_without(tmp_
     assert [path.suffix for path in folder.iterdir()] == [".failed"]
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert torch.equal(Folder(place).spans, expected)
+
+
+def test_a_rank_that_was_started_with_other_data_waits_for_no_index_of_it(tmp_path, monkeypatch):
+    """It finds its own; which rank differs in what is said by the comparison of all ranks."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel._meeting, "store", torch.distributed.HashStore())
+    places = []
+    for name in "here", "there":
+        (tmp_path / name).mkdir()
+        places.append(two_files(tmp_path / name))
+    expected = Folder(places[1]).spans.clone()
+
+    # the first rank of the machine reads `here`, the second one `there`, as their first index
+    shutil.rmtree(next(tmp_path.glob("nanosail-index-*")))
+    for rank, place in enumerate(places):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(index, "_asked", itertools.count())
+        found = Folder(place, timeout=5).spans
+    assert torch.equal(found, expected)
 
 
 SCRIPT = """
