@@ -24,8 +24,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from curation.annotators import AnnotatorOptions, Request, open_annotator
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.pipeline import PipelineOptions
+from curation.requests import Request
 from infra.cli import command
 
 SEQUENTIAL = 40  # requests, one after the other: enough to know their mean

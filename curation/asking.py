@@ -398,6 +398,16 @@ class Records(Sequence):
         self.folder = folder
         self.limit = limit
 
+    @property
+    def versions(self) -> list:
+        """What tells the files that they come from from others in their place."""
+        return self.folder.versions
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """What the first look found to be no record, by reason."""
+        return self.folder.faults.counts
+
     def __len__(self) -> int:
         return min(self.limit or len(self.folder), len(self.folder))
 

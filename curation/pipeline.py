@@ -31,8 +31,8 @@ from typing import Any, Iterator, Protocol, Sequence
 
 from tqdm import tqdm
 
-from curation.annotators import NO_REPLY
 from curation.asking import AnswerFiles, Records
+from curation.requests import NO_REPLY
 from curation.rows import RowWriter, as_json, hashed
 from data.container_base import strict_json
 from data.formats import to_sample
@@ -82,7 +82,7 @@ class Item:
         self.history.append(Event(step, "dropped", why))
 
 
-class Step(Protocol):
+class PipelineStep(Protocol):
     """name: as histories and funnels have it. Called with the living items of a chunk (or, at the end,
     of the whole set); it marks each of them once."""
 
@@ -136,7 +136,7 @@ class PipelineOptions:
     limit: int = 0  # records of the data; 0: all
     # records that walk together: many times --annotator.at-once, or the last ones keep the others waiting
     chunk: int = 256
-    seed: int = 0
+    seed: int = 0  # of whatever is drawn
 
     def __post_init__(self):
         # What a server said is kept beside the output, unless somebody wants it elsewhere
@@ -159,13 +159,20 @@ NO_OUTCOME = (
     "batch",
     "price_in",
     "price_out",
+    "sheet",
 )
 
 
 def run_pipeline(
-    options: PipelineOptions, steps: Sequence[Step], over_all: Sequence[Step] = ()
-) -> "Outcome":
+    options: PipelineOptions,
+    steps: Sequence[PipelineStep],
+    over_all: Sequence[PipelineStep] = (),
+    records: Sequence | None = None,
+) -> "FunnelCounts":
     """From files to files. Returns, on every rank, the funnel of the whole run.
+
+    records: in place of those of --data; as `Records`, with their `versions` and
+    `refused`, which may be empty.
 
     Raises ValueError when --out is no .jsonl or lies in the data, when OUT.work holds another run or is
     another process's, or when nothing is left (its history and funnel are written then, too).
@@ -173,7 +180,8 @@ def run_pipeline(
     # What can be wrong is found before the first step
     parallel.start()
     refuse_places(options)
-    records = Records(Folder(options.data, options.images), options.limit)
+    if records is None:
+        records = Records(Folder(options.data, options.images), options.limit)
     ledger = AnswerFiles(
         options.out.with_suffix(".work"),
         settings_of_pipeline(options, records, [*steps, *over_all]),
@@ -201,12 +209,12 @@ def refuse_places(options: PipelineOptions) -> None:
         raise ValueError("--chunk must be positive")
     if options.limit < 0:
         raise ValueError("--limit must not be negative; 0 is all")
-    if options.out.resolve().is_relative_to(options.data.resolve()):
+    if options.data and options.out.resolve().is_relative_to(options.data.resolve()):
         raise ValueError(f"--out {options.out} would be part of --data {options.data}: move it out")
 
 
 def walk_missing(
-    options: PipelineOptions, ledger: AnswerFiles, records: Records, steps: Sequence[Step]
+    options: PipelineOptions, ledger: AnswerFiles, records: Records, steps: Sequence[PipelineStep]
 ) -> None:
     """The chunks that have no outcome yet. On return they have one, on all ranks."""
     # The same on all ranks; of them this rank's
@@ -229,7 +237,9 @@ def walk_missing(
     parallel.gather([])
 
 
-def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWriter) -> list[Passed]:
+def walk(
+    records: Records, chunk: range, steps: Sequence[PipelineStep], writer: RowWriter
+) -> list[Passed]:
     """A chunk through its steps."""
     # What can be read; a fault's words begin with its place
     items = []
@@ -251,7 +261,7 @@ def walk(records: Records, chunk: range, steps: Sequence[Step], writer: RowWrite
     return [passed_item(item, writer) for item in items]
 
 
-def assert_marked(step: Step, items: list[Item]) -> None:
+def assert_marked(step: PipelineStep, items: list[Item]) -> None:
     """Every step says something about every sample that it met."""
     for item in items:
         marked = item.history and item.history[-1].step == step.name
@@ -282,11 +292,13 @@ def readable_row(sample: Sample, writer: RowWriter) -> dict:
     return row
 
 
-def settings_of_pipeline(options: PipelineOptions, records: Records, steps: Sequence[Step]) -> dict:
+def settings_of_pipeline(
+    options: PipelineOptions, records: Records, steps: Sequence[PipelineStep]
+) -> dict:
     """What the outcome depends on: the data, the options, and which steps there are."""
     # Of a shard its version; of a folder of own prompts what they say
     versions = []
-    for version in records.folder.versions:
+    for version in records.versions:
         versions.append(version[1:] if isinstance(version, tuple) else version)
     annotator = getattr(options, "annotator", None)
     prompts = annotator.prompts if annotator is not None else None
@@ -318,7 +330,7 @@ def deciding(options: dict, inside: str = "") -> dict:
 
 
 @dataclass
-class Outcome:
+class FunnelCounts:
     """What became of a run: for each step how many came, stayed, changed and went, and why they went."""
 
     read: int = 0
@@ -360,8 +372,11 @@ def commonest(reasons: dict[str, int]) -> str:
 
 
 def finish_pipeline(
-    options: PipelineOptions, ledger: AnswerFiles, records: Records, over_all: Sequence[Step]
-) -> Outcome:
+    options: PipelineOptions,
+    ledger: AnswerFiles,
+    records: Records,
+    over_all: Sequence[PipelineStep],
+) -> FunnelCounts:
     """The steps over the whole set, then the rows, the histories and the funnel as files."""
     # All records again, in their order
     items = [item_of(passed, options.out.parent) for passed in all_passed(ledger)]
@@ -371,13 +386,13 @@ def finish_pipeline(
         assert_marked(step, alive)
 
     # Who was dropped where and why, and the sum of it
-    outcome = Outcome(refused=dict(records.folder.faults.counts))
+    outcome = FunnelCounts(refused=dict(records.refused))
     for item in items:
         outcome.add(item.history)
     outcome.written = sum(item.alive for item in items)
-    write_whole(options.out.with_suffix(".history.jsonl"), history_lines(items))
+    write_lines(options.out.with_suffix(".history.jsonl"), history_lines(items))
     totals = json.dumps(vars(outcome), indent=1)
-    write_whole(options.out.with_suffix(".funnel.json"), [totals])
+    write_lines(options.out.with_suffix(".funnel.json"), [totals])
 
     # Rows: pictures lie beside the file already. Last, so that who sees the file has all of it
     if not outcome.written:
@@ -416,7 +431,7 @@ def history_lines(items: Sequence[Item]) -> Iterator[str]:
         yield json.dumps(line, ensure_ascii=False)
 
 
-def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
+def write_lines(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """A text file that appears whole, or not at all."""
     unfinished = path.with_name(path.name + ".part")
     with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:

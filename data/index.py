@@ -9,7 +9,8 @@ with worker processes hands them a copy of the spans, 32 bytes a record.)
 
 A key says what an index is of: code, options, and size and time of change of every shard. So an index
 that is there already is used again, also by the run that goes on after a stop. A rank that is told that
-the first one failed walks by itself, and meets the same error.
+the first one failed walks by itself, and meets the same error; one that is told another key was
+started with other data and walks by itself too: the comparison of all ranks will name it.
 
     spans    (N, 4) int64      shard, and the span of each record
     records  int64             of each group in turn, the numbers of its records
@@ -18,6 +19,7 @@ One process alone neither waits nor writes: it indexes in memory, unless the sha
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,9 +33,12 @@ from typing import Callable
 import numpy as np
 
 from data.sample import Faults
+from scale import parallel
 
 KEPT = 8  # indexes on a machine, the newest: our choice
 UNREADABLE = (OSError, ValueError, KeyError, EOFError)  # what a damaged one, or none, raises
+
+_asked = itertools.count()  # all ranks ask for indexes in one order
 
 
 @dataclass
@@ -82,10 +87,15 @@ def shared_index(
     if size == 1 and not keep:
         return walk()
 
+    # what the first rank of this machine looks for, where it can be asked
     folder = folder_of_indexes()
-    place = folder / key()
+    name = key()
+    place = folder / name
     failed = place.with_suffix(".failed")
+    machine = int(os.environ.get("GROUP_RANK", 0))
+    note = parallel.note_of(f"index {next(_asked)}", machine)
     if rank == 0:
+        parallel.leave_note(note, name)
         failed.unlink(missing_ok=True)
         found = known_index(place) or first_index(walk, place, failed)
         forget_old(folder)
@@ -94,6 +104,8 @@ def shared_index(
     # the others: a mark of failure from an earlier run costs them time, nothing else
     until = time.monotonic() + timeout
     while not place.is_dir() and not failed.exists():
+        if parallel.read_note(note) not in (None, name):
+            return walk()
         if time.monotonic() > until:
             raise TimeoutError(
                 f"waited {timeout:g} s for the first rank of this machine to index the data ({place}): "

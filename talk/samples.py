@@ -25,7 +25,7 @@ from infra.text import printable
 
 
 @dataclass(frozen=True)
-class Shown:
+class SamplePicture:
     """A picture (or a video's frames), questions with their true answers, and why it is hard, if it is."""
 
     name: str
@@ -41,7 +41,7 @@ class Shown:
 # ------------------------------------------------------------------------------------ what it was taught
 
 
-def taught(seed: int, each: int) -> list[Shown]:
+def taught(seed: int, each: int) -> list[SamplePicture]:
     """Held-out scenes of every kind of the toy's world, and all that they can be asked."""
     found = []
     for kind in KINDS:
@@ -50,7 +50,7 @@ def taught(seed: int, each: int) -> list[Shown]:
             subject = scene(kind, rng, test=True)
             turns = [subject.ask(family, rng) for family in subject.families if family != "listing"]
             asked = tuple((turn.question, turn.answer) for turn in turns)
-            found.append(Shown(f"{kind}-{number}", tuple(subject.draw(rng)), asked))
+            found.append(SamplePicture(f"{kind}-{number}", tuple(subject.draw(rng)), asked))
     return found
 
 
@@ -108,47 +108,47 @@ def large_picture() -> Image.Image:
     return image
 
 
-def beyond() -> list[Shown]:
+def beyond() -> list[SamplePicture]:
     """One thing each that is not in the toy's world."""
     cells = "the picture is two by two cells, and each visual token is one of them"
     return [
-        Shown(
+        SamplePicture(
             "beyond-colour",
             (colour_beyond(),),
             (("what color is the circle?", "purple"),),
             f"it has five words for colours: {', '.join(COLORS)}",
         ),
-        Shown(
+        SamplePicture(
             "beyond-shape",
             (shape_beyond(),),
             (("what shape is the red thing?", "a diamond"),),
             "it has four words for shapes: circle, square, triangle, cross",
         ),
-        Shown(
+        SamplePicture(
             "beyond-place",
             (between_cells(),),
             (("where is the circle?", "in the middle"),),
             f"{cells}; there is no word for the middle",
         ),
-        Shown(
+        SamplePicture(
             "beyond-six",
             (too_many(),),
             (("how many things are there?", "9"),),
             "it has counted to six, and never further",
         ),
-        Shown(
+        SamplePicture(
             "beyond-letters",
             (small_letters(),),
             (("what does it say?", "dog"),),
             "it has read twenty characters, capitals and digits",
         ),
-        Shown(
+        SamplePicture(
             "beyond-size",
             (large_picture(),),
             (("how many things are there?", "8"),),
             f"any picture is made 32 x 32; {cells}",
         ),
-        Shown(
+        SamplePicture(
             "beyond-words",
             (between_cells(),),
             (("is there a dog?", "no"),),
@@ -170,7 +170,7 @@ class SampleOptions:
     model: Path | None = None  # ask it everything, and list its answers
 
 
-def write_picture(shown: Shown, out: Path) -> None:
+def write_picture(shown: SamplePicture, out: Path) -> None:
     """A PNG; a video as a GIF, half a second a frame."""
     first, *others = shown.frames
     if others:
@@ -179,7 +179,7 @@ def write_picture(shown: Shown, out: Path) -> None:
         first.save(out / shown.file)
 
 
-def contact_sheet(pictures: list[Shown], columns: int = 7, side: int = 128) -> Image.Image:
+def contact_sheet(pictures: list[SamplePicture], columns: int = 7, side: int = 128) -> Image.Image:
     """All of them, enlarged, in the order of the list."""
     step = side + 8
     rows = -(-len(pictures) // columns)
@@ -191,7 +191,7 @@ def contact_sheet(pictures: list[Shown], columns: int = 7, side: int = 128) -> I
     return board
 
 
-def answers_of(directory: Path, pictures: list[Shown]) -> list[str]:
+def answers_of(directory: Path, pictures: list[SamplePicture]) -> list[str]:
     """What a model says to every question, in order."""
     model, tokenizer = load_model(directory)
     encoder = Encoder(tokenizer, model.config)
@@ -206,7 +206,7 @@ def answers_of(directory: Path, pictures: list[Shown]) -> list[str]:
     return [tokenizer.decode_answer(answer.ids) for answer in answers]
 
 
-def listing(pictures: list[Shown], out: Path, said: list[str]) -> str:
+def listing(pictures: list[SamplePicture], out: Path, said: list[str]) -> str:
     """The list: file, question, truth, and what a model said where one was asked."""
     known = ["What it was taught:", ""]
     unknown = ["", "What it cannot get right, and why:", ""]

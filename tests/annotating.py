@@ -17,8 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from curation.annotators import AnnotatorOptions, Request, open_annotator
+from curation.annotators import AnnotatorOptions, open_annotator
 from curation.pipeline import PipelineOptions, run_pipeline
+from curation.requests import Request
 from data.sample import Message
 
 KEY = "sk-a-secret-of-thirty-characters"

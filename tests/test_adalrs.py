@@ -165,6 +165,18 @@ def test_the_error_of_a_gain_sees_noise_that_remembers():
     assert believed <= 40  # by the errors of single losses it would be more than 100
 
 
+def test_the_error_of_a_gain_counts_all_of_the_window():
+    """A trial that is level for three quarters and then runs away: the last blocks are in the error."""
+    n = 8 * adalrs.BLOCKS
+    control = [5 + 0.5 * (-1) ** i for i in range(n)]
+    trial = [loss - (0.4 if i >= 3 * n // 4 else 0) for i, loss in enumerate(control)]
+    ahead = [a - b for a, b in zip(control, trial)]
+    centres = [8 * block + 3.5 for block in range(adalrs.BLOCKS)]
+    means = [sum(ahead[8 * block : 8 * block + 8]) / 8 for block in range(adalrs.BLOCKS)]
+    _, wider = adalrs.through_origin(centres, means)
+    assert gain(control, trial)[1] == pytest.approx(wider)
+
+
 def test_outliers_move_neither_noise_nor_gain():
     rng = random.Random(3)
     control = [10 + rng.gauss(0, 1) for _ in range(30)]

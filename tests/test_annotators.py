@@ -25,15 +25,8 @@ from annotating import (
 from PIL import Image
 from ranks_helpers import as_ranks
 
-from curation.annotators import (
-    AnnotatorOptions,
-    Endpoint,
-    Prompts,
-    Request,
-    chat_of,
-    json_in,
-    open_annotator,
-)
+from curation.annotators import AnnotatorOptions, Endpoint, chat_of, open_annotator
+from curation.requests import Prompts, Request, json_in
 from data.readers import Folder
 from data.sample import Message, Sample
 from infra import endpoint

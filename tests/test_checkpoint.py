@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from infra import checkpoint, weights
 from infra.checkpoint import fault, latest
-from infra.keeper import Counted, Keeper, get_rng, set_rng
+from infra.keeper import Counted, Keeper, get_rng, set_rng, with_rests
 from infra.run_directory import RunDirectory
 from scale.parallel import Ranks
 from stage import Stage
@@ -774,3 +774,13 @@ def test_counted_data_goes_forward_only():
     assert next(data) == "d"
     with pytest.raises(AssertionError, match="cannot go back"):
         data.load_state_dict({"drawn": 2})
+
+
+def test_snapshots_of_a_search_are_saved_with_optimizers_by_name():
+    """Each snapshot that there is gets the other form; all else stays, and the search itself too."""
+    older = {"step": 3, "rest": {"optimizers": [1, 2], "rng": 7}}
+    search = {"rate": 0.1, "older": older, "newer": None}
+    changed = with_rests(search, lambda rest: [f"name {number}" for number in rest])
+    named = {"step": 3, "rest": {"optimizers": ["name 1", "name 2"], "rng": 7}}
+    assert changed == {"rate": 0.1, "older": named, "newer": None}
+    assert search["older"]["rest"]["optimizers"] == [1, 2]

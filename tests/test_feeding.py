@@ -4,6 +4,7 @@ What is protected: whatever makes a step, and wherever, it is the step that this
 """
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from data.steps import Batches, Step, weight_of
 from data.stream import Documents, Drawn
 from data.world import World
 from packing import collate
+from scale import parallel
 from vit import MEAN, STD, normalised
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -60,6 +63,40 @@ def test_the_model_says_the_same_of_bytes_and_of_floats(model, documents, tokeni
         for images in (batch.images, normalised(batch.images))
     ]
     assert torch.equal(*said)
+
+
+def test_pictures_of_many_sizes_travel_between_processes_as_they_are(documents, tokenizer):
+    """A list of pictures, each of a size of its own, is the same list at the other end."""
+    batch = collate([documents[:4]], None, tokenizer.pad)
+    ragged = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((8, 24), (32, 16))]
+    there = steps.as_arrays(replace(batch, images=ragged))
+    assert [image.shape for image in there["images"]] == [(8, 24, 3), (32, 16, 3)]
+    back = steps.from_arrays(there).images
+    assert all(torch.equal(one, other) for one, other in zip(back, ragged, strict=True))
+
+
+def test_whoever_stops_taking_steps_leaves_no_reader_behind(encoder, monkeypatch):
+    """The packing process closes its readers, and waits for them, when its own work is given up."""
+    closed = []
+
+    class Watched(Documents):
+        def close(self, wait: bool = False) -> None:
+            closed.append(wait)
+            super().close(wait)
+
+    monkeypatch.setattr(steps, "Documents", Watched)
+    cut = steps.Cut(512, 1, 1, encoder.tokenizer.pad, 0, 1, 16, False, 1)
+    made = steps.pieces(World().stream(EVERY, 0, 1), encoder, Faults(), 0, cut, 0, {})
+    assert isinstance(next(made), steps.Opening)
+    made.close()
+    assert closed == [True]
+
+
+def test_memory_is_pinned_where_the_accelerator_can(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    packing.can_pin.cache_clear()
+    assert packing.can_pin()
+    packing.can_pin.cache_clear()
 
 
 def test_a_step_weighs_and_is_made_a_micro_batch_at_a_time(encoder, tokenizer, monkeypatch):
@@ -332,6 +369,26 @@ def test_a_damaged_index_is_made_again_and_one_without_room_is_done_without(tmp_
     assert [path.suffix for path in folder.iterdir()] == [".failed"]
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert torch.equal(Folder(place).spans, expected)
+
+
+def test_a_rank_that_was_started_with_other_data_waits_for_no_index_of_it(tmp_path, monkeypatch):
+    """It finds its own; which rank differs in what is said by the comparison of all ranks."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel._meeting, "store", torch.distributed.HashStore())
+    places = []
+    for name in "here", "there":
+        (tmp_path / name).mkdir()
+        places.append(two_files(tmp_path / name))
+    expected = Folder(places[1]).spans.clone()
+
+    # the first rank of the machine reads `here`, the second one `there`, as their first index
+    shutil.rmtree(next(tmp_path.glob("nanosail-index-*")))
+    for rank, place in enumerate(places):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setattr(index, "_asked", itertools.count())
+        found = Folder(place, timeout=5).spans
+    assert torch.equal(found, expected)
 
 
 SCRIPT = """

@@ -159,9 +159,17 @@ MODULES = [
     "data.world",
     "tools.real",
     "tools.readme",
+    "curation.album",
     "curation.balance",
+    "curation.caption2qa",
+    "curation.caption_statistics",
+    "curation.captioner",
+    "curation.recaption",
+    "curation.report",
+    "curation.side_by_side",
     "talk.chat",
     "talk.samples",
+    "curation.evaluating",
     "bench.step",
     "bench.packing_rules",
     "bench.rows",
@@ -172,6 +180,7 @@ MODULES = [
     "claims.posttraining",
     "claims.alignment",
     "claims.calibration",
+    "claims.data_quality",
     "kernels.bench",
 ]
 
@@ -215,12 +224,16 @@ COMMANDS = [
     "-m data.show --data {tmp}/my.jsonl --show 1 --out {tmp}/show",
     "-m data.show --data {tmp}/my.jsonl --check --out {tmp}/show",
     "-m curation.balance example --out {tmp}/captions.jsonl",
+    "-m curation.album draw --pictures 8 --out {tmp}/album",
+    "-m curation.caption_statistics --data {tmp}/my.jsonl",
     "-m claims.algorithms --model {ladder}/long-cot --only learn --names grpo --kinds dense "
     f"{TINY_TRAINING} --effort 0.02 --out {{tmp}}/a",
     f"-m claims.posttraining --runs {{ladder}} --only curriculum {TINY_TRAINING} --effort 0.01 "
     "--out {tmp}/c",
     f"-m claims.posttraining --runs {{ladder}} --only soup {TINY_TRAINING} --effort 0.1 --out {{tmp}}/s",
     "-m claims.calibration --seeds 1 --steps 2 2 --held 2 --out {tmp}/c.html",
+    "-m claims.data_quality --only balance quick --runs {ladder} --seeds 1 --samples 12 --effort 0.02 "
+    "--out {tmp}/q",
     "-m claims.rates --problems quadratic --seeds 1 --out {tmp}/rates",
     "-m bench.packing_rules --example {tmp}/lengths.txt --samples 200",
     "-m bench.decoding --prompts 2 --samples 2 --longest 16 --max-new 4 --width 64 --layers 1 --repeats 1",

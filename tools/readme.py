@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from curation.__main__ import CONTENTS
 from infra.cli import command
 
 ROOT = Path(__file__).parents[1]
@@ -52,15 +53,19 @@ READING = {
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode ahead steps show world",
     "infra": "cli plan memory config weights checkpoint run_directory keeper stopping identity journal "
-    "tracker judge endpoint text device",
+    "tracker judge endpoint replies text device",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
-    "bench": "step rows packing_rules decoding serving rollouts",
-    "claims": "rates rate_problems alignment calibration posttraining algorithms",
-    "curation": "balance chains difficulty free_response asking rows",
+    "bench": "step rows packing_rules decoding serving rollouts asking",
+    "claims": "rates rate_problems alignment calibration posttraining algorithms data_quality judges titles "
+    "curation_sets planted_faults",
+    "curation": "requests annotators oracle pipeline questions captioner recaption judges "
+    "caption_statistics side_by_side charts chart_specs chart_pictures chart_questions chart_check "
+    "caption2qa told classes video_scores ratings balance evaluating long_cot difficulty free_response "
+    "chains asking rows report noise album",
     "talk": "chat typed samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
-    "tools": "report ladder picture screenshots readme real lock",
+    "tools": "report ladder picture screenshots readme real clipart lock",
     "tests": "",
     "requirements": "",
 }
@@ -573,6 +578,42 @@ def run_table(path: str, columns: str) -> str | None:
     return "\n".join("| " + " | ".join(row[i] for i in at) + " |" for row in rows)
 
 
+def tables_in(path: str) -> str | None:
+    """What a run wrote; None when it is not here."""
+    if not (ROOT / path).is_file():
+        return None
+    return (ROOT / path).read_text(encoding="utf-8").strip()
+
+
+def contents_table() -> str:
+    """What `python -m curation` lists, with the file of each."""
+    rows = []
+    for chapter, entries in CONTENTS.items():
+        rows.append((f"**{chapter}**", ""))
+        for entry in entries:
+            module = entry.place.partition(":")[0].removeprefix("curation.")
+            rows.append((f"[`{entry.name}`]({module}.py)", entry.line))
+    return markdown_table("command | what it does", "ll", rows)
+
+
+def curation_blocks() -> dict[str, str | None]:
+    """Every block of curation/README.md; None where the run is not here."""
+    runs = {
+        "judges": "judges3/table.md",
+        "data-quality": "data-quality/effects.md",
+        "quick": "data-quality/quick.md",
+        "scale": "data-quality-long/scale.md",
+        "classes": "sets/classes.md",
+        "videos": "sets/videos.md",
+        "chains": "sets/chains.md",
+        "trained": "sets/trained.md",
+        "asking": "asking.md",
+        "titles": "titles.md",
+    }
+    blocks = {name: tables_in(f"runs/curation/{path}") for name, path in runs.items()}
+    return {"contents": contents_table()} | blocks
+
+
 def scores_until_soup(results: dict) -> tuple[float, list[tuple[float, float]]]:
     """Seconds until the soup, and (seconds, overall accuracy) after each stage that was graded."""
     spent = 0.0
@@ -644,6 +685,7 @@ PAGES: dict[str, Callable[[], dict[str, str | None]]] = {
     "README.md": readme_blocks,
     "RESULTS.md": results_blocks,
     "scale/README.md": lambda: {"plan": plan_tables()},
+    "curation/README.md": curation_blocks,
 }
 
 

@@ -4,6 +4,7 @@
     python -m tests.campaign --only kills --count 20          a part, with fewer cases
     python -m tests.campaign --only fuzz --targets tar tsv --count 2000
     python -m tests.campaign --page                           write the page of what is known, run nothing
+    python -m tests.campaign --page --any-code                each case on the code that it ran on last, named
 
 Finished cases are remembered in runs/faults/*.jsonl for the code that they ran on, so that a campaign
 which was interrupted goes on. Two lanes run beside each other: the soak, then hostile input; and
@@ -14,13 +15,14 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from tests.campaign import mutants
-from tests.campaign.ledger import FOLDER, ROOT, Row, commit
+from tests.campaign.ledger import FOLDER, ROOT, Ledger, Row, commit
 
 PAGE = Path(__file__).parent / "README.md"
 LANES = (("soak", "fuzz", "hostile"), ("kills", "disks", "damage", "ranks", "determinism"))
@@ -49,6 +51,7 @@ class CampaignOptions:
     targets: tuple[str, ...] = ()  # of fuzz; none: all
     seconds: float = 1200.0  # of the soak; half as many of hostile requests
     page: bool = False  # only write the page
+    any_code: bool = False  # on it, also cases of other commits, which it names
 
 
 def run_part(part: str, options: CampaignOptions) -> None:
@@ -143,6 +146,15 @@ def table_of(parts: tuple[str, ...]) -> tuple[str, bool]:
     return "\n".join(lines) + "\n", held
 
 
+def commits_met() -> str:
+    """How many cases ran on which commit, those of mutants apart: they belong to their file's code."""
+    met: Counter = Counter()
+    for part in PARTS:
+        if part != "mutants":
+            met.update(row["commit"] for row in Ledger(part).done.values())
+    return ", ".join(f"{name} ({number:,})" for name, number in met.most_common())
+
+
 def write_page() -> bool:
     """tests/campaign/README.md, from the ledger."""
     from tests.campaign import kills
@@ -158,6 +170,8 @@ def write_page() -> bool:
         "",
         f"Moments of the kills: {met}." if met else "",
     ]
+    if Ledger.ANY_CODE:
+        head += ["", f"Each case as it was seen last; they ran on {commits_met()}."]
     PAGE.write_text("\n".join(head) + "\n" + table)
     return held
 
@@ -168,7 +182,11 @@ def main(options: CampaignOptions) -> int:
         print(f"error: --only {min(unknown)}: choose from {', '.join(PARTS)}", file=sys.stderr)
         return 1
     os.environ["OMP_NUM_THREADS"] = "1"
+    if options.any_code and not options.page:
+        print("error: --any-code is for --page: what runs counts for today's code", file=sys.stderr)
+        return 1
     if options.page:
+        Ledger.ANY_CODE = options.any_code
         return 0 if write_page() else 1
     began = time.monotonic()
     if options.only:

@@ -78,6 +78,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("rollout.py", "batches.append(self.pack(minibatch[:1], empty=True))", "2"): (
         "at weight zero one completion is as good as two"
     ),
+    ("data/steps.py", "fewer = [n for n in fitting if n < ranks][-1:]", "(n <= ranks)"): (
+        "the number of ranks is none of those that fit, or there were no error"
+    ),
+    (
+        "adalrs.py",
+        "clear = faster > ERRORS * error or (faster > 0 and straight)",
+        "(faster >= ERRORS * error)",
+    ): "no gain matters where it equals its error to the last bit",
     ("data/stream.py", "self.generation += 1", "2"): "generations are only told apart",
     ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "weights = probabilities.gather(-1, chosen)", "(+1)"): MATRIX,
