@@ -98,7 +98,7 @@ def ask_server(port: int, question: str, max_new: int, streaming: bool = False) 
     return "".join(pieces)
 
 
-def questions_of(options: ServingOptions) -> list[str]:
+def questions_by_length(options: ServingOptions) -> list[str]:
     """Texts from 1/n of the longest to the longest, no two alike."""
     text = (
         "how many of the red things that are left of the blue one are larger than it, and why? " * 9
@@ -135,7 +135,7 @@ def race_serving(options: ServingOptions) -> None:
         model.language_model.lm_head.weight[tokenizer.image] = 0
         theirs.lm_head.weight[tokenizer.image] = 0
 
-    questions = questions_of(options)
+    questions = questions_by_length(options)
     ids, mask = their_batch(theirs, tokenizer, questions)
     how = {"max_new_tokens": options.max_new, "min_new_tokens": options.max_new}
 
