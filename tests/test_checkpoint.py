@@ -21,7 +21,7 @@ from conftest import answers, made_up
 from safetensors.torch import load_file, save_file
 
 from infra import checkpoint, weights
-from infra.checkpoint import fault, latest
+from infra.checkpoint import fault, latest, odd_state
 from infra.keeper import Counted, Keeper, get_rng, set_rng, with_rests
 from infra.run_directory import RunDirectory
 from scale.parallel import Ranks
@@ -784,3 +784,9 @@ def test_snapshots_of_a_search_are_saved_with_optimizers_by_name():
     named = {"step": 3, "rest": {"optimizers": ["name 1", "name 2"], "rng": 7}}
     assert changed == {"rate": 0.1, "older": named, "newer": None}
     assert search["older"]["rest"]["optimizers"] == [1, 2]
+
+
+def test_a_state_of_step_zero_is_none_the_worse_for_it():
+    """A roll-back may begin again at step 0; a negative step is odd."""
+    assert odd_state({"step": 0, "executed": 12}, "step-00000012") is None
+    assert "step is -1" in odd_state({"step": -1}, "step-00000012")

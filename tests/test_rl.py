@@ -1040,3 +1040,17 @@ def test_ranks_draw_the_same_and_one_of_them_counts_what_is_left_out(model, enco
     for rank in (0, 1):
         with pytest.raises(BadSample):
             drawn(rank, strict=True)
+
+
+def test_an_update_in_no_part_is_refused():
+    with pytest.raises(ValueError, match="--accumulate 0: at least 1"):
+        oddities(replace(SMALL, accumulate=0))
+
+
+def test_between_two_rewards_somebody_looks_whether_to_stop(monkeypatch):
+    """Rewards may take minutes each: a stop is heard after every one."""
+    looked = []
+    monkeypatch.setattr(rollout, "check_stop", lambda: looked.append(True))
+    completions = [("3", None, True)] * 3
+    assert rollout.earned(lambda *_: {"reward": 1.0}, completions) == [{"reward": 1.0}] * 3
+    assert len(looked) == 3

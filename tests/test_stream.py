@@ -21,6 +21,7 @@ from PIL import Image
 import data.encode
 from data.encode import Encoder
 from data.readers import Folder
+from data.remote import StoreError
 from data.sample import BadSample, Faults, Message, Sample
 from data.steps import Batches
 from data.stream import (
@@ -34,6 +35,8 @@ from data.stream import (
     Share,
     Stream,
     Walk,
+    Workers,
+    fault_of,
     read_sample,
 )
 
@@ -483,3 +486,25 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(alive, workers))
+
+
+def test_a_store_that_is_away_is_nobodys_fault():
+    """It ends the reading, and is counted against no record."""
+    with pytest.raises(StoreError):
+        fault_of(StoreError("s3://b: no answer"), "sample 3")
+    assert fault_of(KeyError("x"), "sample 3").reason == "unexpected KeyError"
+
+
+def test_workers_that_die_again_and_again_are_not_replaced_for_ever(monkeypatch):
+    """Each death counts: a machine without memory kills them as fast as they are made."""
+    opened = []
+    workers = Workers.__new__(Workers)
+    workers.count = 2
+    workers.deaths = 0
+    workers.generation = 0
+    workers.close = lambda: None
+    workers.open = lambda: opened.append(True)
+    with pytest.raises(ValueError, match="died .* times in a row"):
+        for _ in range(100):
+            workers.replace()
+    assert 0 < len(opened) < 20

@@ -90,6 +90,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("moe.py", "own = routing.logits.topk(k, dim=-1).indices", "(+1)"): MATRIX,
     ("moe.py", "weights = probabilities.gather(-1, chosen)", "(+1)"): MATRIX,
     ("moe.py", "chosen = scores.topk(k, dim=-1).indices", "(+1)"): MATRIX,
+    ("moe.py", "gate, up = z.chunk(2, dim=-1)", "(+1)"): MATRIX,
+    ("moe.py", "d_z = torch.cat([d_gate, d_up], dim=-1)  # (S*K, 2I)", "(+1)"): MATRIX,
+    (
+        "moe.py",
+        "share = load / load.sum(-1, keepdim=True).clamp_min(1e-9)",
+        "2e-09",
+    ): "it only keeps zero from being divided by zero",
+    ("infra/checkpoint.py", "time.sleep(0.02)", "0.04"): "how often it looks, not what it finds",
     ("moe.py", "order = expert.argsort(stable=True)", "False"): "any order within an expert is one",
 }
 
