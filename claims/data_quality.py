@@ -336,7 +336,8 @@ def scale_arms(lab: Lab, seed: int) -> Iterator[Arm]:
     captions = captions_of_asked(lab.sized(max(SIZES)), seed)
     rows = questions_from_captions(captions, seed, QUESTIONS_A_CAPTION)
     for size in SIZES:
-        yield Arm(f"{size} captions", rows[: lab.sized(size)], lab.sized(SCALE_STEPS))
+        number = lab.sized(size)
+        yield Arm(f"{number:,} captions", rows[:number], lab.sized(SCALE_STEPS))
 
 
 def captions_of_asked(number: int, seed: int, test: bool = False) -> list[Sample]:

@@ -602,7 +602,7 @@ def curation_blocks() -> dict[str, str | None]:
         "judges": "judges3/table.md",
         "data-quality": "data-quality/effects.md",
         "quick": "data-quality/quick.md",
-        "scale": "data-quality-long/scale.md",
+        "scale": "data-quality/scale.md",
         "classes": "sets/classes.md",
         "videos": "sets/videos.md",
         "chains": "sets/chains.md",
