@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import traceback
 from dataclasses import replace
@@ -82,6 +83,11 @@ class Session:
         self.child, self.terminal = pty.fork()
         if self.child == 0:
             become_chat(options, environment)
+
+        # Ctrl-C empties a terminal's queues: what the chat answers to it could be lost with them
+        modes = termios.tcgetattr(self.terminal)
+        modes[3] |= termios.NOFLSH
+        termios.tcsetattr(self.terminal, termios.TCSANOW, modes)
         self.until("> ")
 
     def until(self, mark: str) -> str:
