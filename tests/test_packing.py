@@ -831,17 +831,3 @@ def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumu
     )
     for how, parts in steps.items():
         assert (gradient(parts) - alone).norm() <= 1e-5 * alone.norm(), how
-
-
-def test_the_last_micro_batch_of_a_step_is_named_as_such(model, encoder, tokenizer, monkeypatch):
-    """Sharded gradients are added up across ranks with the last one: it must be that, and no other."""
-    told = []
-    monkeypatch.setattr("train.begin_micro_batch", lambda *_, last: told.append(last))
-    parts = [collate([[encoder(world.sample(i, 1, EVERY))]], 512, tokenizer.pad) for i in range(3)]
-    caught = Caught(list(model.parameters()))
-    one_step(model, [caught], parts, answers_of_stage, 1.0, Stage(), parallel.Ranks())
-    assert told == [False, False, True]
-
-
-def answers_of_stage(model, batch, stage):
-    return answers(model, batch)

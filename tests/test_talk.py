@@ -241,8 +241,7 @@ def test_control_c_ends_the_answer_and_not_the_talk(directory, monkeypatch, toke
     assert "red" in session.type("/history")  # what was said until then stays
 
     # on an empty line it only says how to leave
-    os.write(session.terminal, b"\x03")
-    assert "leaves" in session.until("> ")
+    assert "leaves" in session.interrupt()
     assert session.leave("\x04") == 0
 
 

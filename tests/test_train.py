@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, answers, made_up
+from conftest import EVERY, SHARED, answers, made_up
 
 import pretrain
 import recipe
 import rl
 import sft
 import train as loop
-from data.world import corpus
+from data.world import corpus, sample
 from infra.keeper import get_rng, set_rng
 from infra.run_directory import RunDirectory
 from objective import loss_by_task, mean_by_task
+from packing import collate
 from recipe import THINK
+from scale import parallel
 from stage import PARTS, Stage
 from tokenizer import Tokenizer, train_bpe
 from train import train
@@ -405,3 +407,29 @@ if __name__ == "__main__":
         image_token_id=tokenizer.image,
     )
     GOLDEN.write_text(json.dumps(golden(config, tokenizer), indent=1) + "\n")
+
+
+class NoStep:
+    """In an optimizer's place: it changes nothing."""
+
+    param_groups = [{"lr": 0.0, "scale": 1.0}]
+
+    def step(self):
+        return None
+
+    def zero_grad(self):
+        return None
+
+
+def test_the_last_micro_batch_of_a_step_is_named_as_such(model, encoder, tokenizer, monkeypatch):
+    """Sharded gradients are added up across ranks with the last one: it must be that, and no other."""
+    told = []
+    monkeypatch.setattr(loop, "begin_micro_batch", lambda *_, last: told.append(last))
+    documents = [encoder(sample(i, 1, EVERY)) for i in range(3)]
+    parts = [collate([[document]], 512, tokenizer.pad) for document in documents]
+
+    def objective(model, batch, stage):
+        return answers(model, batch)
+
+    loop.one_step(model, [NoStep()], parts, objective, 1.0, Stage(), parallel.Ranks())
+    assert told == [False, False, True]
