@@ -16,9 +16,10 @@ import pytest
 import tyro
 from conftest import ROOT
 
+from curation.__main__ import CONTENTS
 from tools import picture, readme
 
-PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "curation/README.md")
 
 
 def text_of(page: str) -> str:
@@ -137,7 +138,7 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", text_of(page)):
             if not target.startswith("https://"):
-                assert (ROOT / target).exists(), f"{page}: {target}"
+                assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
 def named_places() -> list[tuple[str, str]]:
@@ -274,3 +275,17 @@ def test_every_open_requirement_has_its_reason_and_no_place_of_a_machine_is_name
     for name in ("core", "check", "data", "test", "bench", "real", "serve"):
         for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
             assert "#" in line, f"{name}.txt: {line}"
+
+
+def test_the_contents_of_curation_name_every_command_of_the_room():
+    """Each entry's function stands in its file, and no file that is a command is left out."""
+    places = [e.place.split(":") for chapter in CONTENTS.values() for e in chapter]
+    for module, function in places:
+        file = ROOT / (module.replace(".", "/") + ".py")
+        assert f"\ndef {function}(" in file.read_text(encoding="utf-8"), f"{module}: {function}"
+    commands_here = {
+        f"curation.{file.stem}"
+        for file in (ROOT / "curation").glob("[!_]*.py")
+        if "__main__" in file.read_text(encoding="utf-8")
+    }
+    assert commands_here == {module for module, _ in places}

@@ -3,6 +3,7 @@
     python -m tests.campaign                                  everything, under 40 minutes on two idle cores
     python -m tests.campaign --only kills --count 20          a part, with fewer cases
     python -m tests.campaign --only fuzz --targets tar tsv --count 2000
+    python -m tests.campaign --only hostile                   requests to the server; `--only mutants`
     python -m tests.campaign --page                           write the page of what is known, run nothing
     python -m tests.campaign --page --any-code                each case on the code that it ran on last, named
 
@@ -25,7 +26,8 @@ from tests.campaign import mutants
 from tests.campaign.ledger import FOLDER, ROOT, Ledger, Row, commit
 
 PAGE = Path(__file__).parent / "README.md"
-LANES = (("soak", "fuzz", "hostile"), ("kills", "disks", "damage", "ranks", "determinism"))
+LANES = (("soak", "fuzz"), ("kills", "disks", "damage", "ranks", "determinism"))
+ALONE = ("hostile", "mutants")  # each by a command of its own
 PARTS = ("kills", "disks", "damage", "ranks", "fuzz", "determinism", "soak", "hostile", "mutants")
 TITLES = {
     "kills": "Kills and stops",
@@ -127,8 +129,7 @@ def table_of(parts: tuple[str, ...]) -> tuple[str, bool]:
     for part in parts:
         found = rows_of(part)
         if not found:
-            # (mutants are sampled by a command of their own)
-            held = held and part == "mutants"
+            held = held and part in ALONE
             lines += ["", f"## {TITLES[part]}", "", "Not run on this code."]
             continue
         lines += [
