@@ -11,8 +11,10 @@ import resource
 import shutil
 import signal
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -790,3 +792,20 @@ def test_a_state_of_step_zero_is_none_the_worse_for_it():
     """A roll-back may begin again at step 0; a negative step is odd."""
     assert odd_state({"step": 0, "executed": 12}, "step-00000012") is None
     assert "step is -1" in odd_state({"step": -1}, "step-00000012")
+
+
+@pytest.mark.parametrize("come", [True, False])
+def test_ranks_that_share_the_weights_save_together_or_not_at_all(monkeypatch, come):
+    """Told to stop inside their data: no rank has a whole checkpoint, so all of them must be there."""
+    saved = []
+    keeper = Keeper.__new__(Keeper)
+    keeper.signals = SimpleNamespace(busy=nullcontext)
+    keeper.marked = {"step": 3}
+    keeper.writers = SimpleNamespace(size=2)
+    keeper.ranks = SimpleNamespace(main=False)
+    keeper.close = lambda: None
+    keeper._save_marked = lambda: saved.append(True)
+    monkeypatch.setattr("infra.keeper.parallel.all_come", lambda *_: come)
+    with pytest.raises(SystemExit):
+        keeper.leave()
+    assert saved == [True] * come

@@ -92,13 +92,6 @@ def test_whoever_stops_taking_steps_leaves_no_reader_behind(encoder, monkeypatch
     assert closed == [True]
 
 
-def test_memory_is_pinned_where_the_accelerator_can(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    packing.can_pin.cache_clear()
-    assert packing.can_pin()
-    packing.can_pin.cache_clear()
-
-
 def test_a_step_weighs_and_is_made_a_micro_batch_at_a_time(encoder, tokenizer, monkeypatch):
     """The weight is there before any pixel is stacked, and one micro-batch is stacked at a time."""
     made = []

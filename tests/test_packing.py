@@ -17,6 +17,7 @@ from conftest import EVERY, answers
 from PIL import Image
 from test_data import record
 
+import packing
 from bench.packing_rules import (
     PackingOptions,
     Size,
@@ -831,3 +832,10 @@ def test_packed_gradients_are_those_of_single_documents_for_any_ranks_and_accumu
     )
     for how, parts in steps.items():
         assert (gradient(parts) - alone).norm() <= 1e-5 * alone.norm(), how
+
+
+def test_memory_is_pinned_where_the_accelerator_can(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    packing.can_pin.cache_clear()
+    assert packing.can_pin()
+    packing.can_pin.cache_clear()
