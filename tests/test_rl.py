@@ -1054,3 +1054,13 @@ def test_between_two_rewards_somebody_looks_whether_to_stop(monkeypatch):
     completions = [("3", None, True)] * 3
     assert rollout.earned(lambda *_: {"reward": 1.0}, completions) == [{"reward": 1.0}] * 3
     assert len(looked) == 3
+
+
+def test_a_rank_without_a_share_runs_the_same_modules_at_weight_zero():
+    """Two ranks, one completion: the other rank's forward is there for collectives, and counts nothing."""
+    batches = rollout.Rollouts.__new__(rollout.Rollouts)
+    batches.queue = [["a completion"]]
+    batches.ranks = SimpleNamespace(rank=1, size=2)
+    batches.pack = lambda part, empty=False: (part, empty)
+    batches.parts_of = lambda minibatch, rank: [minibatch] if rank == 0 else []
+    assert batches.micro_batches() == [(["a completion"], True)]
