@@ -531,7 +531,11 @@ def test_a_real_pipe(directory, pictures):
 def test_make_chat_knows_both_toys_and_any_directory():
     def command(*words: str) -> str:
         done = subprocess.run(
-            ["make", "-n", "chat", *words], cwd=ROOT, capture_output=True, text=True
+            ["make", "--no-print-directory", "-n", "chat", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         return done.stdout.splitlines()[-1]
 
