@@ -209,9 +209,6 @@ def open_annotator(options: AnnotatorOptions, seed: int = 0) -> Annotator:
         if ranks.main:
             chat.check()
         return Endpoint(chat, prompts)
-
-    # The one that knows scenes is asked for last, so that nobody else needs the drawn world
-
     return Oracle(options.noise, seed)
 
 

@@ -611,6 +611,8 @@ def curation_blocks() -> dict[str, str | None]:
         "titles": "titles.md",
     }
     blocks = {name: tables_in(f"runs/curation/{path}") for name, path in runs.items()}
+    printed = [tables_in(f"runs/{path}") for path in ("thousand.txt", "thousand/check.txt")]
+    blocks["charts"] = "```\n{}\n{}\n```".format(*printed) if all(printed) else None
     return {"contents": contents_table()} | blocks
 
 
