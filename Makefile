@@ -48,10 +48,10 @@ test-slow: $(VENV)/test   ## 3 min    the tests that take more than a few second
 test-all: $(VENV)/test    ## 6 min    every test
 	$(PYTEST)
 
-faults: $(VENV)/test     ## 40 min   kills, full disks, damage, hostile input: the real scripts; goes on where it was
+faults: $(VENV)/test     ## 40-70 min kills, full disks, damage, hostile input: the real scripts; goes on where it was
 	$(PY) -m tests.campaign
 
-mutants: $(VENV)/test    ## 1 h      one wrong thing at a time in nine files: does the quick suite notice?
+mutants: $(VENV)/test    ## 1 h      one wrong thing at a time in thirteen files: does the quick suite notice?
 	$(PY) -m tests.campaign --only mutants
 
 readme: $(VENV)/core      ## 10 s     regenerate what README.md and RESULTS.md claim, from runs/ and the tree

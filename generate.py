@@ -32,13 +32,14 @@ from torch import Tensor
 
 from attention import Attend, Segments, packed_attention
 from data.encode import Encoder
-from data.images import frames_of, normalise, open_image
+from data.images import frames_of, open_image
 from data.sample import MAX_FRAMES, Message, Sample, Video
 from infra.checkpoint import fault
 from infra.cli import command
 from infra.config import read_config
-from infra.device import pick_device
+from infra.device import pick_device, torch_type
 from infra.text import printable
+from talk.inside import pixels_on
 from talk.page import check_page_path, view_of, write_view
 from tokenizer import Tokenizer
 from vlm import SailVL
@@ -261,11 +262,7 @@ def prompt_logits(
     llm = model.language_model
     device = llm.lm_head.weight.device
     packed = torch.tensor([i for row in ids for i in row], device=device)[None]  # (1, S)
-    pixels = normalise(images) if images else None
-    if isinstance(pixels, list):
-        pixels = [image.to(device) for image in pixels]
-    elif pixels is not None:
-        pixels = pixels.to(device)
+    pixels = pixels_on(device, images)
 
     # through the model; only the last token of each is asked for the next
     hidden = llm(model.embed(packed, pixels), segments.positions(), attend)  # (S, C)
@@ -496,6 +493,14 @@ def user_turn(seen: list[Any], text: str) -> Message:
 
 
 def answer_prompt(options: GenerateOptions) -> None:
+    """Print the answer as it is written, or several when all are there.
+
+    Raises ValueError and OSError for what a user did wrong.
+    """
+    for name in ("max_new", "samples"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+
     # mistakes first: a large model takes minutes to read
     pick_device(options.device)
     build_question(options, "")
@@ -503,7 +508,7 @@ def answer_prompt(options: GenerateOptions) -> None:
         check_page_path(options.show)
         if options.samples > 1:
             raise ValueError("--show looks into one answer: leave out --samples")
-    model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
+    model, tokenizer = load_model(options.model, options.device, torch_type(options.dtype))
     sample = build_question(options, tokenizer.think_prompt)
     encoder = Encoder(tokenizer, model.config)
     prompt = encoder.prompt(sample)

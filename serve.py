@@ -10,7 +10,8 @@ answers are shared (serving/batching.py), the protocol is the one that everyone'
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="final", messages=[{"role": "user", "content": "2 + 3"}])
 
-Told to stop (SIGTERM, Ctrl-C), it takes no more requests and finishes those that it has.
+Told to stop (SIGTERM, Ctrl-C), it takes no more requests, and finishes those that it has
+within `--grace` seconds.
 """
 
 import os
@@ -59,6 +60,11 @@ def check_options(options: ServeOptions) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}"
             )
+    for name, most in (("port", 65535), ("temperature", 2), ("patience", 3600), ("grace", 3600)):
+        if not 0 <= getattr(options, name) <= most:
+            raise ValueError(f"--{name} {getattr(options, name)}: from 0 to {most}")
+    if options.patience < 1:
+        raise ValueError(f"--patience {options.patience}: at least 1, or nobody is quick enough")
     read_key(options.key_name)
     if not options.model.is_dir():
         raise ValueError(
@@ -85,7 +91,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_desk(options: ServeOptions, local: bool):
-    """The model, and everything that may be asked of it. local: only this machine can reach it."""
+    """The model, and everything that may be asked of it. local: only this machine can reach it.
+
+    Raises ValueError for what is no model, or when the cache finds no memory."""
     # other commands have no use for a web server
     from data.encode import Encoder
     from serving.api import HERE, Desk

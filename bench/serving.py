@@ -1,8 +1,9 @@
 """How much is gained when everyone shares the steps? serve.py over HTTP, and transformers in a batch.
 
 What it teaches: what continuous batching is for. The same requests are sent one after another, then
-sixteen at a time; and transformers' `generate` answers the same prompts as one padded batch, the way
-people do it who have all questions at hand. The three take turns, and the best time of each counts.
+sixteen at a time, whole and streamed; and transformers' `generate` answers the same prompts as one padded
+batch, the way people do it who have all questions at hand. The four take turns, and the best time of each
+counts.
 
     serve.py, a process <-- HTTP --> 1 client, 16 clients, 16 streaming clients   -> tokens a second
     transformers, the same weights: one batch of 16, left-padded                  -> the same greedy text?
@@ -86,8 +87,10 @@ def ask_server(port: int, question: str, max_new: int, streaming: bool = False) 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     kind = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), kind)
-    raw = connection.getresponse().read()
+    response = connection.getresponse()
+    raw = response.read()
     connection.close()
+    assert response.status == 200, f"the server refused: {raw[:300]!r}"
     if not streaming:
         return json.loads(raw)["choices"][0]["message"]["content"]
 
@@ -100,9 +103,8 @@ def ask_server(port: int, question: str, max_new: int, streaming: bool = False) 
 
 def questions_by_length(options: ServingOptions) -> list[str]:
     """Texts from 1/n of the longest to the longest, no two alike."""
-    text = (
-        "how many of the red things that are left of the blue one are larger than it, and why? " * 9
-    )
+    text = "how many of the red things that are left of the blue one are larger than it, and why? "
+    text *= (options.longest + options.clients) // len(text) + 1
     lengths = [options.longest * (i + 1) // options.clients for i in range(options.clients)]
     return [text[i : i + length] for i, length in enumerate(lengths)]
 
@@ -122,7 +124,9 @@ def their_batch(
 
 
 def race_serving(options: ServingOptions) -> None:
-    """Print tokens a second of all four."""
+    """Print tokens a second of all four. Raises ValueError for more clients than characters."""
+    if not 1 <= options.clients <= options.longest:
+        raise ValueError("--clients: at least 1, and at most --longest (no question is empty)")
     torch.set_num_threads(options.threads)
     sizes = DecodingOptions(width=options.width, layers=options.layers)
     model, theirs = two_decoders(sizes)

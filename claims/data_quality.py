@@ -17,7 +17,7 @@ many steps, the same held-out pictures; what differs is the data.
     scale       questions made of captions, more and more of them, each set read for as many steps:
                 accuracy over log samples (Caption2QA)
 
-    python -m claims.data_quality                          # all, a quarter of an hour of one core; resumes
+    python -m claims.data_quality                          # all, about a quarter of an hour of one core
     python -m claims.data_quality --only filter --seeds 1  # a part
 
 Prints a table for each study and one of all effects (score: mean F1 of captions, or accuracy, over held-out

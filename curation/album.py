@@ -207,8 +207,11 @@ def rows_by_picture(path: Path) -> dict[str, dict]:
     """The rows of a file under the names of their pictures' files. Raises ValueError for other rows."""
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        name = row["facts"].get("file") or Path(row["images"][0]).name
+        try:
+            row = json.loads(line)
+            name = row["facts"].get("file") or Path(row["images"][0]).name
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: a row without facts or picture: {line[:80]}") from error
         rows[name] = row
     return rows
 

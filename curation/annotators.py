@@ -20,7 +20,7 @@ changed without changing code.
     --annotator.oracle --annotator.noise 0.1
 
 Not published: the paper's prompts and models ("LVM API"). All prompts are ours, but for the three
-ratings of prompts/ratings.txt, whose scales follow SAIL-VL (arXiv 2501.05952, appendix I).
+ratings of prompts/ratings.txt, whose scales follow SAIL-VL (arXiv 2501.05952, appendix F).
 """
 
 from dataclasses import dataclass

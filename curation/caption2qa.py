@@ -42,8 +42,9 @@ from typing import Iterable, Sequence
 
 from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import words
-from curation.captioner import caption_in, newly_said, shown_pictures
-from curation.pipeline import Item, PipelineOptions, run_pipeline
+from curation.captioner import MARKED, caption_in, newly_said, shown_pictures
+from curation.pipeline import Item, PipelineOptions
+from curation.questions import walk_and_report
 from curation.requests import Annotator, Request, Response, generator_of, json_in
 from data.sample import Message, Sample
 from graders import same_answer, yes_or_no
@@ -59,9 +60,6 @@ MENTION = re.compile(
     r"|描述|图注|说明文字|文中|上文|根据文字",
     re.IGNORECASE,
 )
-MARKUP = re.compile(
-    r"</?think>|\\boxed|<image>|<video>"
-)  # of conversations and chains: no part of a text
 UNANSWERABLE = re.compile(r"\W*(unanswerable|无法回答|不知道)", re.IGNORECASE)
 EITHER_OR = re.compile(r"\bor\b|还是", re.IGNORECASE)
 EMPTY_WORDS = frozenset(
@@ -110,7 +108,7 @@ def stands_in(answer: str, caption: str) -> bool:
 
 def fault_of_pair(question: str, answer: str, earlier: Iterable[str]) -> str:
     """What is wrong with a pair by itself, "" for nothing."""
-    if MARKUP.search(question) or MARKUP.search(answer):
+    if MARKED.search(question) or MARKED.search(answer):
         return "holds markup"
     if MENTION.search(question) or MENTION.search(answer):
         return "mentions the caption"
@@ -491,9 +489,8 @@ class QuestionOptions:
 
     count: int = 5  # questions that are asked for, a caption
     templates: Path | None = None  # patterns and questions, for an annotator that writes no JSON
-    verify: bool = (
-        True  # ask again where the caption's words cannot tell whether an answer is in it
-    )
+    # ask again where the caption's words cannot tell whether an answer is in it
+    verify: bool = True
     look: bool = False  # ask the picture too; pairs stay where it says the same
     least_agreement: float = 0.0  # with --look: a sample with a smaller share of such pairs goes
     alike: int = 100  # times that the same question with the same answer may stand in the set
@@ -513,6 +510,10 @@ def question_steps(
     """The steps over chunks, from captions to checked pairs."""
     if options.count < 1:
         raise ValueError("--questions.count must be positive")
+    if not 0 <= options.least_agreement <= 1:
+        raise ValueError("--questions.least-agreement is a share, between 0 and 1")
+    if options.least_agreement and not options.look:
+        raise ValueError("--questions.least-agreement is of what --questions.look says: give both")
     steps: list[OverPairs] = []
     if options.templates:
         steps.append(TemplateQuestions(annotator, options.templates, options.count, seed, needed))
@@ -526,16 +527,11 @@ def question_steps(
 
 def write_questions(options: Caption2QAOptions) -> None:
     """From files to files."""
-    parallel.start()
+    ranks = parallel.start()
     annotator = open_annotator(options.annotator, options.seed)
     steps = question_steps(options.questions, annotator, options.seed, needed=True)
     over_all = [AlikePairs(options.questions.alike), PairsAsTurns()]
-    outcome = run_pipeline(options, steps, over_all)
-    if parallel.place()[0] == 0:
-        print(outcome.report())
-        print(annotator.report())
-        print(f"wrote {options.out}")
-    parallel.stop()
+    walk_and_report(options, ranks, steps, over_all, annotator)
 
 
 if __name__ == "__main__":

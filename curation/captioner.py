@@ -30,8 +30,9 @@ import tyro
 
 from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import answers_as_text, ngrams
-from curation.pipeline import Item, PipelineOptions, run_pipeline
-from curation.requests import Annotator, Prompts, Request, Response, generator_of
+from curation.pipeline import Item, PipelineOptions
+from curation.questions import AskStep, refuses, walk_and_report
+from curation.requests import Annotator, Prompts, Request, generator_of
 from data.formats import DESCRIBE
 from data.sample import Message, Sample
 from infra.cli import command
@@ -40,14 +41,8 @@ from scale import parallel
 # What grading knows of an old answer is not true of a new one.
 OF_THE_ANSWER = ("answer", "chain", "question", "family", "grader", "category")
 
-REFUSAL = re.compile(
-    r"\W*(i['’]?m sorry|i am sorry|sorry[,.]|i can(no|['’])t|i am unable|i['’]?m unable|as an ai\b"
-    r"|抱歉|对不起|很遗憾|我无法|无法(描述|查看|识别)|作为一个?(ai|人工智能))",
-    re.IGNORECASE,
-)
-MARKED = re.compile(
-    r"</?think>|\\boxed|<image>|<video>"
-)  # half of a chain, or of a row, is no caption
+# Of conversations and chains: no part of a caption, or of a question about it.
+MARKED = re.compile(r"</?think>|\\boxed|<image>|<video>")
 LONGEST = 6000  # characters of a caption
 ALIKE = 4  # times that the same four words may stand in one
 
@@ -87,7 +82,7 @@ def newly_said(sample: Sample, question: str, answer: str, **facts) -> Sample:
 # ------------------------------------------------------------------------------------------- step
 
 
-class WriteCaption:
+class WriteCaption(AskStep):
     """Every sample gets a caption; its old text becomes `facts.alt_text`.
 
     with_alt: the share of samples whose alt-text the annotator is shown. request: what the new row
@@ -106,19 +101,13 @@ class WriteCaption:
     ):
         if not 0 <= with_alt <= 1:
             raise ValueError("--with-alt is a share, between 0 and 1")
-        self.annotator = annotator
+        super().__init__(annotator)
         self.prompts = prompts
         self.with_alt = with_alt
-        self.request = request
+        self.asks = request
         self.seed = seed
 
-    def __call__(self, items: list[Item]) -> None:
-        requests = [self.asked(item) for item in items]
-        responses = self.annotator.annotate(requests)
-        for item, request, response in zip(items, requests, responses, strict=True):
-            self.mark(item, request, response)
-
-    def asked(self, item: Item) -> Request:
+    def request(self, item: Item) -> Request:
         """With the alt-text or without, by the sample's own random number."""
         sample = item.sample
         alt_text = alt_text_of(sample)
@@ -128,19 +117,17 @@ class WriteCaption:
             return Request("caption_with_alt", fields, shown_pictures(sample), sample)
         return Request("caption", {}, shown_pictures(sample), sample)
 
-    def mark(self, item: Item, request: Request, response: Response) -> None:
+    def read(self, item: Item, reply: str) -> None:
         # A caption that is none
-        if response.text is None:
-            item.drop(self.name, why_unanswered(response))
-            return
-        caption = response.text.strip()
+        caption = reply.strip()
         fault = fault_of_caption(caption)
         if fault:
             item.drop(self.name, fault)
             return
 
         # A new row, which remembers what stood there
-        asked = self.request or self.prompts.text(request)
+        request = self.request(item)
+        asked = self.asks or self.prompts.text(request)
         written = newly_said(item.sample, asked, caption)
         shown = request.task == "caption_with_alt"
         alt_text = alt_text_of(item.sample)
@@ -149,16 +136,11 @@ class WriteCaption:
         item.change(self.name, written, why, alt_text=alt_text, caption=caption, captioner=by)
 
 
-def why_unanswered(response: Response) -> str:
-    """Why a sample goes that has no answer."""
-    return response.fault if response.lost else f"no answer: {response.fault}"
-
-
 def fault_of_caption(caption: str) -> str:
     """Why a reply is no caption, "" when it is one: empty, refused, endless or going round."""
     if not caption:
         return "empty caption"
-    if REFUSAL.match(caption):
+    if refuses(caption):
         return f"refused: {caption[:100]}"
     if MARKED.search(caption):
         return f"holds markup: {caption[:100]}"
@@ -193,16 +175,11 @@ class ReferenceOptions(CaptionOptions):
 
 def caption_files(options: CaptionOptions) -> None:
     """From files to files."""
-    parallel.start()
+    ranks = parallel.start()
     annotator = open_annotator(options.annotator, options.seed)
     prompts = Prompts(options.annotator.prompts)
     step = WriteCaption(annotator, prompts, options.with_alt, options.request, options.seed)
-    outcome = run_pipeline(options, [step])
-    if parallel.place()[0] == 0:
-        print(outcome.report())
-        print(annotator.report())
-        print(f"wrote {options.out}")
-    parallel.stop()
+    walk_and_report(options, ranks, [step], annotator=annotator)
 
 
 def captioner(

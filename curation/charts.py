@@ -14,7 +14,7 @@ each can be read and each answer is right.
     python -m curation.charts --count 1000 --out charts.jsonl --annotator.url http://localhost:8000/v1 ...
 
 A toy reads them as well: shapes alone, in 64 x 64 pixels, seen whole. Answers of held-out charts, and what
-never looking would score (RESULTS.md):
+never looking would score (LOG.md):
 
     python -m curation.charts --count 3000 --questions 5 --out train.jsonl --plain --pixels 64 --caption false
     python -m curation.charts --count 1000 --questions 1 --out held.jsonl --seed 1 --plain --pixels 64 \\

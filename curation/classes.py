@@ -358,6 +358,8 @@ def classes_table(paths: Sequence[Path], seed: int = 0) -> list[str]:
     lines.append("|---" * 8 + "|")
     for path in paths:
         samples = Folder(path).first()
+        if not samples:
+            raise ValueError(f"{path}: no sample that can be read")
         labels = [label_of(sample) for sample in samples]
         cells = [path.stem, f"{len(samples):,}", f"{len(set(labels))}"]
         cells += [f"{entropy_of(labels):.2f}", f"{math.log2(len(set(labels))):.2f}"]
@@ -409,17 +411,20 @@ def balance_classes(options: ClassOptions) -> None:
     even = EvenOver("even over buckets", bucket_of, options.share, options.seed)
     ranks = parallel.start()
     annotator = open_annotator(options.annotator, options.seed)
-    embedded = Embedded(*embedder_of(options, annotator))
+    embedded = Embedded(*embedder_of(options, annotator, ranks.device))
     clustered = Clustered(options.buckets, options.seed)
     walk_and_report(
         options, ranks, [Phrased(annotator), embedded], [clustered, even], annotator=annotator
     )
 
 
-def embedder_of(options: ClassOptions, annotator) -> tuple[SailVL, Tokenizer]:
-    """The model that makes vectors. Raises ValueError when none is named."""
+def embedder_of(options: ClassOptions, annotator, here: str) -> tuple[SailVL, Tokenizer]:
+    """The model that makes vectors, on the device `here` unless the options name another.
+
+    Raises ValueError when no model is named.
+    """
     if options.embedder is not None:
-        device = pick_device(options.annotator.device)
+        device = pick_device(options.annotator.device, here)
         return load_model(options.embedder, device, torch_type(options.annotator.dtype))
     if isinstance(annotator, OwnModel):
         return annotator.model, annotator.tokenizer

@@ -450,6 +450,8 @@ def quick_evaluation(options: QuickOptions) -> None:
         raise ValueError(f"--mix {options.mix}: a ranking needs two data sets that can be read")
 
     # Equally many records, equally many steps
+    if options.amount < 0:
+        raise ValueError("--amount must not be negative; 0 is a quarter of the smallest data set")
     amount = options.amount or max(1, min(sizes.values()) // 4)
     steps = options.stage.steps
     short = []

@@ -43,7 +43,8 @@ from tyro.conf import subcommand
 
 from curation.annotators import AnnotatorOptions, as_question, open_annotator
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_lines
-from curation.requests import Annotator, Prompts, Request, Response, json_in
+from curation.questions import AskStep
+from curation.requests import Annotator, Prompts, Request, Response, json_in, why_unanswered
 from data.readers import Folder
 from data.sample import BadSample, Message, Sample
 from graders import split_think, yes_or_no
@@ -126,32 +127,27 @@ def is_low(said: int | str | None) -> bool:
     return said != "yes"
 
 
-class Judging:
-    """A step that asks a judge about every caption; `mark` says what becomes of an item by what was said."""
+class Judging(AskStep):
+    """A step that asks a judge about every caption.
+
+    outcome: marks an item by what was said of it: (item, question, what was read, response).
+    """
 
     def __init__(
         self,
         question: str,
         annotator: Annotator,
-        mark: Callable[[Item, str, int | str | None, Response], None],
+        outcome: Callable[[Item, str, int | str | None, Response], None],
     ):
+        super().__init__(annotator)
         self.name = question
-        self.annotator = annotator
-        self.mark = mark
+        self.outcome = outcome
 
-    def __call__(self, items: list[Item]) -> None:
-        # What has a caption
-        asked = []
-        requests = []
-        for item in items:
-            try:
-                requests.append(caption_request(self.name, item.sample))
-                asked.append(item)
-            except BadSample as fault:
-                item.drop(self.name, str(fault))
+    def request(self, item: Item) -> Request:
+        return caption_request(self.name, item.sample)
 
-        for item, response in zip(asked, self.annotator.annotate(requests)):
-            self.mark(item, self.name, read_reply(self.name, response), response)
+    def mark(self, item: Item, response: Response) -> None:
+        self.outcome(item, self.name, read_reply(self.name, response), response)
 
 
 def note(item: Item, question: str, said: int | str | None, response: Response) -> None:
@@ -174,16 +170,18 @@ def drop_low(item: Item, question: str, said: int | str | None, response: Respon
 
 
 def remember(item: Item, question: str, said: int | str | None, response: Response) -> None:
-    """measure: nobody is dropped, not even for a reply that cannot be read."""
-    item.keep(question, str(said), **{f"judge_{question}": said})
+    """measure: nobody is dropped, not even for a reply that cannot be read; what a server did not
+    answer is no judgement, and the next run asks again."""
+    if response.lost:
+        item.drop(question, response.fault)
+    else:
+        item.keep(question, str(said), **{f"judge_{question}": said})
 
 
 def reason_of_no_reply(response: Response) -> str:
     """Why a reply is none, with its class first."""
-    if response.lost:
-        return response.fault
     if response.text is None:
-        return f"not answered: {response.fault}"
+        return why_unanswered(response)
     return f"unreadable reply: {response.text[:100]}"
 
 
@@ -477,6 +475,8 @@ class UniformOptions(PipelineOptions):
 
 
 def uniform_captions(options: UniformOptions) -> None:
+    if (options.chain or options.prompts) and not options.train:
+        raise ValueError("--chain and --prompts are of a judge's lessons: give --train with them")
     over_all: list = [Uniform(options.dimension, options.size, options.seed)]
     if options.train:
         suffix = "_yesno" if options.train == "yesno" else ""

@@ -25,7 +25,6 @@ Source: SAIL-VL2 sections 4.1 and 4.2.1 (the steps). Not published: prompts, pat
 Simplified: duplicates are found at the end, after they were asked about; a cache of replies makes them free.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass, field, replace
 
@@ -36,6 +35,7 @@ from curation.free_response import SENTENCE_END
 from curation.pipeline import Item, PipelineOptions
 from curation.questions import (
     AskStep,
+    digest_of_pictures,
     excerpt,
     last_question,
     pictures_in,
@@ -52,7 +52,6 @@ from data.encode import (
     text_of_message,
     truth_of,
 )
-from data.images import open_image
 from data.sample import BadSample, Message, Sample
 from graders import BOX, JUDGED, boxed, grade, plain, yes_or_no
 from infra.cli import command
@@ -410,16 +409,6 @@ class Fingerprinted:
                 item.keep(self.name, pixels=digest_of_pictures(item.sample))
             except BadSample as fault:
                 item.drop(self.name, str(fault))
-
-
-def digest_of_pictures(sample: Sample) -> str:
-    """Raises BadSample for a picture that cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
-    for picture in pictures_in(sample):
-        image = open_image(picture, sample.root, sample.origin)
-        digest.update(f"{image.size}".encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
 
 
 class Distinct:

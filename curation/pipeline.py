@@ -39,6 +39,8 @@ from data.formats import to_sample
 from data.mixture import Dataset
 from data.readers import Folder
 from data.sample import BadSample, Sample
+from evaluate import weights_digest
+from generate import weights_place
 from infra.text import printable
 from scale import parallel
 
@@ -145,6 +147,7 @@ class PipelineOptions:
             self.annotator = replace(annotator, cache=self.out.with_suffix(".replies.jsonl"))
 
 
+OF_DATA = ("data", "images")  # shards have versions of their own
 # These decide how fast, where and for whose money, not what.
 NO_OUTCOME = (
     "out",
@@ -322,8 +325,21 @@ def deciding(options: dict, inside: str = "") -> dict:
         if isinstance(value, dict):
             kept |= deciding(value, f"{spelled}.")
         elif name not in NO_OUTCOME:
-            kept[spelled] = str(value) if isinstance(value, Path) else value
+            kept[spelled] = value
+            if isinstance(value, Path):
+                kept[spelled] = str(value) if name in OF_DATA else content_of(value)
     return kept
+
+
+def content_of(path: Path) -> str:
+    """A path with a digest of what lies there: weights that were trained on, or templates that were
+    edited, are another annotator under the same name."""
+    if path.is_file():
+        return f"{path} {hashed(path.read_bytes())}"
+    try:
+        return f"{path} {weights_digest(weights_place(path))}"
+    except (ValueError, OSError):
+        return str(path)
 
 
 # --------------------------------------------------------------------------------------- the end

@@ -6,22 +6,23 @@ counted by, and costs the one sample that it is about.
 
     item --request--> Annotator --reply--> read --> kept or changed, with what was measured
              |            |                  `----> dropped: refused, no scores, off the scale, ...
-             |            `--> dropped: no answer
+             |            `--> dropped: no answer (no reply: the next run asks again)
              `--> dropped: a sample that cannot be asked about
 
     {"complexity": 3, "challenge": "2/5", "relevance": 4.0}  -> 3, 2, 4
     {"complexity": "7/10", ...}                               -> another scale
 """
 
+import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any, Mapping, Sequence
 
 from curation.pipeline import Item, PipelineOptions, PipelineStep, run_pipeline
-from curation.requests import Annotator, Request, Response, json_in
+from curation.requests import Annotator, Request, Response, json_in, why_unanswered
 from data.encode import last_answer, question_turns, text_of_message
-from data.images import frames_of
+from data.images import frames_of, open_image
 from data.sample import MAX_FRAMES, BadSample, Sample, Video
 from scale import parallel
 
@@ -31,7 +32,7 @@ QUOTED = 120  # characters of a reply that a history repeats
 REFUSAL = re.compile(
     r"\W*(?:(?:i(?:'|’)?m|i am) (?:very |really |so )?(?:sorry|unable|not able)|sorry\b|i apologi[sz]e"
     r"|i (?:can(?:no|'|’)?t|cannot|can not|won(?:'|’)t|will not|must decline)|as an ai\b|unfortunately\b"
-    r"|很?抱歉|对不起|我?无法|我?不能|作为(?:一个|一名)?(?:ai|人工智能))",
+    r"|很?抱歉|很遗憾|对不起|我?无法|我?不能|作为(?:一个|一名)?(?:ai|人工智能))",
     re.I,
 )
 
@@ -74,7 +75,7 @@ class AskStep:
 
     def mark(self, item: Item, response: Response) -> None:
         if response.text is None:
-            item.drop(self.name, f"no answer: {response.fault}")
+            item.drop(self.name, why_unanswered(response))
             return
         try:
             self.read(item, response.text)
@@ -113,6 +114,16 @@ def pictures_in(sample: Sample, frames: int = MAX_FRAMES) -> tuple:
             elif not isinstance(part, str):
                 pictures.append(part)
     return tuple(pictures)
+
+
+def digest_of_pictures(sample: Sample) -> str:
+    """What its pictures look like, in short. Raises BadSample for one that cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures_in(sample):
+        image = open_image(picture, sample.root, sample.origin)
+        digest.update(f"{image.size}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def last_question(sample: Sample) -> str:

@@ -45,11 +45,11 @@ from typing import Iterator
 from curation.annotators import AnnotatorOptions, open_annotator
 from curation.balance import ngrams
 from curation.caption2qa import AlikePairs, QuestionOptions, question_steps
-from curation.captioner import WriteCaption, caption_in, shown_pictures, why_unanswered
+from curation.captioner import WriteCaption, caption_in, shown_pictures
 from curation.judges import QUESTIONS, Judging, drop_low
 from curation.pipeline import Item, PipelineOptions, run_pipeline, write_lines
 from curation.report import ReviewOptions, write_review
-from curation.requests import Annotator, Prompts, Request, Response
+from curation.requests import Annotator, Prompts, Request, Response, why_unanswered
 from curation.side_by_side import pixel_hash
 from data.containers import SPANS
 from data.formats import DESCRIBE

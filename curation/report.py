@@ -105,18 +105,19 @@ def in_turn(groups: dict, number: int, rng: random.Random) -> list[int]:
     return [index for key, group in groups.items() for index in sorted(group[: taken[key]])]
 
 
-def reviewed(options: ReviewOptions, chosen: list[int]) -> dict[int, Reviewed]:
+def reviewed(options: ReviewOptions, kept: list[int], dropped: list[int]) -> dict[int, Reviewed]:
     """The chosen samples with what they were and what they became."""
-    wanted = set(chosen)
+    wanted = {*kept, *dropped}
     records = Records(Folder(*what_was_read(options)))
 
-    # What they became
+    # What they became; a run that kept nothing wrote no rows
     rows = {}
-    with open(rows_beside(options.history), encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            if row["facts"]["index"] in wanted:
-                rows[row["facts"]["index"]] = row
+    if kept:
+        with open(rows_beside(options.history), encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if row["facts"]["index"] in wanted:
+                    rows[row["facts"]["index"]] = row
 
     found = {}
     for index, history in histories(options.history):
@@ -257,7 +258,7 @@ def write_review(options: ReviewOptions) -> Path:
     """Writes the page; returns its path. Raises ValueError for files that are not a run's."""
     rows = rows_beside(options.history)
     outcome, kept, dropped = draw_for_review(options)
-    known = reviewed(options, kept + dropped)
+    known = reviewed(options, kept, dropped)
     page = options.out or rows.with_suffix(".report.html")
 
     share = outcome.written / max(outcome.read, 1)

@@ -54,6 +54,11 @@ class Response:
         return self.text is None and self.fault.startswith(NO_REPLY)
 
 
+def why_unanswered(response: Response) -> str:
+    """Why a sample goes that has no answer; the next run asks again where that may help."""
+    return response.fault if response.lost else f"no answer: {response.fault}"
+
+
 class Annotator(Protocol):
     """name: what a file of annotations says about who made them."""
 

@@ -16,7 +16,6 @@ Source: SAIL-VL (arXiv 2501.05952) appendix D.1: good-same-bad of people on 100 
 scores. Both orders, the test and the prompt (prompts/compare.txt) are ours.
 """
 
-import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from pathlib import Path
 from curation.annotators import AnnotatorOptions, open_annotator
 from curation.captioner import caption_in, shown_pictures
 from curation.pipeline import Item, PipelineOptions, run_pipeline
+from curation.questions import digest_of_pictures
 from curation.requests import Annotator, Request, Response, json_in
-from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Sample
 from infra.cli import command
@@ -36,29 +35,26 @@ VERDICTS = ("good", "same", "bad")
 
 
 def pixel_hash(sample: Sample) -> str:
-    """What its pictures look like, in short. Raises BadSample for those that cannot be read, and for none."""
-    digest = hashlib.blake2b(digest_size=16)
-    pictures = shown_pictures(sample)
-    if not pictures:
+    """`digest_of_pictures`. Raises BadSample for pictures that cannot be read, and for none."""
+    if not shown_pictures(sample):
         raise BadSample("no picture", sample.origin)
-    for picture in pictures:
-        image = open_image(picture, sample.root, sample.origin)
-        digest.update(f"{image.size}".encode() + image.tobytes())
-    return digest.hexdigest()
+    return digest_of_pictures(sample)
 
 
 def captions_by_picture(path: Path, images: Path | None) -> dict[str, str]:
-    """Captions of a file under their pictures' hashes; of several about one picture, the first."""
+    """Captions of a file under their pictures' hashes; of several about one picture, the first.
+
+    What cannot be read is left out, and said.
+    """
     found: dict[str, str] = {}
     folder = Folder(path, images)
-    for index in range(len(folder)):
-        sample = folder[index]
-        if isinstance(sample, BadSample):
-            continue
+    for sample in folder.first():
         try:
             found.setdefault(pixel_hash(sample), caption_in(sample))
-        except BadSample:
-            continue
+        except BadSample as fault:
+            folder.faults.add(fault)
+    if folder.faults.counts and parallel.place()[0] == 0:
+        print(f"{path}:\n{folder.faults.report()}")
     return found
 
 

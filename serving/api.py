@@ -412,10 +412,7 @@ class Answering:
         self, head: dict, index: int, said: dict, finish: str | None, logprobs: dict | None
     ) -> bytes:
         choice = protocol.choice_json(index, "delta", said, finish, logprobs)
-        value = protocol.chunk(head, [choice])
-        if self.chat.include_usage:
-            value["usage"] = None
-        return event(value)
+        return event(protocol.chunk(head, [choice]))
 
     async def whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One JSON object when all choices have come to their ends."""

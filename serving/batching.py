@@ -41,7 +41,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Callable
+from typing import Callable, Iterable
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class BatchCounts:
 
 
 class SlotCache:
-    """Keys and values (layers, R, G, T, D) of R slots, `lengths` of which are in use."""
+    """Keys and values (layers, R, G, T, D) of R slots; `lengths`: columns in use of each."""
 
     def __init__(self, llm, slots: int, columns: int):
         config = llm.config
@@ -218,8 +218,8 @@ class Row:
         self.finish: str | None = None
 
     def take(self, token: int, logprob: float, likeliest: list[tuple[int, float]]) -> Delta:
-        """Write down one more token: what can be said now. A token that is no number's (its logits
-        were not finite) ends the row with an error."""
+        """Write down one more token: what can be said now. One whose log-probability is nan (its
+        logits were not finite) ends the row with an error."""
         self.ids.append(token)
         if math.isnan(logprob):
             self.finish = "error"
@@ -387,25 +387,25 @@ class Batcher:
                 home[ask.prompt] = slot
                 fresh[slot] = ask
 
+        # the others copy; these asks stand in no line any more, so here a fault must be told to them
         first = {slot: row.first for slot, row in enumerate(self.rows)}
-        if fresh:
-            try:
+        joined: list[Row] = []
+        try:
+            if fresh:
                 first |= self.prefill_slots(fresh)
-            except Exception as error:  # whatever a prompt does to the model, those who live go on
-                self.fail(asks, error)
-                for slot in fresh:
-                    self.cache.clear(slot)
-                return
-
-        # the others copy
-        for slot, ask in enumerate(asks, start):
-            source = home[ask.prompt]
-            if source != slot:
-                self.cache.copy(source, slot, len(ask.ids))
-                self.counts.shared_tokens += len(ask.ids)
-            self.rows.append(Row(ask, first[source], self.tokenizer, self.stops_of(ask)))
-            first[slot] = first[source]
-        self.take_tokens(self.rows[start:], torch.stack([row.first for row in self.rows[start:]]))
+            for slot, ask in enumerate(asks, start):
+                source = home[ask.prompt]
+                if source != slot:
+                    self.cache.copy(source, slot, len(ask.ids))
+                    self.counts.shared_tokens += len(ask.ids)
+                joined.append(Row(ask, first[source], self.tokenizer, self.stops_of(ask)))
+        except Exception as error:  # whatever a prompt does to the model, those who live go on
+            self.fail(asks, error)
+            for slot in range(start, start + len(asks)):
+                self.cache.clear(slot)
+            return
+        self.rows += joined
+        self.take_tokens(joined, torch.stack([row.first for row in joined]))
 
     def stops_of(self, ask: Ask) -> tuple[int, ...]:
         """Tokens that end an answer; an image's place is one, since no pixels belong to it."""
@@ -440,8 +440,7 @@ class Batcher:
             likeliest = likeliest_of(row.ask, logits[i]) if row.ask.likeliest else []
             delta = row.take(ids[i], scores[i], likeliest)
             if row.ask.inside and delta.finish in ("stop", "length"):
-                prompt = (row.ask.ids, row.ask.images)
-                delta = replace(delta, inside=look_inside(self.model, prompt, row.ids))
+                delta = replace(delta, inside=self.look_back(row))
             if delta.text or delta.tokens or delta.finish:
                 row.ask.say(delta)
         self.counts.answer_tokens += len(rows)
@@ -451,7 +450,15 @@ class Batcher:
         self.counts.answers += len(ended) - failed
         self.forget(ended)
 
-    def forget(self, slots) -> None:
+    def look_back(self, row: Row) -> Inside | None:
+        """An answer seen from inside; None when that fails, which costs neither it nor the others."""
+        try:
+            return look_inside(self.model, (row.ask.ids, row.ask.images), row.ids)
+        except Exception as error:  # the forward of a long answer may find no memory
+            logging.getLogger(__name__).error("an answer could not be looked into", exc_info=error)
+            return None
+
+    def forget(self, slots: Iterable[int]) -> None:
         """Rows leave: from the highest slot down, the last row takes the place of each."""
         for slot in sorted(slots, reverse=True):
             last = len(self.rows) - 1

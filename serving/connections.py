@@ -5,7 +5,8 @@ letter a minute, or asks for much and never reads it, costs no work, only places
 people for ever; here a connection has a deadline wherever it is the client's turn.
 
     client's turn                                     ends
-    the head of a request: from its first byte        `patience` seconds later, aborted
+    the head of a request: from its first byte, or    `patience` seconds later, aborted
+        from the opening of the connection
     reading what was sent, once 64 KiB wait for it    the same, unless enough was read in between
     the body of a request                             `read_body` (api.py): patience, and 64 KiB a second
     between two requests                              uvicorn's own five seconds

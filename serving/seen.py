@@ -11,13 +11,10 @@ go along, and for each the numbers of its cells; a token's `cells` are in the or
 Attention is the mean over heads and layers; talk/inside.py says how it is found, and what it is not.
 """
 
-import base64
-import io
-
-import numpy as np
 from PIL import Image
 
 from talk.inside import CutPicture, Inside, expert_shares, visual_places
+from talk.page import data_uri
 from tokenizer import Tokenizer
 
 
@@ -51,13 +48,6 @@ def picture_json(cut: CutPicture) -> dict:
     """A picture as the model had it: its sheets of tiles, and the number of each cell."""
     sheets = []
     for sheet in cut.sheets:
-        image = png_url(sheet.pixels)
+        image = data_uri(Image.fromarray(sheet.pixels))
         sheets.append({"title": sheet.title, "image": image, "cells": sheet.cells.tolist()})
     return {"note": cut.note, "sheets": sheets}
-
-
-def png_url(pixels: np.ndarray) -> str:
-    """uint8 (H, W, 3) as a data URL."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -11,6 +11,7 @@ Log-probabilities travel with the text: a token is told when its first character
 
 import codecs
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizer import Tokenizer
@@ -38,12 +39,11 @@ class Transcript:
         self.stopped = False
         self.text = ""
         self.sent = 0  # characters that were taken
-        self.held: deque[tuple[int, TokenScore]] = (
-            deque()
-        )  # with the place where each one's text begins
+        # tokens that were not shown yet, with the place where the text of each begins
+        self.held: deque[tuple[int, TokenScore]] = deque()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: int, logprob: float, likeliest: list[tuple[int, float]] = ()) -> None:
+    def add(self, token: int, logprob: float, likeliest: Sequence[tuple[int, float]] = ()) -> None:
         """One more token, and the likeliest ones at its place."""
         # what it adds to the text; rows of the model past the vocabulary add nothing
         raw = self.bytes_of(token)

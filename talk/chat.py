@@ -34,6 +34,7 @@ from data.encode import Encoder
 from data.sample import MAX_FRAMES, Message, Sample
 from generate import load_model, stream, user_turn
 from infra.cli import command
+from infra.device import torch_type
 from infra.text import printable
 from talk.page import check_page_path, inside_lines, view_of, write_view
 from talk.typed import listed_paths, read_picture, split_command, split_pictures, told
@@ -436,7 +437,7 @@ def chat(options: ChatOptions) -> int:
 
     # one load
     screen = Screen()
-    model, tokenizer = load_model(options.model, options.device, getattr(torch, options.dtype))
+    model, tokenizer = load_model(options.model, options.device, torch_type(options.dtype))
     talk = Talk(model, tokenizer, options)
     millions = model.parameter_counts()["total"] / 1e6
     if screen.tty:

@@ -501,6 +501,14 @@ def test_own_pictures_that_cannot_be_meant_are_refused_in_a_line(tmp_path):
         recaption(
             RecaptionOptions(album, tmp_path / "o.jsonl", annotator=oracle, questions=questions)
         )
+    with pytest.raises(ValueError, match="--questions.look says: give both"):
+        questions = QuestionOptions(least_agreement=0.5)
+        recaption(
+            RecaptionOptions(album, tmp_path / "o.jsonl", annotator=oracle, questions=questions)
+        )
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="rows.jsonl: a row without facts or picture"):
+        grade_album(GradeAlbumOptions(tmp_path / "rows.jsonl", tmp_path / "rows.jsonl"))
 
 
 # --------------------------------------------------------------------------------------------- page
@@ -544,6 +552,14 @@ def test_the_page_shows_fifty_of_each_rare_reasons_too_and_nothing_is_markup(tmp
         write_review(ReviewOptions(history, tmp_path / "data.jsonl", kept=50, dropped=20)) == page
     )
     assert page.read_text() == text
+
+
+def test_a_run_that_kept_nothing_has_a_page_as_well(tmp_path):
+    """It is the run that wants looking at most, and it has no OUT.jsonl."""
+    history = history_of(tmp_path, dropped=100, rare=2)
+    (tmp_path / "out.jsonl").unlink()
+    text = write_review(ReviewOptions(history, tmp_path / "data.jsonl")).read_text()
+    assert "98 common, 2 rare" in text and text.count('class="card"') == 50
 
 
 def test_a_page_about_what_is_no_run_is_refused_in_a_line(tmp_path):

@@ -12,7 +12,7 @@ from curation.annotators import AnnotatorOptions
 from curation.classes import entropy_of, even_quotas, kmeans, purity_of
 from curation.long_cot import chain_and_answer, overlap_of, without_hints
 from curation.oracle import Oracle
-from curation.pipeline import Item
+from curation.pipeline import Item, Passed
 from curation.questions import Scale, refuses, scores_in, words_in
 from curation.requests import Response
 from curation.rows import write_rows
@@ -158,6 +158,22 @@ def test_a_reply_costs_its_own_sample_alone():
     ]
     assert items[3].alive and items[3].sample.facts["relevance"] == 5
     assert all("\x1b" not in item.history[-1].why for item in items)
+
+
+def test_a_sample_that_a_server_left_out_is_one_that_the_next_run_asks_about():
+    """Its history begins as `Passed.unanswered` knows it; what would fail again begins otherwise."""
+
+    class Silent:
+        name = "silent"
+
+        def annotate(self, requests):
+            return [Response(None, "no reply: timeout"), Response(None, "no end within 8 tokens")]
+
+    items = [item_for(sample, i) for i, sample in enumerate(drawn("counting", 2))]
+    ratings.Rated(Silent())(items)
+    passed = [Passed(item.index, item.origin, item.history, None) for item in items]
+    assert [one.unanswered for one in passed] == [True, False]
+    assert items[1].history[-1].why.startswith("no answer: no end")
 
 
 # ---------------------------------------------------------------------------------------- ratings

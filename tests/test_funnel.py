@@ -13,7 +13,7 @@ from ranks_helpers import as_ranks
 
 from curation import pipeline
 from curation.annotators import AnnotatorOptions
-from curation.pipeline import PipelineOptions, run_pipeline
+from curation.pipeline import PipelineOptions, deciding, run_pipeline
 from data.readers import Folder
 from data.sample import Message
 from infra.cli import parse_options
@@ -264,3 +264,17 @@ def test_replies_are_kept_beside_the_output_and_how_fast_decides_nothing(data, t
     assert first["annotator.max-new"] == 256 and json.dumps(first)
     (tmp_path / "caption.txt").write_text("other words")
     assert settings(options).keys() - first.keys() == {"prompt caption"}
+
+
+def test_a_model_that_was_trained_on_is_another_annotator_under_the_same_name(tmp_path):
+    """Outcomes of the weights of before are not taken for those of now; nor are those of old templates."""
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    templates = tmp_path / "templates.tsv"
+    seen = set()
+    for content in b"before", b"after!":
+        weights.write_bytes(content)
+        templates.write_bytes(content)
+        options = {"annotator": {"model": weights.parent}, "templates": templates}
+        seen.add(tuple(deciding(options).values()))
+    assert len(seen) == 2 and len({one for one, _ in seen}) == 2

@@ -24,6 +24,7 @@ from curation.judges import (
     measure_judges,
     read_reply,
     read_whole,
+    remember,
     uniform_captions,
 )
 from curation.noise import (
@@ -193,6 +194,21 @@ def test_uniform_takes_no_more_than_it_is_told_and_drops_what_has_no_score():
     assert kept == {1: 2, 2: 2, 3: 2}
     assert items[-2].history[-1].why.startswith("no score")
     assert items[-1].history[-1].why.startswith("no score")
+
+
+def test_what_a_server_left_out_is_no_judgement():
+    """Measured as unreadable, a server that was down would be a judge that drops everything."""
+    item = Item(0, "x", Sample((Message("assistant", ("x",)),)))
+    remember(item, "ita", None, Response(None, "no reply: timeout"))
+    assert not item.alive and item.history[-1].why == "no reply: timeout"
+    read = Item(1, "y", Sample((Message("assistant", ("y",)),)))
+    remember(read, "ita", None, Response("perhaps"))
+    assert read.alive and read.sample.facts["judge_ita"] is None
+
+
+def test_a_chain_without_a_lesson_to_say_it_in_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give --train with them"):
+        uniform_captions(UniformOptions(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chain="chain"))
 
 
 def test_a_caption_of_many_pictures_describes_none():

@@ -199,7 +199,8 @@ def commands() -> list[str]:
         inside = re.findall(r"`((?:python|torchrun) [^`]+)`", text)
         lines += [line for line in inside if re.search(r"(\.py|-m [\w.]+) .*--", line)]
     typed = [line for line in lines if re.match(r"(python|torchrun|make) ", line)]
-    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in typed))
+    words = [shlex.split(line.partition(" > ")[0], comments=True) for line in typed]
+    return list(dict.fromkeys(map(shlex.join, words)))
 
 
 def understood(words: list[str], monkeypatch) -> None:

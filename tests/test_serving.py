@@ -9,6 +9,9 @@ import io
 import json
 import random
 import re
+import socket
+import threading
+import time
 
 import anyio
 import numpy as np
@@ -193,6 +196,31 @@ def test_a_prompt_at_which_the_model_fails_costs_itself_alone(model, tokenizer, 
     assert text_of_deltas(answer) and batcher.counts.failed == 1
 
 
+def test_whoever_was_let_in_when_something_fails_is_told_and_waits_no_longer(
+    model, tokenizer, prompts, monkeypatch
+):
+    batcher = Batcher(model, tokenizer, 3, 600)
+    good, answer = asking(prompts[0], max_new=8)
+    batcher.submit([good])
+    batcher.turn()
+    same, heard = asking(prompts[0], max_new=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher.cache, "copy", lambda *slots: 1 / 0)
+        batcher.submit([same])
+        batcher.turn()
+    run_all(batcher, [], random.Random(0))
+    assert [delta.finish for delta in heard] == ["error"] and text_of_deltas(answer)
+
+
+def test_an_answer_that_cannot_be_looked_into_is_an_answer(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr("serving.batching.look_inside", lambda *asked: 1 / 0)
+    batcher = Batcher(model, tokenizer, 3, 600)
+    asks = [asking(prompts[0], max_new=4, inside=True), asking(prompts[1], max_new=6)]
+    run_all(batcher, [ask for ask, _ in asks], random.Random(0))
+    assert all(text_of_deltas(said) is not None for _, said in asks)
+    assert asks[0][1][-1].inside is None and batcher.counts.failed == 0
+
+
 def test_logits_that_are_no_numbers_cost_their_row_alone(model, tokenizer, prompts):
     batcher = Batcher(model, tokenizer, 3, 600)
     asks = [asking(p, max_new=6, temperature=t) for p, t in zip(prompts, (0.0, 1.0, 0.0))]
@@ -310,6 +338,34 @@ def test_addresses_are_followed_only_where_allowed_and_only_to_public_hosts():
         with pytest.raises(ApiError, match="cannot be fetched .ValueError"):
             picture_bytes(Address(url, False, "here"), allow_remote=True)
     assert public_address("93.184.216.34", 80) == "93.184.216.34"
+
+
+def test_a_host_that_drips_its_head_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr("serving.fetch.public_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr("serving.fetch.SECONDS", 0.3)
+    hung_up = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        """A line of the head now and then; a whole answer in the end, for who listens so long."""
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n")
+                for _ in range(40):
+                    connection.sendall(b"X: y\r\n")
+                    time.sleep(0.05)
+                connection.sendall(b"\r\nok")
+            except OSError:
+                hung_up.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host = threading.Thread(target=drip, args=(listener,))
+        host.start()
+        url = f"http://slow.example:{listener.getsockname()[1]}/a.png"
+        with pytest.raises(ApiError, match="cannot be fetched"):
+            picture_bytes(Address(url, False, "here"), allow_remote=True)
+        host.join()
+    assert hung_up.is_set()
 
 
 # -------------------------------------------------------------------------------------- the server
@@ -543,6 +599,9 @@ def test_options_that_cannot_be_served_are_named(tmp_path, monkeypatch):
         (ServeOptions(tmp_path / "nowhere"), "no such directory"),
         (ServeOptions(tmp_path, rows=0), "--rows 0: at least 1"),
         (ServeOptions(tmp_path, max_tokens=0), "--max-tokens 0"),
+        (ServeOptions(tmp_path, port=70_000), "--port 70000: from 0 to 65535"),
+        (ServeOptions(tmp_path, temperature=-1.0), "--temperature -1.0: from 0 to 2"),
+        (ServeOptions(tmp_path, patience=0.0), "--patience 0.0: at least 1"),
         (ServeOptions(tmp_path, key_name="HOLDS_NONE"), "holds the key"),
         (ServeOptions(tmp_path, key_name="sk-secret"), "holds the key"),
     ]

@@ -110,7 +110,8 @@ class Session:
             raise AssertionError(f"the chat ended after {self.text!r}") from None
 
     def interrupt(self) -> str:
-        """What is written after Ctrl-C. On a busy machine one in ten is lost, so it is pressed again."""
+        """What is written after Ctrl-C, pressed until it is heard: on a busy machine 3 of 23 were not, and
+        we do not know why."""
         begin = len(self.text)
         for _ in range(5):
             os.write(self.terminal, b"\x03")
@@ -223,10 +224,11 @@ def test_control_c_ends_the_answer_and_not_the_talk(directory, monkeypatch, toke
     red, blue = tokenizer.encode("red"), tokenizer.encode("blue")
 
     def stream(*arguments, **how):
+        first = not calls
+        calls.append(1)
         for token in red:
             yield torch.tensor([0]), torch.tensor([token]), torch.tensor([0.0])
-        if not calls:
-            calls.append(1)
+        if first:
             while True:  # until the key is pressed; a pause would miss one that came before it
                 time.sleep(0.01)
         yield torch.tensor([0]), torch.tensor(blue[:1]), torch.tensor([0.0])

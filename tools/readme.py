@@ -604,6 +604,7 @@ def curation_blocks() -> dict[str, str | None]:
         "quick": "data-quality/quick.md",
         "scale": "data-quality/scale.md",
         "classes": "sets/classes.md",
+        "again": "sets/again.md",
         "videos": "sets/videos.md",
         "chains": "sets/chains.md",
         "trained": "sets/trained.md",

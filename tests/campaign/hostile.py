@@ -9,7 +9,7 @@ same way each time, while memory stays flat.
     one good client ------- the same question -----> the same answer?  how long?
 
     python -m tests.campaign.hostile                      # ten minutes
-    python -m tests.campaign.hostile --seconds 20         # each kind once or twice
+    python -m tests.campaign.hostile --seconds 20         # each kind three times or more
 
 Every kind is a line of `KINDS`: bytes to send, or a function of (port, random numbers).
 """
@@ -62,7 +62,7 @@ class HostileOptions:
 
 
 def send_raw(port: int, raw: bytes, seconds: float = 8.0) -> bytes:
-    """Bytes as they are; what comes back until the other side closes, or for so long."""
+    """Bytes as they are; what comes back until the other side closes, or says nothing for so long."""
     said = b""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
@@ -493,8 +493,8 @@ def ask_well(victim: Victim) -> str:
     return ""
 
 
-def keep_asking(victim: Victim, over: threading.Event) -> None:
-    wanted = ask_well(victim)
+def keep_asking(victim: Victim, wanted: str, over: threading.Event) -> None:
+    """The good client: the same question again and again, until it is over."""
     while not over.wait(0.05):
         try:
             said = ask_well(victim)
@@ -531,7 +531,10 @@ def besiege(seconds: float, seed: int = 0, warm: int = WARM) -> Victim:
         victim = Victim(Path(folder))
         victim.start()
         over = threading.Event()
-        good = threading.Thread(target=keep_asking, args=(victim, over))
+
+        # what is right is known before anybody attacks
+        wanted = ask_well(victim)
+        good = threading.Thread(target=keep_asking, args=(victim, wanted, over))
         good.start()
         try:
             for _ in range(warm):
