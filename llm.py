@@ -69,27 +69,33 @@ class LLMConfig:
 class FusedRMSNorm(torch.autograd.Function):
     """x / rms(x) * weight with its backward pass written out.
 
-    On a CPU it takes a third of the passes over memory that autograd makes. With n = x / rms(x) and
-    g the gradient of the output:
+    On a CPU it takes a third of the passes over memory that autograd makes. With r = 1 / rms(x), C the
+    width and g the gradient of the output, both sums of the backward pass are of one product, g x:
 
-        dx = (g w - n mean(g w n)) / rms(x)        dw = sum over rows of g n
+        dx = r (g w - r^2 x sum(g x w) / C)        dw = sum over rows of r g x
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # 1 / rms(x)
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x)
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        normal, inverse, weight = ctx.saved_tensors
-        scaled = grad * weight
-        mean = (scaled * normal).mean(-1, keepdim=True)
-        dx = torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse)
-        dw = (grad * normal).reshape(-1, weight.shape[0]).sum(0)
+        x, inverse, weight = ctx.saved_tensors
+        width = weight.shape[0]
+
+        # Both sums: over the rows for the weight, over each row for x.
+        product = grad * x
+        rows = product.reshape(-1, width)
+        dw = rows.T @ inverse.view(-1)
+        share = (rows @ weight).view_as(inverse).mul_(inverse.square()).div_(-width)
+
+        # In the memory of the product, which has served.
+        dx = torch.mul(grad, weight, out=product).addcmul_(x, share).mul_(inverse)
         return dx, dw, None
 
 
@@ -141,6 +147,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class FusedRotation(torch.autograd.Function):
+    """`rotate` in half of the passes over memory; the way back is the turn by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return turned(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
+    """`rotate` with its sums made in place; way -1 turns back."""
+    out = x * cos
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin_first, value=-way)
+    out_second.addcmul_(first, sin_second, value=way)
+    return out
+
+
 # -------------------------------------------------------------------------- between the products
 
 
@@ -158,7 +189,7 @@ class Elementwise(NamedTuple):
 
 
 DEFINITIONS = Elementwise(rms_norm, swiglu, rotate)
-WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, swiglu, rotate)
+WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, swiglu, FusedRotation.apply)
 
 
 def choose_elementwise(x: Tensor) -> Elementwise:
@@ -166,7 +197,7 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
     On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
     compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
-    training in full precision the norm with its backward pass written out.
+    training in full precision norm and rotation with their backward pass written out.
     """
     if torch.compiler.is_compiling() or x.numel() == 0:
         return DEFINITIONS
