@@ -230,8 +230,15 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(self.dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        """x (S, C), rope: cos and sin of the positions -> (S, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (S, C), rope: cos and sin of the positions -> (S, C), or (n, C) at the positions `at`."""
         # Every head by itself.
         S = x.shape[0]
         q = self.q_proj(x).view(S, self.heads, self.dim)  # (S, H, D)
@@ -246,8 +253,8 @@ class SelfAttention(nn.Module):
         k = turn(k, *rope)
 
         # What may be seen is not this file's business.
-        out = attend(layer, q, k, v)  # (S, H, D)
-        return self.o_proj(out.reshape(S, -1))
+        out = attend(layer, q, k, v).reshape(S, -1)  # (S, H*D)
+        return self.o_proj(rows_at(out, at))
 
 
 class FeedForward(nn.Module):
@@ -269,7 +276,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to what came in."""
+    """Attention, then feed-forward, each behind a norm and added to what came in.
+
+    `at` (n,): all positions are attended to, and these alone go on.
+    """
 
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -279,10 +289,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope, attend: Attend, layer: int, routing: Decisions | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        routing: Decisions | None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
+        """x (S, C) -> (S, C), or (n, C)."""
+        attended = self.self_attn(self.input_layernorm(x), rope, attend, layer, at)
+        x = rows_at(x, at) + attended
         return x + self.mlp(self.post_attention_layernorm(x), routing)
+
+
+def rows_at(x: Tensor, at: Tensor | None) -> Tensor:
+    """Rows of x (S, C): those at the positions `at` (n,), or all."""
+    return x if at is None else x.index_select(0, at)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -319,22 +342,35 @@ class LLM(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, attend: Attend, routing: Decisions | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        routing: Decisions | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm.
 
         Logits are `lm_head` of that. `routing`, when given, receives one `moe.Routing` from each
-        MoE layer (for the balance loss and statistics).
+        MoE layer (for the balance loss and statistics). `at` (n,) int64: where hidden states are
+        wanted; only those are returned, (n, C), and the last feed-forward is computed for no others.
         """
         # The same turns for all layers.
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
 
+        # Experts see all tokens in every layer: their balance is of all.
+        early = None if self.config.num_experts else at
+        last = len(self.model.layers) - 1
+
         recompute = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
+            wanted = early if layer == last else None
             if recompute:
-                x = checkpoint(block, x, rope, attend, layer, routing, use_reentrant=False)
+                x = checkpoint(block, x, rope, attend, layer, routing, wanted, use_reentrant=False)
             else:
-                x = block(x, rope, attend, layer, routing)
+                x = block(x, rope, attend, layer, routing, wanted)
+        if early is None:
+            x = rows_at(x, at)
         return self.model.norm(x)
 
     @torch.no_grad()

@@ -220,10 +220,11 @@ class SailVL(nn.Module):
         segments: Segments | None = None,
         attend: Attend | None = None,
         routing: Decisions | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Everything up to the last norm: ids (B, T) -> (B*T, C).
+        """Everything up to the last norm: ids (B, T) -> (B*T, C), or (n, C) at flat positions `at`.
 
-        Without `segments` each row is one document. `attend` and `routing` as in `LLM.forward`.
+        Without `segments` each row is one document. `attend`, `routing`, `at` as in `LLM.forward`.
         """
         # What is not said: each row is one document, and every token sees those before it.
         if segments is None:
@@ -235,7 +236,7 @@ class SailVL(nn.Module):
             attend = attend_inside(segments, causal=True)
 
         x = self.embed(input_ids, images)
-        return self.language_model(x, positions.reshape(-1), attend, routing)
+        return self.language_model(x, positions.reshape(-1), attend, routing, at)
 
     def forward(
         self,
@@ -265,9 +266,9 @@ class SailVL(nn.Module):
 
         What every objective starts from: logits exist for supervised positions only.
         """
-        hidden = self.hidden(input_ids, images, positions, segments, routing=routing)
+        hidden = self.hidden(input_ids, images, positions, segments, routing=routing, at=at)  # (n, C)
         head = self.language_model.lm_head.weight
-        return token_logprobs(hidden.index_select(0, at), head, labels, temperature)
+        return token_logprobs(hidden, head, labels, temperature)
 
     # ------------------------------------------------------------------------------- beginnings
 
@@ -404,7 +405,9 @@ def token_logprobs(
 
     # Few enough: the definition.
     if hidden.shape[0] <= chunk:
-        logits = (hidden @ head.T).float() / temperature  # (n, V)
+        logits = (hidden @ head.T).float()  # (n, V)
+        if temperature != 1:
+            logits = logits / temperature
         return -F.cross_entropy(logits, labels, reduction="none")
 
     # Autocast does not reach into an autograd function.

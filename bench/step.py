@@ -68,8 +68,7 @@ def our_model(config: LLMConfig, ids: Tensor, labels: Tensor) -> tuple[LLM, Loss
     targets = labels.reshape(-1)[at]
 
     def loss() -> Tensor:
-        hidden = model(model.embed(ids.reshape(-1)), positions, attend)  # (R*T, C)
-        hidden = hidden.index_select(0, at)  # (P, C)
+        hidden = model(model.embed(ids.reshape(-1)), positions, attend, at=at)  # (P, C)
         return -token_logprobs(hidden, model.lm_head.weight, targets).mean()
 
     return model, loss
