@@ -91,7 +91,7 @@ class FusedRMSNorm(torch.autograd.Function):
         # Both sums: over the rows for the weight, over each row for x.
         product = grad * x
         rows = product.reshape(-1, width)
-        dw = rows.T @ inverse.view(-1)
+        dw = rows.T @ inverse.view(-1) if ctx.needs_input_grad[1] else None
         share = (rows @ weight).view_as(inverse).mul_(inverse.square()).div_(-width)
 
         # In the memory of the product, which has served.
@@ -153,16 +153,16 @@ class FusedRotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, 1.0)
+        return turned_by(x, cos, sin, 1.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        return turned(grad, *ctx.saved_tensors, -1.0), None, None
+        return turned_by(grad, *ctx.saved_tensors, -1.0), None, None
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
-    """`rotate` with its sums made in place; way -1 turns back."""
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
+    """`rotate` with its sums made in place. way: 1.0, or -1.0 to turn back."""
     out = x * cos
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
@@ -180,6 +180,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class FusedSwiGLU(torch.autograd.Function):
+    """`swiglu` that keeps its two inputs only, and makes silu(gate) again on the way back."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(grad)
+        d_gate = torch.ops.aten.silu_backward(grad, gate).mul_(up)
+        return d_gate, d_up
+
+
 class Elementwise(NamedTuple):
     """What a block does between its matrix products: three functions, in one implementation of each."""
 
@@ -189,7 +206,7 @@ class Elementwise(NamedTuple):
 
 
 DEFINITIONS = Elementwise(rms_norm, swiglu, rotate)
-WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, swiglu, FusedRotation.apply)
+WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, FusedSwiGLU.apply, FusedRotation.apply)
 
 
 def choose_elementwise(x: Tensor) -> Elementwise:
@@ -197,7 +214,7 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
     On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
     compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
-    training in full precision norm and rotation with their backward pass written out.
+    training in full precision all three with their backward pass written out.
     """
     if torch.compiler.is_compiling() or x.numel() == 0:
         return DEFINITIONS

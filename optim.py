@@ -45,9 +45,10 @@ def orthogonal(updates: list[Tensor]) -> list[Tensor]:
     results = []
     for (m, n), same_shape in groupby(updates, key=lambda update: update.shape):
         # One batch for all matrices of a shape, lying on their longer side
-        x = torch.stack(list(same_shape))  # (batch, m, n)
         if m > n:
-            x = x.mT
+            x = torch.stack([update.T for update in same_shape])
+        else:
+            x = torch.stack(list(same_shape))  # (batch, m, n)
 
         # Newton-Schulz wants singular values of at most 1
         norms = x.flatten(1).norm(dim=1).clamp(min=1e-7)

@@ -1,7 +1,8 @@
 """The training step against transformers: one process, the same tokens, the same optimizer.
 
-What it teaches: where a step's time goes, and what not computing costs: logits only where there is
-a label, attention per document instead of a masked square, an RMSNorm with its backward written out.
+What it teaches: where a step's time goes, and what not computing saves: logits and the last feed-forward
+only where there is a label, attention per document instead of a masked square, passes over memory that a
+backward written out does without (norm, rotation, SwiGLU, log-probabilities).
 transformers is used as its documentation says for packed rows: SDPA attention, position ids that
 restart, and a block-diagonal mask; its fast paths for packing need a GPU.
 
