@@ -77,8 +77,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x)
+        inverse = inverse_rms(x, eps)
         ctx.save_for_backward(x, inverse, weight)
         return (x * inverse).mul_(weight)
 
@@ -102,8 +101,13 @@ class FusedRMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition. Half precision: in fp32, rounded before the weight, as the released code."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(x.dtype) * weight
+    return (wide * inverse_rms(wide, eps)).to(x.dtype) * weight
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean of squares + eps) over the last axis, (..., 1): from the length, in one pass."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(length.square() / x.shape[-1] + eps)
 
 
 class RMSNorm(nn.Module):
@@ -167,8 +171,8 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
-    out_first.addcmul_(second, sin_first, value=-way)
-    out_second.addcmul_(first, sin_second, value=way)
+    out_first.sub_(second * sin_first, alpha=way)
+    out_second.add_(first * sin_second, alpha=way)
     return out
 
 
@@ -214,7 +218,7 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
     On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
     compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
-    training in full precision all three with their backward pass written out.
+    training in full precision all three with their backward pass written out: forward the same bits.
     """
     if torch.compiler.is_compiling() or x.numel() == 0:
         return DEFINITIONS
