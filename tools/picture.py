@@ -22,8 +22,8 @@ from PIL import Image
 
 from infra.cli import command
 from infra.text import printable
+from tools.drawing import el, line, svg, word
 from tools.readme import ROOT, replace_block
-from tools.report import el, line, svg, word
 
 LADDER = ROOT / "figures" / "ladder.json"
 ASKED = ("charts", "spatial", "counting", "arithmetic")  # families of the answers
