@@ -39,7 +39,7 @@ from tools.drawing import (
 )
 from tools.evidence import (
     Difference,
-    families_of,
+    graded_families,
     lookups,
     main_road,
     paired,
@@ -168,7 +168,7 @@ def family_difference(a: LadderRun, b: LadderRun, family: str) -> Difference | N
         return None
     families = [family]
     if family == "overall":
-        families = [f for f in families_of(a.results) if f != "overall"]
+        families = [f for f in graded_families(a.results) if f != "overall"]
     pairs = sample_pairs(a, b, "final", families)
     if pairs:
         return paired(*pairs)

@@ -109,7 +109,7 @@ def main_road(results: dict) -> dict[str, dict[str, float]]:
     return {stage: scores for stage, scores in after.items() if stage not in BRANCHES}
 
 
-def families_of(results: dict) -> list[str]:
+def graded_families(results: dict) -> list[str]:
     """The families of the last grading; the mean over them comes last."""
     return sorted(results["final"], key=lambda family: family == "overall")
 
@@ -117,7 +117,7 @@ def families_of(results: dict) -> list[str]:
 def lookups(results: dict) -> dict[str, str | None]:
     """family -> the first stage that left it above halfway between its chance and 1; None: no stage."""
     came: dict[str, str | None] = {}
-    for family in families_of(results):
+    for family in graded_families(results):
         halfway = (results["final"][family]["chance"] + 1) / 2
         passed = [
             stage for stage, scores in main_road(results).items() if scores.get(family, 0) > halfway

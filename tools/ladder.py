@@ -145,13 +145,13 @@ def shown_pairs(pairs: list[tuple[Graded, Graded]], root: Path | None) -> list[d
             "think": think.said,
             "direct_score": direct.score,
             "think_score": think.score,
-            "images": opened_pictures(direct, root),
+            "images": pictures_in(direct, root),
         }
         for shown, direct, think in chosen
     ]
 
 
-def opened_pictures(graded: Graded, root: Path | None) -> list:
+def pictures_in(graded: Graded, root: Path | None) -> list:
     """The pictures of a graded sample, opened."""
     parts = [part for message in graded.sample.messages for part in message.parts]
     return [open_image(part, root) for part in parts if not isinstance(part, str)]
@@ -303,7 +303,7 @@ def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:
                     "said": g.said,
                     "score": g.score,
                     "mode": mode,
-                    "images": opened_pictures(g, root),
+                    "images": pictures_in(g, root),
                 }
             )
     return cards

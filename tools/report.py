@@ -41,7 +41,7 @@ from tools.drawing import (
     ticks,
     word,
 )
-from tools.evidence import families_of
+from tools.evidence import graded_families
 from tools.story import first_screen, said_line, skill_charts, thinking_part
 
 SIGNS = {
@@ -153,7 +153,7 @@ def dot_line(
     dots = line(6, 8, 174, 8)
     if seeds:
         low = at(seeds["low"])
-        tip = f"other seeds: {seeds['low']:.3f} to {seeds['high']:.3f}"
+        tip = f"seeds: {seeds['low']:.3f} to {seeds['high']:.3f}"
         width = max(at(seeds["high"]) - low, 1.5)
         dots += el("rect", x=low, y=2, width=width, height=12, cls="band", tip=tip)
     dots += line(at(chance), 1, at(chance), 15, "chance")
@@ -171,7 +171,7 @@ def stage_rows(stages: list[dict], seeds: dict) -> str:
 
     heads = ["stage", "metric", "before", "after", "", "chance", "n", "time"]
     if known:
-        heads.insert(5, "other seeds")
+        heads.insert(5, "range of seeds")
     cells = [el("th", h, cls="" if h in ("stage", "metric") else "r") for h in heads]
     table = el("tr", *cells)
     for stage in stages:
@@ -348,20 +348,20 @@ def write_report(
     final = results["final"]
     stages = results["stages"]
     seeds = seeds or {}
-    families = families_of(results)
+    families = graded_families(results)
     experts = max(map(len, router.values()), default=1)
     even_share = 1 / experts
 
     moves = section(
         "Stages",
         "What each stage is meant to move, on held-out samples: pale dot before, full dot after; "
-        "the tick is chance" + ("; the band is the range of other seeds." if seeds else "."),
+        "the tick is chance" + ("; the band is the range of seeds." if seeds else "."),
         stage_rows(stages, seeds),
     )
     own = section(
         "Final scores",
         "With standard error; the tick is the best blind strategy"
-        + ("; the bracket is the range of other seeds." if seeds else "."),
+        + ("; the bracket is the range of seeds." if seeds else "."),
         score_bars(final, families, seeds),
     )
     swapped = section(

@@ -29,7 +29,7 @@ from infra.cli import command
 from infra.weights import write_json
 from tools.drawing import duration, el, facts, html_page, legend, line, safe, section, svg, word
 from tools.evidence import (
-    families_of,
+    graded_families,
     improvement,
     lookups,
     main_road,
@@ -140,7 +140,7 @@ def refuse_strangers(runs: dict[Path, dict]) -> None:
     for path, results in others:
         for what, get in (
             ("stages", lambda r: [(s["name"], s["metric"]) for s in r["stages"]]),
-            ("families", families_of),
+            ("families", graded_families),
             ("options", own_options),
         ):
             if get(results) != get(model):
@@ -159,12 +159,13 @@ def summary_of(runs: dict[Path, dict]) -> dict:
     stages = [stage_over_seeds(list(rows)) for rows in zip(*(r["stages"] for r in all_results))]
 
     final = {}
-    for family in families_of(first):
+    for family in graded_families(first):
         scores = [r["final"][family] for r in all_results]
         final[family] = {
             "accuracy": range_of([score["accuracy"] for score in scores]),
             "chance": scores[0]["chance"],
             "n": scores[0]["n"],
+            "swapped": swapped_mean(all_results, family),
         }
     after = {}
     for stage, scores in main_road(first).items():
@@ -182,12 +183,19 @@ def summary_of(runs: dict[Path, dict]) -> dict:
         "torch": first.get("versions", {}).get("torch", ""),
         "options": own_options(first),
         "seconds": range_of([r["total_seconds"] for r in all_results]),
+        "peak_memory_gib": max(r.get("peak_memory_gib", 0.0) for r in all_results),
         "stages": stages,
         "final": final,
         "families_after": after,
         "skills": skills_over_seeds(all_results),
         "thinking": thinking_over_seeds(all_results),
     }
+
+
+def swapped_mean(runs: list[dict], family: str) -> float | None:
+    """Mean accuracy with another sample's pictures; None for families without any."""
+    rows = [run["swap"][family]["swapped"] for run in runs if family in run.get("swap", {})]
+    return sum(rows) / len(rows) if rows else None
 
 
 def known_seeds(results: dict, folder: Path) -> dict | None:
@@ -249,7 +257,7 @@ def where_and_when(part: dict) -> str:
     return f"seeds {seeds}; {days}; {part['cores']} cores{machine}; torch {part['torch']}"
 
 
-def print_summary(model: str, part: dict) -> None:
+def print_seeds(model: str, part: dict) -> None:
     """The tables of one model on the terminal."""
     n = len(part["seeds"])
     print(f"\n{model}: {where_and_when(part)}")
@@ -448,7 +456,7 @@ def summarise_seeds(options: SeedsOptions) -> None:
     page.write_text(html_page(title, el("h1", title), *parts), encoding="utf-8")
 
     for model, part in summary.items():
-        print_summary(model, part)
+        print_seeds(model, part)
     print(f"\n{file}, {page}")
 
 

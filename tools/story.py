@@ -16,9 +16,8 @@ Every sentence needs its numbers; without them it is left out.
 
 from tools.drawing import el, image_tag, legend, line, safe, section, svg, word
 from tools.evidence import (
-    SURE,
     Difference,
-    families_of,
+    graded_families,
     improvement,
     in_words,
     lookups,
@@ -27,11 +26,7 @@ from tools.evidence import (
 )
 
 # Where a chain ended: what was boxed is compared with the truth, what was thought with the reference.
-ENDS = {
-    "as the reference": "the chain is the reference's",
-    "another chain": "the chain differs",
-    "no box": "no whole chain with one box",
-}
+ENDS = ("as the reference", "another chain", "no box")
 # A small curve: width, and the ends of both of its axes, in px.
 WIDE = 250
 X0, X1 = 26, 218
@@ -96,10 +91,10 @@ def repair_line(results: dict) -> str:
 
     # and what two short runs on everything and their mean did
     change = improvement(soup)
-    doubt = "" if change.sure else f", within {SURE:g} standard errors"
+    doubt = "" if change.sure else ", not above two standard errors"
     kept = f"At the end of {last} no skill is far below its best."
     if lost:
-        kept = f"A phase costs others: after {last} {in_words(lost)} points below their best."
+        kept = f"A phase forgets: after {last}, {in_words(lost)} points below the best so far."
     overall = f"{100 * road[last]['overall']:.1f} to {100 * road['soup']['overall']:.1f} %"
     return (
         f"{kept} Two short runs on everything and the mean of their weights (the soup) move overall "
@@ -128,26 +123,25 @@ def thinking_line(results: dict) -> str:
     if len(gains) > 1:
         best = max(gains, key=gains.get)
         worst = min(gains, key=gains.get)
-        sentence += f"; {best} {100 * gains[best]:+.1f}, {worst} {100 * gains[worst]:+.1f}"
+        sentence += f"; best in {best} ({100 * gains[best]:+.1f})"
+        sentence += f", worst in {worst} ({100 * gains[worst]:+.1f})"
     return f"{sentence}. {chains_sentence(families)}".strip()
 
 
 def chains_sentence(families: dict[str, dict]) -> str:
-    """Whether a chain like the reference's ends in the right box, and what the others do."""
-    right = {end: sum(row["ends"][end][0] for row in families.values()) for end in ENDS}
-    count = {end: sum(row["ends"][end][1] for row in families.values()) for end in ENDS}
-    total = sum(count.values())
-    if not total or not count["as the reference"]:
+    """After which chains the wrong boxes stand."""
+    wrong = {}
+    for end in ENDS:
+        counts = [row["ends"][end] for row in families.values()]
+        wrong[end] = sum(count - right for right, count in counts)
+    total = sum(wrong.values())
+    if not total:
         return ""
-    same = count["as the reference"]
-    other = count["another chain"]
-    sentence = (
-        f"Where its chain says what the reference says ({same / total:.0%}) the box is right in "
-        f"{right['as the reference'] / same:.0%}"
+    return (
+        f"Of its {total} wrong answers {wrong['another chain']} stand after a chain that differs from the "
+        f"reference's, {wrong['as the reference']} after the reference's own, {wrong['no box']} without a "
+        "whole chain and box."
     )
-    if other:
-        sentence += f", where it says something else in {right['another chain'] / other:.0%}"
-    return sentence + "."
 
 
 def story_lines(results: dict) -> list[str]:
@@ -276,7 +270,7 @@ def skill_charts(results: dict, seeds: dict) -> str:
     came = lookups(results)
     charts = [
         skill_chart(family, results, came[family], seeds)
-        for family in families_of(results)
+        for family in graded_families(results)
         if any(family in scores for scores in main_road(results).values())
     ]
 
@@ -286,7 +280,7 @@ def skill_charts(results: dict, seeds: dict) -> str:
     if results.get("modes", {}).get("families"):
         marks.append(("○", "rate", "asked to think"))
     if seeds.get("families_after"):
-        marks.append(("", "band", f"lowest to highest of {len(seeds['seeds'])} seeds"))
+        marks.append(("", "band", f"range of {len(seeds['seeds'])} seeds"))
     return section(
         "When each skill came",
         "Accuracy on held-out samples after every stage, in percent. Beside each name: the stage, and the "
@@ -301,8 +295,8 @@ def skill_charts(results: dict, seeds: dict) -> str:
 
 def thinking_table(families: dict[str, dict]) -> str:
     """By family: direct, thinking, their difference, who alone is right, and what chains say."""
-    ends = [f"{meaning}: right" for meaning in ENDS.values()]
-    heads = ["direct", "thinking", "difference", "only direct right", "only thinking right", *ends]
+    ends = ("the reference's chain", "another chain", "no box")
+    heads = ("direct", "thinking", "difference", "only direct", "only thinking", *ends)
     table = el("tr", el("th", "family"), *(el("th", safe(head), cls="r") for head in heads))
     for family, row in families.items():
         change = Difference(row["think"] - row["direct"], row["error"])
@@ -337,8 +331,8 @@ def thinking_part(results: dict, pairs: list[dict]) -> str:
     return section(
         title if net else "Thinking and direct answers",
         "The same questions, asked both ways; a difference is coloured above two standard errors of the "
-        "pairs. A chain is compared with the reference, word for word: a wrong box after another chain was "
-        "misread, one after the reference's was misconcluded.",
+        "pairs. Then: how many only one way got right; and how many ended right of the chains that say what "
+        "the reference says, of others, and of answers without a whole chain and box.",
         thinking_table(families),
         el("div", examples, cls="two") if examples else "",
     )
