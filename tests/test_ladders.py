@@ -68,7 +68,7 @@ def test_the_story_is_three_lines_from_the_numbers():
     skills, repair, thinking = story.story_lines(ladder())
     assert "counting with multitask" in skills
     assert "phase made for it: charts (sft2)" in skills
-    assert "after sft2, counting by 40 points below the best" in repair
+    assert "Points below their best after sft2: counting 40." in repair
     assert "from 72.5 to 92.5 %" in repair
     assert "+2.0 ± 4.0 points, not above two standard errors" in repair
     assert thinking.startswith("Thinking costs") and "(-20.0 points)" in thinking

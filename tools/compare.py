@@ -102,9 +102,10 @@ def options_that_differ(a: LadderRun, b: LadderRun) -> list[tuple[str, str, str]
 
     def whole(run: LadderRun) -> dict:
         kept = ("model", "seed", "cores", "processes", "machine", "date")
-        shown = {key: run.results[key] for key in kept if key in run.results}
-        shown |= run.results.get("options", {})
-        return shown | run.results.get("versions", {})
+        shown = run.results.get("options", {}) | run.results.get("versions", {})
+        return {key: run.results[key] for key in kept if key in run.results} | {
+            key: value for key, value in shown.items() if key not in kept
+        }
 
     # where a run put its files is no difference
     rows = []

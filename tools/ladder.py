@@ -19,6 +19,7 @@ from data.images import open_image
 from evaluate import Graded, summary
 from generate import generate
 from graders import boxed
+from infra.text import printable
 from infra.weights import write_json
 from moe import Decisions
 from objective import expert_counts
@@ -29,7 +30,7 @@ from talk.page import STYLE, token_cards, view_of, view_style
 from tools import report
 from tools.evidence import paired
 from tools.seeds import known_seeds, machine_name
-from tools.story import ENDS
+from tools.story import ENDS, story_lines
 
 Row = list[
     tuple[int, bool | None]
@@ -145,13 +146,13 @@ def shown_pairs(pairs: list[tuple[Graded, Graded]], root: Path | None) -> list[d
             "think": think.said,
             "direct_score": direct.score,
             "think_score": think.score,
-            "images": pictures_in(direct, root),
+            "images": graded_pictures(direct, root),
         }
         for shown, direct, think in chosen
     ]
 
 
-def pictures_in(graded: Graded, root: Path | None) -> list:
+def graded_pictures(graded: Graded, root: Path | None) -> list:
     """The pictures of a graded sample, opened."""
     parts = [part for message in graded.sample.messages for part in message.parts]
     return [open_image(part, root) for part in parts if not isinstance(part, str)]
@@ -303,7 +304,7 @@ def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:
                     "said": g.said,
                     "score": g.score,
                     "mode": mode,
-                    "images": pictures_in(g, root),
+                    "images": graded_pictures(g, root),
                 }
             )
     return cards
@@ -328,6 +329,10 @@ def print_tables(ladder, results: dict) -> None:
             f"{family:14s} {s.accuracy:6.1%} +- {s.error:4.1%}   {s.chance:6.1%}  {above:8.0f}"
             f"                   {shown}"
         )
+
+    print()
+    for text in story_lines(results):
+        print(printable(text))
 
     modes = results["modes"]
     out = ladder.options.out

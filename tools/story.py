@@ -14,6 +14,8 @@ said), direct_score and think_score, and `shown`: "first" (not chosen), "won" or
 Every sentence needs its numbers; without them it is left out.
 """
 
+import re
+
 from tools.drawing import el, image_tag, legend, line, safe, section, svg, word
 from tools.evidence import (
     Difference,
@@ -48,7 +50,7 @@ def skills_line(results: dict) -> str:
         if stage is None:
             never.append(family)
             continue
-        named = family in metrics.get(stage, "")
+        named = family in re.findall(r"[\w-]+", metrics.get(stage, ""))
         group = own if named else together
         group.setdefault(stage, []).append(family)
 
@@ -87,14 +89,14 @@ def repair_line(results: dict) -> str:
         if family != "overall":
             falls[family] = best - score
     worst = sorted(falls, key=falls.get, reverse=True)[:2]
-    lost = [f"{family} by {100 * falls[family]:.0f}" for family in worst if falls[family] >= 0.05]
+    lost = [f"{family} {100 * falls[family]:.0f}" for family in worst if falls[family] >= 0.05]
 
     # and what two short runs on everything and their mean did
     change = improvement(soup)
     doubt = "" if change.sure else ", not above two standard errors"
     kept = f"At the end of {last} no skill is far below its best."
     if lost:
-        kept = f"A phase forgets: after {last}, {in_words(lost)} points below the best so far."
+        kept = f"A phase forgets. Points below their best after {last}: {in_words(lost)}."
     overall = f"{100 * road[last]['overall']:.1f} to {100 * road['soup']['overall']:.1f} %"
     return (
         f"{kept} Two short runs on everything and the mean of their weights (the soup) move overall "
@@ -120,7 +122,7 @@ def thinking_line(results: dict) -> str:
 
     # the families between which it differs most
     gains = {family: row["think"] - row["direct"] for family, row in families.items()}
-    if len(gains) > 1:
+    if len(set(gains.values())) > 1:
         best = max(gains, key=gains.get)
         worst = min(gains, key=gains.get)
         sentence += f"; best in {best} ({100 * gains[best]:+.1f})"
