@@ -45,10 +45,12 @@ from tools.evidence import (
     paired,
     read_results,
     read_samples,
+    stage_seconds,
     unpaired,
 )
 from tools.story import WIDE, X0, X1, Y1, skill_frame, skill_point
 
+SURELY = "Coloured: above two standard errors; where nothing differs, one in twenty still is."
 ABSENT = "–"  # a stage, an option or a family that only the other run has
 
 
@@ -129,9 +131,12 @@ def options_that_differ(a: LadderRun, b: LadderRun) -> list[tuple[str, str, str]
 
 
 def same_questions(a: LadderRun, b: LadderRun, families: list[str]) -> bool:
-    """Whether both were graded on the same samples of these families, and say how each went."""
-    first, second = a.samples["questions"], b.samples["questions"]
-    return bool(families) and all(f in first and first[f] == second.get(f) for f in families)
+    """Whether both were graded on the same samples of these families."""
+    first = a.samples["questions"]
+    second = b.samples["questions"]
+    if not families or any(family not in first for family in families):
+        return False
+    return all(first[family] == second.get(family) for family in families)
 
 
 def sample_pairs(
@@ -380,9 +385,31 @@ def thinking_words_of(results: dict) -> str:
 
 def two_lines(a: str, b: str) -> str:
     """What A and B say, in a line each."""
-    return el("p", el("b", "A", cls="blue"), " ", safe(a)) + el(
-        "p", el("b", "B", cls="rising"), " ", safe(b)
+    first = el("p", el("b", "A", cls="blue"), " ", safe(a))
+    second = el("p", el("b", "B", cls="rising"), " ", safe(b))
+    return first + second
+
+
+def two_curves(a: LadderRun, b: LadderRun) -> tuple[str, str]:
+    """Two parts of the page: every family's score over both ladders, and the losses of common stages."""
+    key = legend(("━", "blue", "A"), ("━", "rising", "B"))
+    families = in_either(a.results["final"], b.results["final"])
+    skills = [two_skills(family, a, b) for family in families]
+    over_both = section(
+        "Every skill over both ladders",
+        "Accuracy after every stage, in percent; dashed: chance.",
+        key,
+        el("div", *skills, cls="skills"),
     )
+
+    # the losses in the order of A's ladder
+    common = [name for name in a.logs if name in b.logs]
+    common.sort(key=lambda name: stage_seconds(a.results, name) or 0.0)
+    losses = [two_losses(name, a.logs[name], b.logs[name]) for name in common]
+    if not losses:
+        return over_both, ""
+    charts = el("div", *losses, cls="charts")
+    return over_both, section("Losses", "Smoothed, over all executed steps.", key, charts)
 
 
 def comparison_page(a: LadderRun, b: LadderRun) -> str:
@@ -396,49 +423,23 @@ def comparison_page(a: LadderRun, b: LadderRun) -> str:
     if overall:
         numbers.append((overall.points(), "points, B − A"))
 
-    both = a.results["final"].keys() | b.results["final"].keys()
-    skills = [
-        two_skills(f, a, b) for f in in_either(a.results["final"], b.results["final"]) if both
-    ]
-    common = [name for name in in_either(a.logs, b.logs) if name in a.logs and name in b.logs]
-    losses = [two_losses(name, a.logs[name], b.logs[name]) for name in common]
-    key = legend(("━", "blue", "A"), ("━", "rising", "B"))
+    thinking = two_lines(thinking_words_of(a.results), thinking_words_of(b.results))
+    search = two_lines(search_words(a.results), search_words(b.results))
+    skills, losses = two_curves(a, b)
+    dots = "Dots: A above B, pale before, full after. Differences in points; of losses as they are."
     title = f"{a.path.name} and {b.path.name}"
     return html_page(
         title,
         el("h1", safe(title)),
-        el(
-            "p",
-            safe(f"A is {a.path}, B is {b.path}. Coloured: above two standard errors."),
-            cls="note",
-        ),
+        el("p", safe(f"A is {a.path}, B is {b.path}."), cls="note"),
         facts(*numbers),
         section("Options that differ", "Of the runs, then of their stages.", options_part(a, b)),
-        section(
-            "Stages",
-            "Dots: A above B, pale before, full after. Differences in points; of losses as they are.",
-            stages_part(a, b),
-        ),
-        section("Families at the end", "On the same held-out samples.", families_part(a, b)),
-        section(
-            "Thinking",
-            "Reasoning questions.",
-            two_lines(*(thinking_words_of(r.results) for r in (a, b))),
-        ),
-        section(
-            "Every skill over both ladders",
-            "Accuracy after every stage, in percent; dashed: chance.",
-            key,
-            el("div", *skills, cls="skills"),
-        ),
-        section(
-            "AdaLRS", "The search in basic.", two_lines(*(search_words(r.results) for r in (a, b)))
-        ),
-        section(
-            "Losses", "Smoothed, over all executed steps.", key, el("div", *losses, cls="charts")
-        )
-        if losses
-        else "",
+        section("Stages", f"{dots} {SURELY}", stages_part(a, b)),
+        section("Families at the end", "On held-out samples.", families_part(a, b)),
+        section("Thinking", "Reasoning questions.", thinking),
+        skills,
+        section("AdaLRS", "The search in basic.", search),
+        losses,
     )
 
 

@@ -250,20 +250,28 @@ def finish(ladder, seconds: float, after: dict[str, dict[str, list[float]]] | No
     samples = {"questions": question_digests(ladder.graded), "scores": scores}
     (options.out / "samples.json").write_text(json.dumps(samples) + "\n", encoding="utf-8")
 
-    # The page
-    cards = answer_cards(ladder, thinking)
+    write_page(ladder, results, thinking, rows)
+    print_tables(ladder, results)
+
+
+def write_page(ladder, results: dict, thinking: list[Graded], rows: list[Row]) -> None:
+    """report.html, from the results and what is too large for them: curves, answers, where it looked."""
+    direct = [g for g in ladder.graded if g.family in ladder.reasoning and g.sample.task != "text"]
+    root = ladder.setup.source.root
     looked, style = looked_into(ladder.setup, ladder.graded)
-    page = options.out / "report.html"
-    parts = (results, ladder.runs, cards, rows, load, results["swap"])
     report.write_report(
-        page,
-        *parts,
+        ladder.options.out / "report.html",
+        results,
+        ladder.runs,
+        answer_cards(ladder, thinking),
+        rows,
+        results["expert_load"],
+        results["swap"],
         looked=looked,
         style=style,
-        pairs=shown_pairs(pairs, ladder.setup.source.root),
-        seeds=known_seeds(results, options.out.parent),
+        pairs=shown_pairs(both_ways(direct, thinking), root),
+        seeds=known_seeds(results, ladder.options.out.parent),
     )
-    print_tables(ladder, results)
 
 
 def looked_into(setup: Setup, graded: list[Graded], families: int = 3) -> tuple[str, str]:

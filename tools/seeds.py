@@ -388,7 +388,7 @@ def seed_chart(family: str, part: dict) -> str:
 
     last = after[stages[-1]]["mean"]
     body += word(f"{100 * last:.0f}", X1 + 8, skill_point(0, last, 1)[1] + 3.5, "tick")
-    caption = el("figcaption", el("h3", safe(family)), el("span", "mean at the right", cls="soft"))
+    caption = el("figcaption", el("h3", safe(family)))
     return el("figure", caption, svg(WIDE, Y1 + 18, f"{family} over the ladder", body))
 
 
@@ -425,7 +425,7 @@ def model_part(model: str, part: dict) -> str:
             ),
             section(
                 "Every skill over the ladder",
-                "Accuracy after every stage, in percent.",
+                "Accuracy after every stage, in percent; at the right the mean at the end.",
                 legend(("", "band", "lowest to highest"), ("╌", "soft", "chance")),
                 el("div", *charts, cls="skills") if charts else "",
             ),
