@@ -37,9 +37,7 @@ def push_of(name: str, rewards: Tensor, lengths: Tensor, ratios: Tensor) -> Valu
     total, _ = loss(name, logp, old, mask, advantage)
     divided_by = divisor(mask, algorithm.aggregation, LIMIT)
     (total / divided_by).backward()
-    _, clipped = algorithm.term(
-        logp.detach(), old, mask, advantage, algorithm.low, algorithm.high
-    )
+    _, clipped = algorithm.term(logp.detach(), old, mask, advantage, algorithm.low, algorithm.high)
     return {
         "advantage": advantage.tolist(),
         "clipped": clipped[:, 0].tolist(),
@@ -85,7 +83,7 @@ def algorithm_rows() -> Values:
 EXAMPLE = {
     "rewards": [1, 0, 0, 1],
     "lengths": [3, 6, 12, 10],
-    "ratios": [1.0, 1.0, 0.7, 1.25],
+    "ratios": [1.0, 1.0, 0.9, 1.25],
     "overlong": False,
 }
 
@@ -109,11 +107,21 @@ LESSON = Lesson(
     numbers=group_numbers,
     controls=(
         *(completion_row(i) for i in range(4)),
-        controls_row("DAPO", tick_box("overlong", "punish the last 4 of 12 tokens", EXAMPLE["overlong"])),
+        controls_row(
+            "DAPO", tick_box("overlong", "punish the last 4 of 12 tokens", EXAMPLE["overlong"])
+        ),
     ),
     parts=(
-        ("advantages", "Rewards become advantages", "What counts is the difference from the group."),
-        ("clips", "Ratios are clipped", "Only on the way that the advantage asks for, never on the way back."),
+        (
+            "advantages",
+            "Rewards become advantages",
+            "What counts is the difference from the group.",
+        ),
+        (
+            "clips",
+            "Ratios are clipped",
+            "Only on the way that the advantage asks for, never on the way back.",
+        ),
         (
             "pushes",
             "What each token is pushed by",

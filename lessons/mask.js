@@ -35,6 +35,7 @@ const encode = (text, data) => (text.match(SPLIT) ?? []).flatMap((word) => encod
 function conversation(given, data) {
   const answer = given.answer.trim();
   if (!given.think) return { question: given.question, chain: null, said: given.answer };
+  if (/<\/?think>/.test(answer)) throw new Refused("The chain of thought has a box of its own: leave its marks out of the answer.");
   if (!answer) throw new Refused("Asked to think, there must be an answer to put into the box.");
   const said = answer.includes("\\boxed{") ? answer : `\\boxed{${answer}}`;
   return { question: `${given.question} ${data.think}`, chain: given.chain, said };

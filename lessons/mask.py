@@ -28,7 +28,14 @@ TOKENS_OF_A_PICTURE = (SIDE // (2 * PRESETS["toy"].vision.patch_size)) ** 2
 
 
 def asked_sample(given: Values) -> Sample:
-    """The conversation: pictures and a question, an answer, and a chain before it where it thinks."""
+    """The conversation: pictures and a question, an answer, and a chain before it where it thinks.
+
+    Raises ValueError for marks of thinking in an answer: the chain has a box of its own.
+    """
+    if given["think"] and ("<think>" in given["answer"] or "</think>" in given["answer"]):
+        raise ValueError(
+            "the chain of thought has a box of its own: leave its marks out of the answer"
+        )
     blank = Image.new("RGB", (SIDE, SIDE), "white")
     pictures = (blank,) * given["pictures"]
     question = ("\n" if pictures else "") + given["question"]
@@ -103,8 +110,16 @@ LESSON = Lesson(
         ),
     ),
     parts=(
-        ("chips", "The tokens", "Green: learned. Violet: control tokens, which no text can become. Ochre: of a picture."),
-        ("asked", "What each place is asked for", "The token after it, if that one is learned: labels are shifted by one."),
+        (
+            "chips",
+            "The tokens",
+            "Green: learned. Violet: control tokens, which no text can become. Ochre: of a picture.",
+        ),
+        (
+            "asked",
+            "What each place is asked for",
+            "The token after it, if that one is learned: labels are shifted by one.",
+        ),
     ),
     source="tokenizer.py: Tokenizer.render, Tokenizer.encode; data/encode.py: Encoder, with_thinking; "
     "the paper's Eq. 2 and 3 (sections 4.2.2 and 4.2.4).",

@@ -85,7 +85,13 @@ def labelled(text: str, control: str, *more: str) -> str:
 
 
 def slider(
-    path: str, text: str, low: float, high: float, value: float, step: float = 1, power: bool = False
+    path: str,
+    text: str,
+    low: float,
+    high: float,
+    value: float,
+    step: float = 1,
+    power: bool = False,
 ) -> str:
     """A number that is dragged, beside its value. power: the number is an exponent of ten."""
     limits = {"min": low, "max": high, "step": step, "value": value}
@@ -147,7 +153,9 @@ def head_of(lesson: Lesson, script: str) -> str:
     """Character set, width, style, and a policy that lets this very script run and nothing else."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     return head + el("title", safe(lesson.title)) + el("style", STYLE)
 

@@ -75,7 +75,11 @@ LESSON = Lesson(
             "Who is chosen",
             "Probabilities over all experts; the chosen ones are blue, and their weights stand below.",
         ),
-        ("first", "Token 0 by hand", "The softmax, the choice, and the division by the sum of what is kept."),
+        (
+            "first",
+            "Token 0 by hand",
+            "The softmax, the choice, and the division by the sum of what is kept.",
+        ),
         (
             "balance",
             "The balance loss",

@@ -100,9 +100,9 @@ const kindOf = (id) => (id < 0 ? "none" : "kind" + Math.floor(id / APART));
 function rowTable(numbers, row) {
   const cells = (title, values, text) => [
     title,
-    ...values.map((value, i) => [text(value), i < 99 ? kindOf(numbers.ids[row][i]) : ""]),
+    ...values.map((value, i) => [text(value), kindOf(numbers.ids[row][i])]),
   ];
-  return table(
+  const made = table(
     [`row ${row}`, ...numbers.ids[row].map(() => "")],
     [
       cells("token", numbers.ids[row], tokenName),
@@ -110,6 +110,8 @@ function rowTable(numbers, row) {
       cells("asked for", numbers.labels[row], (label) => (label < 0 ? "–" : tokenName(label))),
     ],
   );
+  made.classList.add("of-tokens");
+  return made;
 }
 
 function matrix(numbers, row) {

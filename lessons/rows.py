@@ -72,7 +72,10 @@ LESSON = Lesson(
     controls=(
         controls_row(
             "Tokens of each document",
-            *(slider(f"sizes.{i}", "ABC"[i], 1, 12, size) for i, size in enumerate(EXAMPLE["sizes"])),
+            *(
+                slider(f"sizes.{i}", "ABC"[i], 1, 12, size)
+                for i, size in enumerate(EXAMPLE["sizes"])
+            ),
         ),
         controls_row("Tokens of a row", slider("capacity", "capacity", 4, 12, EXAMPLE["capacity"])),
     ),

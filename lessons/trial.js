@@ -103,8 +103,8 @@ function raceChart(numbers, k) {
 
 function gainChart(rate, raised) {
   const gained = (r) => r - (r * r) / 2;
-  const at = (r) => [30 + (WIDTH - 60) * Math.min(r / 2.5, 1), 84 - 120 * Math.max(gained(r), -0.55)];
-  const points = range(76).map((i) => at((2.5 * i) / 75).map((n) => n.toFixed(1)).join(","));
+  const at = (r) => [30 + (WIDTH - 60) * Math.min(r / 2.3, 1), 84 - 120 * Math.max(gained(r), -0.45)];
+  const points = range(76).map((i) => at((2.3 * i) / 75).map((n) => n.toFixed(1)).join(","));
   const [zero] = at(0);
   const parts = [
     shape("line", { x1: zero, y1: 84, x2: WIDTH - 30, y2: 84 }),

@@ -96,7 +96,11 @@ LESSON = Lesson(
         ),
     ),
     parts=(
-        ("race", "The race", "Blue: the loss at the present rate. Ochre: from the same point at the higher one."),
+        (
+            "race",
+            "The race",
+            "Blue: the loss at the present rate. Ochre: from the same point at the higher one.",
+        ),
         ("verdict", "The verdict", "Eq. 1 with this trial's numbers."),
         (
             "theory",
@@ -105,8 +109,8 @@ LESSON = Lesson(
             "too low, most at 1, nothing at 2, a loss above.",
         ),
     ),
-    source="adalrs.py: AdaLRS with rule=\"paper\", gain, fit_line; the paper's Eq. 1 (section 3.2.3). The default rule, "
-    "\"safe\", wants more than one witness, and never lowers a rate because a higher one was slower.",
+    source='adalrs.py: AdaLRS with rule="paper", gain, fit_line; the paper\'s Eq. 1 (section 3.2.3). The default rule, '
+    '"safe", wants more than one witness, and never lowers a rate because a higher one was slower.',
     data={
         "k": K,
         "start": START,
