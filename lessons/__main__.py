@@ -21,7 +21,7 @@ class LessonOptions:
     out: Path = Path("runs/lessons")  # folder of the pages
 
 
-def write_lessons(options: LessonOptions) -> None:
+def write_lesson_pages(options: LessonOptions) -> None:
     """A page for each lesson."""
     options.out.mkdir(parents=True, exist_ok=True)
     for lesson in LESSONS:
@@ -31,4 +31,4 @@ def write_lessons(options: LessonOptions) -> None:
 
 
 if __name__ == "__main__":
-    command(write_lessons)
+    command(write_lesson_pages)

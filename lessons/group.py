@@ -5,7 +5,7 @@ Then three choices tell the algorithms apart: what the difference is divided by,
 may move before it loses its gradient, and what the sum over tokens is divided by (so, how much a token of a
 long answer counts).
 
-    rewards --(r - mean) / std--> advantages --x ratio, clipped--> gain --/ tokens, or / lengths, ...--> gradient
+    rewards --(r - mean) / std--> advantages --x ratio, clipped--> gain --/ tokens, ...--> gradient
 
 DAPO differs from GRPO in four places, all on the page: a wider clip upwards, every token counts the same,
 groups that agree are not used, and answers near the length limit are punished.
@@ -94,15 +94,16 @@ def completion_row(i: int) -> str:
         f"Answer {i + 1}",
         slider(f"rewards.{i}", "reward", 0, 1, EXAMPLE["rewards"][i], 0.25),
         slider(f"lengths.{i}", "tokens", 1, LIMIT, EXAMPLE["lengths"][i]),
-        slider(f"ratios.{i}", "ratio π / π old", 0.5, 1.5, EXAMPLE["ratios"][i], 0.01),
+        slider(f"ratios.{i}", "ratio", 0.5, 1.5, EXAMPLE["ratios"][i], 0.01),
     )
 
 
 LESSON = Lesson(
     name="group",
     title="A group of answers",
-    teaches="Four answers to one question were sampled and rewarded. How hard is each of their tokens pushed up or "
-    "down? Change a reward until all agree; make a wrong answer long; let a ratio pass the clip.",
+    teaches="Four answers to one question were sampled and rewarded. How hard is each of their "
+    "tokens pushed up or down? Change a reward until all agree; make a wrong answer long; let a "
+    "ratio pass the clip.",
     example=EXAMPLE,
     numbers=group_numbers,
     controls=(
@@ -125,12 +126,12 @@ LESSON = Lesson(
         (
             "pushes",
             "What each token is pushed by",
-            "The gradient on the log-probability of one token: green up, red down. The same answers, four ways "
-            "to add up.",
+            "The gradient on the log-probability of one token: green up, red down. The same "
+            "answers, four ways to add up.",
         ),
         ("dapo", "What DAPO changes", "Each of its four changes, with this group's numbers."),
     ),
-    source="policy_losses.py: ALGORITHMS, group_advantage, clipped, divisor, overlong_penalty; rollout.py: Group.disagrees; "
-    "the paper's section 4.2.3.",
+    source="policy_losses.py: ALGORITHMS, group_advantage, clipped, divisor, overlong_penalty; "
+    "rollout.py: Group.disagrees; the paper's section 4.2.3.",
     data={"algorithms": algorithm_rows(), "limit": LIMIT, "soft": SOFT},
 )

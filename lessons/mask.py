@@ -2,14 +2,14 @@
 
 What it teaches: a prompt is built of ids, piece by piece, and never searched as a string. So it is known of
 each token whether it belongs to an answer, and no text, whatever it says, can become a control token: type
-<|im_end|> into the question and count the pieces. Labels are shifted by one: each place is asked for the token
-after it, if that one is to be learned.
+<|im_end|> into the question and count the pieces. Labels are shifted by one: each place is asked for the
+token after it, if that one is to be learned.
 
     user: question  -> <|im_start|> user ... <|im_end|> <|im_start|> assistant \\n | 3  <|im_end|>
                        never learned                                              | learned
 
-The real `Encoder` computes it, with a small tokenizer of the toy's sentences. Simplified: no system prompt (as
-in the toy), pictures of four visual tokens.
+The real `Encoder` computes it, with a small tokenizer of the toy's sentences. Simplified: no system prompt
+(as in the toy), pictures of four visual tokens.
 """
 
 from PIL import Image
@@ -90,8 +90,9 @@ EXAMPLE = {
 LESSON = Lesson(
     name="mask",
     title="What is learned of a conversation",
-    teaches="The model reads everything and is asked only for what an assistant says. Switch thinking on and off, or type "
-    "a control token like <|im_end|> into the question: it stays plain text.",
+    teaches="The model reads everything and is asked only for what an assistant says. Switch "
+    "thinking on and off, or type a control token like <|im_end|> into the question: it stays "
+    "plain text.",
     example=EXAMPLE,
     numbers=mask_numbers,
     controls=(
@@ -121,7 +122,7 @@ LESSON = Lesson(
             "The token after it, if that one is learned: labels are shifted by one.",
         ),
     ),
-    source="tokenizer.py: Tokenizer.render, Tokenizer.encode; data/encode.py: Encoder, with_thinking; "
-    "the paper's Eq. 2 and 3 (sections 4.2.2 and 4.2.4).",
+    source="tokenizer.py: Tokenizer.render, Tokenizer.encode; data/encode.py: Encoder, "
+    "with_thinking; the paper's Eq. 2 and 3 (sections 4.2.2 and 4.2.4).",
     data=vocabulary(),
 )

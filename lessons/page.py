@@ -56,7 +56,7 @@ class Lesson:
         return (HERE / f"{self.name}.js").read_text(encoding="utf-8")
 
 
-def answered(lesson: Lesson, given: Values) -> Values:
+def lesson_numbers(lesson: Lesson, given: Values) -> Values:
     """The numbers of some inputs, or {"refused": why}."""
     try:
         return lesson.numbers(given)
@@ -79,7 +79,7 @@ def attributes_of(values: Values) -> str:
     return text
 
 
-def labelled(text: str, control: str, *more: str) -> str:
+def named_control(text: str, control: str, *more: str) -> str:
     """A control under its name."""
     return el("label", el("span", safe(text)), control, *more)
 
@@ -96,13 +96,13 @@ def slider(
     """A number that is dragged, beside its value. power: the number is an exponent of ten."""
     limits = {"min": low, "max": high, "step": step, "value": value}
     control = f"<input{attributes_of({'type': 'range', 'name': path} | limits)}>"
-    return labelled(text, control, f"<output{attributes_of({'data-power': power})}></output>")
+    return named_control(text, control, f"<output{attributes_of({'data-power': power})}></output>")
 
 
 def number_box(path: str, text: str, low: float, high: float, value: float, step: float) -> str:
     """A number that is typed."""
     limits = {"min": low, "max": high, "step": step, "value": value, "required": True}
-    return labelled(text, f"<input{attributes_of({'type': 'number', 'name': path} | limits)}>")
+    return named_control(text, f"<input{attributes_of({'type': 'number', 'name': path} | limits)}>")
 
 
 def tick_box(path: str, text: str, on: bool) -> str:
@@ -114,7 +114,7 @@ def tick_box(path: str, text: str, on: bool) -> str:
 def text_box(path: str, text: str, value: str) -> str:
     """A line of text."""
     limits = {"type": "text", "name": path, "value": value, "maxlength": 200}
-    return labelled(text, f"<input{attributes_of(limits)}>")
+    return named_control(text, f"<input{attributes_of(limits)}>")
 
 
 def choice(path: str, text: str, names: tuple[str, ...], value: str) -> str:
@@ -123,7 +123,7 @@ def choice(path: str, text: str, names: tuple[str, ...], value: str) -> str:
     for name in names:
         state = {"value": name, "selected": name == value}
         options += f"<option{attributes_of(state)}>{safe(name)}</option>"
-    return labelled(text, f"<select{attributes_of({'name': path})}>{options}</select>")
+    return named_control(text, f"<select{attributes_of({'name': path})}>{options}</select>")
 
 
 def controls_row(title: str, *controls: str) -> str:
@@ -143,13 +143,13 @@ def page_script(lesson: Lesson) -> str:
     """All that runs in the page: what lessons share, the lesson's own, and its beginning."""
     opening = {
         "example": lesson.example,
-        "numbers": answered(lesson, lesson.example),
+        "numbers": lesson_numbers(lesson, lesson.example),
         "data": lesson.data,
     }
     return f"{SHARED_SCRIPT}\n{lesson.script}\nbegin({as_script(opening)});\n"
 
 
-def head_of(lesson: Lesson, script: str) -> str:
+def lesson_head(lesson: Lesson, script: str) -> str:
     """Character set, width, style, and a policy that lets this very script run and nothing else."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -183,8 +183,9 @@ def lesson_page(lesson: Lesson, others: list[Lesson]) -> str:
         el("footer", el("p", safe(lesson.source), cls="soft")),
         f"<script>{script}</script>",
     ]
-    whole = "\n".join(body)
-    return f'<!doctype html>\n<html lang="en">{head_of(lesson, script)}\n<body>\n{whole}\n</body></html>\n'
+    head = lesson_head(lesson, script)
+    inside = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{inside}\n</body></html>\n'
 
 
 def lesson_link(lesson: Lesson, here: bool) -> str:

@@ -57,8 +57,9 @@ def logit_boxes(token: int) -> str:
 LESSON = Lesson(
     name="routing",
     title="Four tokens, three experts",
-    teaches="A mixture of experts computes only K of its E feed-forwards for each token. Change what the router says "
-    "and see who is chosen, with which weight, and what keeps the others alive.",
+    teaches="A mixture of experts computes only K of its E feed-forwards for each token. Change "
+    "what the router says and see who is chosen, with which weight, and what keeps the others "
+    "alive.",
     example=EXAMPLE,
     numbers=routing_numbers,
     controls=(
@@ -86,6 +87,6 @@ LESSON = Lesson(
             "f counts, so it has no gradient; P has one. The loss is K when all experts are used alike.",
         ),
     ),
-    source="moe.py: route, balance_loss, z_loss, entropy; objective.py: router_losses; the paper's section 2.2, which "
-    "names the loss and gives no formula: this is Qwen3-MoE's.",
+    source="moe.py: route, balance_loss, z_loss, entropy; objective.py: router_losses; the "
+    "paper's section 2.2, which names the loss and gives no formula: this is Qwen3-MoE's.",
 )

@@ -31,7 +31,7 @@ def made_document(number: int, size: int) -> Document:
     return Document(ids, labels, weights, (), "text", f"document {number}", {}, number=number)
 
 
-def attention_weights(segments: Segments) -> list[list[float]]:
+def equal_weights(segments: Segments) -> list[list[float]]:
     """(S, S) what each position takes from each, all scores being equal.
 
     Values that are the unit vectors make the weights themselves come out.
@@ -56,7 +56,7 @@ def packing_numbers(given: Values) -> Values:
         "cu": batch.segments.cu.tolist(),
         "filled": batch.filled,
         "alone": sum(sizes) / (len(sizes) * given["capacity"]),
-        "weights": attention_weights(batch.segments),
+        "weights": equal_weights(batch.segments),
     }
 
 
@@ -65,8 +65,9 @@ EXAMPLE = {"sizes": [5, 4, 3], "capacity": 8}
 LESSON = Lesson(
     name="rows",
     title="Three documents, packed",
-    teaches="Documents of any length become full rows. Drag their sizes and see which of them share a row, where "
-    "positions begin again, what each token is asked for, and what it may look at.",
+    teaches="Documents of any length become full rows. Drag their sizes and see which of them "
+    "share a row, where positions begin again, what each token is asked for, and what it may look "
+    "at.",
     example=EXAMPLE,
     numbers=packing_numbers,
     controls=(
@@ -83,8 +84,9 @@ LESSON = Lesson(
         (
             "packed",
             "The rows",
-            "The oldest document that waits goes first; then, of those that still fit, the set that fills the "
-            "row best. What is left over is padding, a document of its own that nobody sees.",
+            "The oldest document that waits goes first; then, of those that still fit, the set "
+            "that fills the row best. What is left over is padding, a document of its own that "
+            "nobody sees.",
         ),
         (
             "borders",
@@ -94,9 +96,11 @@ LESSON = Lesson(
         (
             "attention",
             "What a token may look at",
-            "A line is a token that looks, a column one that is looked at. With equal scores, position p looks "
-            "at p + 1 tokens and takes 1 / (p + 1) from each: the darker, the more.",
+            "A line is a token that looks, a column one that is looked at. With equal scores, "
+            "position p looks at p + 1 tokens and takes 1 / (p + 1) from each: the darker, the "
+            "more.",
         ),
     ),
-    source="packing.py: Rows, choose_subset, laid_out; attention.py: Segments, packed_attention; the paper's section 5.1.",
+    source="packing.py: Rows, choose_subset, laid_out; attention.py: Segments, packed_attention; "
+    "the paper's section 5.1.",
 )

@@ -6,7 +6,7 @@ faster by more than two errors, the raise is kept; if clearly slower, weights an
 rate is lowered (Eq. 1); if the loss rises above all that was seen, the trial ends at once.
 
     loss of step i = (w - s_i)^2 / 2, s_i = noise times a fixed random number     w <- w - rate (w - s_i)
-    rate <- a' rate   v(a' rate) > v(rate) + 2e       rate / b'   v(a' rate) < v(rate) - 2e      else as it was
+    rate <- a' rate if v(a' rate) > v(rate) + 2e,   rate / b' if v(a' rate) < v(rate) - 2e,   else rate
 
 The numbers here come from the real `AdaLRS` with `rule="paper"`, on a model of one weight, with SGD.
 Simplified: the first trial, where a' = a and b' = 1/b (n = 0 adjustments), with a window of 12 steps.
@@ -26,7 +26,7 @@ DRAWS = [round(random.Random(f"trial/{i}").gauss(0, 1), 3) for i in range(2 * K)
 TOTAL = 10 * K  # of the run: its budget has room for the trial
 
 
-def run_trial(given: Values) -> tuple[AdaLRS, list[float]]:
+def first_trial(given: Values) -> tuple[AdaLRS, list[float]]:
     """The search after its first decision, and the losses until then.
 
     Raises ValueError for factors that Eq. 1 does not allow.
@@ -60,7 +60,7 @@ def run_trial(given: Values) -> tuple[AdaLRS, list[float]]:
 
 def trial_numbers(given: Values) -> Values:
     """exponent (of the rate, to the base ten), noise, up and down -> losses, velocities, the verdict."""
-    search, losses = run_trial(given)
+    search, losses = first_trial(given)
     decision = search.decisions[0]
     judged = decision.action != "abort"
     return {
@@ -79,8 +79,9 @@ EXAMPLE = {"exponent": -2.0, "noise": 0.2, "up": 3, "down": 2}
 LESSON = Lesson(
     name="trial",
     title="One trial of AdaLRS",
-    teaches="Is a higher learning rate faster? Twelve steps at the present rate, twelve from the same point at a higher "
-    "one. Drag the rate: far below 1 the raise is kept, near it nothing is certain, above it the trial runs away.",
+    teaches="Is a higher learning rate faster? Twelve steps at the present rate, twelve from the "
+    "same point at a higher one. Drag the rate: far below 1 the raise is kept, near it nothing is "
+    "certain, above it the trial runs away.",
     example=EXAMPLE,
     numbers=trial_numbers,
     controls=(
@@ -105,12 +106,13 @@ LESSON = Lesson(
         (
             "theory",
             "Why it works",
-            "What one step without noise gains, as a function of the rate: proportional to it while it is far "
-            "too low, most at 1, nothing at 2, a loss above.",
+            "What one step without noise gains, as a function of the rate: proportional to it "
+            "while it is far too low, most at 1, nothing at 2, a loss above.",
         ),
     ),
-    source='adalrs.py: AdaLRS with rule="paper", gain, fit_line; the paper\'s Eq. 1 (section 3.2.3). The default rule, '
-    '"safe", wants more than one witness, and never lowers a rate because a higher one was slower.',
+    source='adalrs.py: AdaLRS with rule="paper", gain, fit_line; the paper\'s Eq. 1 (section '
+    '3.2.3). The default rule, "safe", wants more than one witness, and never lowers a rate '
+    "because a higher one was slower.",
     data={
         "k": K,
         "start": START,

@@ -1,4 +1,4 @@
-"""The lessons: a page's own arithmetic is that of the project, it stands alone, and it answers its controls."""
+"""The lessons: a page's arithmetic is the project's, it stands alone, and it follows its controls."""
 
 import json
 import random
@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lessons.__main__ import LESSONS, LessonOptions, write_lessons
-from lessons.page import HERE, SHARED_SCRIPT, Lesson, Values, answered, lesson_page
+from lessons.__main__ import LESSONS, LessonOptions, write_lesson_pages
+from lessons.page import HERE, SHARED_SCRIPT, Lesson, Values, lesson_numbers, lesson_page
 from tools.screenshots import Browser
 
 NODE = shutil.which("node")
@@ -78,7 +78,7 @@ def close(a, b) -> bool:
 def test_the_browsers_arithmetic_is_the_projects(lesson):
     rng = random.Random(f"lessons/{lesson.name}")
     given = [lesson.example] + [drawn(lesson, rng) for _ in range(40)]
-    expected = [answered(lesson, one) for one in given]
+    expected = [lesson_numbers(lesson, one) for one in given]
     done = subprocess.run(
         [NODE, "-e", SHARED_SCRIPT + lesson.script + ANSWER_ALL],
         input=json.dumps([[one, lesson.data] for one in given]),
@@ -158,7 +158,7 @@ def test_every_script_has_its_lesson():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 def test_a_browser_agrees_with_every_example_and_follows_its_controls(tmp_path):
-    write_lessons(LessonOptions(tmp_path))
+    write_lesson_pages(LessonOptions(tmp_path))
     ready = "document.readyState == 'complete' && document.getElementById('controls')"
     text = "document.getElementById('figures').innerText"
     with Browser() as browser:
