@@ -43,9 +43,7 @@ function bar(value, largest) {
   const width = largest ? (58 * Math.abs(value)) / largest : 0;
   const place = { x: value < 0 ? 60 - width : 60, y: 3, width, height: 8, class: "cell " + (value < 0 ? "bad" : "good") };
   const middle = shape("line", { x1: 60, y1: 0, x2: 60, y2: 14 });
-  const made = drawing(120, 14, "", fixed(value, 4), middle, shape("rect", place));
-  made.style.width = "110px";
-  return made;
+  return drawing(120, 14, "push", fixed(value, 4), middle, shape("rect", place));
 }
 
 function draw(given, numbers, data) {
@@ -84,7 +82,7 @@ function drawClips(given, numbers, data) {
     [fixed(given.ratios[i], 2), "r"],
     ...names.map((name) => {
       const { advantage, clipped } = numbers.algorithms[name];
-      if (clipped[i]) return ["clipped: no gradient", "bad"];
+      if (clipped[i]) return ["clipped", "bad"];
       return advantage[i] === 0 ? ["no advantage", "off"] : "kept";
     }),
   ]);
@@ -95,7 +93,7 @@ function drawPushes(given, numbers) {
   const names = Object.keys(numbers.algorithms);
   const largest = Math.max(...names.flatMap((name) => numbers.algorithms[name].push.map(Math.abs)));
   const rows = answers(given).map((i) => [
-    `answer ${i + 1}, ${given.lengths[i]} tokens`,
+    `answer ${i + 1} (${given.lengths[i]})`,
     ...names.map((name) => {
       const push = numbers.algorithms[name].push[i];
       return element("div", "", bar(push, largest), fixed(push, 4));
@@ -105,7 +103,7 @@ function drawPushes(given, numbers) {
   const at = Math.max(0, grpo.advantage.findIndex((A, i) => A !== 0 && !grpo.clipped[i]));
   put(
     "pushes",
-    table(["a token of", ...names.map((name) => NAMES[name])], rows),
+    table(["a token of (tokens)", ...names.map((name) => NAMES[name])], rows),
     byHand(
       `GRPO, answer ${at + 1}: ratio × advantage / its length / answers = ` +
         `${fixed(given.ratios[at], 2)} × ${fixed(grpo.advantage[at], 2)} / ${given.lengths[at]} / ${grpo.divisor} = *${fixed(grpo.push[at], 4)}*`,

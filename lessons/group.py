@@ -126,8 +126,8 @@ LESSON = Lesson(
         (
             "pushes",
             "What each token is pushed by",
-            "The gradient on the log-probability of one token: green up, red down. The same "
-            "answers, four ways to add up.",
+            "The gradient on the log-probability of one token: green up, red down; "
+            "clipped ones have none. The same answers, four ways to add up.",
         ),
         ("dapo", "What DAPO changes", "Each of its four changes, with this group's numbers."),
     ),

@@ -74,7 +74,7 @@ LESSON = Lesson(
         (
             "routed",
             "Who is chosen",
-            "Probabilities over all experts; the chosen ones are blue, and their weights stand below.",
+            "Probabilities over all experts; the chosen ones are blue, and their weights stand at the right.",
         ),
         (
             "first",

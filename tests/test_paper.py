@@ -1,6 +1,7 @@
 """PAPER.md and FAQ.md: every part of the paper has a place that is there, every question an answer."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -63,6 +64,18 @@ def test_commands_of_the_map_are_stages_that_exist():
         tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
         tables = [n for n in tree.body if isinstance(n, ast.AnnAssign) and n.target.id == "PAPER"]
         assert stage in [key.value for key in tables[0].value.keys]
+
+
+def test_the_faq_says_who_won_as_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.thinking_sentence("toy") is None
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    for direct, verdict in ((0.9, "loses: of"), (0.7, "wins: of")):
+        modes = {"direct_accuracy": direct, "think_accuracy": 0.8}
+        results = json.dumps({"seed": 3, "modes": modes})
+        (tmp_path / "runs" / "toy" / "results.json").write_text(results)
+        sentence = readme.thinking_sentence("toy")
+        assert verdict in sentence and f"{direct:.1%}" in sentence and "80.0%" in sentence
 
 
 # What newcomers ask, and words that their answer must hold.

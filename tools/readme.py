@@ -710,8 +710,7 @@ def thinking_sentence(run: str) -> str | None:
     verdict = "wins" if thinking > direct else "loses"
     return (
         f"In the last `make toy` (seed {results['seed']}) it {verdict}: of the reasoning questions "
-        "{direct:.1%} "
-        f"are answered rightly at once, {thinking:.1%} after thinking."
+        f"{direct:.1%} are answered rightly at once, {thinking:.1%} after thinking."
     )
 
 
