@@ -77,7 +77,7 @@ def close(a, b) -> bool:
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 def test_the_browsers_arithmetic_is_the_projects(lesson):
     rng = random.Random(f"lessons/{lesson.name}")
-    given = [lesson.example] + [drawn(lesson, rng) for _ in range(40)]
+    given = [lesson.example] + [drawn(lesson, rng) for _ in range(20)]
     expected = [lesson_numbers(lesson, one) for one in given]
     done = subprocess.run(
         [NODE, "-e", SHARED_SCRIPT + lesson.script + ANSWER_ALL],
@@ -93,7 +93,7 @@ def test_the_browsers_arithmetic_is_the_projects(lesson):
         if not close(numbers, found)
     ]
     assert not differing, differing[0]
-    assert sum("refused" not in numbers for numbers in expected) >= 15
+    assert sum("refused" not in numbers for numbers in expected) >= 8
 
 
 def test_a_trial_can_end_in_every_way_that_eq_1_knows():

@@ -120,3 +120,16 @@ def test_every_answer_of_the_faq_is_among_its_contents():
     linked = re.findall(r"\]\(#([^)]+)\)", page.split("\n## ")[0])
     headings = [anchor_of(h) for h in re.findall(r"^## (.+)$", page, re.MULTILINE)]
     assert sorted(linked) == sorted(headings)
+
+
+def test_the_citation_is_the_same_in_both_places():
+    """Every author and title of the page stands in the file that machines read."""
+    readable = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = page.split("\n## How to cite\n")[1]
+    authors = re.search(r"author  = \{(.*?)\},\n  journal", section, re.DOTALL)[1]
+    names = [re.sub(r"\s+", " ", name.strip()).split(", ") for name in authors.split(" and ")]
+    written = re.findall(r"family-names: (\w+), given-names: (\w+)", readable)
+    assert [tuple(name) for name in names] == written
+    for title in re.findall(r"title   = \{(.*?)\}", section):
+        assert f'title: "{title}"' in readable
