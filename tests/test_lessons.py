@@ -32,7 +32,9 @@ TEXTS = (
 def drawn(lesson: Lesson, rng: random.Random) -> Values:
     """Inputs anywhere within the controls' ranges."""
     if lesson.name == "rows":
-        return {"sizes": [rng.randint(1, 12) for _ in range(3)], "capacity": rng.randint(4, 12)}
+        capacity = rng.randint(4, 12)
+        longest = min(12, capacity + rng.randint(0, 1))  # some do not fit
+        return {"sizes": [rng.randint(1, longest) for _ in range(3)], "capacity": capacity}
     if lesson.name == "routing":
         logits = [[rng.uniform(-9, 9) for _ in range(3)] for _ in range(4)]
         return {"logits": logits, "k": rng.randint(1, 3), "normalise": rng.random() < 0.5}

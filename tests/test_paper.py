@@ -128,7 +128,7 @@ def test_the_citation_is_the_same_in_both_places():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     section = page.split("\n## How to cite\n")[1]
     authors = re.search(r"author  = \{(.*?)\},\n  journal", section, re.DOTALL)[1]
-    names = [re.sub(r"\s+", " ", name.strip()).split(", ") for name in authors.split(" and ")]
+    names = [name.split(", ") for name in " ".join(authors.split()).split(" and ")]
     written = re.findall(r"family-names: (\w+), given-names: (\w+)", readable)
     assert [tuple(name) for name in names] == written
     for title in re.findall(r"title   = \{(.*?)\}", section):
