@@ -21,7 +21,7 @@ NUMBERS := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy chat serve real check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy chat lesson serve real check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -38,6 +38,9 @@ endif
 
 chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (MODEL=dense|moe, or a directory)
 	$(PY) -m talk.chat --model $(or $(TALK_$(MODEL)),$(MODEL))
+
+lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose numbers change live: runs/lessons/rows.html
+	$(PY) -m lessons
 
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real

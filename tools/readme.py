@@ -9,6 +9,8 @@ newest run. A block whose run is not here keeps what it says; everything else is
     recipes, presets        -> memory                             -> RESULTS.md
     scale/plan.py           -> plan                               -> scale/README.md
     runs/toy-seeds          -> toy: means and ranges over seeds   -> RESULTS.md
+    tools/paper.py          -> equations, sections, tables, ...   -> PAPER.md
+    figures, runs/toy       -> minutes, thinking                  -> FAQ.md
     runs/.../results.json   -> toy (one run), real, experts       -> RESULTS.md
     runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
 
@@ -26,6 +28,7 @@ from typing import Callable
 
 from curation.__main__ import CONTENTS
 from infra.cli import command
+from tools.paper import paper_blocks
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a run drew it
@@ -66,7 +69,8 @@ ROOMS = {
     "chains asking rows report noise album",
     "talk": "chat typed samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
-    "tools": "report story drawing evidence compare seeds ladder picture screenshots readme real "
+    "lessons": "page rows mask routing trial group",
+    "tools": "report story drawing evidence compare seeds ladder paper picture screenshots readme real "
     "clipart lock",
     "tests": "",
     "requirements": "",
@@ -750,11 +754,39 @@ def readme_blocks() -> dict[str, str | None]:
     return {"files": file_table(), "stages": stage_table(), "rungs": rung_table()}
 
 
+def faq_blocks() -> dict[str, str | None]:
+    """Every block of FAQ.md: what the last ladder took, and what thinking did to it."""
+    ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
+    minutes = (
+        f"The last `make toy`: {ladder['total_seconds']:.0f} s on {ladder['cores']} cores, "
+        f"{ladder['peak_memory_gib']:.1f} GiB ({ladder['date']}, torch {ladder['torch']})."
+    )
+    return {"minutes": minutes, "thinking": thinking_sentence("toy")}
+
+
+def thinking_sentence(run: str) -> str | None:
+    """Direct answers beside those that were asked to think; None where the run is not here."""
+    path = ROOT / "runs" / run / "results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text())
+    modes = results["modes"]
+    direct = modes["direct_accuracy"]
+    thinking = modes["think_accuracy"]
+    verdict = "wins" if thinking > direct else "loses"
+    return (
+        f"In the last `make toy` (seed {results['seed']}) it {verdict}: of the reasoning questions "
+        f"{direct:.1%} are answered rightly at once, {thinking:.1%} after thinking."
+    )
+
+
 PAGES: dict[str, Callable[[], dict[str, str | None]]] = {
     "README.md": readme_blocks,
     "RESULTS.md": results_blocks,
     "scale/README.md": lambda: {"plan": plan_tables()},
     "curation/README.md": curation_blocks,
+    "PAPER.md": paper_blocks,
+    "FAQ.md": faq_blocks,
 }
 
 
