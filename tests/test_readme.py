@@ -97,7 +97,6 @@ def test_a_run_becomes_its_tables(tmp_path, monkeypatch):
             "decisions": [1, 2],
             "extra_steps": 24,
             "loss": 0.8,
-            "fixed_rate_loss": 1.0,
         },
         "modes": {
             "direct_thinks": 0.0,

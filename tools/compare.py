@@ -368,8 +368,7 @@ def search_words(results: dict) -> str:
     steps = [f"step {d['made']}: {d['action']} to x {d['scale']:.3g}" for d in search["decisions"]]
     return (
         f"{search['start_lr']:.1e} to {search['final_lr']:.1e}, {search['extra_steps']} extra steps, last "
-        f"loss {search['loss']:.3f} ({search['fixed_rate_loss']:.3f} at the fixed rate). "
-        + "; ".join(steps)
+        f"loss {search['loss']:.3f}. " + "; ".join(steps)
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 import pretrain
 from data.images import open_image
-from evaluate import Graded, summary
+from evaluate import Graded, group_of, summary
 from generate import generate
 from graders import boxed
 from infra.text import printable
@@ -162,7 +162,7 @@ def scores_by_family(graded: list[Graded]) -> dict[str, list[float]]:
     """family -> score of each sample, in their order: what paired comparisons need."""
     scores: dict[str, list[float]] = {}
     for g in graded:
-        scores.setdefault(g.family, []).append(round(g.score, 4))
+        scores.setdefault(group_of(g), []).append(round(g.score, 4))
     return scores
 
 
@@ -170,7 +170,7 @@ def question_digests(graded: list[Graded]) -> dict[str, str]:
     """family -> digest of its questions and truths: the same in two runs, and their scores are pairs."""
     digests: dict = {}
     for g in graded:
-        digest = digests.setdefault(g.family, hashlib.sha256())
+        digest = digests.setdefault(group_of(g), hashlib.sha256())
         digest.update(f"{g.question}\0{g.truth}\0".encode())
     return {family: digest.hexdigest()[:16] for family, digest in digests.items()}
 

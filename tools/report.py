@@ -270,8 +270,6 @@ def two_choices(results: dict) -> str:
     if search:
         rates = f"{search['start_lr']:.1e} → {search['final_lr']:.1e}"
         numbers.append((rates, f"rate, AdaLRS, {search['extra_steps']} extra steps"))
-        losses = f"{search['loss']:.3f} / {search['fixed_rate_loss']:.3f}"
-        numbers.append((losses, "last loss, with AdaLRS / at the fixed rate"))
 
     modes = results.get("modes")
     if modes:
