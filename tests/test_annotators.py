@@ -31,7 +31,7 @@ from data.readers import Folder
 from data.sample import Message, Sample
 from infra import endpoint
 from infra.endpoint import ChatEndpoint, Spacing, question_key, usage_in
-from infra.replies import TRY, ReplyCache
+from infra.replies import ReplyCache
 
 
 @pytest.fixture
@@ -198,11 +198,11 @@ def test_a_claim_ends_with_its_process_and_after_some_patience(tmp_path):
     child = in_child(claim_and_wait)
     while not (tmp_path / "claimed").exists():
         time.sleep(0.01)
-    assert not cache._lock(key, TRY)
+    assert not cache._claim(key)
     with cache.claimed(key, 0.1):
-        assert not cache._lock(key, TRY)  # went on without it
+        assert not cache._claim(key)  # went on without it
     kill(child)
-    assert cache._lock(key, TRY)
+    assert cache._claim(key)
 
 
 # ------------------------------------------------------------------------------------ one endpoint

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 from collections import Counter
 from dataclasses import asdict
 
@@ -14,6 +13,7 @@ import pretrain
 from data.images import open_image
 from evaluate import Graded, summary
 from generate import generate
+from infra.system import peak_memory
 from infra.weights import write_json
 from moe import Decisions
 from objective import expert_counts
@@ -78,7 +78,7 @@ def finish(ladder, seconds: float) -> None:
     ladder.save("final")
 
     options = ladder.options
-    memory = parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0]
+    memory = parallel.total(peak_memory())[0]
     results = {
         "title": f"nanosail ladder on {options.data}" if options.data else "nanosail toy ladder",
         "model": options.model,
@@ -87,7 +87,7 @@ def finish(ladder, seconds: float) -> None:
         "cores": os.cpu_count(),
         "processes": ladder.setup.ranks.size,
         "parameters": ladder.model.parameter_counts(),
-        "peak_memory_gib": round(memory / 2**20, 2),
+        "peak_memory_gib": round(memory / 2**30, 2),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -205,8 +205,9 @@ def print_tables(ladder, results: dict) -> None:
         f"{modes['direct_accuracy']:.1%}); asked to think, {modes['think_thinks']:.0%} do "
         f"({modes['think_accuracy']:.1%})"
     )
+    memory = results["peak_memory_gib"] or "an unknown number of"  # Windows does not say
     print(
         f"{results['total_seconds']:.0f} seconds on {results['cores']} cores, peak memory "
-        f"{results['peak_memory_gib']:.1f} GiB; rows at least {results['packing']['filled']:.1%} full; "
+        f"{memory} GiB; rows at least {results['packing']['filled']:.1%} full; "
         f"{out / 'results.json'}, {out / 'report.html'}, {out / 'final'}"
     )

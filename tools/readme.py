@@ -53,7 +53,7 @@ READING = {
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode ahead steps show world",
     "infra": "cli plan memory config weights checkpoint run_directory keeper stopping identity journal "
-    "tracker judge endpoint replies text device",
+    "tracker judge endpoint replies text device system",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding serving rollouts asking",
