@@ -25,6 +25,7 @@ from typing import Callable
 
 from curation.__main__ import CONTENTS
 from infra.cli import command
+from infra.table import markdown
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a run drew it
@@ -53,7 +54,7 @@ READING = {
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode ahead steps show world",
     "infra": "cli plan memory config weights checkpoint run_directory keeper stopping identity journal "
-    "tracker judge endpoint replies text device system",
+    "tracker judge endpoint replies text table device system",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding serving rollouts asking",
@@ -129,11 +130,7 @@ TABLES = {
 
 def markdown_table(heads: str, align: str, rows: list[tuple]) -> str:
     """Heads as "a | b", alignment as one letter a column (l or r), then the rows."""
-    rules = {"l": "---", "r": "---:"}
-    lines = [f"| {heads} |", "|" + "|".join(rules[letter] for letter in align) + "|"]
-    for cells in rows:
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return "\n".join(markdown(heads.split(" | "), *rows, align=align))
 
 
 # ---------------------------------------------------------------------------------- the files
