@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attention import Segments, attend_inside
 from infra.cli import command
-from infra.system import peak_memory
+from infra.system import peak_memory, require_packages
 from llm import LLM, LLMConfig
 from vlm import token_logprobs
 
@@ -127,7 +127,9 @@ def training_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Opt
 
 
 def race_steps(options: StepOptions) -> None:
-    """Both models step in turn: print losses, tokens a second, and where the time goes."""
+    """Both models step in turn: print losses, tokens a second, and where the time goes. Raises ValueError
+    without transformers."""
+    require_packages("-r requirements/bench.txt", "transformers")
     torch.set_num_threads(options.threads)
     config = LLMConfig(
         options.vocabulary, 256, 512, 4, 8, 4, 32, rope_theta=1e4, tie_word_embeddings=False

@@ -1,9 +1,10 @@
-"""What Linux, macOS and Windows do each in its own way: locks on files, peak memory, the disk's folders.
+"""What a machine may lack, or do in its own way: packages, locks on files, peak memory, the disk's folders.
 
 What it teaches: Python's standard library has parts that a system may lack (`fcntl` and `resource` are
 Unix's), and words that mean something else (the same counter is in KiB on Linux and in bytes on macOS).
 Asked for in one place, such a part is missing once, and everything that needs none of it goes on.
 
+    packages             those that a feature needs, and the file of requirements/ that installs them
     a lock on a file     held until the file is closed, however the process ends
     a lock on one byte   of an empty file, at a place that stands for something: many locks, one file
     peak memory          the most that this process has held so far
@@ -14,6 +15,7 @@ folder are not kept apart there.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -34,6 +36,13 @@ WINDOWS = sys.platform == "win32"
 
 # for a file that must not be followed where it leads, nor inherited: nothing where a system knows neither
 PRIVATE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def require_packages(how: str, *packages: str) -> None:
+    """Raises ValueError when one of the packages cannot be imported. how: the words after `pip install`."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed, which this needs: pip install {how}")
 
 
 @functools.cache
