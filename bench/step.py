@@ -127,8 +127,12 @@ def training_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Opt
 
 
 def race_steps(options: StepOptions) -> None:
-    """Both models step in turn: print losses, tokens a second, and where the time goes. Raises ValueError
-    without transformers."""
+    """Both models step in turn: print losses, tokens a second, and where the time goes.
+
+    Raises ValueError without transformers, and for too few steps.
+    """
+    if options.steps < 3:
+        raise ValueError(f"--steps {options.steps}: at least 3, as the first two do not count")
     require_packages("-r requirements/bench.txt", "transformers")
     torch.set_num_threads(options.threads)
     config = LLMConfig(
