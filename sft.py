@@ -49,15 +49,16 @@ def phase(name: str, new: dict[str, float], steps: int, **more) -> Stage:
 
 SINGLE_THINGS = {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 3.0}
 CHARTS = {"listing": 1.5, "charts": 6.0, "grounding": 4.0}
-PHASE_3 = {"arithmetic": 4.0, "odd": 3.0, "charts": 1.5}
-SOUP = {"video": 0.5, "charts": 1.2}
+PHASE_3 = {"arithmetic": 5.0, "odd": 3.0, "charts": 1.5}
+VIDEO = {"video": 5.0, "arithmetic": 2.0}  # sums are lost first when they are not asked for
+SOUP = {"video": 0.5, "charts": 1.2, "arithmetic": 2.0}
 CHAINS = {"counting": 0.6, "charts": 1.2, "arithmetic": 2.0, "odd": 0.8}
 
 TOY: dict[str, BaseStage] = {
-    "sft1": phase("sft1", SINGLE_THINGS, 220),
-    "sft2": phase("sft2", CHARTS, 370),
-    "sft3": phase("sft3", PHASE_3, 310),
-    "sft4": phase("sft4", {"video": 5.0}, 70),
+    "sft1": phase("sft1", SINGLE_THINGS, 150),
+    "sft2": phase("sft2", CHARTS, 300),
+    "sft3": phase("sft3", PHASE_3, 260),
+    "sft4": phase("sft4", VIDEO, 70, lr=3e-3),
     "soup-a": phase("soup-a", SOUP, 30, lr=3e-3, schedule="constant", seed=101),
     "soup-b": phase("soup-b", SOUP, 30, lr=3e-3, schedule="constant", seed=102),
     "moe-branch": phase("moe-branch", {"video": 0.5}, 40, lr=1e-3, seed=103),

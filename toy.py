@@ -46,6 +46,8 @@ from tools.ladder import finish, packed_row
 from train import Run
 from vlm import PRESETS
 
+GLANCE = 50  # held-out samples of a family that a stage is not about
+
 
 @dataclass
 class ToyOptions:
@@ -216,12 +218,11 @@ class Ladder:
             present = list(self.held_out)
             metric = "overall accuracy"
 
-        # Before, from the last grading; then the stage; then everything again
-        if not self.scores:
-            self.scores, _ = self.grade(present)
+        # Before, from the last grading if it looked at all of them; the stage; after
+        self.grade_before(present)
         before = self.mean_accuracy(present)
         run, seconds = self.train(self.row_of(table, name))
-        self.grade_everything(name)
+        self.grade_after(name, present)
 
         # One line of the table
         after = self.mean_accuracy(present)
@@ -277,7 +278,7 @@ class Ladder:
         """SAIL-ViT I moves the adapter alone: too little to write captions, enough to make them likelier."""
         before = self.caption_loss()
         _, seconds = self.train(self.row_of(pretrain.TOY, "vit1"))
-        self.grade_everything("vit1")
+        self.grade_after("vit1", ["caption"])
 
         count = len(self.held_out.get("caption") or self.all_held_out())
         metric = "held-out loss (chance: another's picture)"
@@ -288,37 +289,28 @@ class Ladder:
         )
 
     def basic(self, language: dict) -> None:
-        """The language model and the adapter start again; AdaLRS against a run at the fixed rate."""
+        """The language model and the adapter start again, and AdaLRS searches the rate."""
         # As the paper begins: a language model that has seen no picture, and an adapter of noise
         recipe.restart(self.model, language, adapter_seed=self.options.seed + 1)
-        start = {name: value.clone() for name, value in self.model.state_dict().items()}
-        stage = self.row_of(pretrain.TOY, "basic")
-
-        # The same run at the rate that it starts with
-        fixed = fit(self.setup, replace(stage, adalrs=False))
-        self.model.load_state_dict(start)
-
-        # And with the search
         self.scores = {}  # they were another model's
+        stage = self.row_of(pretrain.TOY, "basic")
         run = self.graded_stage(
             pretrain.TOY, "basic", "caption F1 (new adapter, old LLM)", ["caption"]
         )
-        self.runs["basic"]["compare"] = [row["loss"] for row in fixed.log]
 
-        # What the search was worth
+        # What the search did
         final_rate = run.log[-1]["lr"]
         extra_steps = len(run.log) - stage.steps
         self.adalrs = {
             "start_lr": stage.lr,
             "final_lr": final_rate,
             "loss": run.tail(),
-            "fixed_rate_loss": fixed.tail(),
             "extra_steps": extra_steps,
             "decisions": run.decisions,
         }
         self.say(
-            f"AdaLRS: rate {stage.lr:.1e} -> {final_rate:.1e}, loss {run.tail():.3f}; fixed rate "
-            f"{fixed.tail():.3f}; {len(run.decisions)} decisions, {extra_steps} extra steps"
+            f"AdaLRS: rate {stage.lr:.1e} -> {final_rate:.1e}, loss {run.tail():.3f}; "
+            f"{len(run.decisions)} decisions, {extra_steps} extra steps"
         )
 
     # ----------------------------------------------------------------------------------- soup, experts
@@ -334,7 +326,7 @@ class Ladder:
         for name in ("soup-a", "soup-b"):
             self.model.load_state_dict(start)
             self.train(self.row_of(sft.TOY, name))
-            self.grade_everything(name)
+            self.grade_after(name, list(self.held_out))
             accuracies.append(self.scores["overall"].accuracy)
             states.append({key: value.clone() for key, value in self.model.state_dict().items()})
         a, b = accuracies
@@ -343,7 +335,7 @@ class Ladder:
         # The pot
         self.model.load_state_dict(average(states))
         self.save("soup")
-        self.grade_everything("soup")
+        self.grade_after("soup", list(self.held_out))
         overall = self.scores["overall"]
         seconds = round(time.time() - began, 1)
         metric = "overall accuracy (before: mean of the two)"
@@ -461,7 +453,7 @@ class Ladder:
 
         # Direct answers are what this stage brings back
         seconds = time.time() - began
-        self.grade_everything("fusion")
+        self.grade_after("fusion", self.reasoning)
         self.note(
             StageResult(
                 "fusion",
@@ -521,7 +513,7 @@ def climb(options: ToyOptions) -> int:
     ladder.reinforce("verifiable")
     ladder.fusion()
     ladder.reinforce("mixed")
-    ladder.grade_everything("mixed")
+    ladder.grade_after("mixed", everything)
 
     finish(ladder, time.time() - began)
     parallel.stop()
