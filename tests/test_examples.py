@@ -61,7 +61,7 @@ NOT_RUN = (
         "tests/test_own_data.py runs the whole block",
     ),
     (r"python generate\.py --model (SAIL|runs/mine)", "tests/test_page.py, on small weights"),
-    (r"python sft\.py sft1 --model SAIL-VL2-2B --data ten", "tests/test_page.py, on small weights"),
+    (r"python sft\.py sft1 --model SAIL-VL2-2B", "tests/test_page.py, on small weights"),
     (r"(python|torchrun) .*(pretrain|sft)\.py paper:", "wants GPUs and the released weights"),
     (r"python -m kernels\.bench", "wants a GPU or minutes; test_scripts.py has --interpret"),
     (r"python -m bench\.rollouts", "wants requirements/trl.txt"),
