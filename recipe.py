@@ -54,6 +54,7 @@ from evaluate import askable, evaluate
 from generate import load_model, weights_place
 from graders import JUDGED, grader_of, symbolic_note
 from infra.cli import one_line_errors, parse_subcommand
+from infra.device import pick_device
 from infra.endpoint import ChatEndpoint
 from infra.judge import JUDGE
 from infra.plan import describe_stage, plan_of, refuse_unused, steps_of
@@ -536,6 +537,8 @@ class RunOptions:
     grace: float = 8.0  # seconds from SIGTERM to the end of a step, at least
     timeout: float = 1800.0  # seconds that ranks wait for the slowest one
     layout: Layout = Layout()  # how the model lies on several ranks
+    # cpu, cuda, npu or mps (a Mac's GPU, in fp32); "": an accelerator but MPS, else the CPU
+    device: str = ""
     row: tyro.conf.Fixed[str] = ""  # of the recipe: the word on the command line
 
 
@@ -548,7 +551,8 @@ def run_command(options_class: type[RunOptions], recipes: dict[str, dict[str, Ba
     options, defaults = stage_from_words(options_class, recipes)
     with one_line_errors():
         # Everything that a stage needs; what it leaves to the model and the data; where it lives
-        ranks = parallel.start(options.timeout, options.layout)
+        kind = pick_device(options.device, default="").partition(":")[0]
+        ranks = parallel.start(options.timeout, options.layout, kind)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(options.stage.seed)
         setup = set_up(options, ranks)
@@ -629,7 +633,7 @@ def run_directory(options: RunOptions, setup: Setup) -> RunDirectory:
     """Where the run lives: log, checkpoints, and the configuration that a resumed run must share."""
     # What may differ when a run goes on: where it is written, how often, by how many processes
     free = ("out", "workers", "resume", "save_every", "keep", "check_every", "held_out", "tracker")
-    free += ("cache", "cache_gib", "grace", "timeout", "layout", "row")
+    free += ("cache", "cache_gib", "grace", "timeout", "layout", "row", "device")
     free += ("judge_url", "judge_key", "judge_timeout")
     return RunDirectory(
         options.out,

@@ -57,7 +57,7 @@ class BaseStage:
     expert_bias_rate: float = 0.0  # balance by a bias on the choice instead: its step (not saved)
 
     # Precision and memory
-    precision: str = "auto"  # of the forward pass: fp32, bf16; auto: bf16 on accelerators
+    precision: str = "auto"  # of the forward pass: fp32, bf16; auto: bf16 on accelerators but MPS
     recompute: bool = False  # keep no activations inside blocks, make them again instead
     compile: bool = False  # torch.compile each block
 

@@ -397,7 +397,8 @@ def compare_tokenizers(options: TokenizerOptions) -> int:
     try:
         from tokenizers import Tokenizer as Published
     except ImportError as e:
-        raise ValueError("--compare needs the library: pip install tokenizers") from e
+        wanted = "pip install --no-deps -r requirements/oracle.txt"
+        raise ValueError(f"--compare needs the library `tokenizers`: {wanted}") from e
 
     # in turn, so that a busy machine slows both
     ours = Tokenizer.load(options.compare)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import moe
 from adalrs import AdaLRS
 from data.steps import weight_of
+from infra.device import half_by_default
 from infra.journal import Journal
 from infra.keeper import Keeper, resumable
 from infra.run_directory import RunDirectory
@@ -345,5 +346,5 @@ def autocast(stage: BaseStage, device: str) -> torch.autocast:
     if stage.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"--precision {stage.precision}: choose auto, fp32 or bf16")
     kind = str(device).partition(":")[0]
-    half = stage.precision == "bf16" or (stage.precision == "auto" and kind != "cpu")
+    half = stage.precision == "bf16" or (stage.precision == "auto" and half_by_default(kind))
     return torch.autocast(kind, torch.bfloat16, enabled=half)

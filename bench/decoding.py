@@ -21,6 +21,7 @@ import torch
 
 from generate import generate
 from infra.cli import command
+from infra.system import require_packages
 from vlm import PRESETS, SailVL
 
 NO_TOKEN = -1  # an id that no vocabulary has: no image in the prompts, no end of an answer
@@ -41,7 +42,8 @@ class DecodingOptions:
 
 
 def two_decoders(options: DecodingOptions):
-    """Our model, and transformers' with the same weights."""
+    """Our model, and transformers' with the same weights. Raises ValueError where it is not installed."""
+    require_packages("--no-deps -r requirements/oracle.txt", "transformers")
     from transformers import AutoModelForCausalLM
 
     text = replace(

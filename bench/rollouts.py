@@ -32,6 +32,7 @@ from data.stream import Drawn
 from data.world import REASONING, World
 from generate import generate, load_model
 from infra.cli import command
+from infra.system import require_packages
 from rollout import Rollouts, reward_of
 from stage import RLStage
 from train import train
@@ -281,7 +282,10 @@ def race_grpo(
 
 
 def bench_rollouts(options: RolloutOptions) -> None:
-    """Rollouts, then whole steps."""
+    """Rollouts, then whole steps. Raises ValueError without the packages that they are raced against."""
+    require_packages(
+        "--no-deps -r requirements/trl.txt", "transformers", "tokenizers", "datasets", "trl"
+    )
     model, tokenizer = load_model(options.model)
     encoder = Encoder(tokenizer, model.config, max_length=512)
     samples = described_questions(options.prompts)

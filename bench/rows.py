@@ -17,7 +17,6 @@ over rounds; the rules take turns, so that a busy machine slows all of them.
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -39,6 +38,7 @@ from data.steps import Batches, Step
 from data.stream import Documents, Drawn
 from data.world import World
 from infra.cli import command
+from infra.system import peak_memory
 from objective import supervised
 from packing import Batch, Rows, collate
 from recipe import new_model
@@ -380,10 +380,10 @@ def resident(work: Callable[[], int]) -> tuple[int, int]:
     receiver, sender = multiprocessing.Pipe(False)
 
     def measure() -> None:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         found = work()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        sender.send((found, 1024 * (after - before)))
+        after = peak_memory()
+        sender.send((found, after - before))
 
     child = multiprocessing.get_context("fork").Process(target=measure)
     child.start()
@@ -394,7 +394,12 @@ def resident(work: Callable[[], int]) -> tuple[int, int]:
 
 
 def compare_memory(options: RowsOptions) -> None:
-    """Rows that share one tile, so that only what the step makes of it is counted."""
+    """Rows that share one tile, so that only what the step makes of it is counted.
+
+    Raises ValueError on a system that does not say what a process held.
+    """
+    if not peak_memory():
+        raise ValueError("this system does not say what memory a process held: Linux and macOS do")
     tile = np.full((448, 448, 3), 7, np.uint8)
     row = np.zeros(256 * TILES, np.int64)
     weights = np.ones(len(row), np.float32)

@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAME = "random"
+PATIENCE = 120.0  # seconds in which serve.py must say where it listens
 
 
 @dataclass
@@ -54,6 +56,15 @@ class ServingOptions:
     threads: int = 1  # of both
 
 
+def first_said(process: subprocess.Popen, seconds: float = PATIENCE) -> str:
+    """The first line of a process; it is killed when none comes for so long, and "" is the line then."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    line = process.stdout.readline()
+    timer.cancel()
+    return line
+
+
 @contextmanager
 def serving(directory: Path, options: ServingOptions) -> Iterator[int]:
     """serve.py as a process of its own: its port."""
@@ -66,7 +77,7 @@ def serving(directory: Path, options: ServingOptions) -> Iterator[int]:
         text=True,
     )
     try:
-        line = process.stdout.readline()
+        line = first_said(process)
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         assert found, f"serve.py did not start: {line}"
         yield int(found[1])

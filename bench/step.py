@@ -15,7 +15,6 @@ Legend: R rows, T tokens a row, P labelled positions.
 """
 
 import multiprocessing
-import resource
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from attention import Segments, attend_inside
 from infra.cli import command
+from infra.system import peak_memory, require_packages
 from llm import LLM, LLMConfig
 from vlm import token_logprobs
 
@@ -127,7 +127,13 @@ def training_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Opt
 
 
 def race_steps(options: StepOptions) -> None:
-    """Both models step in turn: print losses, tokens a second, and where the time goes."""
+    """Both models step in turn: print losses, tokens a second, and where the time goes.
+
+    Raises ValueError without transformers, and for too few steps.
+    """
+    if options.steps < 3:
+        raise ValueError(f"--steps {options.steps}: at least 3, as the first two do not count")
+    require_packages("-r requirements/bench.txt", "transformers")
     torch.set_num_threads(options.threads)
     config = LLMConfig(
         options.vocabulary, 256, 512, 4, 8, 4, 32, rope_theta=1e4, tie_word_embeddings=False
@@ -199,7 +205,7 @@ def loss_memory(
 
     # Both ways need the head's gradient once more before it is added: it does not count.
     spare = torch.zeros_like(head)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     del spare
 
     if chunked:
@@ -207,12 +213,14 @@ def loss_memory(
     else:
         loss = F.cross_entropy((hidden @ head.T).float(), labels)
     loss.backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.put((after - before) / 1024)
+    after = peak_memory()
+    answer.put((after - before) / 2**20)
 
 
 def compare_loss_memory(positions: int = 2048, vocabulary: int = 151936, width: int = 256) -> None:
-    """Print what whole logits take, and what ours does."""
+    """Print what whole logits take, and what ours does. Raises ValueError where no system says."""
+    if not peak_memory():
+        raise ValueError("this system does not say what memory a process held: Linux and macOS do")
     context = multiprocessing.get_context("spawn")
     peak = {}
     for chunked in (False, True):

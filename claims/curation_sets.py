@@ -69,6 +69,7 @@ from evaluate import evaluate
 from generate import load_model
 from graders import grade, grader_of
 from infra.cli import command
+from infra.table import markdown
 from recipe import Setup, fit
 from rewards import format_reward
 from tokenizer import Tokenizer
@@ -106,12 +107,6 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 def mean_size(groups: Sequence[Sized]) -> str:
     mean = statistics.fmean(len(group) for group in groups)
     return f"{mean:,.0f}"
-
-
-def markdown(*rows: Sequence[str]) -> list[str]:
-    """Rows of cells as Markdown, the first one its head."""
-    head, *body = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return [head, "|---" * len(rows[0]) + "|", *body]
 
 
 def put(path: Path, samples: list[Sample]) -> Path:

@@ -28,7 +28,6 @@ that keeps nothing ends exactly where the fixed rate does, and what differs is w
 Needs requirements/bench.txt.
 """
 
-import importlib.util
 import json
 import math
 import warnings
@@ -41,6 +40,7 @@ import torch
 from adalrs import RULES, AdaLRS
 from claims.rate_problems import FRESH, KNOWN, OLD, PROBLEMS, Problem
 from infra.cli import command
+from infra.system import require_packages
 from optim import Muon
 from tools import report
 
@@ -455,11 +455,8 @@ class RatesOptions:
 
 def measure_rates(options: RatesOptions) -> None:
     """Raises ValueError for unknown problems and rules, and when packages are missing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing and not options.report:
-        raise ValueError(
-            f"{', '.join(missing)} not installed; claims/rates.py needs pip install -r requirements/bench.txt"
-        )
+    if not options.report:
+        require_packages("-r requirements/bench.txt", *PACKAGES)
     for name in options.problems:
         if name not in PROBLEMS:
             raise ValueError(f"--problems {name!r}: choose from {', '.join(PROBLEMS)}")

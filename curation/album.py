@@ -31,6 +31,7 @@ from curation.rows import png_bytes
 from curation.told import true_answer
 from data import world
 from infra.cli import command
+from infra.table import markdown
 
 # What is drawn, and what is said of it: shares (our choice).
 PICTURES = {"scene": 0.86, "noise": 0.05, "plain": 0.03, "copy": 0.03, "torn": 0.03}
@@ -197,10 +198,10 @@ def grade_album(options: GradeAlbumOptions) -> None:
             count["true answers"] += true_answer(words, question) == answer
 
     columns = ("pictures", "kept", "right captions", "answers", "true answers")
-    print(f"| {options.by} | " + " | ".join(columns) + " |")
-    print("|---|" + "---:|" * len(columns))
+    table: list[list[object]] = [[options.by, *columns]]
     for kind, count in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
-        print(f"| {kind} | " + " | ".join(str(count[column]) for column in columns) + " |")
+        table.append([kind, *(count[column] for column in columns)])
+    print("\n".join(markdown(*table, align="l" + "r" * len(columns))))
 
 
 def rows_by_picture(path: Path) -> dict[str, dict]:

@@ -24,6 +24,7 @@ ratings of prompts/ratings.txt, whose scales follow SAIL-VL (arXiv 2501.05952, a
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Sequence
 
@@ -33,7 +34,7 @@ from PIL import Image
 from curation.oracle import Oracle
 from curation.requests import NO_REPLY, Annotator, Prompts, Request, Response
 from data.encode import Encoder
-from data.images import open_image
+from data.images import stills_of
 from data.sample import BadSample, Message, Sample
 from generate import generate, load_model
 from infra.device import Precision, pick_device, torch_type
@@ -151,11 +152,13 @@ class Endpoint:
 
 
 def opened_pictures(request: Request) -> list[Image.Image]:
-    """The pictures of a request, opened. Raises BadSample for one that cannot be read."""
+    """The pictures of a request, opened, a video as its frames. Raises BadSample for one that cannot be
+    read."""
     about = request.about
     root = about.root if about else None
     origin = about.origin if about else request.task
-    return [open_image(picture, root, origin) for picture in request.pictures]
+    stills = [stills_of(picture, root, origin) for picture in request.pictures]
+    return list(chain.from_iterable(stills))
 
 
 # ---------------------------------------------------------------------------------------- options

@@ -18,7 +18,6 @@ it: a batch is generated in parts, each of as many questions as fit.
 Simplified: the ranks share a file system, as they do for their checkpoints.
 """
 
-import fcntl
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from data.sample import BadSample, Faults, Sample
 from generate import generate, load_model
 from graders import JUDGED, accepted_truths
 from infra.device import Precision, pick_device, torch_type
+from infra.system import lock_file
 from rewards import answer_reward, format_reward
 from scale import parallel
 from tokenizer import Tokenizer
@@ -139,12 +139,10 @@ class AnswerFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         # One writer for each file: two would ask everything twice.
         self.file = open(self.folder / f"{self.rank}.jsonl", "a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_file(self.file):
             raise ValueError(
                 f"{self.folder}: another process is writing here; wait for it, or give another {option}"
-            ) from error
+            )
         self.compare(settings)
         self.mend()
 

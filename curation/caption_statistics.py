@@ -30,6 +30,7 @@ from curation.captioner import caption_in
 from data.readers import Folder
 from data.sample import BadSample
 from infra.cli import command
+from infra.table import markdown
 from infra.text import printable
 
 Language = Literal["auto", "english", "chinese"]
@@ -55,14 +56,16 @@ class CaptionNumbers:
     triples: float
     kinds: dict[str, float | None]
 
-    def row(self) -> str:
+    def row(self) -> list[str]:
+        """Its cells, as in HEAD."""
         cells = [self.name, self.language, f"{self.captions:,}", f"{self.length:.2f}"]
         for value in (self.pairs, self.triples, *self.kinds.values()):
             cells.append(NOT_INSTALLED if value is None else f"{value:.4g}")
-        return "| " + " | ".join(cells) + " |"
+        return cells
 
 
-HEAD = "| data | language | captions | length | 2-grams | 3-grams | nouns | verbs | adjectives |"
+MEASURED = ("length", "2-grams", "3-grams", "nouns", "verbs", "adjectives")
+HEAD = ("data", "language", "captions", *MEASURED)
 
 
 def measure_captions(name: str, captions: list[str], language: Language = "auto") -> CaptionNumbers:
@@ -163,10 +166,8 @@ def print_statistics(options: StatisticsOptions) -> None:
         captions = captions_of(path, options.samples, options.seed)
         rows.append(measure_captions(printable(path.name), captions, options.language))
 
-    print(HEAD)
-    print("|---|---|" + "---:|" * 7)
-    for row in rows:
-        print(row.row())
+    cells = [row.row() for row in rows]
+    print("\n".join(markdown(HEAD, *cells, align="ll" + 7 * "r")))
     if any(None in row.kinds.values() for row in rows):
         print("\nno tagger for the last columns: pip install --no-deps -r requirements/words.txt")
     if len({row.captions for row in rows}) > 1:

@@ -51,7 +51,7 @@ ALIKE = 4  # times that the same four words may stand in one
 
 
 def shown_pictures(sample: Sample) -> tuple:
-    """The pictures of a sample's turns, in order."""
+    """The pictures and videos of a sample's turns, in order."""
     parts = [part for message in sample.messages for part in message.parts]
     return tuple(part for part in parts if not isinstance(part, str))
 

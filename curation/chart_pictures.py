@@ -17,7 +17,6 @@ Serif SC, which a package brings (requirements/charts.txt), or from a font of yo
 Simplified: numbers printed into a chart may touch its lines.
 """
 
-import importlib.util
 import itertools
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -108,14 +107,6 @@ class Shown:
 
     def record(self) -> dict:
         return asdict(self)
-
-
-def require_packages() -> None:
-    """Raises ValueError when a package is missing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        needs = "charts need pip install -r requirements/charts.txt"
-        raise ValueError(f"{', '.join(missing)} not installed; {needs}")
 
 
 # ------------------------------------------------------------------------------------------ fonts

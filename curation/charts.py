@@ -41,13 +41,13 @@ from PIL import Image
 from curation.annotators import AnnotatorOptions, open_annotator
 from curation.chart_check import chart_fault
 from curation.chart_pictures import (
+    PACKAGES,
     Canvas,
     check_letters,
     check_places,
     figure_of,
     pixels_of,
     read_back,
-    require_packages,
 )
 from curation.chart_questions import ASKS, CAPTION_REQUESTS, PLAIN, caption_of, questions_of
 from curation.chart_specs import KINDS, LANGUAGES, THEMES, invent_spec, spec_of, validate_spec
@@ -56,6 +56,7 @@ from curation.requests import Annotator, Request, generator_of, json_in
 from curation.rows import appear
 from data.sample import BadSample, Message, Sample
 from infra.cli import command
+from infra.system import require_packages
 from scale import parallel
 
 # ---------------------------------------------------------------------------------------- options
@@ -319,7 +320,7 @@ class CheckedAnswers:
 def make_charts(options: ChartOptions) -> None:
     """From nothing, or from specs, to rows with pictures. Raises ValueError for options that make no
     sense and for missing packages."""
-    require_packages()
+    require_packages("-r requirements/charts.txt", *PACKAGES)
     check_chart_options(options)
     source, first = source_of(options)
     canvas = Canvas(options.pixels, options.plain, options.font)

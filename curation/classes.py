@@ -58,6 +58,7 @@ from data.sample import BadSample, Sample
 from generate import load_model
 from infra.cli import command
 from infra.device import pick_device, torch_type
+from infra.table import markdown
 from scale import parallel
 from tokenizer import Tokenizer
 from vlm import SailVL
@@ -352,10 +353,8 @@ def classes_table(paths: Sequence[Path], seed: int = 0) -> list[str]:
     Beside the purity stands that of the same buckets with labels dealt at random: small buckets alone
     make some.
     """
-    lines = [
-        "| data | samples | labels | entropy, bits | of at most | buckets | purity | by chance |"
-    ]
-    lines.append("|---" * 8 + "|")
+    measured = ("labels", "entropy, bits", "of at most", "buckets", "purity", "by chance")
+    rows: list[Sequence[str]] = [("data", "samples", *measured)]
     for path in paths:
         samples = Folder(path).first()
         if not samples:
@@ -372,8 +371,8 @@ def classes_table(paths: Sequence[Path], seed: int = 0) -> list[str]:
             dealt = random.Random(seed).sample(labels, len(labels))
             cells += [f"{len(set(buckets))}", f"{purity_of(buckets, labels):.3f}"]
             cells.append(f"{purity_of(buckets, dealt):.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return markdown(*rows)
 
 
 # --------------------------------------------------------------------------------------- commands

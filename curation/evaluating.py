@@ -51,6 +51,7 @@ from evaluate import evaluate, gradable, weights_digest
 from generate import load_model
 from infra.cli import command
 from infra.device import pick_device
+from infra.table import markdown
 from infra.weights import write_json
 from recipe import Setup, fit, refuse_impossible
 from scale import parallel
@@ -185,14 +186,13 @@ class Standing:
 def standings_table(standings: Sequence[Standing]) -> str:
     """Markdown: a line for each."""
     families = list(dict.fromkeys(name for s in standings for name in s.families))
-    heads = ["data", "records", "steps", "score", "spread", *families, "verdict"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    rows = [["data", "records", "steps", "score", "spread", *families, "verdict"]]
     for s in standings:
         by_family = [f"{s.families[f]:.3f}" if f in s.families else "" for f in families]
         cells = [s.name.replace("|", "/"), f"{s.records:,}", f"{s.steps:,}"]
         cells += [f"{s.mean:.3f}", f"{s.spread:.3f}", *by_family, s.verdict]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join(markdown(*rows))
 
 
 def ranks_of(values: Sequence[float]) -> list[float]:

@@ -49,6 +49,7 @@ from data.readers import Folder
 from data.sample import BadSample, Message, Sample
 from graders import split_think, yes_or_no
 from infra.cli import command
+from infra.table import markdown
 from scale import parallel
 
 DIMENSIONS = ("vir", "ita")
@@ -343,26 +344,23 @@ def tallies(samples: Sequence[Sample], question: str) -> dict[str, Tally]:
 
 def table_of(measured: dict[str, dict[str, Tally]]) -> str:
     """Table 2's form as Markdown, then what became of each kind of noise."""
-    lines = [
-        "| judge | precision | recall | of the kept: precision | recall | unreadable | captions |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    shares = ("precision", "recall", "of the kept: precision", "recall")
+    judges = [["judge", *shares, "unreadable", "captions"]]
     for question, of_kind in measured.items():
         tally = of_kind[""]
-        shares = " | ".join(f"{value:.3f}" for value in (*tally.dropping, *tally.keeping))
+        cells = [f"{value:.3f}" for value in (*tally.dropping, *tally.keeping)]
         unread = f"{tally.unread / tally.captions:.1%}"
-        lines.append(f"| {question} | {shares} | {unread} | {tally.captions:,} |")
+        judges.append([question, *cells, unread, f"{tally.captions:,}"])
 
     # A kind without captions of one sort has no share of it
-    lines += ["", "| judge | noise | to be dropped | found | to be kept | lost |"]
-    lines.append("|---|---|---|---|---|---|")
+    kinds = [["judge", "noise", "to be dropped", "found", "to be kept", "lost"]]
     for question, of_kind in measured.items():
         for kind in sorted(of_kind.keys() - {""}):
-            lines.append(f"| {question} | {kind} | {kind_cells(of_kind[kind])} |")
-    return "\n".join(lines)
+            kinds.append([question, kind, *kind_cells(of_kind[kind])])
+    return "\n".join([*markdown(*judges), "", *markdown(*kinds)])
 
 
-def kind_cells(tally: Tally) -> str:
+def kind_cells(tally: Tally) -> list[str]:
     cells = []
     for right, wrong, shown in (
         (tally.found, tally.missed, tally.found),
@@ -370,7 +368,7 @@ def kind_cells(tally: Tally) -> str:
     ):
         count = right + wrong
         cells += [f"{count:,}", f"{shown / count:.1%}" if count else ""]
-    return " | ".join(cells)
+    return cells
 
 
 class HasTruth:

@@ -42,6 +42,7 @@ from curation.requests import Request
 from data.readers import Folder
 from data.sample import BadSample
 from infra.cli import command
+from infra.table import markdown
 from scale import parallel
 
 RATINGS = {name: Scale(1, 5) for name in ("complexity", "challenge", "relevance")}
@@ -102,7 +103,7 @@ def ratings_of(path: Path) -> dict[str, list[int]]:
 
 def ratings_table(paths: Sequence[Path]) -> list[str]:
     """A line a file, as Markdown: rated samples, and the means with their standard errors."""
-    lines = ["| data | rated | challenge | complexity | relevance |", "|---|---|---|---|---|"]
+    rows = [["data", "rated", "challenge", "complexity", "relevance"]]
     for path in paths:
         # In the order of SAIL-VL's table
         ratings = ratings_of(path)
@@ -110,8 +111,8 @@ def ratings_table(paths: Sequence[Path]) -> list[str]:
         for name in ("challenge", "complexity", "relevance"):
             mean = mean_of(ratings[name])
             cells.append(f"{mean.value:.2f} ± {mean.error:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return markdown(*rows)
 
 
 # --------------------------------------------------------------------------------------- commands

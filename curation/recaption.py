@@ -39,6 +39,7 @@ asks the picture what the caption answered.
 import json
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Iterator
 
@@ -53,7 +54,7 @@ from curation.requests import Annotator, Prompts, Request, Response, why_unanswe
 from curation.side_by_side import pixel_hash
 from data.containers import SPANS
 from data.formats import DESCRIBE
-from data.images import SUFFIXES, natural_key, open_image
+from data.images import SUFFIXES, natural_key, stills_of
 from data.sample import BadSample
 from infra.cli import command
 from scale import parallel
@@ -131,8 +132,9 @@ class LookAtPicture:
     def refuse_useless(self, item: Item) -> None:
         """Raises BadSample for a sample with a picture that cannot be used."""
         sample = item.sample
-        for picture in shown_pictures(sample):
-            image = open_image(picture, sample.root, sample.origin)
+        parts = shown_pictures(sample)
+        stills = [stills_of(part, sample.root, sample.origin) for part in parts]
+        for image in chain.from_iterable(stills):
             if min(image.size) < self.least_side:
                 raise BadSample("too small", f"{sample.origin}: {image.width}x{image.height}")
             if all(low == high for low, high in image.getextrema()):

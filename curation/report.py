@@ -25,7 +25,7 @@ from typing import Iterator
 from curation.asking import Records
 from curation.captioner import alt_text_of, shown_pictures
 from curation.pipeline import Event, FunnelCounts, write_lines
-from data.images import open_image
+from data.images import stills_of
 from data.readers import Folder
 from data.sample import BadSample, Sample
 from infra.cli import command
@@ -236,7 +236,8 @@ def pictures_shown(sample: Sample | None) -> list[str]:
     tags = []
     for picture in shown_pictures(sample)[:MOST_PICTURES] if sample else ():
         try:
-            tags.append(image_tag(open_image(picture, sample.root, sample.origin)))
+            stills = stills_of(picture, sample.root, sample.origin)
+            tags += [image_tag(still) for still in stills[:MOST_PICTURES]]
         except BadSample as fault:
             tags.append(el("span", safe(fault.reason), cls="soft"))
     return tags

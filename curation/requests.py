@@ -30,8 +30,8 @@ class Request:
     """A question about one sample.
 
     task: what is asked, the name of its prompt file. fields: the sample's own words for the prompt.
-    pictures: PIL images, paths or bytes, in order, as `Message.parts` has them. about: the sample, for
-    its root and origin, and for an oracle, which reads its facts; no model is shown them.
+    pictures: PIL images, paths, bytes or Videos, in order, as `Message.parts` has them. about: the sample,
+    for its root and origin, and for an oracle, which reads its facts; no model is shown them.
     """
 
     task: str

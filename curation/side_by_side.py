@@ -29,6 +29,7 @@ from curation.requests import Annotator, Request, Response, json_in
 from data.readers import Folder
 from data.sample import BadSample, Sample
 from infra.cli import command
+from infra.table import markdown
 from scale import parallel
 
 VERDICTS = ("good", "same", "bad")
@@ -172,13 +173,11 @@ def verdict_table(out: Path, data: Path, other: Path) -> str:
     counts = Counter(sample.facts["verdict"] for sample in samples)
     votes = [tuple(sample.facts["votes"]) for sample in samples]
     places = sum(first == second and first != "same" for first, second in votes)
-    cells = " | ".join(str(counts[verdict]) for verdict in VERDICTS)
     p = sign_test(counts["good"], counts["bad"])
-    return (
-        "| data | against | good | same | bad | sign test | chose a place |\n"
-        "|---|---|---:|---:|---:|---:|---:|\n"
-        f"| {data.name} | {other.name} | {cells} | p = {p:.2g} | {places} |"
-    )
+    heads = ("data", "against", *VERDICTS, "sign test", "chose a place")
+    of_each = [counts[verdict] for verdict in VERDICTS]
+    cells = (data.name, other.name, *of_each, f"p = {p:.2g}", places)
+    return "\n".join(markdown(heads, cells, align="llrrrrr"))
 
 
 if __name__ == "__main__":

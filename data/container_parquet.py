@@ -30,7 +30,9 @@ def parquet_file(path: Path):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from error
+        raise ValueError(
+            f"{path}: parquet files need pyarrow: pip install -r requirements/data.txt"
+        ) from error
     return ParquetFile(path)
 
 

@@ -23,7 +23,7 @@ import struct
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator
 
 import numpy as np
 import torch
@@ -217,6 +217,14 @@ def frames_of(video: Video, root: Path | None, origin: str) -> list[Image.Image]
         if isinstance(source, tuple):
             return frames_of_files(source, video, root, origin)
         return frames_of_animation(source, video, root, origin)
+
+
+def stills_of(part: Any, root: Path | None, origin: str) -> list[Image.Image]:
+    """A part of a message as pictures, RGB: a picture as one, a video as the frames that are taken of it.
+    Raises BadSample as `open_image` and `frames_of` do."""
+    if isinstance(part, Video):
+        return frames_of(part, root, origin)
+    return [open_image(part, root, origin)]
 
 
 def listed_frames(source: Path, root: Path | None, origin: str) -> Path | tuple[Path, ...]:

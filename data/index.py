@@ -67,9 +67,11 @@ def key_of_index(parts: list) -> str:
 
 def folder_of_indexes() -> Path:
     """This user's, on this machine. Raises ValueError for one that is another user's."""
-    folder = Path(tempfile.gettempdir()) / f"nanosail-index-{os.getuid()}"
+    # on Windows the folder for temporary files is each user's own, and nobody has a number
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"nanosail-index-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+    if folder.stat().st_uid != user or folder.is_symlink():
         raise ValueError(f"{folder}: belongs to somebody else; set TMPDIR")
     return folder
 

@@ -22,7 +22,6 @@ names by path must lie on this machine (--images); write a host into hdfs:// add
 are our choice.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator
 
+from infra.system import lock_file
 from infra.text import printable
 
 CHUNK = 1 << 24  # bytes of a request
@@ -151,23 +151,18 @@ def version_of(address: str, patience: float = PATIENCE) -> dict:
 
 
 @contextmanager
-def locked(file: Path, kind: int, patience: float = CROWD) -> Iterator[BinaryIO]:
-    """Inside, this process holds the file's lock. Raises StoreError when others hold it too long."""
+def locked(file: Path, shared: bool = False, patience: float = CROWD) -> Iterator[BinaryIO]:
+    """Inside, this process holds the file's lock, alone or shared with others that read.
+
+    Raises StoreError when others hold it too long.
+    """
     until = time.monotonic() + patience
     with open(file, "ab") as lock:
-        while not try_lock(lock, kind):
+        while not lock_file(lock, shared):
             if time.monotonic() > until:
                 raise StoreError(f"{file}: another process has held it for {patience:g} s")
             time.sleep(0.02)
         yield lock
-
-
-def try_lock(lock: BinaryIO, kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------ the cache
@@ -197,13 +192,13 @@ class ShardCache:
         copy = entry / "data" / path.name
         until = time.monotonic() + CROWD
         while time.monotonic() < until:
-            with locked(entry / "lock", fcntl.LOCK_SH):
+            with locked(entry / "lock", shared=True):
                 if copy.exists():
                     mark_used(copy)
                     yield copy
                     return
             # not there, or others have just removed it
-            with locked(entry / "lock", fcntl.LOCK_EX):
+            with locked(entry / "lock"):
                 if not copy.exists():
                     self.fetch(store_address(path), entry, copy)
         raise StoreError(f"{self.directory}: {path.name} is removed as soon as it is there")
@@ -225,7 +220,7 @@ class ShardCache:
         entry = self.entry(path)
         found = version_of(address, self.patience)
         if known_version(entry) != found:
-            with locked(entry / "lock", fcntl.LOCK_EX):
+            with locked(entry / "lock"):
                 # unless a neighbour has done so in the meantime
                 if known_version(entry) != found:
                     remove_files(entry / "data")
@@ -286,7 +281,7 @@ class ShardCache:
             )
         until = time.monotonic() + CROWD
         while time.monotonic() < until:
-            with locked(self.place() / "lock", fcntl.LOCK_EX):
+            with locked(self.place() / "lock"):
                 if self.freed(size):
                     with open(part, "wb") as file:
                         file.truncate(size)
@@ -309,7 +304,7 @@ class ShardCache:
             if used + size <= self.limit:
                 break
             with open(file.parent.parent / "lock", "ab") as lock:
-                if try_lock(lock, fcntl.LOCK_EX):
+                if lock_file(lock):
                     file.unlink(missing_ok=True)
                     used -= bytes_of
         return used + size <= self.limit

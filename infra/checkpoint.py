@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra import weights
+from infra.system import flush_to_disk
 from infra.text import Terminal, printable
 from scale import parallel, shards
 from scale.shards import Writers
@@ -62,15 +63,6 @@ STATE_KINDS = {"step": int, "executed": int, "data": dict, "rng": list, "optimiz
 # --------------------------------------------------------------------- a directory, atomically
 
 
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -81,19 +73,19 @@ def seal(paths: Iterable[Path]) -> dict[str, dict]:
     entries = {}
     for path in paths:
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
-        sync(path)
+        flush_to_disk(path)
     return entries
 
 
 def commit(temporary: Path, final: Path, entries: dict[str, dict]) -> None:
     """The manifest of files that are on the disk, and the rename that makes them a checkpoint."""
     (temporary / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
-    sync(temporary / MANIFEST)
-    sync(temporary)
+    flush_to_disk(temporary / MANIFEST)
+    flush_to_disk(temporary)
 
     # the name itself is an entry of the parent directory, which has to reach the disk as well
     os.rename(temporary, final)
-    sync(final.parent)
+    flush_to_disk(final.parent)
 
 
 def fault(directory: Path, share: int = 0, shares: int = 1) -> str | None:

@@ -208,6 +208,8 @@ atexit.register(JUDGE.stop)
 
 def serve() -> None:
     """Questions on stdin, verdicts on stdout, one child each, until stdin is closed."""
+    if not hasattr(os, "fork"):
+        sys.exit("no fork on this system")
     _limit("RLIMIT_AS", MEMORY)
     equal = _load_math_verify()
     print("ready", flush=True)

@@ -13,6 +13,7 @@ import torch
 
 from data.sample import Document
 from data.stream import EndOfStream, read_document
+from infra.device import half_by_default
 from scale.needs import rank_memory
 from stage import EXPERT_OPTIONS, PARTS, BaseStage, RLStage
 from vlm import SailVL
@@ -287,8 +288,8 @@ def memory_line(setup, stage: BaseStage) -> str:
         model = SailVL(setup.model.config)
 
     # As `train.autocast` decides
-    on_cpu = str(setup.ranks.device).startswith("cpu")
-    half = stage.precision == "bf16" or (stage.precision == "auto" and not on_cpu)
+    auto = stage.precision == "auto" and half_by_default(str(setup.ranks.device))
+    half = stage.precision == "bf16" or auto
     layout = setup.ranks.layout
     everyone = setup.ranks.size * layout.pp
     kinds = rank_memory(model, stage, layout.fitted(everyone), everyone, half)

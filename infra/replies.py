@@ -17,7 +17,6 @@ Simplified: all replies are in memory. A reply that a killed process had receive
 is asked for again. On a file system without locks two machines may ask the same at the same moment.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
 
 from infra.stopping import TICK, wait_for
+from infra.system import lock_byte, lock_file, unlock_byte
 
 CUT_OFF = "cut off"
-TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
 PLACES = 15  # hexadecimal digits of a key that are its place: what a file's offset can hold
 
 
@@ -78,30 +77,27 @@ class ReplyCache:
         """Inside, no other process asks this. After `patience` seconds of waiting for one that does,
         two may. (Threads of one process are no strangers to each other: `ChatEndpoint.in_flight`.)"""
         until = time.monotonic() + patience
-        held = self._lock(key, TRY)
+        held = self._claim(key)
         while not held and time.monotonic() < until:
             wait_for(TICK)
-            held = self._lock(key, TRY)
+            held = self._claim(key)
         try:
             yield
         finally:
             if held:
-                self._lock(key, fcntl.LOCK_UN)
+                self._let_go(key)
 
     # -------------------------------------------------------------------------------------- on disk
 
-    def _lock(self, key: str, how: int) -> bool:
-        """Lock or unlock the byte of a key. False when it is another process's."""
+    def _claim(self, key: str) -> bool:
+        """Lock the byte of a key. False when it is another process's."""
         file = self._claims_file()
-        if file is None:
-            return True
-        try:
-            fcntl.lockf(file, how, 1, int(key[:PLACES], 16), os.SEEK_SET)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            return True  # a file system without locks
-        return True
+        return file is None or lock_byte(file, int(key[:PLACES], 16))
+
+    def _let_go(self, key: str) -> None:
+        file = self._claims_file()
+        if file is not None:
+            unlock_byte(file, int(key[:PLACES], 16))
 
     def _claims_file(self) -> BinaryIO | None:
         """Opened once, as closing it would let go of all claims; None where there can be none."""
@@ -136,7 +132,7 @@ class ReplyCache:
     def _write(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, wait=True)
 
             # Somebody was killed in the middle of a line
             size = file.seek(0, os.SEEK_END)

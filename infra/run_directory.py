@@ -20,7 +20,6 @@ such a thread, and rank 0's waits for the sums of all before it renames:
 A full disk costs one checkpoint, never the run. Weights that are not finite are never written.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -44,9 +43,9 @@ from infra.checkpoint import (
     not_finite,
     put_aside,
     refuse,
-    sync,
 )
 from infra.identity import differences, revision
+from infra.system import PRIVATE, flush_to_disk, lock_file
 from infra.tracker import require_tracker
 from scale import parallel
 from scale.shards import Writers
@@ -170,7 +169,7 @@ class RunDirectory:
         if not self.resume:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
-        sync(self.path)
+        flush_to_disk(self.path)
         return list(reversed(checkpoints(self.folder).values()))
 
     def _settle(self, found: Path | None) -> None:
@@ -184,13 +183,11 @@ class RunDirectory:
         file = self.path / ".lock"
         if file.is_symlink():
             raise ValueError(f"{file} is a symbolic link, which is not followed; remove it")
-        self.lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        self.lock = os.open(file, os.O_RDWR | os.O_CREAT | PRIVATE, 0o644)
+        if not lock_file(self.lock):
             raise ValueError(
                 f"{self.path}: another process is writing here; wait for it, or choose another --out"
-            ) from error
+            )
 
     def _compare(self, state: dict) -> None:
         """The same options and the same data as the checkpoint's; more steps are welcome."""

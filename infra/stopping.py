@@ -173,4 +173,5 @@ def _forget() -> None:
 
 
 _listening: list[StopSignals] = []
-os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)

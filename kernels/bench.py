@@ -35,6 +35,7 @@ from torch import Tensor
 
 import moe
 from infra.cli import command
+from infra.system import require_packages
 from llm import DEFINITIONS, Elementwise, rotary_table
 
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # as `moe.expert_mixture`
@@ -530,7 +531,9 @@ def measure_passes(name: str, run: Mixture, inputs: list[Tensor], peak: float, r
 
 
 def bench_kernels(options: KernelOptions) -> None:
-    """What the options ask for; without any, the comparison on a GPU."""
+    """What the options ask for; without any, the comparison on a GPU. Raises ValueError without Triton."""
+    if not options.cpu:
+        require_packages("-r requirements/test.txt", "triton")
     if options.cpu:
         compare_on_cpu(options)
     elif options.interpret:

@@ -96,13 +96,13 @@ _meeting = Meeting()
 # ------------------------------------------------------------------------------ begin and end
 
 
-def start(timeout: float = TIMEOUT, layout: Layout = Layout()) -> Ranks:
-    """Join torchrun's process group if there is one. Device: CUDA, another accelerator, else the CPU.
+def start(timeout: float = TIMEOUT, layout: Layout = Layout(), kind: str = "") -> Ranks:
+    """Join torchrun's process group if there is one. kind: of device, "" for `device_kind`.
 
     timeout: seconds that a collective waits for the slowest rank. Raises ConnectionError when not
     all ranks come, ValueError for a layout that does not fit their number.
     """
-    kind = device_kind()
+    kind = kind or device_kind()
     use_own_processors()
     layout = layout.fitted(int(os.environ.get("WORLD_SIZE", 1)))
     if "WORLD_SIZE" not in os.environ:
@@ -159,11 +159,11 @@ def group_of_rows(layout: Layout, timeout: float) -> dist.ProcessGroup:
 
 
 def device_kind() -> str:
-    """The kind of device to train on."""
+    """The kind of device to train on, unless one is named: CUDA, another accelerator, else the CPU."""
     if not torch.accelerator.is_available():
         return "cpu"
     kind = torch.accelerator.current_accelerator().type
-    # a model of the toy's size is faster on the CPU than on MPS, and Muon is untested there
+    # a model of the toy's size is faster on the CPU than on MPS, where none of this was tried
     return "cpu" if kind == "mps" else kind
 
 

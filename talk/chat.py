@@ -36,6 +36,7 @@ from generate import load_model, stream, user_turn
 from infra.cli import command
 from infra.device import torch_type
 from infra.text import printable
+from talk.interrupts import Interrupts
 from talk.page import check_page_path, inside_lines, view_of, write_view
 from talk.typed import listed_paths, read_picture, split_command, split_pictures, told
 from tokenizer import Tokenizer
@@ -265,6 +266,10 @@ class Talk:
             exchange.ids.append(int(picked))
             yield exchange.ids[-1]
 
+    def drop_unanswered(self) -> None:
+        """A question without a token of an answer was no turn."""
+        self.exchanges = [exchange for exchange in self.exchanges if exchange.ids]
+
     def reset(self) -> None:
         self.exchanges.clear()
         self.waiting.clear()
@@ -382,15 +387,18 @@ def take_line(talk: Talk, screen: Screen, line: str) -> None:
     # a question; the pictures that waited are used up by one that can be asked
     named = [read_picture(path, talk.options.frames) for path in paths]
     text = words.encode("utf-8", "replace").decode()
-    exchange = talk.ask(text, talk.waiting + named, screen.remark)
-    talk.waiting.clear()
-    print_answer(talk, screen, exchange)
+    try:
+        exchange = talk.ask(text, talk.waiting + named, screen.remark)
+        talk.waiting.clear()
+        print_answer(talk, screen, exchange)
+    finally:
+        talk.drop_unanswered()
 
 
 def print_answer(talk: Talk, screen: Screen, exchange: Exchange) -> None:
     """Stream an answer: its thought on a line that is folded away, its words as they come.
 
-    Ctrl-C ends it; what was said until then stays in the talk. Without a token there was no turn.
+    Ctrl-C ends it; what was said until then stays in the talk.
     """
     ending = ""
     try:
@@ -405,9 +413,6 @@ def print_answer(talk: Talk, screen: Screen, exchange: Exchange) -> None:
         if not screen.interactive:
             raise
         ending = "(ended)"
-    finally:
-        if not exchange.ids:
-            talk.exchanges.remove(exchange)
     screen.fold(thought_tokens(talk, exchange))
     screen.say("\n")
     if ending:
@@ -446,18 +451,43 @@ def chat(options: ChatOptions) -> int:
         )
 
     # many turns
-    while True:
-        try:
-            line = screen.read()
-            if line is None or line.strip() in [f"/{word}" for word in LEAVE]:
-                break
-            if line.strip():
-                try_line(talk, screen, line)
-        except KeyboardInterrupt:
-            if not screen.interactive:
-                return 130
-            screen.remark("\n(Ctrl-D or /quit leaves)")
-    return int(screen.failed and not screen.interactive)
+    if screen.interactive:
+        talk_to_person(talk, screen)
+        return 0
+    return read_pipe(talk, screen)
+
+
+def talk_to_person(talk: Talk, screen: Screen) -> None:
+    """Line after line. Ctrl-C ends what is being done."""
+    going = True
+    with Interrupts() as interrupts:
+        while going:
+            try:
+                with interrupts.expected():
+                    going = take_turn(talk, screen)
+            except KeyboardInterrupt:
+                screen.remark("\n(Ctrl-D or /quit leaves)")
+
+
+def read_pipe(talk: Talk, screen: Screen) -> int:
+    """The same without anybody there, and the exit status. Ctrl-C ends it."""
+    going = True
+    try:
+        while going:
+            going = take_turn(talk, screen)
+    except KeyboardInterrupt:
+        return 130
+    return int(screen.failed)
+
+
+def take_turn(talk: Talk, screen: Screen) -> bool:
+    """One line, read and done. False when there are no more, or it was the last."""
+    line = screen.read()
+    if line is None or line.strip() in [f"/{word}" for word in LEAVE]:
+        return False
+    if line.strip():
+        try_line(talk, screen, line)
+    return True
 
 
 def try_line(talk: Talk, screen: Screen, line: str) -> None:

@@ -25,13 +25,19 @@ from annotating import (
 from PIL import Image
 from ranks_helpers import as_ranks
 
-from curation.annotators import AnnotatorOptions, Endpoint, chat_of, open_annotator
+from curation.annotators import (
+    AnnotatorOptions,
+    Endpoint,
+    chat_of,
+    open_annotator,
+    opened_pictures,
+)
 from curation.requests import Prompts, Request, json_in
 from data.readers import Folder
-from data.sample import Message, Sample
+from data.sample import Message, Sample, Video
 from infra import endpoint
 from infra.endpoint import ChatEndpoint, Spacing, question_key, usage_in
-from infra.replies import TRY, ReplyCache
+from infra.replies import ReplyCache
 
 
 @pytest.fixture
@@ -198,11 +204,11 @@ def test_a_claim_ends_with_its_process_and_after_some_patience(tmp_path):
     child = in_child(claim_and_wait)
     while not (tmp_path / "claimed").exists():
         time.sleep(0.01)
-    assert not cache._lock(key, TRY)
+    assert not cache._claim(key)
     with cache.claimed(key, 0.1):
-        assert not cache._lock(key, TRY)  # went on without it
+        assert not cache._claim(key)  # went on without it
     kill(child)
-    assert cache._lock(key, TRY)
+    assert cache._claim(key)
 
 
 # ------------------------------------------------------------------------------------ one endpoint
@@ -228,14 +234,16 @@ def test_responses_come_in_order_with_pictures_and_faults(serve, prompts, tmp_pa
         number_request(2, "../gone.png", root=tmp_path),
         number_request(3, b"no picture"),
         number_request(4),
+        number_request(5, Video((Image.new("RGB", (4, 4)), "red.png")), root=tmp_path),
     ]
-    first, outside, broken, last = annotator.annotate(requests)
+    first, outside, broken, last, video = annotator.annotate(requests)
     assert (first.text, last.text) == ("it is 1", "it is 4")
     assert outside.text is broken.text is None
     assert outside.fault.startswith("path outside the image folder: here:1")
     assert broken.fault.startswith("unreadable image: here:1")
-    assert sorted(server.sent) == [1, 4] and annotator.name == "m"
-    assert "2 asked" in annotator.report() and "30 tokens sent, 6 written" in annotator.report()
+    assert video.text == "it is 5" and len(opened_pictures(requests[-1])) == 2
+    assert sorted(server.sent) == [1, 4, 5] and annotator.name == "m"
+    assert "3 asked" in annotator.report() and "40 tokens sent, 8 written" in annotator.report()
 
 
 def test_an_answer_without_an_end_is_half_of_one_also_from_the_cache(serve, prompts, tmp_path):

@@ -313,7 +313,7 @@ def test_numbers_of_captions_by_hand(monkeypatch):
     assert row.pairs == 3 / 3  # a red, red car, red dog
     assert row.triples == 2 / 3
     assert row.kinds == {"noun": None, "verb": None, "adjective": None}
-    assert row.row().endswith("| - | - | - |")
+    assert row.row()[-3:] == ["-", "-", "-"]
     chinese = caption_statistics.measure_captions("x", ["一只红色的狗"])
     assert (chinese.language, chinese.length, chinese.pairs) == ("chinese", 6, 5)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curation import chart_pictures, charts
+from curation import charts
 from curation.annotators import AnnotatorOptions
 from curation.chart_check import ChartCheckOptions, chart_fault, check_charts
 from curation.chart_pictures import (
@@ -242,7 +242,7 @@ def test_a_missing_package_and_senseless_options_are_one_line(monkeypatch, tmp_p
     ):
         with pytest.raises(ValueError, match=message):
             make_charts(options)
-    monkeypatch.setattr(chart_pictures, "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(charts, "PACKAGES", ("no_such_package",))
     with pytest.raises(ValueError, match="pip install -r requirements/charts.txt"):
         make_charts(ChartOptions(out=out))
     assert not out.exists()

@@ -4,7 +4,6 @@ The store is a real HTTP server on this machine that answers ranges, and that ca
 slow, to cut answers short and to change a file.
 """
 
-import fcntl
 import json
 import os
 import pickle
@@ -377,9 +376,9 @@ def test_several_processes_share_a_cache_that_is_too_small(store, tmp_path):
 
 def test_one_lock_is_waited_for_and_not_for_ever(tmp_path):
     file = tmp_path / "lock"
-    with remote.locked(file, fcntl.LOCK_EX, 1.0):
+    with remote.locked(file, patience=1.0):
         with pytest.raises(StoreError, match="another process has held it for 0.05 s"):
-            with remote.locked(file, fcntl.LOCK_SH, 0.05):
+            with remote.locked(file, shared=True, patience=0.05):
                 raise AssertionError("it was held")
 
 

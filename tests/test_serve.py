@@ -25,6 +25,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from bench.serving import first_said
 from data.encode import Encoder
 from data.sample import Message, Sample, Video
 from generate import generate, load_model
@@ -49,7 +50,7 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        line = self.process.stdout.readline()
+        line = first_said(self.process)
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         assert found, line + self.process.stdout.read()
         self.port = int(found[1])
@@ -69,6 +70,12 @@ class Process:
             self.process.send_signal(signal.SIGTERM)
         text, _ = self.process.communicate(timeout=60)
         return self.process.returncode, text
+
+
+def test_nobody_waits_for_a_process_that_says_nothing():
+    silent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True)
+    assert first_said(silent, 0.1) == ""
+    assert silent.wait(60) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -25,8 +26,9 @@ from data.images import frames_of
 from data.sample import BadSample, Message, Sample, Video
 from generate import generate, load_model, user_turn
 from infra.text import printable
-from talk import samples
+from talk import interrupts, samples
 from talk.chat import AGAIN, ChatOptions, Screen, Talk, chat, tail_of, take_line
+from talk.interrupts import Interrupts
 from talk.typed import read_picture, split_command, split_pictures
 from vlm import SailVL
 
@@ -110,18 +112,9 @@ class Session:
             raise AssertionError(f"the chat ended after {self.text!r}") from None
 
     def interrupt(self) -> str:
-        """What is written after Ctrl-C, pressed until it is heard: on a busy machine 3 of 23 were not, and
-        we do not know why."""
-        begin = len(self.text)
-        for _ in range(5):
-            os.write(self.terminal, b"\x03")
-            ready, _, _ = select.select([self.terminal], [], [], 1)
-            while ready and not self.text[begin:].endswith("> "):
-                self.text += self.read()
-                ready, _, _ = select.select([self.terminal], [], [], 1)
-            if self.text[begin:].endswith("> "):
-                break
-        return self.text[begin:]
+        """What is written after Ctrl-C, pressed once."""
+        os.write(self.terminal, b"\x03")
+        return self.until(")\r\n> ")
 
     def type(self, line: str) -> list[str]:
         """What is written after a line that is typed, as lines without the echo."""
@@ -242,9 +235,58 @@ def test_control_c_ends_the_answer_and_not_the_talk(directory, monkeypatch, toke
     assert session.type("what?")[0].startswith("red")
     assert "red" in session.type("/history")  # what was said until then stays
 
-    # on an empty line it only says how to leave
-    assert "leaves" in session.interrupt()
+    # on an empty line it only says how to leave, however often it is pressed
+    for _ in range(30):
+        assert "leaves" in session.interrupt()
     assert session.leave("\x04") == 0
+
+
+def press_unnoticed() -> None:
+    """A press that the main thread does not hear of: C hears it in another thread, as it does between
+    the moment at which `input` has looked for signals and the one at which it waits."""
+
+    def press() -> None:
+        time.sleep(0.05)  # until the main thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+
+
+def test_a_press_that_comes_too_early_is_heard_all_the_same():
+    began = time.monotonic()
+    with Interrupts() as listening:
+        press_unnoticed()
+        with pytest.raises(KeyboardInterrupt), listening.expected():
+            select.select([], [], [], LIMIT)
+    assert time.monotonic() - began < LIMIT / 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_press_does_not_interrupt_what_deals_with_the_first(monkeypatch):
+    monkeypatch.setattr(interrupts, "PAUSE", LIMIT)
+    dealt_with = False
+    with Interrupts() as listening:
+        with listening.expected():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                signal.raise_signal(signal.SIGINT)
+                dealt_with = True
+        signal.raise_signal(signal.SIGINT)  # nobody expects it: it waits
+        with pytest.raises(KeyboardInterrupt), listening.expected():
+            raise AssertionError("entered")
+        with listening.expected():
+            assert dealt_with
+
+
+def test_a_question_that_is_interrupted_before_its_answer_is_no_turn(a_talk, monkeypatch):
+    def interrupted(*arguments) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk.chat, "print_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        take_line(a_talk, Screen(), "what?")
+    assert a_talk.exchanges == []
 
 
 # ----------------------------------------------------------------------------------------------- a pipe

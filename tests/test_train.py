@@ -21,6 +21,7 @@ import rl
 import sft
 import train as loop
 from data.world import corpus, sample
+from infra.device import half_by_default
 from infra.keeper import get_rng, set_rng
 from infra.run_directory import RunDirectory
 from objective import loss_by_task, mean_by_task
@@ -250,6 +251,18 @@ def test_data_that_ends_early_ends_the_stage_well_but_not_before_its_first_step(
 def test_a_precision_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="--precision fp8: choose auto, fp32 or bf16"):
         loop.autocast(replace(TINY, precision="fp8"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "device, half", [("cpu", False), ("mps", False), ("cuda:1", True), ("npu:0", True)]
+)
+def test_half_precision_is_the_default_where_it_was_tried(device, half):
+    assert half_by_default(device) == half
+    if device in ("cpu", "mps"):  # a context for others needs the device
+        with loop.autocast(TINY, device):
+            assert torch.is_autocast_enabled(device) == half
+        with loop.autocast(replace(TINY, precision="bf16"), device):
+            assert torch.is_autocast_enabled(device)
 
 
 def test_a_run_that_has_not_begun_is_empty_and_its_tail_is_its_last_tenth():

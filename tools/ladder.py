@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.images import open_image
 from evaluate import Graded, group_of, summary
 from generate import generate
 from graders import boxed
+from infra.system import peak_memory
 from infra.text import printable
 from infra.weights import write_json
 from moe import Decisions
@@ -192,7 +192,7 @@ def finish(ladder, seconds: float, after: dict[str, dict[str, list[float]]] | No
     ladder.save("final")
 
     options = ladder.options
-    memory = parallel.total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)[0]
+    memory = parallel.total(peak_memory())[0]
     results = {
         "title": f"nanosail ladder on {options.data}" if options.data else "nanosail toy ladder",
         "model": options.model,
@@ -204,7 +204,7 @@ def finish(ladder, seconds: float, after: dict[str, dict[str, list[float]]] | No
         "cores": os.cpu_count(),
         "processes": ladder.setup.ranks.size,
         "parameters": ladder.model.parameter_counts(),
-        "peak_memory_gib": round(memory / 2**20, 2),
+        "peak_memory_gib": round(memory / 2**30, 2),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -349,8 +349,9 @@ def print_tables(ladder, results: dict) -> None:
         f"{modes['direct_accuracy']:.1%}); asked to think, {modes['think_thinks']:.0%} do "
         f"({modes['think_accuracy']:.1%})"
     )
+    memory = results["peak_memory_gib"] or "an unknown number of"  # Windows does not say
     print(
         f"{results['total_seconds']:.0f} seconds on {results['cores']} cores, peak memory "
-        f"{results['peak_memory_gib']:.1f} GiB; rows at least {results['packing']['filled']:.1%} full; "
+        f"{memory} GiB; rows at least {results['packing']['filled']:.1%} full; "
         f"{out / 'results.json'}, {out / 'report.html'}, {out / 'final'}"
     )

@@ -28,6 +28,7 @@ from typing import Callable
 
 from curation.__main__ import CONTENTS
 from infra.cli import command
+from infra.table import markdown
 from tools.paper import paper_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ READING = {
 ROOMS = {
     "data": "sample images tiling containers mixture stream readers encode ahead steps show world",
     "infra": "cli plan memory config weights checkpoint run_directory keeper stopping identity journal "
-    "tracker judge endpoint replies text device",
+    "tracker judge endpoint replies text table device system",
     "scale": "layout parallel shard experts pipeline shards plan needs pace roofline devices rehearsal",
     "kernels": "moe_triton bench offline",
     "bench": "step rows packing_rules decoding serving rollouts asking",
@@ -67,7 +68,7 @@ ROOMS = {
     "caption_statistics side_by_side charts chart_specs chart_pictures chart_questions chart_check "
     "caption2qa told classes video_scores ratings balance evaluating long_cot difficulty free_response "
     "chains asking rows report noise album",
-    "talk": "chat typed samples inside page",
+    "talk": "chat typed interrupts samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
     "lessons": "page rows mask routing trial group",
     "tools": "report story drawing evidence compare seeds ladder paper picture screenshots readme real "
@@ -135,11 +136,7 @@ TABLES = {
 
 def markdown_table(heads: str, align: str, rows: list[tuple]) -> str:
     """Heads as "a | b", alignment as one letter a column (l or r), then the rows."""
-    rules = {"l": "---", "r": "---:"}
-    lines = [f"| {heads} |", "|" + "|".join(rules[letter] for letter in align) + "|"]
-    for cells in rows:
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return "\n".join(markdown(heads.split(" | "), *rows, align=align))
 
 
 # ---------------------------------------------------------------------------------- the files

@@ -37,6 +37,7 @@ from typing import Callable
 
 from PIL import Image
 
+from bench.serving import first_said
 from infra.cli import command
 from tests.campaign.ledger import ROOT, Ledger, Row
 
@@ -412,7 +413,7 @@ class Victim:
             stderr=open(self.folder / "stderr", "w"),
             text=True,
         )
-        found = re.search(r":(\d+) ", self.process.stdout.readline().replace("http:", ""))
+        found = re.search(r":(\d+) ", first_said(self.process).replace("http:", ""))
         assert found, (self.folder / "stderr").read_text()
         self.port = int(found[1])
 
