@@ -15,6 +15,7 @@ ROOMS = (
     "curation",
     "talk",
     "serving",
+    "harness",
     "tools",
 )
 FILES = sorted(ROOT.glob("*.py")) + [
