@@ -13,7 +13,9 @@ pictures between samples drops the accuracy to that level.
     python evaluate.py --model runs/mine --data MMBench_DEV_EN.tsv --circular --answers mmbench.jsonl
     python evaluate.py --model runs/mine --data docvqa.jsonl --grader anls --device cuda --dtype bfloat16
     torchrun --nproc-per-node 8 evaluate.py --model runs/mine --data pope.tsv
+    python evaluate.py --endpoint http://127.0.0.1:8000/v1 --model final --data held_out.tsv
 
+With an endpoint, any server that speaks OpenAI's protocol is asked instead (harness/remote.py).
 Rows are LLaVA's, VLMEvalKit's or one's own (data/readers.py). `facts` of a row may name its
 `grader`, `family` and `category`. Without a grader, options make it multiple choice, a truth of yes
 or no a yes-no question, and several annotators' answers VQA. What every grader means, and where it
@@ -32,7 +34,8 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
@@ -57,8 +60,10 @@ from graders import (
     plain,
     symbolic_note,
 )
+from harness.remote import RemoteModel, written_out
 from infra.cli import command
 from infra.device import pick_device
+from infra.endpoint import ChatEndpoint, NoReply
 from infra.judge import JUDGE
 from rewards import answer_reward
 from scale import parallel
@@ -75,6 +80,11 @@ WINDOW_BYTES = 1 << 28
 Z = 1.96
 # Commonest answers that a blind player tries.
 CANDIDATES = 20
+# Questions to an endpoint between two writings of answers, for each that it is asked at once.
+PART = 8
+# Options that are read with --endpoint alone, and those that are read without it alone.
+REMOTE = ("key_name", "at_once", "timeout", "cache", "think_prompt")
+LOCAL = ("tokens", "device", "dtype")
 
 
 @dataclass(frozen=True)
@@ -316,7 +326,8 @@ def answer_stream(
     was_training = model.training
     model.eval()
     try:
-        for places, prompts in encoded_windows(encoder, samples, decoding.think, bad):
+        prompt_of = partial(asked_prompt, encoder, decoding.think)
+        for places, prompts in encoded_windows(prompt_of, samples, bad):
             if decoding.swap:
                 prompts = swapped(prompts)
 
@@ -339,15 +350,19 @@ def answer_stream(
         model.train(was_training)
 
 
-def encoded_windows(encoder: Encoder, samples: list[Sample], think: bool, bad) -> Iterator:
+def asked_prompt(encoder: Encoder, think: bool, sample: Sample) -> tuple[list[int], list]:
+    """The prompt that the model gets, with the request to think or without. Raises BadSample."""
+    return encoder.prompt(with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample)
+
+
+def encoded_windows(prompt_of: Callable[[Sample], tuple], samples: list[Sample], bad) -> Iterator:
     """(places, prompts) of some neighbouring samples at a time: their pixels fit into memory."""
     places: list[int] = []
     prompts: list = []
     pixels = 0
     for place, sample in enumerate(samples):
         try:
-            asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
-            prompt = encoder.prompt(asked)
+            prompt = prompt_of(sample)
         except Exception as error:
             # whatever a decoder raises costs this sample
             if bad is None:
@@ -400,6 +415,35 @@ def swapped(prompts: list) -> list:
             ids, _ = prompts[i]
             out[i] = (ids, prompts[neighbour][1])
     return out
+
+
+def text_stream(
+    model: SailVL, encoder: Encoder, decoding: Decoding, samples: list[Sample], bad: list[BadSample]
+) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
+    """(place of the sample, [(text, finished), ...]) as they come, of a model in this process."""
+    for place, answers in answer_stream(model, encoder, samples, decoding, bad):
+        yield place, [(text_of(answer, encoder.tokenizer), answer.finished) for answer in answers]
+
+
+def reply_stream(
+    remote: RemoteModel, decoding: Decoding, samples: list[Sample], bad: list[BadSample]
+) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
+    """The same of a model behind an address. A question without a reply goes to `bad`."""
+    seed = decoding.seed if decoding.temperature > 0 else None
+    size = PART * remote.endpoint.at_once
+    for places, prompts in encoded_windows(remote.prompt, samples, bad):
+        if decoding.swap:
+            prompts = swapped(prompts)
+
+        # part by part, so that answers are on disk before all of them are there
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
+            replies = remote.replies(part, decoding.tries, seed)
+            for place, said in zip(places[first : first + size], replies):
+                if isinstance(said, NoReply):
+                    bad.append(BadSample("no reply", f"{samples[place].origin}: {said}"))
+                else:
+                    yield place, said
 
 
 def text_of(answer: Answer, tokenizer: Tokenizer) -> str:
@@ -665,7 +709,9 @@ class EvaluateOptions:
     """Grade a model on a held-out file: LLaVA, VLMEvalKit's TSV, or rows of one's own."""
 
     data: Path
+    # a model's directory; with --endpoint: the name that the server knows it by
     model: Path = Path("runs/toy/final")
+    endpoint: str = ""  # ask a server instead, as in http://127.0.0.1:8000/v1 (OpenAI's protocol)
     images: Path | None = None  # where image paths start; none: beside the file
     # image paths may lead out of the images' folder, also through links
     allow_outside: bool = False
@@ -682,21 +728,21 @@ class EvaluateOptions:
     tokens: int = PREFILL_TOKENS  # of prompts and answers that run together: bounds the memory
     device: str = ""  # cpu, cuda, npu, mps; none: the rank's
     dtype: Literal["float32", "bfloat16"] = "float32"
+    key_name: str = "OPENAI_API_KEY"  # with --endpoint: the environment variable that holds the key
+    at_once: int = 16  # with --endpoint: requests on their way
+    timeout: float = 120.0  # with --endpoint: seconds of a question with all its attempts
+    # with --endpoint: keep replies here, so that none is asked for (and paid for) twice
+    cache: Path | None = None
+    # with --endpoint and --think: the words that ask for thinking; none: the server appends its own
+    # (serve.py does, for the parameter `think`)
+    think_prompt: str = ""
 
 
 def evaluate_files(options: EvaluateOptions) -> None:
     """Ask, grade and print. Raises ValueError and OSError for what a user can mend."""
-    if options.grader and options.grader not in GRADERS:
-        raise ValueError(f"--grader {options.grader!r}: choose from {', '.join(GRADERS)}")
-    if options.tries > 1 and options.temperature <= 0:
-        raise ValueError("--tries needs --temperature: greedy answers are all the same")
-
-    # the model and the file
+    refuse_options(options)
     ranks = parallel.start()
-    device = pick_device(options.device or ranks.device)
-    model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
     folder = Folder(options.data, options.images, allow_outside=options.allow_outside)
-    encoder = Encoder(tokenizer, model.config, folder.root)
 
     # what can be asked
     samples = gradable(folder.first(options.limit), folder.faults, options.grader)
@@ -705,24 +751,18 @@ def evaluate_files(options: EvaluateOptions) -> None:
     if not samples:
         raise ValueError(f"{options.data}: no sample can be graded\n{folder.faults.report()}")
 
-    # what the scores will depend on, before they take their time
-    form = prompt_form(encoder, samples, options.think)
+    # who answers, and what the scores will depend on: shown before they take their time
+    if options.endpoint:
+        stream, form = remote_stream(options, folder.root, samples)
+    else:
+        stream, form = local_stream(options, ranks.device, folder.root, samples)
     note = symbolic_note({options.grader or evaluation_grader(sample) for sample in samples})
     if ranks.main:
         print(f"prompt: {_printable(form)}", note, sep="\n" if note else "", flush=True)
 
     # ask
-    decoding = Decoding(
-        options.think,
-        options.max_new,
-        options.temperature,
-        options.seed,
-        options.swap,
-        tokens=options.tokens,
-        tries=options.tries,
-    )
     file = AnswerFile(options.answers, answer_settings(options, form), ranks.rank)
-    said = ask_resumably(model, encoder, samples, decoding, file, folder.faults)
+    said = ask_resumably(stream, samples, file, folder.faults)
 
     # grade: of several tries the mean counts, and how many of them are right
     graded = []
@@ -745,12 +785,81 @@ def evaluate_files(options: EvaluateOptions) -> None:
     parallel.stop()
 
 
+def refuse_options(options: EvaluateOptions) -> None:
+    """Raises ValueError for what cannot be, and for an option that nothing would read."""
+    if options.grader and options.grader not in GRADERS:
+        raise ValueError(f"--grader {options.grader!r}: choose from {', '.join(GRADERS)}")
+    if options.tries > 1 and options.temperature <= 0:
+        raise ValueError("--tries needs --temperature: greedy answers are all the same")
+
+    # one that was given is one that differs from its default
+    unread = LOCAL if options.endpoint else REMOTE
+    why = "nothing is computed here with --endpoint" if options.endpoint else "it needs --endpoint"
+    for field in fields(options):
+        if field.name in unread and getattr(options, field.name) != field.default:
+            raise ValueError(f"--{field.name.replace('_', '-')} would do nothing: {why}")
+    if options.think_prompt and not options.think:
+        raise ValueError("--think-prompt would do nothing: it needs --think")
+
+
+def decoding_of(options: EvaluateOptions) -> Decoding:
+    return Decoding(
+        options.think,
+        options.max_new,
+        options.temperature,
+        options.seed,
+        options.swap,
+        tokens=options.tokens,
+        tries=options.tries,
+    )
+
+
+# (samples, faults) -> (place, [(text, finished), ...]) as they come
+AnswerStream = Callable[[list[Sample], list[BadSample]], Iterator]
+
+
+def local_stream(
+    options: EvaluateOptions, rank_device: str, root: Path | None, samples: list[Sample]
+) -> tuple[AnswerStream, str]:
+    """What answers in this process, and the first prompt as the model reads it."""
+    device = pick_device(options.device or rank_device)
+    model, tokenizer = load_model(options.model, device, getattr(torch, options.dtype))
+    encoder = Encoder(tokenizer, model.config, root)
+    form = prompt_form(encoder, samples, options.think)
+    return partial(text_stream, model, encoder, decoding_of(options)), form
+
+
+def remote_stream(
+    options: EvaluateOptions, root: Path | None, samples: list[Sample]
+) -> tuple[AnswerStream, str]:
+    """What answers behind the address, and the first prompt as it is sent. Raises ValueError when
+    nobody answers there."""
+    endpoint = ChatEndpoint(
+        options.endpoint,
+        options.model.as_posix(),
+        timeout=options.timeout,
+        cache=options.cache,
+        key_name=options.key_name,
+        at_once=options.at_once,
+        role="endpoint",
+        max_new=options.max_new,
+        temperature=options.temperature,
+    )
+    endpoint.check()
+    remote = RemoteModel(endpoint, root, options.think, options.think_prompt)
+
+    # the first that can be asked
+    bad: list[BadSample] = []
+    first = next(encoded_windows(remote.prompt, samples[:PART], bad), ([], []))
+    form = written_out(*first[1][0]) if first[1] else ""
+    return partial(reply_stream, remote, decoding_of(options)), form
+
+
 def prompt_form(encoder: Encoder, samples: list[Sample], think: bool) -> str:
     """The first prompt that can be made, as the model reads it; runs of visual tokens counted."""
     for sample in samples:
         try:
-            asked = with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
-            ids, _ = encoder.prompt(asked)
+            ids, _ = asked_prompt(encoder, think, sample)
         except Exception:
             # counted when it is asked
             continue
@@ -763,12 +872,7 @@ def prompt_form(encoder: Encoder, samples: list[Sample], think: bool) -> str:
 
 
 def ask_resumably(
-    model: SailVL,
-    encoder: Encoder,
-    samples: list[Sample],
-    decoding: Decoding,
-    file: "AnswerFile",
-    faults: Faults,
+    stream: AnswerStream, samples: list[Sample], file: "AnswerFile", faults: Faults
 ) -> list[list[tuple[str, bool]]]:
     """[(text, finished), ...] for each sample, empty where it could not be asked; on every rank."""
     # all ranks must agree on what is left to ask
@@ -783,12 +887,11 @@ def ask_resumably(
     mine = todo[rank::size]
     bad: list[BadSample] = []
     new: dict[str, list[tuple[str, bool]]] = {}
-    stream = answer_stream(model, encoder, [samples[i] for i in mine], decoding, bad)
-    for place, answers in tqdm(
-        stream, total=len(mine), desc="asked", disable=None if rank == 0 else True
+    answers = stream([samples[i] for i in mine], bad)
+    for place, texts in tqdm(
+        answers, total=len(mine), desc="asked", disable=None if rank == 0 else True
     ):
         i = mine[place]
-        texts = [(text_of(answer, encoder.tokenizer), answer.finished) for answer in answers]
         new[names[i]] = texts
         file.write(names[i], samples[i], texts)
 
@@ -811,7 +914,10 @@ def answer_settings(options: EvaluateOptions, form: str) -> dict:
     """What an answer depends on: another of these, and old answers must not be taken for new ones."""
     names = ("think", "swap", "max_new", "tries", "temperature", "seed", "dtype")
     settings = {name: getattr(options, name) for name in names}
-    return {"model": weights_digest(options.model), "prompt": form} | settings
+    model = f"{options.model.as_posix()} at {options.endpoint}"
+    if not options.endpoint:
+        model = weights_digest(options.model)
+    return {"model": model, "prompt": form} | settings
 
 
 def weights_digest(directory: Path) -> str:

@@ -94,21 +94,7 @@ class Encoder:
 
     def unrolled(self, sample: Sample) -> Sample:
         """Videos become numbered frames."""
-
-        def parts(message: Message) -> Iterator:
-            for part in message.parts:
-                if not isinstance(part, Video):
-                    yield part
-                    continue
-                frames = frames_of(part, sample.root or self.root, sample.origin)
-                for i, frame in enumerate(frames, 1):
-                    yield from (f"Frame-{i}: ", frame, "\n")
-
-        # a sample without any stays what it is
-        if not any(isinstance(part, Video) for m in sample.messages for part in m.parts):
-            return sample
-        messages = (replace(m, parts=tuple(parts(m))) for m in sample.messages)
-        return replace(sample, messages=tuple(messages))
+        return with_numbered_frames(sample, self.root)
 
     def prompt(self, sample: Sample, reply: bool = False) -> tuple[list[int], list[np.ndarray]]:
         """Ids up to the assistant's opening, and the images: everything before the last assistant
@@ -169,6 +155,25 @@ class Encoder:
             sample.facts,
             vision=vision,
         )
+
+
+def with_numbered_frames(sample: Sample, root: Path | None = None) -> Sample:
+    """The sample, its videos as frames, each announced by its number. Raises BadSample."""
+
+    def parts(message: Message) -> Iterator:
+        for part in message.parts:
+            if not isinstance(part, Video):
+                yield part
+                continue
+            frames = frames_of(part, sample.root or root, sample.origin)
+            for i, frame in enumerate(frames, 1):
+                yield from (f"Frame-{i}: ", frame, "\n")
+
+    # a sample without any stays what it is
+    if not any(isinstance(part, Video) for m in sample.messages for part in m.parts):
+        return sample
+    messages = (replace(m, parts=tuple(parts(m))) for m in sample.messages)
+    return replace(sample, messages=tuple(messages))
 
 
 # ------------------------------------------------------------------------------- question and truth

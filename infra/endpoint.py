@@ -199,7 +199,18 @@ class ChatEndpoint:
         """The reply, as `__call__`. Raises NoReply when there is none."""
         pictures = [png_of(image) for image in images]
         key = question_key(self.model, prompt, pictures, self.sampling)
+        return self._shared(key, request_body(self.model, prompt, pictures, self.sampling))
 
+    def converse(self, messages: list[dict], **more: Any) -> ChatReply:
+        """The reply to messages in the API's own form. more: parameters of this request, beside those
+        of all. Raises NoReply when there is none."""
+        sampling = self.sampling | more
+        key = question_key(self.model, json.dumps(messages, sort_keys=True), [], sampling)
+        body = json.dumps({"model": self.model, "messages": messages, **sampling}).encode()
+        return self._shared(key, body)
+
+    def _shared(self, key: str, body: bytes) -> ChatReply:
+        """The reply to a request; what is asked twice at the same time is sent once. Raises NoReply."""
         # The same question is on its way already: share what comes of it
         with self.lock:
             flight = self.in_flight.get(key)
@@ -214,7 +225,7 @@ class ChatEndpoint:
 
         # Ask, unless it was asked before; whoever waits hears the same
         try:
-            reply = self._reply(key, request_body(self.model, prompt, pictures, self.sampling))
+            reply = self._reply(key, body)
         except BaseException as error:
             flight.set_exception(error)
             raise

@@ -16,6 +16,7 @@ ROOMS = (
     "talk",
     "lessons",
     "serving",
+    "harness",
     "tools",
 )
 FILES = sorted(ROOT.glob("*.py")) + [

@@ -71,6 +71,7 @@ ROOMS = {
     "talk": "chat typed interrupts samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
     "lessons": "page rows mask routing trial group",
+    "harness": "remote world_files adapter vlmevalkit lmms",
     "tools": "report story drawing evidence compare seeds ladder paper picture screenshots readme real "
     "clipart lock",
     "tests": "",
