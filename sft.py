@@ -53,8 +53,8 @@ PHASE_3 = {"arithmetic": 5.0, "odd": 3.0, "charts": 1.5}
 VIDEO = {"video": 5.0, "arithmetic": 2.0}  # sums are lost first when they are not asked for
 SOUP = {"video": 0.5, "charts": 1.2, "arithmetic": 2.0}
 CHAINS = {"counting": 0.8, "charts": 1.8, "arithmetic": 3.0, "odd": 1.8}
-# What the chains have overwritten most, and text; a quarter of chains, where the paper has a tenth: with a tenth
-# the toy forgets to think while it learns to answer (our choice; LOG.md has both).
+# What the chains have overwritten most, and text. A quarter of chains, where the paper has a tenth: with a
+# tenth the toy forgets to think while it learns to answer (our choice; LOG.md has both).
 FUSION = {"video": 0.5, "text": 0.12, "counting": 1.2, "charts": 1.6, "arithmetic": 4.0}
 
 TOY: dict[str, BaseStage] = {
