@@ -148,7 +148,11 @@ def rotary_table(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x (S, heads, D): coordinate i is paired with i + D/2 ("half rotation")."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    cos_first, cos_second = cos.chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    turned_first = torch.addcmul(first * cos_first, second, sin_first, value=-1.0)
+    turned_second = torch.addcmul(second * cos_second, first, sin_second)
+    return torch.cat((turned_first, turned_second), dim=-1)
 
 
 class FusedRotation(torch.autograd.Function):
@@ -171,8 +175,8 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
-    out_first.sub_(second * sin_first, alpha=way)
-    out_second.add_(first * sin_second, alpha=way)
+    out_first.addcmul_(second, sin_first, value=-way)
+    out_second.addcmul_(first, sin_second, value=way)
     return out
 
 
