@@ -16,7 +16,6 @@ server, which needs nothing from here:
         --tasks nanosail_world --include_path harness/lmms_tasks --batch_size 1
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
