@@ -352,7 +352,9 @@ def answer_stream(
 
 def asked_prompt(encoder: Encoder, think: bool, sample: Sample) -> tuple[list[int], list]:
     """The prompt that the model gets, with the request to think or without. Raises BadSample."""
-    return encoder.prompt(with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample)
+    return encoder.prompt(
+        with_thinking(sample, encoder.tokenizer.think_prompt) if think else sample
+    )
 
 
 def encoded_windows(prompt_of: Callable[[Sample], tuple], samples: list[Sample], bad) -> Iterator:

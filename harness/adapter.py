@@ -5,7 +5,11 @@ gets that wrong by a line end measures another model. So the layout here is the 
 (data/formats.py): pictures first, each question on the line behind them. Where texts and pictures take
 turns, as frames of a video do, their order stays, and each picture ends its line, as in serve.py.
 
+<<<<<<< HEAD
     [image, "where is the circle?"] -> Sample(user: image, "\\nwhere is the circle?") -> "circle northwest"
+=======
+    [image, "where is the circle?"]  ->  Sample(user: image, "\\nwhere is the circle?")  ->  "circle east"
+>>>>>>> outside
 """
 
 from pathlib import Path
@@ -27,7 +31,9 @@ class HarnessModel:
     think: it is asked to think, and what a harness sees is its answer without the chain.
     """
 
-    def __init__(self, directory: Path, max_new: int = 48, think: bool = False, device: str = "cpu"):
+    def __init__(
+        self, directory: Path, max_new: int = 48, think: bool = False, device: str = "cpu"
+    ):
         self.model, tokenizer = load_model(Path(directory), pick_device(device))
         self.encoder = Encoder(tokenizer, self.model.config)
         self.max_new = max_new
@@ -40,7 +46,7 @@ class HarnessModel:
         for number, parts in enumerate(questions):
             if self.think:
                 parts = [*parts[:-1], f"{parts[-1]} {self.encoder.tokenizer.think_prompt}"]
-            samples.append(sample_of(parts, f"question {number}"))
+            samples.append(question_sample(parts, f"question {number}"))
 
         texts = []
         for answer in ask(self.model, self.encoder, samples, max_new=self.max_new):
@@ -49,7 +55,7 @@ class HarnessModel:
         return texts
 
 
-def sample_of(parts: list, origin: str = "") -> Sample:
+def question_sample(parts: list, origin: str = "") -> Sample:
     """One question of text and pictures (PIL images, or paths) as evaluate.py would have read it."""
     pictures = [open_image(p, None, origin) for p in parts if is_a_picture(p)]
     texts = [part for part in parts if not is_a_picture(part)]

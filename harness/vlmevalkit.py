@@ -103,13 +103,16 @@ def kit_scores(options: KitOptions) -> dict[str, float]:
     """Overall, and by category: shares in [0, 1], as the kit has them."""
     os.environ["LMUData"] = str(options.data.parent.resolve())
     os.environ.setdefault("VLMEVAL_MIN_IMAGE_EDGE", "1")
+    os.environ.setdefault("PRED_FORMAT", "tsv")
     try:
         from vlmeval.dataset import ImageVQADataset, build_dataset
         from vlmeval.inference import infer_data_job
         from vlmeval.smp import get_pred_file_path
     except ModuleNotFoundError as error:
         wanted = "see requirements/harness.txt"
-        raise ValueError(f"{error.name} is not installed, which VLMEvalKit needs: {wanted}") from error
+        raise ValueError(
+            f"{error.name} is not installed, which VLMEvalKit needs: {wanted}"
+        ) from error
 
     # ask: the kit's class for tables of one's own, and its loop
     name = options.data.stem
@@ -124,7 +127,9 @@ def kit_scores(options: KitOptions) -> dict[str, float]:
     scorer = dataset if multiple_choice else ImageVQADataset(name)
     table = scorer.evaluate(predictions, model="exact_matching")
     percent = 1 if multiple_choice else 100
-    shares = {column: float(table[column].iloc[0]) / percent for column in table if column != "split"}
+    shares = {
+        column: float(table[column].iloc[0]) / percent for column in table if column != "split"
+    }
     return shares
 
 

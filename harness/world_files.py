@@ -50,7 +50,7 @@ class WorldFileOptions:
 
 
 @dataclass(frozen=True)
-class Row:
+class WorldRow:
     """One question about one picture. options: letter -> text, where there are any."""
 
     image: Image.Image
@@ -75,27 +75,27 @@ def write_world(options: WorldFileOptions) -> None:
     write_table(options.out / f"{options.data}_MCQ.tsv", chosen)
 
     # the same as lines, pictures beside them
-    write_lines(options.out / f"{options.data}.jsonl", rows)
+    write_json_lines(options.out / f"{options.data}.jsonl", rows)
     print(
         f"{len(rows)} questions of {len(TEXT_FAMILIES)} families in {options.out}: "
         f"{options.data}_GQA.tsv, {options.data}_MCQ.tsv, {options.data}.jsonl"
     )
 
 
-def held_out_rows(samples: int, seed: int) -> list[Row]:
+def held_out_rows(samples: int, seed: int) -> list[WorldRow]:
     """So many of each family, those that `make toy` is graded by."""
     rows = []
     for family in TEXT_FAMILIES:
-        rows += [row_of(sample) for sample in World().held_out(family, samples, seed)]
+        rows += [world_row(sample) for sample in World().held_out(family, samples, seed)]
     return rows
 
 
-def row_of(sample: Sample) -> Row:
+def world_row(sample: Sample) -> WorldRow:
     image, question = sample.messages[0].parts
-    return Row(image, question.strip(), sample.facts["answer"], sample.facts["family"])
+    return WorldRow(image, question.strip(), sample.facts["answer"], sample.facts["family"])
 
 
-def options_of_rows(rows: list[Row], seed: int) -> list[dict[str, str]]:
+def options_of_rows(rows: list[WorldRow], seed: int) -> list[dict[str, str]]:
     """For each row its options by letter, the right answer among them."""
     by_question = defaultdict(set)
     by_family = defaultdict(set)
@@ -114,7 +114,7 @@ def options_of_rows(rows: list[Row], seed: int) -> list[dict[str, str]]:
     return found
 
 
-def table_row(number: int, row: Row) -> dict[str, str]:
+def table_row(number: int, row: WorldRow) -> dict[str, str]:
     return {
         "index": str(number),
         "image": base64.b64encode(png_file(row.image)).decode(),
@@ -131,7 +131,7 @@ def png_file(image: Image.Image) -> bytes:
 
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> None:
-    """Tab-separated, as VLMEvalKit reads it; a cell that a row lacks is empty."""
+    """Tab-separated, as VLMEvalKit reads it; an option that a row lacks is an empty cell."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, names, delimiter="\t", lineterminator="\n")
@@ -139,7 +139,7 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
         table.writerows(rows)
 
 
-def write_lines(path: Path, rows: list[Row]) -> None:
+def write_json_lines(path: Path, rows: list[WorldRow]) -> None:
     """JSON lines, and the pictures in images/ beside them."""
     folder = path.parent / "images"
     folder.mkdir(exist_ok=True)
