@@ -5,11 +5,7 @@ gets that wrong by a line end measures another model. So the layout here is the 
 (data/formats.py): pictures first, each question on the line behind them. Where texts and pictures take
 turns, as frames of a video do, their order stays, and each picture ends its line, as in serve.py.
 
-<<<<<<< HEAD
-    [image, "where is the circle?"] -> Sample(user: image, "\\nwhere is the circle?") -> "circle northwest"
-=======
     [image, "where is the circle?"]  ->  Sample(user: image, "\\nwhere is the circle?")  ->  "circle east"
->>>>>>> outside
 """
 
 from pathlib import Path
