@@ -15,6 +15,7 @@ ROOMS = (
     "curation",
     "talk",
     "serving",
+    "smol",
     "tools",
 )
 FILES = sorted(ROOT.glob("*.py")) + [
