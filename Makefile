@@ -12,10 +12,11 @@ LOCKED ?=
 TALK_dense := runs/toy/final
 TALK_moe   := runs/toy-moe/final
 LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
+SMOL   := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m smol.stages
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy chat serve real check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy chat serve real smol check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -31,6 +32,15 @@ chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
+
+smol: $(VENV)/smol        ## 50 min   a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
+	$(PY) -m tools.real --out real
+	$(PY) -m smol.language
+	$(SMOL) eyes --data real/train.jsonl --out runs/smol/eyes
+	$(PY) -m smol.join
+	$(SMOL) align --data real/train.jsonl --model runs/smol/start --out runs/smol/align
+	$(SMOL) answers --data real/train.jsonl --model runs/smol/align --out runs/smol/answers
+	$(PY) -m smol.measure
 
 serve: $(VENV)/serve      ## 10 s     a page and an API for a model, on this machine: then open http://127.0.0.1:8000 (MODEL as for chat)
 	$(PY) serve.py --model $(or $(TALK_$(MODEL)),$(MODEL))
@@ -99,6 +109,10 @@ endif
 
 $(VENV)/serve: $(VENV)/core requirements/serve.txt
 	$(PIP) -r requirements/serve.txt
+	touch $@
+
+$(VENV)/smol: $(VENV)/real requirements/smol.txt
+	$(PIP) --no-deps -r requirements/smol.txt
 	touch $@
 
 $(VENV)/real: $(VENV)/core requirements/real.txt

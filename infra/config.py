@@ -242,8 +242,9 @@ def write_llm(config) -> dict:
         "rope_scaling": None,
         "max_position_embeddings": 40960,
     }
+    # The model's type says whether queries and keys have norms.
     sizes = asdict(config)
-    del sizes["qk_norm"]  # the model's type says it
+    del sizes["qk_norm"]
     return sizes | names | built
 
 

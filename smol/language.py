@@ -8,7 +8,7 @@ for llama.cpp, holds all three in its own spelling. What has to be undone on the
     a rotary pair side by side (2i, 2i + 1)  -> half a head apart (i, i + D/2), in q and k
     control tokens first, 0 .. 16      -> words first, from 0, then SAIL-VL2's control tokens
 
-    python -m smol.language --out runs/smol/language       # 10 s; then python vlm.py --text runs/smol/language
+    python -m smol.language --out runs/smol/language       # 10 s
 
 The rows of the embedding are put in our order. A control token that SmolLM2 knows (`<|im_start|>`)
 keeps its row; those that it does not know (`<img>`), and 21 bytes that its training text never had,
@@ -167,7 +167,9 @@ def vocabulary_of(reader) -> tuple[Tokenizer, list[int | None]]:
     kind = header_value(reader, "tokenizer.ggml.model")
     split = header_value(reader, "tokenizer.ggml.pre")
     if (kind, split) != ("gpt2", "smollm"):
-        raise ValueError(f"the GGUF file has a {kind} vocabulary for {split}; gpt2, smollm is wanted")
+        raise ValueError(
+            f"the GGUF file has a {kind} vocabulary for {split}; gpt2, smollm is wanted"
+        )
 
     # Words in the order of their rows, which is the order of their merges
     byte_of = {character: byte for byte, character in printable_bytes().items()}

@@ -65,6 +65,7 @@ ROOMS = {
     "chains asking rows report noise album",
     "talk": "chat typed samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
+    "smol": "language stages join measure page",
     "tools": "report ladder picture screenshots readme real clipart lock",
     "tests": "",
     "requirements": "",
