@@ -47,9 +47,7 @@ SPLIT = (
 SPLITS = {
     "qwen": SPLIT,
     # SmolLM2's, which cuts in two passes: first every digit by itself, then what lies between them.
-    "smollm": (
-        r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-    ),
+    "smollm": r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
 # The released added tokens, in the order of their ids (151643 ...).
 ADDED = (
