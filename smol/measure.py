@@ -47,7 +47,7 @@ ROW = 32  # documents that are scored together
 
 
 @dataclass
-class MeasureOptions:
+class SightOptions:
     """Score a model on held-out captions, questions and plain text."""
 
     model: Path = Path("runs/smol/answers")
@@ -197,7 +197,7 @@ def perplexity(model: LLM, tokenizer: Tokenizer, tokens: int, window: int = 512)
 # --------------------------------------------------------------------------------- the command
 
 
-def text_kept(options: MeasureOptions, model: SailVL, tokenizer: Tokenizer) -> dict[str, float]:
+def text_kept(options: SightOptions, model: SailVL, tokenizer: Tokenizer) -> dict[str, float]:
     """Perplexity before, after, and the change."""
     after = perplexity(model.language_model, tokenizer, options.tokens)
     untouched = LLM.from_pretrained(options.before).eval()
@@ -205,7 +205,7 @@ def text_kept(options: MeasureOptions, model: SailVL, tokenizer: Tokenizer) -> d
     return {"before": before, "after": after, "change": after / before - 1}
 
 
-def measure(options: MeasureOptions) -> dict:
+def measure_sight(options: SightOptions) -> dict:
     """All numbers; the page is written beside the model."""
     # What is asked
     model, tokenizer = load_model(options.model)
@@ -261,12 +261,12 @@ def lines_of(results: dict, scores: dict[str, Score], graded: list) -> list[str]
     ]
 
 
-def measure_model(options: MeasureOptions) -> int:
+def check_sight(options: SightOptions) -> int:
     """Exit code 1 when seeing does not help, or text is forgotten."""
-    results = measure(options)
+    results = measure_sight(options)
     failed = results["losses"]["margin"] <= 0 or abs(results["text"]["change"]) > 0.02
     return int(failed)
 
 
 if __name__ == "__main__":
-    command(measure_model)
+    command(check_sight)

@@ -284,8 +284,8 @@ def test_the_whole_measurement_of_a_model_writes_a_page(model, tokenizer, tmp_pa
     tokenizer.save(run)
     model.language_model.save_pretrained(tmp_path / "language")
     tokenizer.save(tmp_path / "language")
-    options = measure.MeasureOptions(run, tmp_path / "language", data, data, answers=8, tokens=100)
-    results = measure.measure(options)
+    options = measure.SightOptions(run, tmp_path / "language", data, data, answers=8, tokens=100)
+    results = measure.measure_sight(options)
     assert results["text"]["change"] == pytest.approx(0, abs=1e-6)
     assert results["captions"] == measure.OTHERS + 3
     assert "margin of seeing" in capsys.readouterr().out
