@@ -37,7 +37,7 @@ from infra.weights import write_json
 from llm import LLM
 from objective import supervised
 from packing import collate
-from smol.page import write_page
+from smol.page import write_sight_page
 from stage import Stage
 from tokenizer import Tokenizer
 from vlm import SailVL, token_logprobs
@@ -238,7 +238,7 @@ def measure_sight(options: SightOptions) -> dict:
         "text": text,
     }
     write_json(options.model / "results.json", results)
-    write_page(options.model / "report.html", results, graded, encoder)
+    write_sight_page(options.model / "report.html", results, graded, encoder)
     print("\n".join(lines_of(results, scores, graded)))
     if faults.counts:
         print(faults.report())

@@ -2,7 +2,7 @@
 
 What it teaches: nothing new; tools/report.py draws, here stands what. Same data, same bytes.
 
-    results, graded answers --write_page--> report.html      (no script, nothing from a network)
+    results, graded answers --write_sight_page--> report.html      (no script, nothing from a network)
 """
 
 from pathlib import Path
@@ -66,7 +66,7 @@ def score_rows(scores: dict[str, list]) -> list[tuple]:
     ]
 
 
-def write_page(path: Path, results: dict, graded: list[Graded], encoder: Encoder) -> None:
+def write_sight_page(path: Path, results: dict, graded: list[Graded], encoder: Encoder) -> None:
     """A page of three parts: numbers, scores, answers."""
     losses = results["losses"]
     text = results["text"]
