@@ -8,26 +8,40 @@ TORCH  := torch==2.13.0
 MODEL  ?= dense
 SEED   ?= 0
 RANKS  ?= 2
+SEEDS  ?=
+QUICK  ?=
 LOCKED ?=
 TALK_dense := runs/toy/final
 TALK_moe   := runs/toy-moe/final
 LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
 SMOL   := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m smol.stages
+# where a ladder goes, and what a quick look does: a fifth of the steps, fewer questions
+TOY    := runs/toy$(if $(filter moe,$(MODEL)),-moe)$(if $(QUICK),-quick)
+QUICKLY := $(if $(QUICK),--effort 0.2 --samples 50)
+NUMBERS := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy chat serve real smol check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy chat lesson serve real smol check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1: the tested versions, with hashes)
 
-toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2)
-	$(LADDER) --model $(MODEL) --seed $(SEED) --out runs/toy$(if $(filter moe,$(MODEL)),-moe)
+toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2; SEEDS=5: five of them, and their table; QUICK=1: a look)
+ifeq ($(SEEDS),)
+	$(LADDER) --model $(MODEL) --seed $(SEED) --out $(TOY) $(QUICKLY)
+else
+	for seed in $(NUMBERS); do $(LADDER) --model $(MODEL) --seed $$seed --out $(TOY)-seed$$seed $(QUICKLY) || exit 1; done
+	$(PY) -m tools.seeds $(NUMBERS:%=$(TOY)-seed%) --out runs/toy$(if $(QUICK),-quick)-seeds
+endif
 
 chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (MODEL=dense|moe, or a directory)
 	$(PY) -m talk.chat --model $(or $(TALK_$(MODEL)),$(MODEL))
+
+lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose numbers change live: runs/lessons/rows.html
+	$(PY) -m lessons
 
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real

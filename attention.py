@@ -188,19 +188,22 @@ def attend_one_by_one(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, visible: Segments, causal: bool
 ) -> Tensor:
     """One SDPA call for each document. Any device and precision."""
-    queries = q.split(segments.lengths)
-    keys = k.split(visible.lengths)
-    values = v.split(visible.lengths)
+    # Cut once, and nothing else done for each document: on a CPU the call itself is half of the cost.
+    queries = q[None].split(segments.lengths, dim=1)  # (1, L, H, D) of each document
+    keys = k[None].split(visible.lengths, dim=1)
+    values = v[None].split(visible.lengths, dim=1)
     out = []
     for query, key, value in zip(queries, keys, values):
-        if len(query) == len(key):
+        length = query.shape[1]
+        seen = key.shape[1]
+        if length == seen:
             mask = {"is_causal": causal}
         else:
             # The last query sees all keys, the one before it all but the last, and so on.
-            square = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device)
-            mask = {"attn_mask": square.tril(len(key) - len(query))}
-        out.append(sdpa(query[None], key[None], value[None], **mask)[0])
-    return torch.cat(out)
+            square = torch.ones(length, seen, dtype=torch.bool, device=q.device)
+            mask = {"attn_mask": square.tril(seen - length)}
+        out.append(sdpa(query, key, value, **mask))
+    return torch.cat(out, dim=1)[0]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
@@ -208,11 +211,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
 
     mask: `is_causal` or `attn_mask` of `scaled_dot_product_attention`.
     """
-    k, v = share_heads(k, v, q.shape[2], dim=2)
+    # A CPU's kernel reads a shared head where it lies; some of the others would leave their fast path.
+    shared = q.is_cpu
+    if not shared:
+        k, v = share_heads(k, v, q.shape[2], dim=2)
 
     # It wants heads before positions.
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **mask
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=shared, **mask
     )
     return out.transpose(1, 2)
 

@@ -71,35 +71,45 @@ class LLMConfig:
 class FusedRMSNorm(torch.autograd.Function):
     """x / rms(x) * weight with its backward pass written out.
 
-    On a CPU it takes a third of the passes over memory that autograd makes. With n = x / rms(x) and
-    g the gradient of the output:
+    On a CPU it takes a third of the passes over memory that autograd makes. With r = 1 / rms(x), C the
+    width and g the gradient of the output, both sums of the backward pass are of one product, g x:
 
-        dx = (g w - n mean(g w n)) / rms(x)        dw = sum over rows of g n
+        dx = r (g w - r^2 x sum(g x w) / C)        dw = sum over rows of r g x
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # 1 / rms(x)
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight
+        inverse = inverse_rms(x, eps)
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        normal, inverse, weight = ctx.saved_tensors
-        scaled = grad * weight
-        mean = (scaled * normal).mean(-1, keepdim=True)
-        dx = torch.addcmul(scaled, normal, mean, value=-1).mul_(inverse)
-        dw = (grad * normal).reshape(-1, weight.shape[0]).sum(0)
+        x, inverse, weight = ctx.saved_tensors
+        width = weight.shape[0]
+
+        # Both sums: over the rows for the weight, over each row for x.
+        product = grad * x
+        rows = product.reshape(-1, width)
+        dw = rows.T @ inverse.view(-1) if ctx.needs_input_grad[1] else None
+        share = (rows @ weight).view_as(inverse).mul_(inverse.square()).div_(-width)
+
+        # In the memory of the product, which has served.
+        dx = torch.mul(grad, weight, out=product).addcmul_(x, share).mul_(inverse)
         return dx, dw, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition. Half precision: in fp32, rounded before the weight, as the released code."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(x.dtype) * weight
+    return (wide * inverse_rms(wide, eps)).to(x.dtype) * weight
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean of squares + eps) over the last axis, (..., 1): from the length, in one pass."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(length.square() / x.shape[-1] + eps)
 
 
 class RMSNorm(nn.Module):
@@ -143,12 +153,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class FusedRotation(torch.autograd.Function):
+    """`rotate` in half of the passes over memory; the way back is the turn by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned_by(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return turned_by(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
+    """`rotate` with its sums made in place. way: 1.0, or -1.0 to turn back."""
+    out = x * cos
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    out_first.sub_(second * sin_first, alpha=way)
+    out_second.add_(first * sin_second, alpha=way)
+    return out
+
+
 # -------------------------------------------------------------------------- between the products
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both (S, I)."""
     return F.silu(gate) * up
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """`swiglu` that keeps its two inputs only, and makes silu(gate) again on the way back."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(grad)
+        d_gate = torch.ops.aten.silu_backward(grad, gate).mul_(up)
+        return d_gate, d_up
 
 
 class Elementwise(NamedTuple):
@@ -160,7 +212,7 @@ class Elementwise(NamedTuple):
 
 
 DEFINITIONS = Elementwise(rms_norm, swiglu, rotate)
-WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, swiglu, rotate)
+WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, FusedSwiGLU.apply, FusedRotation.apply)
 
 
 def choose_elementwise(x: Tensor) -> Elementwise:
@@ -168,7 +220,7 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
     On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
     compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
-    training in full precision the norm with its backward pass written out.
+    training in full precision all three with their backward pass written out: forward the same bits.
     """
     if torch.compiler.is_compiling() or x.numel() == 0:
         return DEFINITIONS
@@ -201,8 +253,15 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        """x (S, C), rope: cos and sin of the positions -> (S, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (S, C), rope: cos and sin of the positions -> (S, C), or (n, C) at the positions `at`."""
         # Every head by itself.
         S = x.shape[0]
         q = self.q_proj(x).view(S, self.heads, self.dim)  # (S, H, D)
@@ -217,8 +276,8 @@ class SelfAttention(nn.Module):
         k = turn(k, *rope)
 
         # What may be seen is not this file's business.
-        out = attend(layer, q, k, v)  # (S, H, D)
-        return self.o_proj(out.reshape(S, -1))
+        out = attend(layer, q, k, v).reshape(S, -1)  # (S, H*D)
+        return self.o_proj(rows_at(out, at))
 
 
 class FeedForward(nn.Module):
@@ -240,7 +299,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to what came in."""
+    """Attention, then feed-forward, each behind a norm and added to what came in.
+
+    `at` (n,): all positions are attended to, and these alone go on.
+    """
 
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -250,10 +312,23 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope, attend: Attend, layer: int, routing: Decisions | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        routing: Decisions | None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
+        """x (S, C) -> (S, C), or (n, C)."""
+        attended = self.self_attn(self.input_layernorm(x), rope, attend, layer, at)
+        x = rows_at(x, at) + attended
         return x + self.mlp(self.post_attention_layernorm(x), routing)
+
+
+def rows_at(x: Tensor, at: Tensor | None) -> Tensor:
+    """Rows of x (S, C): those at the positions `at` (n,), or all."""
+    return x if at is None else x.index_select(0, at)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -290,22 +365,35 @@ class LLM(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, attend: Attend, routing: Decisions | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        routing: Decisions | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """x (S, C) embeddings, positions (S,) int64 -> (S, C) after the last norm.
 
         Logits are `lm_head` of that. `routing`, when given, receives one `moe.Routing` from each
-        MoE layer (for the balance loss and statistics).
+        MoE layer (for the balance loss and statistics). `at` (n,) int64: where hidden states are
+        wanted; only those are returned, (n, C), and the last feed-forward is computed for no others.
         """
         # The same turns for all layers.
         rope = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
 
+        # Experts see all tokens in every layer: their balance is of all.
+        early = None if self.config.num_experts else at
+        last = len(self.model.layers) - 1
+
         recompute = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
+            wanted = early if layer == last else None
             if recompute:
-                x = checkpoint(block, x, rope, attend, layer, routing, use_reentrant=False)
+                x = checkpoint(block, x, rope, attend, layer, routing, wanted, use_reentrant=False)
             else:
-                x = block(x, rope, attend, layer, routing)
+                x = block(x, rope, attend, layer, routing, wanted)
+        if early is None:
+            x = rows_at(x, at)
         return self.model.norm(x)
 
     @torch.no_grad()

@@ -59,7 +59,7 @@ TOY: dict[str, BaseStage] = {
     "basic": toy_stage(
         "basic", ADAPTER, CAPTION, 120, lr=1e-4, optimizer="adamw", schedule="constant", **SEARCH
     ),
-    "multitask": toy_stage("multitask", ALL, EVERYTHING, 540, **BROAD),
+    "multitask": toy_stage("multitask", ALL, EVERYTHING, 300, **BROAD),
 }
 
 # --------------------------------------------------------------------------------------- the paper

@@ -30,7 +30,7 @@ from stage import ALL, BaseStage, RLStage
 
 # ------------------------------------------------------------------------------------------ the toy
 
-QUESTIONS = dict.fromkeys(REASONING, 1.0)
+QUESTIONS = dict.fromkeys(REASONING, 1.0) | {"arithmetic": 2.0}
 
 
 def toy_rl(name: str, steps: int, lr: float, **more) -> RLStage:
@@ -39,8 +39,8 @@ def toy_rl(name: str, steps: int, lr: float, **more) -> RLStage:
 
 
 TOY: dict[str, BaseStage] = {
-    "verifiable": toy_rl("verifiable", 104, 1e-3, seed=21),
-    "mixed": toy_rl("mixed", 32, 5e-4, seed=22, reward="mixed"),
+    "verifiable": toy_rl("verifiable", 72, 1e-3, seed=21),
+    "mixed": toy_rl("mixed", 80, 5e-4, seed=22, reward="mixed"),
 }
 
 # --------------------------------------------------------------------------------------- the paper

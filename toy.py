@@ -16,7 +16,7 @@ one directory per stage (log.jsonl and the model), final/ (the last model), resu
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -42,9 +42,12 @@ from rollout import reward_of
 from scale import parallel
 from soup import average, distance
 from stage import BaseStage, RLStage, Stage
-from tools.ladder import finish, packed_row
+from tools.evidence import paired
+from tools.ladder import finish, packed_row, scores_by_family
 from train import Run
 from vlm import PRESETS
+
+GLANCE = 50  # held-out samples of a family that a stage is not about
 
 
 @dataclass
@@ -72,6 +75,8 @@ class StageResult:
     chance: float
     lower_is_better: bool
     samples: int
+    families: list[str] = field(default_factory=list)  # that grade it
+    error: float | None = None  # of after - before, over the same samples; None: of a loss
 
 
 class Ladder:
@@ -108,6 +113,7 @@ class Ladder:
         self.stages: list[StageResult] = []
         self.runs: dict[str, dict] = {}  # curves for the report
         self.families_after: dict[str, dict[str, float]] = {}  # stage -> family -> accuracy
+        self.samples_after: dict[str, dict[str, list[float]]] = {}  # and each sample's score
         self.row_fill: list[float] = []
         self.expert_load: dict[str, list[float]] = {}
         self.adalrs: dict = {}
@@ -134,10 +140,28 @@ class Ladder:
         max_new = 64 if think else 40
         return evaluate(self.model, self.encoder, chosen, think, swap, max_new=max_new)
 
-    def grade_everything(self, name: str) -> None:
-        self.scores, self.graded = self.grade()
+    def grade_after(self, name: str, closely: list[str]) -> None:
+        """Every family after a stage, for its curve: `closely` on all samples, the others on a few."""
+        chosen = []
+        for family, samples in self.held_out.items():
+            chosen += samples if family in closely else samples[:GLANCE]
+        self.scores, self.graded = evaluate(self.model, self.encoder, chosen, max_new=40)
         self.families_after[name] = {f: s.accuracy for f, s in self.scores.items()}
+        self.samples_after[name] = scores_by_family(self.graded)
         self.say(" ".join(f"{f} {100 * a:.0f}" for f, a in self.families_after[name].items()))
+
+    def grade_before(self, families: list[str]) -> None:
+        """These families on all samples, unless the last grading looked as closely."""
+        for family in families:
+            known = self.scores.get(family)
+            if known is None or known.n < len(self.held_out[family]):
+                self.scores, self.graded = self.grade(families)
+                return
+
+    def sample_scores(self, families: list[str]) -> list[float]:
+        """Each sample's score in the last grading, family after family."""
+        scores = scores_by_family(self.graded)
+        return [score for family in families for score in scores[family]]
 
     def mean_accuracy(self, families: list[str]) -> float:
         return sum(self.scores[f].accuracy for f in families) / len(families)
@@ -216,18 +240,23 @@ class Ladder:
             present = list(self.held_out)
             metric = "overall accuracy"
 
-        # Before, from the last grading; then the stage; then everything again
-        if not self.scores:
-            self.scores, _ = self.grade(present)
+        # Before, from the last grading if it looked at all of them; the stage; after
+        self.grade_before(present)
         before = self.mean_accuracy(present)
+        scores_before = self.sample_scores(present)
         run, seconds = self.train(self.row_of(table, name))
-        self.grade_everything(name)
+        self.grade_after(name, present)
 
         # One line of the table
         after = self.mean_accuracy(present)
         chance = self.mean_chance(present)
         count = self.count(present)
-        self.note(StageResult(name, round(seconds, 1), metric, before, after, chance, False, count))
+        error = paired(scores_before, self.sample_scores(present)).error
+        self.note(
+            StageResult(
+                name, round(seconds, 1), metric, before, after, chance, False, count, present, error
+            )
+        )
         return run
 
     def language(self) -> dict:
@@ -277,7 +306,7 @@ class Ladder:
         """SAIL-ViT I moves the adapter alone: too little to write captions, enough to make them likelier."""
         before = self.caption_loss()
         _, seconds = self.train(self.row_of(pretrain.TOY, "vit1"))
-        self.grade_everything("vit1")
+        self.grade_after("vit1", ["caption"])
 
         count = len(self.held_out.get("caption") or self.all_held_out())
         metric = "held-out loss (chance: another's picture)"
@@ -288,37 +317,28 @@ class Ladder:
         )
 
     def basic(self, language: dict) -> None:
-        """The language model and the adapter start again; AdaLRS against a run at the fixed rate."""
+        """The language model and the adapter start again, and AdaLRS searches the rate."""
         # As the paper begins: a language model that has seen no picture, and an adapter of noise
         recipe.restart(self.model, language, adapter_seed=self.options.seed + 1)
-        start = {name: value.clone() for name, value in self.model.state_dict().items()}
-        stage = self.row_of(pretrain.TOY, "basic")
-
-        # The same run at the rate that it starts with
-        fixed = fit(self.setup, replace(stage, adalrs=False))
-        self.model.load_state_dict(start)
-
-        # And with the search
         self.scores = {}  # they were another model's
+        stage = self.row_of(pretrain.TOY, "basic")
         run = self.graded_stage(
             pretrain.TOY, "basic", "caption F1 (new adapter, old LLM)", ["caption"]
         )
-        self.runs["basic"]["compare"] = [row["loss"] for row in fixed.log]
 
-        # What the search was worth
+        # What the search did
         final_rate = run.log[-1]["lr"]
         extra_steps = len(run.log) - stage.steps
         self.adalrs = {
             "start_lr": stage.lr,
             "final_lr": final_rate,
             "loss": run.tail(),
-            "fixed_rate_loss": fixed.tail(),
             "extra_steps": extra_steps,
             "decisions": run.decisions,
         }
         self.say(
-            f"AdaLRS: rate {stage.lr:.1e} -> {final_rate:.1e}, loss {run.tail():.3f}; fixed rate "
-            f"{fixed.tail():.3f}; {len(run.decisions)} decisions, {extra_steps} extra steps"
+            f"AdaLRS: rate {stage.lr:.1e} -> {final_rate:.1e}, loss {run.tail():.3f}; "
+            f"{len(run.decisions)} decisions, {extra_steps} extra steps"
         )
 
     # ----------------------------------------------------------------------------------- soup, experts
@@ -327,15 +347,18 @@ class Ladder:
         """Two runs from one checkpoint that differ in data order, and their mean."""
         began = time.time()
         start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        everything = list(self.held_out)
 
         # The ingredients
         states = []
         accuracies = []
+        scores = []
         for name in ("soup-a", "soup-b"):
             self.model.load_state_dict(start)
             self.train(self.row_of(sft.TOY, name))
-            self.grade_everything(name)
+            self.grade_after(name, everything)
             accuracies.append(self.scores["overall"].accuracy)
+            scores.append(self.sample_scores(everything))
             states.append({key: value.clone() for key, value in self.model.state_dict().items()})
         a, b = accuracies
         self.say(f"ingredients {a:.3f} and {b:.3f}, distance {distance(*states):.3f}")
@@ -343,8 +366,9 @@ class Ladder:
         # The pot
         self.model.load_state_dict(average(states))
         self.save("soup")
-        self.grade_everything("soup")
+        self.grade_after("soup", everything)
         overall = self.scores["overall"]
+        means = [(one + other) / 2 for one, other in zip(*scores)]
         seconds = round(time.time() - began, 1)
         metric = "overall accuracy (before: mean of the two)"
         self.note(
@@ -357,6 +381,8 @@ class Ladder:
                 overall.chance,
                 False,
                 overall.n,
+                everything,
+                paired(means, self.sample_scores(everything)).error,
             )
         )
 
@@ -390,9 +416,9 @@ class Ladder:
 
     def long_cot(self) -> None:
         """Graded by thinking: only a well-formed box counts."""
-        before, _ = self.grade(self.reasoning, think=True)
+        before, graded_before = self.grade(self.reasoning, think=True)
         _, seconds = self.train(self.row_of(sft.TOY, "long-cot"))
-        after, _ = self.grade(self.reasoning, think=True)
+        after, graded_after = self.grade(self.reasoning, think=True)
 
         overall = after["overall"]
         metric = "accuracy when thinking (reasoning)"
@@ -407,6 +433,8 @@ class Ladder:
                 overall.chance,
                 False,
                 overall.n,
+                self.reasoning,
+                paired([g.score for g in graded_before], [g.score for g in graded_after]).error,
             )
         )
 
@@ -449,7 +477,7 @@ class Ladder:
         """Direct answers by default again, thinking when asked; chains come from the RL policy."""
         began = time.time()
         stage = self.row_of(sft.TOY, "fusion")
-        before, _ = self.grade(self.reasoning)
+        before, graded_before = self.grade(self.reasoning)
 
         # The policy's own right chains
         questions = self.setup.source.stream({f: 1.0 for f in self.reasoning}, stage.seed + 5, 1)
@@ -461,7 +489,7 @@ class Ladder:
 
         # Direct answers are what this stage brings back
         seconds = time.time() - began
-        self.grade_everything("fusion")
+        self.grade_after("fusion", self.reasoning)
         self.note(
             StageResult(
                 "fusion",
@@ -472,6 +500,8 @@ class Ladder:
                 self.mean_chance(self.reasoning),
                 False,
                 self.count(self.reasoning),
+                self.reasoning,
+                paired([g.score for g in graded_before], self.sample_scores(self.reasoning)).error,
             )
         )
         self.say(f"{len(harvest)} chains harvested from {len(usable)} questions")
@@ -521,9 +551,9 @@ def climb(options: ToyOptions) -> int:
     ladder.reinforce("verifiable")
     ladder.fusion()
     ladder.reinforce("mixed")
-    ladder.grade_everything("mixed")
+    ladder.grade_after("mixed", everything)
 
-    finish(ladder, time.time() - began)
+    finish(ladder, time.time() - began, ladder.samples_after)
     parallel.stop()
     return 0
 

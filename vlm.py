@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from adapter import Adapter
@@ -220,10 +219,11 @@ class SailVL(nn.Module):
         segments: Segments | None = None,
         attend: Attend | None = None,
         routing: Decisions | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Everything up to the last norm: ids (B, T) -> (B*T, C).
+        """Everything up to the last norm: ids (B, T) -> (B*T, C), or (n, C) at flat positions `at`.
 
-        Without `segments` each row is one document. `attend` and `routing` as in `LLM.forward`.
+        Without `segments` each row is one document. `attend`, `routing`, `at` as in `LLM.forward`.
         """
         # What is not said: each row is one document, and every token sees those before it.
         if segments is None:
@@ -235,7 +235,7 @@ class SailVL(nn.Module):
             attend = attend_inside(segments, causal=True)
 
         x = self.embed(input_ids, images)
-        return self.language_model(x, positions.reshape(-1), attend, routing)
+        return self.language_model(x, positions.reshape(-1), attend, routing, at)
 
     def forward(
         self,
@@ -265,9 +265,11 @@ class SailVL(nn.Module):
 
         What every objective starts from: logits exist for supervised positions only.
         """
-        hidden = self.hidden(input_ids, images, positions, segments, routing=routing)
+        hidden = self.hidden(
+            input_ids, images, positions, segments, routing=routing, at=at
+        )  # (n, C)
         head = self.language_model.lm_head.weight
-        return token_logprobs(hidden.index_select(0, at), head, labels, temperature)
+        return token_logprobs(hidden, head, labels, temperature)
 
     # ------------------------------------------------------------------------------- beginnings
 
@@ -402,17 +404,42 @@ def token_logprobs(
         few_chunks = -(-hidden.shape[0] // 24)
         chunk = max(1, few_logits, few_chunks)
 
-    # Few enough: the definition.
-    if hidden.shape[0] <= chunk:
-        logits = (hidden @ head.T).float() / temperature  # (n, V)
-        return -F.cross_entropy(logits, labels, reduction="none")
-
     # Autocast does not reach into an autograd function.
     device = hidden.device.type
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return ChunkedLogprobs.apply(hidden.to(dtype), head.to(dtype), labels, temperature, chunk)
+    hidden = hidden.to(dtype)
+    head = head.to(dtype)
+    if hidden.shape[0] <= chunk:
+        return WholeLogprobs.apply(hidden, head, labels, temperature)
+    return ChunkedLogprobs.apply(hidden, head, labels, temperature, chunk)
+
+
+class WholeLogprobs(torch.autograd.Function):
+    """`token_logprobs` by its definition, log softmax(h W^T / t) at y; what is kept turns in place
+    into the gradient of the logits, so there is one backward pass only.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        logits = (hidden @ head.T).float()  # (n, V)
+        if temperature != 1:
+            logits.div_(temperature)
+        logp = logits.log_softmax(1)
+        ctx.save_for_backward(hidden, head, labels, logp)
+        ctx.temperature = temperature
+        return logp.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        hidden, head, labels, logp = ctx.saved_tensors
+        needs_hidden, needs_head, *_ = ctx.needs_input_grad
+        d = into_gradient(logp, labels, grad / ctx.temperature).to(hidden.dtype)  # (n, V)
+        d_hidden = d @ head if needs_hidden else None
+        d_head = d.T @ hidden if needs_head else None
+        return d_hidden, d_head, None, None
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -420,8 +447,8 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     log p(y) = z_y / t - log sum_v exp(z_v / t), with z = h W^T, t the temperature. Only the second
     term is kept, the *normaliser* of each position. The backward pass makes each chunk's logits again
-    and turns them in place into their gradient, (onehot(y) - p) g / t: one buffer of (chunk, V), and
-    the head's gradient summed in place.
+    and turns them in place into their gradient: one buffer of (chunk, V), and the head's gradient
+    summed in place.
     """
 
     @staticmethod
@@ -446,6 +473,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         return torch.cat(label_logits) - normaliser
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         hidden, head, labels, normaliser = ctx.saved_tensors
 
@@ -458,21 +486,24 @@ class ChunkedLogprobs(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             h = hidden[part]
 
-            # -p again, from the logits and what was kept.
-            d = (h @ head.T).float().div_(ctx.temperature)  # (chunk, V)
-            d.sub_(normaliser[part, None]).exp_().neg_()
-
-            # Plus one at the label, times what flows in.
-            d.scatter_add_(1, labels[part, None], torch.ones_like(d[:, :1]))
-            d = d.mul_(grad[part, None] / ctx.temperature).to(hidden.dtype)
+            # The log-probabilities again, from the logits and what was kept.
+            logp = (h @ head.T).float().div_(ctx.temperature)  # (chunk, V)
+            logp.sub_(normaliser[part, None])
+            d = into_gradient(logp, labels[part], grad[part] / ctx.temperature).to(hidden.dtype)
 
             # To what made the logits.
             if needs_hidden:
                 d_hidden[part] = d @ head
             if needs_head:
                 d_head.addmm_(d.T, h)
-            del d  # before that of the next chunk exists
+            del d, logp  # before those of the next chunk exist
         return d_hidden, d_head, None, None, None
+
+
+def into_gradient(logp: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    """log p (n, V), in place, into (onehot(y) - p) g: labels y (n,), gradients g (n,) of log p(y)."""
+    grad = grad[:, None]
+    return logp.exp_().mul_(-grad).scatter_add_(1, labels[:, None], grad)
 
 
 # --------------------------------------------------------------------------- the command: joining

@@ -1,7 +1,8 @@
 """The training step against transformers: one process, the same tokens, the same optimizer.
 
-What it teaches: where a step's time goes, and what not computing costs: logits only where there is
-a label, attention per document instead of a masked square, an RMSNorm with its backward written out.
+What it teaches: where a step's time goes, and what not computing saves: logits and the last feed-forward
+only where there is a label, attention per document instead of a masked square, passes over memory that a
+backward written out does without (norm, rotation, SwiGLU, log-probabilities).
 transformers is used as its documentation says for packed rows: SDPA attention, position ids that
 restart, and a block-diagonal mask; its fast paths for packing need a GPU.
 
@@ -68,8 +69,7 @@ def our_model(config: LLMConfig, ids: Tensor, labels: Tensor) -> tuple[LLM, Loss
     targets = labels.reshape(-1)[at]
 
     def loss() -> Tensor:
-        hidden = model(model.embed(ids.reshape(-1)), positions, attend)  # (R*T, C)
-        hidden = hidden.index_select(0, at)  # (P, C)
+        hidden = model(model.embed(ids.reshape(-1)), positions, attend, at=at)  # (P, C)
         return -token_logprobs(hidden, model.lm_head.weight, targets).mean()
 
     return model, loss

@@ -29,7 +29,7 @@ from data.images import open_image
 from data.readers import Folder
 from data.sample import BadSample, Sample
 from infra.cli import command
-from tools.report import el, facts, html_page, image_tag, safe, section, svg, word
+from tools.drawing import el, facts, html_page, image_tag, safe, section, svg, word
 
 LONGEST_SHOWN = 1200  # characters of a text on the page
 MOST_PICTURES = 4  # of a sample

@@ -25,6 +25,9 @@ copy of an fp32 input):
              SwiGLU: gate, silu, up, product 4 * 2I
     ViT      norms 2 (4C + 4) | inputs of qkv, fc1, fc3 3 * 2C | qkv 6C, out 2C, sums 4H | SwiGLU 4 * 2I
 
+In full precision, as on a CPU, norms keep their inputs, SwiGLU gate, up and product, attention k and v
+of G heads (`llm.WRITTEN_OUT`, `attention.sdpa`).
+
 Legend: C width, H query heads, G key/value heads, D head size, I feed-forward width, V vocabulary, E
 experts, K of them a token, p patch side, w bytes of a number inside a block (bf16 2, fp32 4).
 Counted as if by PyTorch alone: with the kernels of a GPU (kernels/block_triton.py) a norm keeps its
@@ -133,7 +136,7 @@ def decoder_block_bytes(
 
     # Attention: q and out (S, H, D), sums (S, H); keys and values (K, H, D)
     attention = 2 * width * queries + FP32 * c.num_attention_heads
-    attention_keys = 2 * width * queries
+    attention_keys = 2 * width * (queries if half else shared)  # a GPU's kernel wants them repeated
 
     per_token = norms + head_norms + inputs + attention
     per_token += feed_forward_bytes(c, half, trains, stream)
@@ -153,8 +156,8 @@ def feed_forward_bytes(c: LLMConfig, half: bool, trains: bool, stream: int = FP3
     """Kept by a decoder's feed-forward, a token."""
     width = 2 if half else FP32
     if not c.num_experts:
-        # Gate, silu and up (S, I); inputs (S, C) of gate and up, and that of down (S, I)
-        inner = 3 * width * c.intermediate_size
+        # Gate, in half precision silu, and up (S, I); inputs (S, C) of both, and that of down (S, I)
+        inner = (3 if half else 2) * width * c.intermediate_size
         copies = 2 if half and stream == FP32 else 1
         inputs = copies * width * c.hidden_size + width * c.intermediate_size
         return inner + inputs if trains else inner
@@ -176,7 +179,8 @@ def vision_block_bytes(c: ViTConfig, patches: int, half: bool = True, stream: in
     per_patch += 4 * width * c.hidden_size + FP32 * c.num_attention_heads
     if c.position == "rope2d":
         per_patch += 2 * width * c.hidden_size  # q and k that were turned, beside qkv
-    return patches * (per_patch + 4 * width * c.intermediate_size)
+    inner = 4 if half else 3  # gate, silu, up, product; silu is made again in full precision
+    return patches * (per_patch + inner * width * c.intermediate_size)
 
 
 def activation_bytes(
@@ -211,11 +215,19 @@ def activation_bytes(
 
     # Decoder: ids, places of images, cos and sin (S, D), the blocks, the last norm
     block = stream * text.hidden_size * batch.tokens
+    learns = "llm" in stage.trains
     if not stage.recompute:
-        learns = "llm" in stage.trains
         block = decoder_block_bytes(text, batch.tokens, batch.keys, half, learns, stream)
-    around = 8 + 1 + 2 * stream * text.head_dim + norm_bytes(text.hidden_size, stream)
+    around = 8 + 1 + 2 * stream * text.head_dim
     total += text.num_hidden_layers * block + batch.tokens * around
+
+    # After the last attention only labels go on, unless experts want all tokens; the last norm
+    unlabelled = batch.tokens - batch.labels
+    if not text.num_experts and not stage.recompute:
+        after = feed_forward_bytes(text, half, learns, stream)
+        after += norm_bytes(text.hidden_size, stream)
+        total -= unlabelled * after
+    total += batch.labels * norm_bytes(text.hidden_size, stream)
 
     # The head's input (n, C), labels, places and normalisers
     total += batch.labels * (width * text.hidden_size + 8 + 8 + FP32)

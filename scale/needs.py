@@ -261,6 +261,8 @@ def passing_bytes(
     if place:
         stage = replace(stage, trains=tuple(part for part in stage.trains if part == "llm"))
     last = place == layout.pp - 1
+    if not last:
+        batch = replace(batch, labels=batch.tokens)  # all go on to the next stage
     stream = HALF if layout.half else FP32
 
     # What is kept, all of it and for the images alone; a block of the decoder, and one of the ViT, whose

@@ -11,7 +11,8 @@ from data.encode import Encoder
 from data.images import open_image
 from data.sample import Sample, Video
 from evaluate import Graded
-from tools.report import answers_by_family, bar_chart, el, facts, html_page, section
+from tools.drawing import bar_chart, el, facts, html_page, section
+from tools.report import answers_by_family
 
 SHOWN = 6  # answers of each family
 MEANINGS = {

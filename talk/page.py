@@ -38,7 +38,7 @@ from talk.inside import (
     visual_places,
 )
 from tokenizer import Tokenizer
-from tools.report import drawn_rows, el, facts, heat, html_page, safe, section, svg, word
+from tools.drawing import drawn_rows, el, facts, heat, html_page, safe, section, svg, word
 from vlm import SailVL
 
 DARKEST = 224  # of 255: what lies over a cell that was not looked at

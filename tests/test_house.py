@@ -14,6 +14,7 @@ ROOMS = (
     "claims",
     "curation",
     "talk",
+    "lessons",
     "serving",
     "smol",
     "tools",

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 import attention
+import moe
 from adapter import pixel_shuffle
 from attention import Segments, packed_attention
 from data.encode import Encoder
 from data.images import normalise
 from data.sample import Message, Sample
 from infra import weights
-from llm import RMSNorm, rotate
+from llm import DEFINITIONS, LLM, WRITTEN_OUT, Elementwise, RMSNorm, rotary_table, rotate
 from packing import collate
 from vit import ViT
 from vlm import PRESETS, SAIL_VIT, SailVL, VLMConfig, token_logprobs
@@ -581,6 +582,33 @@ def test_rms_norm_is_its_definition_and_its_backward_that_of_finite_differences(
         )
 
 
+@pytest.mark.parametrize("name", Elementwise._fields)
+def test_what_is_written_out_is_its_definition_with_its_gradients(name):
+    """And those of finite differences; the tables of the rotation are constants."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 3, 8, generator=g, dtype=torch.float64) for _ in "xy")
+    weight = torch.randn(8, generator=g, dtype=torch.float64)
+    table = rotary_table(torch.arange(5), 8, 1e4, torch.float64)
+    leaves, constants = {
+        "rms_norm": ((x, weight), (1e-3,)),
+        "swiglu": ((x, y), ()),
+        "rotate": ((x,), table),
+    }[name]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    found = []
+    for functions in (DEFINITIONS, WRITTEN_OUT):
+        out = getattr(functions, name)(*leaves, *constants)
+        # a transposed gradient: no function may take its layout for granted
+        (out.transpose(0, 1) * y.transpose(0, 1)).sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+    assert torch.equal(found[0][0], found[1][0])  # scoring without gradients is no other function
+    for wanted, got in zip(*found, strict=True):
+        close(got, wanted, 1e-12)
+    assert torch.autograd.gradcheck(getattr(WRITTEN_OUT, name), (*leaves, *constants))
+
+
 def test_rms_norm_takes_a_transposed_gradient():
     norm, x = RMSNorm(6, 1e-6), torch.randn(3, 4, 6, requires_grad=True)
     direction = torch.randn(4, 3, 6)
@@ -659,6 +687,32 @@ def test_a_frozen_head_gets_no_gradient_from_chunks():
     hidden, head = torch.randn(12, 16, requires_grad=True), torch.randn(40, 16)
     token_logprobs(hidden, head, torch.arange(12), 1.0, 5).sum().backward()
     assert hidden.grad.abs().sum() > 0 and head.grad is None
+
+
+@pytest.mark.parametrize("preset", ["toy", "toy-moe"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_states_at_some_positions_are_those_of_all(preset, recompute):
+    """And their gradients, for none as well; a router's last layer sees all tokens either way."""
+    config = replace(PRESETS[preset].text, num_hidden_layers=2)
+    llm = LLM(config).double()
+    llm.init_weights(torch.Generator().manual_seed(0))
+    llm.recompute = recompute
+    segments = Segments.of([5, 9, 2])
+    attend = attention.attend_inside(segments, causal=True)
+    x = torch.randn(16, config.hidden_size, dtype=torch.float64)
+
+    for at in (torch.tensor([1, 4, 5, 13, 15]), torch.tensor([], dtype=torch.int64)):
+        found = []
+        for asked in (None, at):
+            routing = moe.Decisions() if config.num_experts else None
+            hidden = llm(x, segments.positions(), attend, routing, asked)
+            hidden = hidden[at] if asked is None else hidden
+            gradients = torch.autograd.grad(hidden.square().sum(), [*llm.model.layers.parameters()])
+            found.append((hidden, *gradients))
+            assert not routing or all(len(layer.indices) == 16 for layer in routing)
+        assert found[1][0].shape == (len(at), config.hidden_size)
+        for wanted, got in zip(*found, strict=True):
+            close(got, wanted, 1e-12)
 
 
 def test_log_probabilities_are_of_the_labels_at_the_asked_positions(model, mixed, tokenizer):

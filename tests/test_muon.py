@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import optim
 from optim import Muon, orthogonal
 
 SHAPES = ((64, 64), (96, 32), (32, 96), (64, 64), (8, 200), (96, 32), (1, 7), (64, 64))
@@ -49,8 +50,20 @@ def one_rank(rank: int, size: int, place: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_it_is_torchs_muon_to_the_last_bit():
+def test_in_bf16_it_is_torchs_muon_to_the_last_bit(monkeypatch):
+    monkeypatch.setattr(optim, "fast_precision", lambda matrix: torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(ours(), torchs()))
+
+
+def test_a_cpu_keeps_its_own_precision_where_bf16_rounds_by_percents():
+    generator = torch.Generator().manual_seed(0)
+    double = torch.randn(40, 90, generator=generator, dtype=torch.float64)
+    (exact,) = orthogonal([double])
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        (found,) = orthogonal([double.to(dtype)])
+        assert found.dtype == dtype and (found - exact).norm() < error * exact.norm()
+    assert optim.fast_precision(double) == torch.float64
+    assert optim.fast_precision(double.float()) == torch.float32
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from conftest import ROOT
 from curation.__main__ import CONTENTS
 from tools import picture, readme
 
-PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "curation/README.md")
+PAGES = ("README.md", "RESULTS.md", "CONTRIBUTING.md", "FAQ.md", "PAPER.md", "curation/README.md")
 
 
 def text_of(page: str) -> str:
@@ -97,7 +97,6 @@ def test_a_run_becomes_its_tables(tmp_path, monkeypatch):
             "decisions": [1, 2],
             "extra_steps": 24,
             "loss": 0.8,
-            "fixed_rate_loss": 1.0,
         },
         "modes": {
             "direct_thinks": 0.0,
@@ -142,9 +141,9 @@ def test_links_lead_somewhere():
 
 
 def named_places() -> list[tuple[str, str]]:
-    """(file, name) of every "`file.py`: `name`, `name`" in README.md and CONTRIBUTING.md."""
+    """(file, name) of every "`file.py`: `name`, `name`" in README.md, CONTRIBUTING.md and FAQ.md."""
     places = []
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "FAQ.md"):
         for path, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text_of(page)):
             places += [(path, name) for name in re.findall(r"`([\w.]+)`", names)]
     return places

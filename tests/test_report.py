@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tools import report
+from tools.drawing import ticks
 
 HOSTILE = "\x1b[2J<script>alert(1)</script>\u202e\x00\ud800 \"'&"
 
@@ -58,7 +59,19 @@ def page(tmp_path):
     packed = [[(30, True), (10, False), (2, None)]]
     router = {HOSTILE: [0.5, 0.5]}
     path = tmp_path / "report.html"
-    report.write_report(path, results, {HOSTILE: run}, [card], packed, router, swap)
+    pair = {
+        "shown": "first",
+        "family": HOSTILE,
+        "question": HOSTILE,
+        "truth": HOSTILE,
+        "direct": HOSTILE,
+        "think": HOSTILE,
+        "direct_score": 0,
+        "think_score": 1,
+        "images": [],
+    }
+    parts = ([card], packed, router, swap)
+    report.write_report(path, results, {HOSTILE: run}, *parts, pairs=[pair])
     return path.read_text(encoding="utf-8")
 
 
@@ -118,4 +131,4 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 130, [0, 50, 100]), (2.1, 2.9, [2.2, 2.4, 2.6, 2.8])],
 )
 def test_ticks_are_round_numbers_inside_the_axis(low, high, wanted):
-    assert report.ticks(low, high) == pytest.approx(wanted)
+    assert ticks(low, high) == pytest.approx(wanted)

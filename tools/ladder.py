@@ -1,10 +1,14 @@
 """What a finished ladder leaves: results.json, report.html, the last model, and two tables on the screen."""
 
+import datetime
+import hashlib
+import json
 import os
 import platform
 import resource
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -12,8 +16,10 @@ import torch
 
 import pretrain
 from data.images import open_image
-from evaluate import Graded, summary
+from evaluate import Graded, group_of, summary
 from generate import generate
+from graders import boxed
+from infra.text import printable
 from infra.weights import write_json
 from moe import Decisions
 from objective import expert_counts
@@ -22,6 +28,9 @@ from rewards import split_think
 from scale import parallel
 from talk.page import STYLE, token_cards, view_of, view_style
 from tools import report
+from tools.evidence import paired
+from tools.seeds import known_seeds, machine_name
+from tools.story import ENDS, story_lines
 
 Row = list[
     tuple[int, bool | None]
@@ -66,11 +75,116 @@ def share_that_think(graded: list[Graded]) -> float:
     return sum(thinking) / len(thinking)
 
 
-def finish(ladder, seconds: float) -> None:
-    """Last gradings, then everything that is written and printed. `ladder`: toy.Ladder."""
+def both_ways(direct: list[Graded], thinking: list[Graded]) -> list[tuple[Graded, Graded]]:
+    """(direct, thinking) of every sample that was asked both ways."""
+    directly = {id(g.sample): g for g in direct}
+    return [(directly[id(g.sample)], g) for g in thinking if id(g.sample) in directly]
+
+
+def chain_end(graded: Graded) -> str:
+    """How a thinking answer went: a key of story.ENDS."""
+    chain, answer = split_think(graded.said)
+    if chain is None or boxed(answer) is None:
+        return "no box"
+    same = chain.split() == str(graded.sample.facts.get("chain", "")).split()
+    return "as the reference" if same else "another chain"
+
+
+def modes_by_family(pairs: list[tuple[Graded, Graded]]) -> dict[str, dict]:
+    """What thinking is worth: accuracies, the paired error, who alone is right, right chains by their end."""
+    families: dict[str, list[tuple[Graded, Graded]]] = {}
+    for direct, think in pairs:
+        families.setdefault(direct.family, []).append((direct, think))
+
+    rows = {}
+    for family, group in families.items():
+        d = [direct.score for direct, _ in group]
+        t = [think.score for _, think in group]
+        ends = {end: [0, 0] for end in ENDS}
+        for _, think in group:
+            right_and_all = ends[chain_end(think)]
+            right_and_all[0] += think.score >= 1
+            right_and_all[1] += 1
+        rows[family] = {
+            "n": len(group),
+            "direct": sum(d) / len(d),
+            "think": sum(t) / len(t),
+            "error": paired(d, t).error,
+            "only_direct": sum(a > b for a, b in zip(d, t)),
+            "only_think": sum(b > a for a, b in zip(d, t)),
+            "ends": ends,
+        }
+    return rows
+
+
+def thinking_error(pairs: list[tuple[Graded, Graded]]) -> float | None:
+    """Standard error of what thinking changes, in all families together."""
+    if not pairs:
+        return None
+    return paired([direct.score for direct, _ in pairs], [think.score for _, think in pairs]).error
+
+
+def shown_pairs(pairs: list[tuple[Graded, Graded]], root: Path | None) -> list[dict]:
+    """The first question of three families as it comes, and the first that thinking wins and loses."""
+    chosen: list[tuple[str, Graded, Graded]] = []
+    firsts: set[str] = set()
+    for direct, think in pairs:
+        if direct.family not in firsts and len(firsts) < 3:
+            firsts.add(direct.family)
+            chosen.append(("first", direct, think))
+    for shown, sign in (("won", 1), ("lost", -1)):
+        differ = [pair for pair in pairs if sign * (pair[1].score - pair[0].score) > 0]
+        chosen += [(shown, *pair) for pair in differ[:1]]
+
+    return [
+        {
+            "shown": shown,
+            "family": direct.family,
+            "question": direct.question,
+            "truth": direct.truth,
+            "direct": direct.said,
+            "think": think.said,
+            "direct_score": direct.score,
+            "think_score": think.score,
+            "images": graded_pictures(direct, root),
+        }
+        for shown, direct, think in chosen
+    ]
+
+
+def graded_pictures(graded: Graded, root: Path | None) -> list:
+    """The pictures of a graded sample, opened."""
+    parts = [part for message in graded.sample.messages for part in message.parts]
+    return [open_image(part, root) for part in parts if not isinstance(part, str)]
+
+
+def scores_by_family(graded: list[Graded]) -> dict[str, list[float]]:
+    """family -> score of each sample, in their order: what paired comparisons need."""
+    scores: dict[str, list[float]] = {}
+    for g in graded:
+        scores.setdefault(group_of(g), []).append(round(g.score, 4))
+    return scores
+
+
+def question_digests(graded: list[Graded]) -> dict[str, str]:
+    """family -> digest of its questions and truths: the same in two runs, and their scores are pairs."""
+    digests: dict = {}
+    for g in graded:
+        digest = digests.setdefault(group_of(g), hashlib.sha256())
+        digest.update(f"{g.question}\0{g.truth}\0".encode())
+    return {family: digest.hexdigest()[:16] for family, digest in digests.items()}
+
+
+def finish(ladder, seconds: float, after: dict[str, dict[str, list[float]]] | None = None) -> None:
+    """Last gradings, then everything that is written and printed. `ladder`: toy.Ladder.
+
+    after: stage -> family -> score of each held-out sample (`scores_by_family`), as far as it was kept;
+    with the last scores it becomes samples.json, by which two runs are compared sample by sample.
+    """
     # Direct answers and thinking, side by side; and what the picture is worth
     thinking_scores, thinking = ladder.grade(ladder.reasoning, think=True)
     direct = [g for g in ladder.graded if g.family in ladder.reasoning and g.sample.task != "text"]
+    pairs = both_ways(direct, thinking)
     with_pictures = [family for family in ladder.held_out if family != "text"]
     swapped, _ = ladder.grade(with_pictures, swap=True)
     rows, load = packed_row(ladder.setup)
@@ -84,6 +198,9 @@ def finish(ladder, seconds: float) -> None:
         "model": options.model,
         "seed": options.seed,
         "total_seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine_name(),
+        "options": {name: str(value) for name, value in asdict(options).items()},
         "cores": os.cpu_count(),
         "processes": ladder.setup.ranks.size,
         "parameters": ladder.model.parameter_counts(),
@@ -107,6 +224,8 @@ def finish(ladder, seconds: float) -> None:
             "direct_accuracy": summary(direct)["overall"].accuracy,
             "think_thinks": share_that_think(thinking),
             "think_accuracy": thinking_scores["overall"].accuracy,
+            "error": thinking_error(pairs),
+            "families": modes_by_family(pairs),
         },
         "format": ladder.format,
         "swap": {
@@ -124,12 +243,35 @@ def finish(ladder, seconds: float) -> None:
         return
 
     write_json(options.out / "results.json", results)
-    cards = answer_cards(ladder, thinking)
-    looked, style = looked_into(ladder.setup, ladder.graded)
-    page = options.out / "report.html"
-    parts = (results, ladder.runs, cards, rows, load, results["swap"])
-    report.write_report(page, *parts, looked=looked, style=style)
+    scores = (after or {}) | {
+        "final": scores_by_family(ladder.graded),
+        "thinking": scores_by_family(thinking),
+    }
+    samples = {"questions": question_digests(ladder.graded), "scores": scores}
+    (options.out / "samples.json").write_text(json.dumps(samples) + "\n", encoding="utf-8")
+
+    write_page(ladder, results, thinking, rows)
     print_tables(ladder, results)
+
+
+def write_page(ladder, results: dict, thinking: list[Graded], rows: list[Row]) -> None:
+    """report.html, from the results and what is too large for them: curves, answers, where it looked."""
+    direct = [g for g in ladder.graded if g.family in ladder.reasoning and g.sample.task != "text"]
+    root = ladder.setup.source.root
+    looked, style = looked_into(ladder.setup, ladder.graded)
+    report.write_report(
+        ladder.options.out / "report.html",
+        results,
+        ladder.runs,
+        answer_cards(ladder, thinking),
+        rows,
+        results["expert_load"],
+        results["swap"],
+        looked=looked,
+        style=style,
+        pairs=shown_pairs(both_ways(direct, thinking), root),
+        seeds=known_seeds(results, ladder.options.out.parent),
+    )
 
 
 def looked_into(setup: Setup, graded: list[Graded], families: int = 3) -> tuple[str, str]:
@@ -162,8 +304,6 @@ def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:
             seen[g.family, mode] += 1
             if seen[g.family, mode] > each:
                 continue
-            parts = [part for message in g.sample.messages for part in message.parts]
-            pictures = [open_image(part, root) for part in parts if not isinstance(part, str)]
             cards.append(
                 {
                     "family": g.family,
@@ -172,7 +312,7 @@ def answer_cards(ladder, thinking: list[Graded], each: int = 3) -> list[dict]:
                     "said": g.said,
                     "score": g.score,
                     "mode": mode,
-                    "images": pictures,
+                    "images": graded_pictures(g, root),
                 }
             )
     return cards
@@ -197,6 +337,10 @@ def print_tables(ladder, results: dict) -> None:
             f"{family:14s} {s.accuracy:6.1%} +- {s.error:4.1%}   {s.chance:6.1%}  {above:8.0f}"
             f"                   {shown}"
         )
+
+    print()
+    for text in story_lines(results):
+        print(printable(text))
 
     modes = results["modes"]
     out = ladder.options.out

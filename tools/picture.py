@@ -3,6 +3,7 @@
 What it teaches: a score is a distance between two points, before and after, with chance beside it.
 
     runs/toy/results.json -> figures/ladder.json -> figures/ladder.svg     the numbers, then the drawing
+    runs/toy-seeds        -> the same, means and ranges; figures/seeds.json, with which reports compare
     runs/toy/final        -> figures/answers.png, and the README's block   held-out pictures, both modes
                             figures/bars.png     the first of them, to ask oneself
 
@@ -15,6 +16,7 @@ scale with scores.
 
 import datetime
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,8 @@ from PIL import Image
 
 from infra.cli import command
 from infra.text import printable
+from tools.drawing import el, line, svg, word
 from tools.readme import ROOT, replace_block
-from tools.report import el, line, svg, word
 
 LADDER = ROOT / "figures" / "ladder.json"
 ASKED = ("charts", "spatial", "counting", "arithmetic")  # families of the answers
@@ -35,14 +37,15 @@ text { font: 11px sans-serif; fill: #1e2022 }
 line { stroke: #d5d2c8 }
 .chance { stroke: #6a6963; stroke-width: 1.5 }
 .moved { fill: #a8c6dc }
-.before { fill: #a8c6dc }
+.before, .band { fill: #a8c6dc }
+.band { opacity: .45 }
 .after { fill: #2b6693 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e3e1da }
   .soft { fill: #a09e97 }
   line { stroke: #44474b }
   .chance { stroke: #a09e97 }
-  .moved, .before { fill: #3a5b75 }
+  .moved, .before, .band { fill: #3a5b75 }
   .after { fill: #82b6de }
 }
 """
@@ -75,6 +78,38 @@ def ladder_numbers(results: dict, day: str) -> dict:
     }
 
 
+def seed_numbers(part: dict) -> dict:
+    """The same of several seeds of a ladder (a model's part of tools/seeds.py's summary): means, ranges."""
+    stages = []
+    for stage in part["stages"]:
+        after = stage["after"]
+        stages.append(
+            {
+                "name": stage["name"],
+                "metric": stage["metric"],
+                "before": stage["before"]["mean"],
+                "after": after["mean"],
+                "range": [after["low"], after["high"]],
+                "chance": stage["chance"],
+                "lower_is_better": stage["lower_is_better"],
+                "seconds": stage["seconds"]["mean"],
+            }
+        )
+    overall = part["final"]["overall"]
+    return {
+        "date": part["days"][-1],
+        "cores": part["cores"],
+        "torch": part["torch"],
+        "seeds": part["seeds"],
+        "total_seconds": part["seconds"]["mean"],
+        "peak_memory_gib": part["peak_memory_gib"],
+        "overall": overall["accuracy"]["mean"],
+        "overall_range": [overall["accuracy"]["low"], overall["accuracy"]["high"]],
+        "overall_chance": overall["chance"],
+        "stages": stages,
+    }
+
+
 def draw_ladder(ladder: dict) -> str:
     """SVG: a line a stage, from its score before to its score after, with a tick at chance."""
     left, right, top, row = 330, 640, 34, 21
@@ -85,8 +120,9 @@ def draw_ladder(ladder: dict) -> str:
         return left + (right - left) * score
 
     # The grid, in percent.
+    of_seeds = f", mean of {len(ladder['seeds'])} seeds" if "seeds" in ladder else ""
     title = (
-        f"make toy: {ladder['total_seconds']:.0f} s on {ladder['cores']} cores, "
+        f"make toy{of_seeds}: {ladder['total_seconds']:.0f} s on {ladder['cores']} cores, "
         f"overall accuracy {ladder['overall']:.1%} (chance {ladder['overall_chance']:.1%})"
     )
     out = word(title, 8, 16)
@@ -107,12 +143,17 @@ def draw_ladder(ladder: dict) -> str:
         out += word(stage["name"], 8, y + 4)
         out += word(stage["metric"], left - 14, y + 4, "soft e")
         out += el("rect", x=low, y=y - 1.5, width=abs(after - before), height=3, cls="moved")
+        if "range" in stage:
+            first, last = map(at, stage["range"])
+            out += el("rect", x=first, y=y - 6, width=max(last - first, 1.5), height=12, cls="band")
         out += line(chance, y - 7, chance, y + 7, "chance")
         out += el("circle", cx=before, cy=y, r=4, cls="before")
         out += el("circle", cx=after, cy=y, r=5, cls="after", tip=tip)
         out += word(f"{stage['after']:.2f}", right + 38, y + 4, "e")
 
     legend = "pale dot: before the stage; full dot: after it; tick: chance (the best blind answer)"
+    if of_seeds:
+        legend = legend.replace("after it;", "after it; band: range over seeds;")
     out += word(legend, 8, foot + 30, "soft")
     drawing = svg(690, foot + 38, title, el("style", STYLE), out)
     namespaced = drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
@@ -178,12 +219,22 @@ def write_answers(run: Path) -> None:
 def draw_pictures(options: PictureOptions) -> None:
     """Take numbers and answers from the run where they are, then draw."""
     results = options.run / "results.json"
-    if results.is_file():
+    seeds = options.run.parent / "toy-seeds" / "summary.json"
+    summary = json.loads(seeds.read_text(encoding="utf-8")) if seeds.is_file() else {}
+    if summary:
+        shutil.copyfile(seeds, LADDER.parent / "seeds.json")
+
+    # several seeds say more than one run
+    numbers = {}
+    if "dense" in summary:
+        numbers = seed_numbers(summary["dense"])
+    elif results.is_file():
         day = datetime.date.fromtimestamp(results.stat().st_mtime).isoformat()
         numbers = ladder_numbers(json.loads(results.read_text()), day)
-        LADDER.write_text(json.dumps(numbers, indent=1) + "\n")
     else:
         print(f"no {results}: figures/ladder.json stays as it is")
+    if numbers:
+        LADDER.write_text(json.dumps(numbers, indent=1) + "\n")
 
     ladder = json.loads(LADDER.read_text())
     (LADDER.parent / "ladder.svg").write_text(draw_ladder(ladder), encoding="utf-8")

@@ -8,7 +8,10 @@ newest run. A block whose run is not here keeps what it says; everything else is
     figures/ladder.json     -> rungs (what was measured)          -> README.md
     recipes, presets        -> memory                             -> RESULTS.md
     scale/plan.py           -> plan                               -> scale/README.md
-    runs/.../results.json   -> toy, real, experts                 -> RESULTS.md
+    runs/toy-seeds          -> toy: means and ranges over seeds   -> RESULTS.md
+    tools/paper.py          -> equations, sections, tables, ...   -> PAPER.md
+    figures, runs/toy       -> minutes, thinking                  -> FAQ.md
+    runs/.../results.json   -> toy (one run), real, experts       -> RESULTS.md
     runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
 
     python -m tools.readme           # write both pages
@@ -25,6 +28,7 @@ from typing import Callable
 
 from curation.__main__ import CONTENTS
 from infra.cli import command
+from tools.paper import paper_blocks
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {"figures/rl.svg": "runs/bench-rl/figure.svg"}  # in the repository: where a run drew it
@@ -66,7 +70,9 @@ ROOMS = {
     "talk": "chat typed samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
     "smol": "language stages join measure page",
-    "tools": "report ladder picture screenshots readme real clipart lock",
+    "lessons": "page rows mask routing trial group",
+    "tools": "report story drawing evidence compare seeds ladder paper picture screenshots readme real "
+    "clipart lock",
     "tests": "",
     "requirements": "",
 }
@@ -363,6 +369,11 @@ def rung_table() -> str:
     ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
     peak = f"{ladder['peak_memory_gib']:.1f} GiB, the whole of both processes at their peak"
     toy_time = f"{ladder['total_seconds']:.0f} s on {ladder['cores']} cores"
+    toy_score = f"overall {ladder['overall']:.1%}"
+    if "seeds" in ladder:
+        low, high = ladder["overall_range"]
+        toy_time = f"mean of {len(ladder['seeds'])} seeds: {toy_time}"
+        toy_score += f" ({100 * low:.1f} to {100 * high:.1f})"
     ask = "`python generate.py --model SAIL-VL2-2B --dtype bfloat16 --image a.jpg --prompt ...`"
     basic = "`python pretrain.py paper:basic --model start --data my.jsonl`"
     full = "`torchrun --nproc-per-node 8 sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`"
@@ -375,7 +386,7 @@ def rung_table() -> str:
             "laptop, two cores",
             "`make toy`",
             peak,
-            f"{toy_time}; overall {ladder['overall']:.1%}",
+            f"{toy_time}; {toy_score}",
             f"measured {ladder['date']}",
         ),
         (
@@ -558,12 +569,70 @@ def ladder_sentences(results: dict) -> str:
         f"{results['peak_memory_gib']:.1f} GiB, torch {results['versions']['torch']}, "
         f"seed {results['seed']}. AdaLRS moved the rate from {search['start_lr']:.1e} to "
         f"{search['final_lr']:.1e} in {len(search['decisions'])} decisions "
-        f"({search['extra_steps']} extra steps): loss {search['loss']:.3f}, against "
-        f"{search['fixed_rate_loss']:.3f} at the fixed rate. Rows at least "
+        f"({search['extra_steps']} extra steps). Rows at least "
         f"{results['packing']['filled']:.1%} full. By default {modes['direct_thinks']:.0%} of "
         f"reasoning answers think (accuracy {modes['direct_accuracy']:.1%}); asked to, "
         f"{modes['think_thinks']:.0%} do ({modes['think_accuracy']:.1%})."
     )
+
+
+def toy_tables() -> str | None:
+    """The toy ladder over seeds, of every model that was run; one run where there are no seeds."""
+    path = ROOT / "runs" / "toy-seeds" / "summary.json"
+    if not path.is_file():
+        return ladder_tables("toy")
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    parts = [seed_tables(model, part) for model, part in summary.items()]
+    return "\n\n".join(parts)
+
+
+def seed_tables(model: str, part: dict) -> str:
+    """The stages and final scores of several seeds of one model."""
+    from tools.seeds import how_often, skill_words, thinking_words, where_and_when
+
+    stages = []
+    for s in part["stages"]:
+        stages.append(
+            (
+                s["name"],
+                f"{s['seconds']['mean']:.0f}",
+                s["metric"],
+                f"{s['before']['mean']:.3f}",
+                f"**{s['after']['mean']:.3f}**",
+                f"{s['after']['low']:.3f} to {s['after']['high']:.3f}",
+                how_often(s, len(part["seeds"])),
+                f"{s['chance']:.3f}",
+                s["samples"],
+            )
+        )
+
+    families = []
+    for family, s in part["final"].items():
+        r = s["accuracy"]
+        families.append(
+            (
+                family,
+                f"**{r['mean']:.1%}**",
+                f"{100 * r['low']:.1f} to {100 * r['high']:.1f}",
+                f"{s['chance']:.1%}",
+                "" if s["swapped"] is None else f"{s['swapped']:.1%}",
+                skill_words(part["skills"][family]),
+            )
+        )
+
+    stage_heads = "stage | seconds | graded by | before | after | range | better in | chance | n"
+    family_heads = (
+        "family | final accuracy | range | chance (best blind answer) | images swapped | came with"
+    )
+    seconds = part["seconds"]
+    parts = [
+        f"**{model}**, {where_and_when(part)}. Means over seeds; surely: by two standard errors.",
+        markdown_table(stage_heads, "lrlrrrlrr", stages),
+        markdown_table(family_heads, "lrrrrl", families),
+        f"{seconds['mean']:.0f} seconds in the mean ({seconds['low']:.0f} to {seconds['high']:.0f}), "
+        f"{thinking_words(part)}.",
+    ]
+    return "\n\n".join(parts)
 
 
 def run_table(path: str, columns: str) -> str | None:
@@ -670,7 +739,7 @@ def expert_ladders() -> str | None:
 def results_blocks() -> dict[str, str | None]:
     """Every block of RESULTS.md; None where the run is not here."""
     blocks = {
-        "toy": ladder_tables("toy"),
+        "toy": toy_tables(),
         "real": ladder_tables("real"),
         "experts": expert_ladders(),
         "memory": memory_table(),
@@ -685,11 +754,39 @@ def readme_blocks() -> dict[str, str | None]:
     return {"files": file_table(), "stages": stage_table(), "rungs": rung_table()}
 
 
+def faq_blocks() -> dict[str, str | None]:
+    """Every block of FAQ.md: what the last ladder took, and what thinking did to it."""
+    ladder = json.loads((ROOT / "figures" / "ladder.json").read_text())
+    minutes = (
+        f"The last `make toy`: {ladder['total_seconds']:.0f} s on {ladder['cores']} cores, "
+        f"{ladder['peak_memory_gib']:.1f} GiB ({ladder['date']}, torch {ladder['torch']})."
+    )
+    return {"minutes": minutes, "thinking": thinking_sentence("toy")}
+
+
+def thinking_sentence(run: str) -> str | None:
+    """Direct answers beside those that were asked to think; None where the run is not here."""
+    path = ROOT / "runs" / run / "results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text())
+    modes = results["modes"]
+    direct = modes["direct_accuracy"]
+    thinking = modes["think_accuracy"]
+    verdict = "wins" if thinking > direct else "loses"
+    return (
+        f"In the last `make toy` (seed {results['seed']}) it {verdict}: of the reasoning questions "
+        f"{direct:.1%} are answered rightly at once, {thinking:.1%} after thinking."
+    )
+
+
 PAGES: dict[str, Callable[[], dict[str, str | None]]] = {
     "README.md": readme_blocks,
     "RESULTS.md": results_blocks,
     "scale/README.md": lambda: {"plan": plan_tables()},
     "curation/README.md": curation_blocks,
+    "PAPER.md": paper_blocks,
+    "FAQ.md": faq_blocks,
 }
 
 
