@@ -13,7 +13,10 @@ QUICK  ?=
 LOCKED ?=
 TALK_dense := runs/toy/final
 TALK_moe   := runs/toy-moe/final
-LADDER := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
+# Large blocks of memory are kept and not given back between steps: a step takes a twentieth less.
+MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=67108864
+LADDER := OMP_NUM_THREADS=1 $(MALLOC) $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
+SMOL   := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m smol.stages
 # where a ladder goes, and what a quick look does: a fifth of the steps, fewer questions
 TOY    := runs/toy$(if $(filter moe,$(MODEL)),-moe)$(if $(QUICK),-quick)
 QUICKLY := $(if $(QUICK),--effort 0.2 --samples 50)
@@ -21,7 +24,7 @@ NUMBERS := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
 
 .DEFAULT_GOAL := help
-.PHONY: help env toy chat lesson serve real check test test-slow test-all faults mutants readme lock clean
+.PHONY: help env toy chat lesson serve real smol check test test-slow test-all faults mutants readme lock clean
 
 help:            ## this list (times on two cores, without the first installation)
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -45,6 +48,15 @@ lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose number
 real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
+
+smol: $(VENV)/smol        ## 50 min   a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
+	$(PY) -m tools.real --out real
+	$(PY) -m smol.language
+	$(SMOL) eyes --data real/train.jsonl --out runs/smol/eyes
+	$(PY) -m smol.join
+	$(SMOL) align --data real/train.jsonl --model runs/smol/start --out runs/smol/align
+	$(SMOL) answers --data real/train.jsonl --model runs/smol/align --out runs/smol/answers
+	$(PY) -m smol.measure
 
 serve: $(VENV)/serve      ## 10 s     a page and an API for a model, on this machine: then open http://127.0.0.1:8000 (MODEL as for chat)
 	$(PY) serve.py --model $(or $(TALK_$(MODEL)),$(MODEL))
@@ -113,6 +125,10 @@ endif
 
 $(VENV)/serve: $(VENV)/core requirements/serve.txt
 	$(PIP) -r requirements/serve.txt
+	touch $@
+
+$(VENV)/smol: $(VENV)/real requirements/smol.txt
+	$(PIP) --no-deps -r requirements/smol.txt
 	touch $@
 
 $(VENV)/real: $(VENV)/core requirements/real.txt

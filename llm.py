@@ -1,9 +1,10 @@
-"""The language model: a Qwen3 decoder, dense or mixture-of-experts.
+"""The language model: a Qwen3 decoder, dense or mixture-of-experts; without QK-norm, a Llama.
 
 What it teaches: the modern decoder block in its final form. RMSNorm before each half, grouped-query
 attention (GQA) with an RMSNorm on every head's query and key before the rotation (QK-norm), rotary
 positions (RoPE), a SwiGLU feed-forward, no bias anywhere. Parameter names are those of the published
-Qwen3 checkpoints, so a released file loads by name.
+Qwen3 checkpoints, so a released file loads by name. Llama is the same but for QK-norm: with
+`qk_norm=False` its files load as well (smol/).
 
     embeddings (S, C) --+--> norm -> attention ----> + --+--> norm -> SwiGLU or experts ----> + --> ...
                         +----------------------------+   +--------------------------------+
@@ -53,6 +54,7 @@ class LLMConfig:
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
     norm_topk_prob: bool = True
+    qk_norm: bool = True  # False: a Llama (dense)
 
     @staticmethod
     def from_dict(values: dict, source: str = "config.json") -> "LLMConfig":
@@ -239,7 +241,7 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with per-head QK-norm before RoPE."""
+    """Grouped-query attention with per-head QK-norm before RoPE, if the model has it."""
 
     def __init__(self, c: LLMConfig):
         super().__init__()
@@ -252,8 +254,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(self.dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(self.dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -427,7 +429,7 @@ class LLM(nn.Module):
 
     @staticmethod
     def from_pretrained(directory, dtype: torch.dtype = torch.float32, device="cpu") -> "LLM":
-        """A published Qwen3 or Qwen3-MoE directory, or one of ours.
+        """A published Qwen3, Qwen3-MoE or Llama directory, or one of ours.
 
         Raises ValueError naming what does not fit.
         """
@@ -447,6 +449,6 @@ class LLM(nn.Module):
         return weights.load_weights(model, directory, dtype, device)
 
     def save_pretrained(self, directory) -> None:
-        """Qwen3's own layout, which `transformers.AutoModelForCausalLM` loads."""
+        """The layout of Qwen3 or Llama, which `transformers.AutoModelForCausalLM` loads."""
         dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
         weights.save_weights(self, directory, self.config.to_dict() | {"torch_dtype": dtype})

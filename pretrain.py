@@ -54,12 +54,12 @@ TOY: dict[str, BaseStage] = {
     "language": toy_stage("language", ("llm",), TEXT, 150, lr=1e-2, **BROAD),
     "image": toy_stage("image", ("vision",), {"caption": 1.0}, 30, objective="next_patch"),
     "vit1": toy_stage("vit1", ADAPTER, CAPTION, 30),
-    "vit2": toy_stage("vit2", EYES, CAPTION, 60),
+    "vit2": toy_stage("vit2", EYES, CAPTION, 80),
     "vit3": toy_stage("vit3", ALL, EVERYTHING, 90, **BROAD),
     "basic": toy_stage(
-        "basic", ADAPTER, CAPTION, 120, lr=1e-4, optimizer="adamw", schedule="constant", **SEARCH
+        "basic", ADAPTER, CAPTION, 120, lr=3e-4, optimizer="adamw", schedule="constant", **SEARCH
     ),
-    "multitask": toy_stage("multitask", ALL, EVERYTHING, 300, **BROAD),
+    "multitask": toy_stage("multitask", ALL, EVERYTHING, 400, **BROAD),
 }
 
 # --------------------------------------------------------------------------------------- the paper

@@ -43,6 +43,12 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# How a text is cut into the words that merges stay within: a vocabulary was trained with one of them.
+SPLITS = {
+    "qwen": SPLIT,
+    # SmolLM2's, which cuts in two passes: first every digit by itself, then what lies between them.
+    "smollm": r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+}
 # The released added tokens, in the order of their ids (151643 ...).
 ADDED = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
@@ -63,7 +69,7 @@ THINK_PROMPT = (
     "MUST BE put in \\boxed{}."
 )
 # Keys of template.json, and what they must be.
-TEMPLATE = {"system": str, "think_prompt": str, "nfc": bool}
+TEMPLATE = {"system": str, "think_prompt": str, "nfc": bool, "split": str}
 
 
 class Tokenizer:
@@ -73,11 +79,11 @@ class Tokenizer:
     `think_prompt` the sentence that asks for thinking; both belong to the weights that were trained
     with them, so they are saved beside the ranks. `nfc` composes characters before encoding (e +
     combining acute becomes one letter), as published Qwen tokenizers do: what comes back is then
-    the composed text.
+    the composed text. `split` names how a text is cut into words (`SPLITS`).
 
     `end` closes every turn; `ends` are the tokens that end an answer, as in the released generation
     configuration: a model may also say `<|endoftext|>`, which is the padding. Raises ValueError for
-    ranks that are no byte-level vocabulary.
+    ranks that are no byte-level vocabulary, and for an unknown split.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Tokenizer:
         system: str = RELEASED_SYSTEM,
         think_prompt: str = THINK_PROMPT,
         nfc: bool = False,
+        split: str = "qwen",
     ):
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError(
@@ -97,14 +104,17 @@ class Tokenizer:
             raise ValueError(
                 f"the vocabulary has no token for byte {absent[0]}, so not every text could be encoded"
             )
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r:.80}: choose from {', '.join(SPLITS)}")
         # tokens that text can become, and those that it cannot
         self.ranks = ranks
         self.system = system
         self.think_prompt = think_prompt
         self.nfc = nfc
+        self.split = split
         self.special = {name: len(ranks) + i for i, name in enumerate(ADDED)}
         self.encoding = tiktoken.Encoding(
-            "nanosail", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special
+            "nanosail", pat_str=SPLITS[split], mergeable_ranks=ranks, special_tokens=self.special
         )
 
         # the ids that the rest of the project asks for by name
@@ -132,7 +142,7 @@ class Tokenizer:
 
         # a very long text word by word, so that no run of spaces is too long for the matcher
         ids: list[int] = []
-        for word in regex.findall(SPLIT, text):
+        for word in regex.findall(SPLITS[self.split], text):
             if len(word) < LONG:
                 ids += self.encoding.encode_ordinary(word)
             else:
@@ -226,7 +236,8 @@ class Tokenizer:
     def published(self) -> dict[str, Any]:
         """File name -> JSON value of what others read. Seconds for a real vocabulary, so it is
         kept."""
-        return tokenizer_files(self.ranks, self.special, SPLIT, self.nfc, self.system)
+        split = SPLITS[self.split]
+        return tokenizer_files(self.ranks, self.special, split, self.nfc, self.system)
 
     @staticmethod
     def load(directory) -> "Tokenizer":

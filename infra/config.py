@@ -159,7 +159,7 @@ def check_size(parameters: int, source: str) -> None:
 
 
 def read_llm(kind: type, values, source: str):
-    """A published Qwen3 or Qwen3-MoE configuration -> `llm.LLMConfig` (the `kind`).
+    """A published Qwen3, Qwen3-MoE or Llama configuration -> `llm.LLMConfig` (the `kind`).
 
     Raises ValueError naming a key that is missing or unsupported.
     """
@@ -174,6 +174,9 @@ def read_llm(kind: type, values, source: str):
         }
         values = moved | values
 
+        # What sets a Llama apart is no key but a name.
+        values["qk_norm"] = values.get("model_type") != "llama"
+
     # A dense model need not say what its experts would be.
     dense = isinstance(values, dict) and not values["num_experts"]
     experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
@@ -182,9 +185,11 @@ def read_llm(kind: type, values, source: str):
         values,
         source,
         optional=experts if dense else (),
-        model_type=("qwen3", "qwen3_moe"),
+        model_type=("qwen3", "qwen3_moe", "llama"),
         hidden_act="silu",
         attention_bias=False,
+        mlp_bias=False,
+        pretraining_tp=1,
         rope_scaling=None,
         rope_type="default",
         use_sliding_window=False,
@@ -192,7 +197,9 @@ def read_llm(kind: type, values, source: str):
         mlp_only_layers=[],
     )
 
-    # Sizes that do not go together.
+    # Parts and sizes that do not go together.
+    if config.num_experts and not config.qk_norm:
+        raise ValueError(f"{source}: a llama of {config.num_experts} experts is not supported")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
             f"{source}: {config.num_attention_heads} query heads of size {config.head_dim} do not "
@@ -225,15 +232,20 @@ def write_llm(config) -> dict:
     """`llm.LLMConfig` -> the published layout, which transformers reads."""
     if config.num_experts:
         names = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
-    else:
+    elif config.qk_norm:
         names = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    else:
+        names = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     built = {
         "hidden_act": "silu",
         "attention_bias": False,
         "rope_scaling": None,
         "max_position_embeddings": 40960,
     }
-    return asdict(config) | names | built
+    # The model's type says whether queries and keys have norms.
+    sizes = asdict(config)
+    del sizes["qk_norm"]
+    return sizes | names | built
 
 
 def read_vit(kind: type, values, source: str):

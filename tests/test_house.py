@@ -17,6 +17,7 @@ ROOMS = (
     "lessons",
     "serving",
     "harness",
+    "smol",
     "tools",
 )
 FILES = sorted(ROOT.glob("*.py")) + [

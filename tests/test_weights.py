@@ -64,7 +64,9 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "config", [TEXT, MOE, replace(TEXT, tie_word_embeddings=True)], ids=["dense", "moe", "tied"]
+    "config",
+    [TEXT, MOE, replace(TEXT, tie_word_embeddings=True), replace(TEXT, qk_norm=False)],
+    ids=["dense", "moe", "tied", "llama"],
 )
 def test_a_language_model_comes_back_from_disk(config, tmp_path):
     model = random_weights(LLM(config))
@@ -75,6 +77,15 @@ def test_a_language_model_comes_back_from_disk(config, tmp_path):
     assert not any("gate_up" in name for name in stored)
     assert ("lm_head.weight" in stored) != config.tie_word_embeddings
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [TEXT, MOE], ids=["norms", "experts"])
+def test_a_llama_has_no_norms_of_queries_and_no_experts(config, tmp_path):
+    """What is not built is refused by name, not read half."""
+    random_weights(LLM(config)).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: c.update(model_type="llama"))
+    with pytest.raises(ValueError, match="k_norm|llama of 8 experts"):
+        LLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("position", ["table", "rope2d", "sincos"])
@@ -277,7 +288,9 @@ def test_a_missing_key_of_a_vit_is_an_error_that_names_it(vision, key):
         ("attention_bias", True),
         ("rope_scaling", {"type": "yarn"}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-        ("model_type", "llama"),
+        ("model_type", "mistral"),
+        ("mlp_bias", True),
+        ("pretraining_tp", 2),
         ("model_type", ["qwen3"]),
         ("use_sliding_window", True),
         ("mlp_only_layers", [0]),
@@ -621,7 +634,7 @@ def test_a_tokenizer_that_the_model_has_no_embeddings_for_is_an_error_with_both_
         ((), "model_type", "internvl_chat"),
         ((), "downsample_ratio", 0.25),
         ((), "vision_config", None),
-        (("llm_config",), "model_type", "llama"),
+        (("llm_config",), "model_type", "mistral"),
         (("vision_config",), "hidden_act", "gelu"),
         (("nanosail",), "max_tiles", "ten"),
         (("nanosail",), "image_token_id", -1),

@@ -70,6 +70,7 @@ ROOMS = {
     "chains asking rows report noise album",
     "talk": "chat typed interrupts samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
+    "smol": "language stages join measure page",
     "lessons": "page rows mask routing trial group",
     "harness": "remote world_files adapter vlmevalkit lmms",
     "tools": "report story drawing evidence compare seeds ladder paper picture screenshots readme real "
