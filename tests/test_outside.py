@@ -27,7 +27,7 @@ from data.readers import Folder
 from data.sample import Message, Sample
 from data.world import World
 from evaluate import EvaluateOptions, evaluate_files
-from harness.adapter import question_text, question_sample
+from harness.adapter import question_sample, question_text
 from harness.lmms_tasks import utils as lmms_utils
 from harness.remote import RemoteModel, messages_of, written_out
 from harness.vlmevalkit import KitModel, parts_of_message
