@@ -112,16 +112,13 @@ def lmms_scores(options: LmmsOptions) -> dict[str, float]:
     return kept
 
 
-def model_and_arguments(options: LmmsOptions) -> tuple[Any, dict | None]:
+def model_and_arguments(options: LmmsOptions) -> tuple[Any, str | None]:
     """The adapter above, or the name of the kit's own client and what it wants to know."""
     if not options.endpoint:
         harness = HarnessModel(options.model, options.max_new, options.think, options.device)
         return LmmsModel(harness), None
-    arguments = {
-        "model": options.model.as_posix(),
-        "base_url": options.endpoint,
-        "api_key": api_key(options.key_name, "endpoint") or "none",
-    }
+    key = api_key(options.key_name, "endpoint") or "none"
+    arguments = f"model={options.model.as_posix()},base_url={options.endpoint},api_key={key}"
     return "openai", arguments
 
 

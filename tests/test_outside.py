@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -51,7 +52,10 @@ def alone(monkeypatch):
 def home(tmp_path_factory, config, tokenizer):
     """A model of one's own, untrained, and the world as files."""
     root = tmp_path_factory.mktemp("outside")
-    SailVL(config).init_weights(0).save_pretrained(root / NAME)
+    model = SailVL(config).init_weights(0)
+    with torch.no_grad():
+        model.language_model.lm_head.weight[tokenizer.image] = 0  # it would end an answer
+    model.save_pretrained(root / NAME)
     tokenizer.save(root / NAME)
     write_world(WorldFileOptions(root / "runs" / "outside", samples=2))
     return root
