@@ -20,7 +20,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from realdata.example import CORNERS, Example, Question, blank, cell_corner, on_test_side
+from realdata.example import CORNERS, Example, Question, empty_paper, cell_corner, on_test_side
 
 SOURCE = "scikit-learn digits (UCI, BSD-3)"
 Scans = dict[int, list[Image.Image]]  # digit -> its scans, ink is dark
@@ -61,7 +61,7 @@ def grid_picture(
     scans: Scans, labels: list[int], cells: list[int], rng: random.Random
 ) -> Image.Image:
     """One scan of each label in its cell."""
-    picture = blank(rng)
+    picture = empty_paper(rng)
     for label, cell in zip(labels, cells):
         put_scan(picture, rng.choice(scans[label]), cell, rng)
     return picture
@@ -69,7 +69,7 @@ def grid_picture(
 
 def whole_picture(scan: Image.Image, rng: random.Random) -> Image.Image:
     """One scan that fills most of the picture."""
-    picture = blank(rng)
+    picture = empty_paper(rng)
     side = rng.randint(24, 30)
     x = rng.randint(0, 32 - side)
     y = rng.randint(0, 32 - side)

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from realdata.example import SIDE, Example, Question, blank, on_test_side, package_folder
+from realdata.example import SIDE, Example, Question, empty_paper, on_test_side, package_folder
 
 # Group -> its Chinese name
 GROUPS = {
@@ -98,9 +98,7 @@ def openmoji_drawing(emoji: Emoji) -> Image.Image | None:
     path = folder / f"{emoji.code}.svg"
     if not path.is_file():
         return None
-    drawn = resvg_py.svg_to_bytes(
-        svg_path=str(path), width=SIDE, height=SIDE, background="#ffffff"
-    )
+    drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE, height=SIDE, background="#ffffff")
     return Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
 
 
@@ -131,7 +129,7 @@ def main_colour(drawing: Image.Image) -> str:
 
 def moved(drawing: Image.Image, rng: random.Random) -> Image.Image:
     """The drawing shifted by up to two pixels, on paper of some shade."""
-    picture = blank(rng)
+    picture = empty_paper(rng)
     white = Image.new("RGB", picture.size, "white")
     offset = (rng.randint(-2, 2), rng.randint(-2, 2))
     white.paste(drawing, offset)
@@ -144,13 +142,14 @@ def moved(drawing: Image.Image, rng: random.Random) -> Image.Image:
 def questions_about(emoji: Emoji, colour: str) -> tuple[Question, ...]:
     """A held-out emoji's name is never said: nobody could know it."""
     kind = emoji.group.lower()
+    caption = f"{colour}, {kind}" if colour else kind
     questions = [
         Question("kind", "what kind of thing is it?", kind),
         Question("kind-zh", "这是什么？", GROUPS[emoji.group]),
-        Question("caption", "describe the picture.", f"{colour}, {kind}" if colour else kind, "", True),
+        Question("caption", "describe the picture.", caption, visible=True),
     ]
     if colour:
-        questions.append(Question("colour", "which colour is it?", colour, "", True))
+        questions.append(Question("colour", "which colour is it?", colour, visible=True))
     return tuple(questions)
 
 

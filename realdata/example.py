@@ -48,7 +48,7 @@ TABLE = {
     "kind": RealFamily("attributes", "emoji", "drawings, by code point"),
     "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point"),
     "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
-    "photo": RealFamily("attributes", "stamps of Tux Paint", "pictures, by their captions"),
+    "photo": RealFamily("attributes", "Tux Paint's stamps", "what they show, by captions"),
     "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels"),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
     "digits": RealFamily("reading", "handwriting", "drawings, by their pixels"),
@@ -108,7 +108,7 @@ def package_folder(package: str, install: str) -> Path:
 # ------------------------------------------------------------------------------------------- pictures
 
 
-def blank(rng: random.Random, width: int = SIDE, height: int = SIDE) -> Image.Image:
+def empty_paper(rng: random.Random, width: int = SIDE, height: int = SIDE) -> Image.Image:
     """An empty picture, nearly white."""
     shade = rng.randrange(235, 256)
     return Image.new("RGB", (width, height), (shade, shade, shade))

@@ -21,6 +21,8 @@ from realdata.example import SIDE, Example, Question, package_folder
 
 COLORS = {"black", "gray", "red", "green", "blue", "teal", "brown", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
+SOURCE = "easy-VQA (MIT)"
+Triple = tuple[str, str, int]  # question, answer, number of the picture
 TURNS = 5  # questions of a picture in training
 
 
@@ -45,9 +47,7 @@ def given_away(asked: list[tuple[str, str]]) -> str:
     return f"{seen['color']} {seen['shape']}" if len(seen) == 2 else ""
 
 
-def evenly_answered(
-    triples: list[tuple[str, str, int]], rng: random.Random
-) -> list[tuple[str, str, int]]:
+def evenly_answered(triples: list[Triple], rng: random.Random) -> list[Triple]:
     """(question, answer, picture) with every answer to a question as often as its rarest one."""
     by_question: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for triple in triples:
@@ -64,31 +64,36 @@ def evenly_answered(
     return kept
 
 
+def questions_by_picture(triples: list[Triple]) -> dict[int, list[tuple[str, str]]]:
+    """(question, answer) pairs of each picture."""
+    pairs: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, picture in triples:
+        pairs[picture].append((question, answer))
+    return pairs
+
+
 def shape_examples(train: int, test: int, seed: int) -> list[Example]:
     """At most so many pictures of either side."""
     root = package_folder("easy_vqa", "easy-vqa") / "data"
     examples = []
     for side, most in (("train", train), ("test", test)):
+        # All that the set says of a picture, and what is asked about it
         rng = random.Random(f"{seed}/shapes/{side}")
-        triples = [tuple(triple) for triple in json.loads((root / side / "questions.json").read_text())]
-        shown: dict[int, list] = defaultdict(list)
-        for question, answer, image in triples:
-            shown[image].append((question, answer))
-        asked: dict[int, list] = defaultdict(list)
-        for question, answer, image in evenly_answered(triples, rng):
-            asked[image].append((question, answer))
+        listed = json.loads((root / side / "questions.json").read_text())
+        triples = [tuple(triple) for triple in listed]
+        shown = questions_by_picture(triples)
+        asked = questions_by_picture(evenly_answered(triples, rng))
 
         # A picture with some of its questions
-        for image in rng.sample(sorted(asked), min(most, len(asked))):
-            picture = Image.open(root / side / "images" / f"{image}.png").convert("RGB")
+        for number in rng.sample(sorted(asked), min(most, len(asked))):
+            picture = Image.open(root / side / "images" / f"{number}.png").convert("RGB")
             small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            some = rng.sample(asked[image], min(TURNS, len(asked[image])))
+            some = rng.sample(asked[number], min(TURNS, len(asked[number])))
             questions = [Question("shapes", *pair) for pair in some]
-            words = given_away(shown[image])
+            words = given_away(shown[number])
             if words:
                 questions.append(Question("caption", "describe the picture.", words))
-            name = f"easyvqa-{side}-{image}"
-            examples.append(
-                Example(name, (small,), words, tuple(questions), side == "test", "easy-VQA (MIT)")
-            )
+            name = f"easyvqa-{side}-{number}"
+            held = side == "test"
+            examples.append(Example(name, (small,), words, tuple(questions), held, SOURCE))
     return examples

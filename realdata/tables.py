@@ -25,7 +25,7 @@ from typing import Iterator
 
 from PIL import Image, ImageDraw
 
-from realdata.example import Example, Question, blank, on_test_side, package_folder
+from realdata.example import Example, Question, empty_paper, on_test_side, package_folder
 
 MARKS = 5  # of the axis
 MARK = 6  # pixels between two marks
@@ -142,7 +142,7 @@ def heights_of(values: list[float]) -> list[float] | None:
 
 def bar_picture(bars: list[tuple[str, float]], rng: random.Random) -> Image.Image:
     """Bars (colour, height in marks), each in one of four columns, before the lines of the marks."""
-    picture = blank(rng)
+    picture = empty_paper(rng)
     pen = ImageDraw.Draw(picture)
     bottom = picture.height - 1
     for mark in range(1, MARKS + 1):
@@ -163,9 +163,7 @@ def in_marks(bars: list[tuple[str, float]]) -> str:
     return ", ".join(f"{colour} {round(height)}" for colour, height in bars)
 
 
-def chart_example(
-    numbers: Numbers, heights: list[float], name: str, rng: random.Random
-) -> Example:
+def chart_example(numbers: Numbers, heights: list[float], name: str, rng: random.Random) -> Example:
     """Three bars, and all that is asked about them."""
     bars = list(zip(rng.sample(list(INKS), 3), heights))
     words = in_marks(bars)
@@ -198,9 +196,7 @@ def chart_example(
     return Example(name, (picture,), words, tuple(questions), numbers.test, numbers.title)
 
 
-def trend_example(
-    numbers: Numbers, heights: list[float], name: str, rng: random.Random
-) -> Example:
+def trend_example(numbers: Numbers, heights: list[float], name: str, rng: random.Random) -> Example:
     """Three frames of one bar, in the order of the years."""
     colour = rng.choice(list(INKS))
     first, second, third = heights

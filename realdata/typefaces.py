@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from realdata.example import CELL, Example, Question, blank, on_test_side, package_folder
+from realdata.example import CELL, Example, Question, empty_paper, on_test_side, package_folder
 
 FAMILIES = {
     "font_roboto": "font-roboto",
@@ -53,7 +53,7 @@ def face_at(path: Path, size: int) -> ImageFont.FreeTypeFont:
 
 def line_picture(word: str, path: Path, rng: random.Random) -> Image.Image:
     """A word, each letter about the middle of its cell."""
-    picture = blank(rng, CELL * len(word), CELL)
+    picture = empty_paper(rng, CELL * len(word), CELL)
     pen = ImageDraw.Draw(picture)
     face = face_at(path, rng.randint(14, 17))
     ink = rng.choice(INKS)
