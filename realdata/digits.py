@@ -20,7 +20,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from realdata.example import CORNERS, Example, Question, empty_paper, cell_corner, on_test_side
+from realdata.example import CORNERS, Example, Question, cell_corner, empty_paper, on_test_side
 
 SOURCE = "scikit-learn digits (UCI, BSD-3)"
 Scans = dict[int, list[Image.Image]]  # digit -> its scans, ink is dark

@@ -48,7 +48,7 @@ TABLE = {
     "kind": RealFamily("attributes", "emoji", "drawings, by code point"),
     "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point"),
     "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
-    "photo": RealFamily("attributes", "Tux Paint's stamps", "what they show, by captions"),
+    "photo": RealFamily("attributes", "stamps, photographs", "what they show, by captions"),
     "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels"),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
     "digits": RealFamily("reading", "handwriting", "drawings, by their pixels"),

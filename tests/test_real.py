@@ -1,7 +1,10 @@
 """Published data as rows: sides never mix, answers are what the pictures show, files are read back."""
 
+import io
 import json
 import random
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from PIL import Image
 
 from data.readers import Folder
 from evaluate import family_of
-from realdata import digits, emoji, example, shapes, stamps, tables, typefaces
+from realdata import digits, emoji, example, gcompris, shapes, stamps, tables, typefaces
 from realdata.example import CORNERS, TABLE, Example, Question
 from tools import real
 
@@ -223,6 +226,46 @@ def test_stamps_are_split_by_what_they_show(tmp_path):
         assert sides[str(bird)] == sides[str(cartoon)]
     assert {q.answer for e in made for q in e.questions} == {"animals & nature"}
     assert stamps.stamp_examples(None, 0) == []
+
+
+def resource_of(files: dict[str, bytes], packed: bool) -> bytes:
+    """A Qt resource, version 1, of files in one folder "f"."""
+    names = b""
+    data = b""
+    entries = [struct.pack(">IHII", 0, 2, 1, 1)]
+    for name, content in [("f", None), *files.items()]:
+        place = len(names)
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+        if content is None:
+            entries.append(struct.pack(">IHII", place, 2, len(files), 2))
+            continue
+        stored = struct.pack(">I", len(content)) + zlib.compress(content) if packed else content
+        entries.append(struct.pack(">IHII", place, int(packed), 0, len(data)))
+        data += struct.pack(">I", len(stored)) + stored
+    tree = b"".join(entries)
+    head = struct.pack(">4I", 1, 20, 20 + len(tree), 20 + len(tree) + len(data))
+    return b"qres" + head + tree + data + names
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_qt_resource_is_read(packed):
+    files = {"a.txt": b"one" * 50, "b.qml": "zwölf".encode()}
+    found = gcompris.files_in(resource_of(files, packed))
+    assert found == {f"f/{name}": content for name, content in files.items()}
+    with pytest.raises(ValueError, match="not a Qt resource"):
+        gcompris.files_in(b"PK" + bytes(20))
+
+
+def test_photographs_are_told_by_their_boards():
+    photograph = io.BytesIO()
+    Image.new("RGB", (60, 40), "green").save(photograph, "PNG")
+    board = """{ "title": qsTr("Moose"), "text": qsTr("It swims. It dives."),
+    "x": 1, "image2": "qrc:/r/moose.webp" }"""
+    files = {"r/board/board1.qml": board.encode(), "r/moose.webp": photograph.getvalue()}
+    ((title, text, picture),) = gcompris.told_photographs(files)
+    assert (title, text, picture.size) == ("Moose", "It swims. It dives.", (60, 40))
+    assert gcompris.in_a_square(picture).size == (32, 32)
+    assert gcompris.photograph_examples(None, 0) == []
 
 
 def test_words_and_typefaces_of_grading_are_in_no_training_picture():

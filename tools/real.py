@@ -8,7 +8,8 @@ thing, from which the rows are made that `data/readers.py` reads as `conversatio
     realdata/shapes      easy-VQA                 colours and shapes, a yes as often as a no
     realdata/emoji       drawings                 kind (English and Chinese), colour
     realdata/typefaces   letters and words        reading
-    realdata/stamps      photographs              kind (from Debian: optional)
+    realdata/stamps      Tux Paint's stamps       kind (from Debian: optional)
+    realdata/gcompris    photographs              kind (from Debian: optional)
     realdata/tables      published numbers        charts, differences, series as videos
         |
         +--> train.jsonl, held_out.jsonl, images/, sheet.png     stages.json: what a ladder grades where
@@ -36,13 +37,14 @@ from infra.cli import command
 from realdata.digits import digit_examples
 from realdata.emoji import emoji_examples, published_emoji
 from realdata.example import TABLE, Example, held_out_rows, picture_files, training_rows
+from realdata.gcompris import photograph_examples
 from realdata.shapes import shape_examples
 from realdata.stamps import stamp_examples
 from realdata.tables import table_examples
 from realdata.typefaces import word_examples
 from tools.clipart import shell
 
-DEBIAN = ("fonts-noto-color-emoji", "tuxpaint-stamps-default")
+DEBIAN = ("fonts-noto-color-emoji", "tuxpaint-stamps-default", "gcompris-qt-data")
 # Training examples of each source, at --size 1.
 DIGITS, TABLES, SHAPES, WORDS = 5000, 2400, 2500, 2500
 # What stages are for: the tasks that they are graded by. Others are graded by everything.
@@ -112,6 +114,7 @@ def all_examples(options: RealOptions) -> list[Example]:
             *word_examples(names, round(WORDS * size), options.held_out, seed),
             *emoji_examples(debian, 1, seed),
             *stamp_examples(debian, seed),
+            *photograph_examples(debian, seed),
         ]
 
 
