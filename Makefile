@@ -28,7 +28,7 @@ toy: $(VENV)/core         ## 8-15 min the whole recipe on a drawn world, graded 
 chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (MODEL=dense|moe, or a directory)
 	$(PY) -m talk.chat --model $(or $(TALK_$(MODEL)),$(MODEL))
 
-real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
+real: $(VENV)/real        ## 9 min    the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 

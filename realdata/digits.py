@@ -188,10 +188,10 @@ def video(scans: Scans, name: str, test: bool, rng: random.Random) -> Example:
 # kind of example -> (how it is made, its share)
 KINDS = {
     "single": (single, 0.20),
-    "grid": (grid, 0.40),
-    "pair": (pair, 0.15),
-    "odd": (odd_one, 0.15),
-    "video": (video, 0.10),
+    "grid": (grid, 0.35),
+    "pair": (pair, 0.20),
+    "odd": (odd_one, 0.13),
+    "video": (video, 0.12),
 }
 
 

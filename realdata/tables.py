@@ -1,7 +1,7 @@
 """Published tables as small charts: bars to read, to compare and to subtract, and series as videos.
 
-What it teaches: the numbers of a chart need not be invented. Populations of Gapminder (CC-BY-3.0), prices,
-harvests, temperatures and payrolls of vega-datasets (BSD-3, sources listed there) are what people counted;
+What it teaches: the numbers of a chart need not be invented. Populations of Gapminder (CC-BY), prices,
+harvests, weather and payrolls of vega-datasets (MIT, sources listed there) are what people counted;
 the chart says which of three is highest, whoever made up the colours. Held out are whole tables: no
 number of theirs is ever in training.
 
@@ -181,8 +181,9 @@ def chart_example(numbers: Numbers, heights: list[float], name: str, rng: random
         Question("charts", "which bar is the lowest?", lowest, f"{words}. lowest {lowest}."),
     ]
 
-    # Two of them, the higher one first
-    high, low = sorted(rng.sample(bars, 2), key=lambda bar: -bar[1])
+    # Two of them, the higher one first; each difference that there is as often
+    pairs = {round(high[1]) - round(low[1]): (high, low) for high in bars for low in bars}
+    high, low = pairs[rng.choice([difference for difference in pairs if difference > 0])]
     a, b = round(high[1]), round(low[1])
     questions.append(
         Question(
@@ -264,6 +265,6 @@ def table_examples(train: int, test: int, seed: int) -> list[Example]:
         series = [numbers for numbers in mine if numbers.in_time]
         trends = round(0.25 * count)
         examples += examples_from(chart_example, groups, count - trends, f"chart-{side}", seed)
-        more = examples_from(trend_example, series, 4 * trends, f"trend-{side}", seed)
+        more = examples_from(trend_example, series, 8 * trends, f"trend-{side}", seed)
         examples += as_often(more, trends)
     return examples

@@ -3,7 +3,7 @@
 What it teaches: reading is to see one letter in many shapes. Training has some families of type, grading
 has others, and other words: what is read was in no picture, and looks like nothing that was.
 
-    fonts of ten wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter, in a line
+    fonts of eight wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter, in a line
     words of the published names of emoji  --one in five held out  -->  3 or 4 letters: 48 or 64 x 16
 
 A line of four letters is four tiles and the whole line once more, small (data/tiling.py).
@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFont
 from realdata.example import CELL, Example, Question, empty_paper, on_test_side, package_folder
 
 FAMILIES = {
-    "font_roboto": "font-roboto",
     "font_source_sans_pro": "font-source-sans-pro",
     "font_source_serif_pro": "font-source-serif-pro",
     "font_caladea": "font-caladea",

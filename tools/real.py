@@ -46,7 +46,7 @@ from tools.clipart import shell
 
 DEBIAN = ("fonts-noto-color-emoji", "tuxpaint-stamps-default", "gcompris-qt-data")
 # Training examples of each source, at --size 1.
-DIGITS, TABLES, SHAPES, WORDS = 5000, 2400, 2500, 2500
+DIGITS, TABLES, SHAPES, WORDS = 7000, 2400, 2500, 1500
 # What stages are for: the tasks that they are graded by. Others are graded by everything.
 GRADED_BY = {
     "language": ("text",),
