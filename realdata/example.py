@@ -6,7 +6,7 @@ have learned to see, for the thing itself was never there.
 
     a source of this room --> Example: pictures, words, questions, test or train
                                 |
-                                +-- in training: one row a task, several turns; a part described in words
+                                +-- in training: one row a family, several turns; a part described in words
                                 +-- held out:    one row a question, for the families that are graded
 
     1 picture: one picture      several: the frames of a video, in order      none: read as a description
@@ -45,14 +45,16 @@ TABLE = {
     "caption": RealFamily("caption", "all of them", "as below", grader="phrases"),
     "listing": RealFamily("listing", "digits, charts", "a drill", graded=False),
     "shapes": RealFamily("attributes", "easy-VQA", "pictures: its own test split"),
-    "kind": RealFamily("attributes", "emoji", "drawings, by code point"),
+    "yes-no": RealFamily("attributes", "easy-VQA", "pictures: its own test split"),
+    "kind": RealFamily(
+        "attributes", "emoji, stamps, photographs", "drawings; what photographs show"
+    ),
     "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point"),
     "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
-    "photo": RealFamily("attributes", "stamps, photographs", "what they show, by captions"),
     "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels"),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
     "digits": RealFamily("reading", "handwriting", "drawings, by their pixels"),
-    "words": RealFamily("reading", "typefaces", "typefaces, and words"),
+    "codes": RealFamily("reading", "typefaces", "typefaces, and airports' codes"),
     "charts": RealFamily("charts", "tables", "tables, countries", True),
     "arithmetic": RealFamily("arithmetic", "handwriting, tables", "drawings; tables", True),
     "odd": RealFamily("odd", "handwriting", "drawings, by their pixels", True),
@@ -167,11 +169,12 @@ def row_about(example: Example, asked: list[Question], task: str, described: boo
 
 
 def training_rows(example: Example, rng: random.Random) -> list[dict]:
-    """One row a task, with all of that task's questions; some pictures are asked about in words, too."""
-    by_task: dict[str, list[Question]] = {}
+    """One row a family, with all of its questions: an answer must not tell that of another family.
+    Some pictures are asked about in words, too."""
+    by_family: dict[str, list[Question]] = {}
     for question in example.questions:
-        by_task.setdefault(TABLE[question.family].task, []).append(question)
-    rows = [row_about(example, asked, task) for task, asked in by_task.items()]
+        by_family.setdefault(question.family, []).append(question)
+    rows = [row_about(example, asked, TABLE[name].task) for name, asked in by_family.items()]
 
     describable = [question for question in example.questions if not question.visible]
     if example.words and describable and rng.random() < DESCRIBED:

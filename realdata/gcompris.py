@@ -111,7 +111,7 @@ def photograph_examples(debian: Path | None, seed: int) -> list[Example]:
             test = on_test_side(title, 4)
             small = in_a_square(photograph)
             questions = (
-                Question("photo", "what kind of thing is it?", group),
+                Question("kind", "what kind of thing is it?", group),
                 Question("caption", "describe the picture.", group, visible=True),
             )
             for copy in range(1 if test else COPIES):

@@ -89,7 +89,10 @@ def shape_examples(train: int, test: int, seed: int) -> list[Example]:
             picture = Image.open(root / side / "images" / f"{number}.png").convert("RGB")
             small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             some = rng.sample(asked[number], min(TURNS, len(asked[number])))
-            questions = [Question("shapes", *pair) for pair in some]
+            questions = []
+            for question, answer in some:
+                family = "yes-no" if answer in ("yes", "no") else "shapes"
+                questions.append(Question(family, question, answer))
             words = given_away(shown[number])
             if words:
                 questions.append(Question("caption", "describe the picture.", words))

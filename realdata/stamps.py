@@ -63,7 +63,7 @@ def stamp_examples(debian: Path | None, seed: int) -> list[Example]:
         test = on_test_side(caption.split()[-1:], 4)
         paper = on_paper(path)
         questions = (
-            Question("photo", "what kind of thing is it?", group),
+            Question("kind", "what kind of thing is it?", group),
             Question("caption", "describe the picture.", group, visible=True),
         )
         for copy in range(1 if test else COPIES):

@@ -1,15 +1,17 @@
-"""Words in typefaces: people drew the letters, and chose the words.
+"""Airports' codes in typefaces: people drew the letters, and gave the codes.
 
 What it teaches: reading is to see one letter in many shapes. Training has some families of type, grading
-has others, and other words: what is read was in no picture, and looks like nothing that was.
+has others, and other codes: what is read was in no picture, and looks like nothing that was. (Common
+words would not do: four hundred of them are learned by heart, and an unseen one is never said.)
 
     fonts of eight wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter, in a line
-    words of the published names of emoji  --one in five held out  -->  3 or 4 letters: 48 or 64 x 16
+    3,000 codes of vega-datasets' airports   --one in five held out----> JFK: 48 x 16
 
-A line of four letters is four tiles and the whole line once more, small (data/tiling.py).
+A line of three letters is three tiles and the whole line once more, small (data/tiling.py).
 Ours: a letter stands in the middle of its cell, so a tile holds one.
 """
 
+import csv
 import functools
 import random
 import re
@@ -50,39 +52,42 @@ def face_at(path: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size)
 
 
-def line_picture(word: str, path: Path, rng: random.Random) -> Image.Image:
-    """A word, each letter about the middle of its cell."""
-    picture = empty_paper(rng, CELL * len(word), CELL)
+def line_picture(text: str, path: Path, rng: random.Random) -> Image.Image:
+    """A text, each letter about the middle of its cell."""
+    picture = empty_paper(rng, CELL * len(text), CELL)
     pen = ImageDraw.Draw(picture)
     face = face_at(path, rng.randint(14, 17))
     ink = rng.choice(INKS)
-    for place, letter in enumerate(word):
+    for place, letter in enumerate(text):
         x = CELL * place + CELL // 2 + rng.randint(-1, 1)
-        pen.text((x, 12 + rng.randint(-1, 1)), letter, fill=ink, font=face, anchor="ms")
+        pen.text((x, 13 + rng.randint(-1, 1)), letter, fill=ink, font=face, anchor="ms")
     return picture
 
 
-def short_words(names: list[str], test: bool) -> list[str]:
-    """Words of three and four letters in these names, of one side."""
-    words = {word for name in names for word in re.findall(r"[a-z]+", name.lower())}
-    return sorted(w for w in words if 3 <= len(w) <= 4 and on_test_side(w) == test)
+def airport_codes(test: bool) -> list[str]:
+    """Three letters each, of one side."""
+    path = package_folder("vega_datasets", "vega-datasets") / "_data" / "airports.csv"
+    with open(path, newline="") as file:
+        codes = {row["iata"] for row in csv.DictReader(file)}
+    letters = [code for code in codes if re.fullmatch("[A-Z]{3}", code)]
+    return sorted(code for code in letters if on_test_side(code) == test)
 
 
-def word_examples(names: list[str], train: int, test: int, seed: int) -> list[Example]:
-    """Words of published names, in training typefaces and in held-out ones."""
+def code_examples(train: int, test: int, seed: int) -> list[Example]:
+    """Codes in training typefaces, and others in held-out ones."""
     examples = []
     for held, count in ((False, train), (True, test)):
-        words = short_words(names, held)
+        codes = airport_codes(held)
         faces = font_files(held)
         for i in range(count):
-            name = f"word-{'test' if held else 'train'}-{i}"
+            name = f"code-{'test' if held else 'train'}-{i}"
             rng = random.Random(f"{seed}/{name}")
-            word = rng.choice(words)
+            code = rng.choice(codes)
             path = rng.choice(faces)
             questions = (
-                Question("words", "what does it say?", word),
-                Question("caption", "describe the picture.", f"text {word}"),
+                Question("codes", "what does it say?", code),
+                Question("caption", "describe the picture.", f"text {code}"),
             )
-            picture = line_picture(word, path, rng)
-            examples.append(Example(name, (picture,), f"text {word}", questions, held, path.stem))
+            picture = line_picture(code, path, rng)
+            examples.append(Example(name, (picture,), f"text {code}", questions, held, path.stem))
     return examples

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from data.readers import Folder
 from evaluate import family_of
@@ -268,20 +268,24 @@ def test_photographs_are_told_by_their_boards():
     assert gcompris.photograph_examples(None, 0) == []
 
 
-def test_words_and_typefaces_of_grading_are_in_no_training_picture():
-    names = ["a red crab and one owl at home", "BLUE moon over high seas", "long word"]
-    train, test = (set(typefaces.short_words(names, side)) for side in (False, True))
-    assert train | test == set(
-        "red crab and one owl home blue moon over high seas long word".split()
-    )
-    assert not train & test
-
-    for package in typefaces.FAMILIES:
+def test_codes_and_typefaces_of_grading_are_in_no_training_picture():
+    for package in (*typefaces.FAMILIES, "vega_datasets"):
         pytest.importorskip(package)
+    codes = [set(typefaces.airport_codes(side)) for side in (False, True)]
+    assert not codes[0] & codes[1] and min(map(len, codes)) > 400
     stems = [{p.stem for p in typefaces.font_files(side)} for side in (False, True)]
     assert not stems[0] & stems[1] and min(map(len, stems)) > 3
-    made = typefaces.word_examples(names, 3, 3, 0)
-    assert all(e.pictures[0].size == (16 * len(e.words.split()[1]), 16) for e in made)
+    made = typefaces.code_examples(3, 3, 0)
+    assert all(e.pictures[0].size == (48, 16) for e in made)
+
+
+def test_each_letter_of_a_line_stands_in_its_own_cell(monkeypatch):
+    face = ImageFont.load_default(size=14)
+    monkeypatch.setattr(typefaces, "face_at", lambda path, size: face)
+    picture = typefaces.line_picture("I.H", Path("any.ttf"), random.Random(0)).convert("L")
+    inked = [picture.crop((x, 0, x + 16, 16)).point(lambda v: v < 128 and 255) for x in (0, 16, 32)]
+    areas = [cell.getbbox() and cell.histogram()[-1] for cell in inked]
+    assert picture.size == (48, 16) and areas[1] < areas[0] < areas[2], areas
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install():

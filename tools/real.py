@@ -7,7 +7,7 @@ thing, from which the rows are made that `data/readers.py` reads as `conversatio
     realdata/digits      handwriting              places, counts, sums, exceptions, order in time
     realdata/shapes      easy-VQA                 colours and shapes, a yes as often as a no
     realdata/emoji       drawings                 kind (English and Chinese), colour
-    realdata/typefaces   letters and words        reading
+    realdata/typefaces   letters, codes           reading
     realdata/stamps      Tux Paint's stamps       kind (from Debian: optional)
     realdata/gcompris    photographs              kind (from Debian: optional)
     realdata/tables      published numbers        charts, differences, series as videos
@@ -35,18 +35,18 @@ from data.readers import Folder
 from evaluate import blind_chance, family_of
 from infra.cli import command
 from realdata.digits import digit_examples
-from realdata.emoji import emoji_examples, published_emoji
+from realdata.emoji import emoji_examples
 from realdata.example import TABLE, Example, held_out_rows, picture_files, training_rows
 from realdata.gcompris import photograph_examples
 from realdata.shapes import shape_examples
 from realdata.stamps import stamp_examples
 from realdata.tables import table_examples
-from realdata.typefaces import word_examples
+from realdata.typefaces import code_examples
 from tools.clipart import shell
 
 DEBIAN = ("fonts-noto-color-emoji", "tuxpaint-stamps-default", "gcompris-qt-data")
 # Training examples of each source, at --size 1.
-DIGITS, TABLES, SHAPES, WORDS = 7000, 2400, 2500, 1500
+DIGITS, TABLES, SHAPES, CODES = 7000, 2400, 2500, 2500
 # What stages are for: the tasks that they are graded by. Others are graded by everything.
 GRADED_BY = {
     "language": ("text",),
@@ -105,13 +105,12 @@ def all_examples(options: RealOptions) -> list[Example]:
     size = options.size
     seed = options.seed
     test = 4 * options.held_out
-    names = [emoji.name for emoji in published_emoji()]
     with debian_packages(options) as debian:
         return [
             *digit_examples(round(DIGITS * size), 2 * test, seed),
             *table_examples(round(TABLES * size), test, seed),
             *shape_examples(round(SHAPES * size), test, seed),
-            *word_examples(names, round(WORDS * size), options.held_out, seed),
+            *code_examples(round(CODES * size), options.held_out, seed),
             *emoji_examples(debian, 1, seed),
             *stamp_examples(debian, seed),
             *photograph_examples(debian, seed),
