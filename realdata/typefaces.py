@@ -4,11 +4,11 @@ What it teaches: reading is to see one letter in many shapes. Training has some 
 has others, and other codes: what is read was in no picture, and looks like nothing that was. (Common
 words would not do: four hundred of them are learned by heart, and an unseen one is never said.)
 
-    fonts of eight wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter, in a line
-    3,000 codes of vega-datasets' airports   --one in five held out----> JFK: 48 x 16
+    fonts of eight wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter
+    3,000 codes of vega-datasets' airports   --one in five held out----> JF above K: 32 x 32
 
-A line of three letters is three tiles and the whole line once more, small (data/tiling.py).
-Ours: a letter stands in the middle of its cell, so a tile holds one.
+Ours: a letter stands in the middle of a cell, as in the drawn world's reading. A line of 48 x 16 pixels, which
+is three tiles and a thumbnail, costs four times the tokens, and 150 steps did not teach it a single code.
 """
 
 import csv
@@ -19,7 +19,15 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from realdata.example import CELL, Example, Question, empty_paper, on_test_side, package_folder
+from realdata.example import (
+    CELL,
+    Example,
+    Question,
+    cell_corner,
+    empty_paper,
+    on_test_side,
+    package_folder,
+)
 
 FAMILIES = {
     "font_source_sans_pro": "font-source-sans-pro",
@@ -53,14 +61,16 @@ def face_at(path: Path, size: int) -> ImageFont.FreeTypeFont:
 
 
 def line_picture(text: str, path: Path, rng: random.Random) -> Image.Image:
-    """A text, each letter about the middle of its cell."""
-    picture = empty_paper(rng, CELL * len(text), CELL)
+    """Up to four letters in reading order, each about the middle of its cell."""
+    picture = empty_paper(rng)
     pen = ImageDraw.Draw(picture)
     face = face_at(path, rng.randint(14, 17))
     ink = rng.choice(INKS)
     for place, letter in enumerate(text):
-        x = CELL * place + CELL // 2 + rng.randint(-1, 1)
-        pen.text((x, 13 + rng.randint(-1, 1)), letter, fill=ink, font=face, anchor="ms")
+        left, top = cell_corner(place)
+        x = left + CELL // 2 + rng.randint(-1, 1)
+        y = top + 13 + rng.randint(-1, 1)
+        pen.text((x, y), letter, fill=ink, font=face, anchor="ms")
     return picture
 
 

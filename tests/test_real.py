@@ -278,16 +278,17 @@ def test_codes_and_typefaces_of_grading_are_in_no_training_picture():
     stems = [{p.stem for p in typefaces.font_files(side)} for side in (False, True)]
     assert not stems[0] & stems[1] and min(map(len, stems)) > 3
     made = typefaces.code_examples(3, 3, 0)
-    assert all(e.pictures[0].size == (48, 16) for e in made)
+    assert all(e.pictures[0].size == (32, 32) for e in made)
 
 
-def test_each_letter_of_a_line_stands_in_its_own_cell(monkeypatch):
+def test_each_letter_stands_in_its_own_cell(monkeypatch):
     face = ImageFont.load_default(size=14)
     monkeypatch.setattr(typefaces, "face_at", lambda path, size: face)
     picture = typefaces.line_picture("I.H", Path("any.ttf"), random.Random(0)).convert("L")
-    inked = [picture.crop((x, 0, x + 16, 16)).point(lambda v: v < 128 and 255) for x in (0, 16, 32)]
-    areas = [cell.getbbox() and cell.histogram()[-1] for cell in inked]
-    assert picture.size == (48, 16) and areas[1] < areas[0] < areas[2], areas
+    corners = [(0, 0), (16, 0), (0, 16), (16, 16)]
+    cells = [picture.crop((x, y, x + 16, y + 16)) for x, y in corners]
+    ink = [cell.point(lambda value: 255 * (value < 128)).histogram()[-1] for cell in cells]
+    assert picture.size == (32, 32) and ink[3] == 0 < ink[1] < ink[0] < ink[2], ink
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install():
