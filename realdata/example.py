@@ -110,10 +110,10 @@ def package_folder(package: str, install: str) -> Path:
 # ------------------------------------------------------------------------------------------- pictures
 
 
-def empty_paper(rng: random.Random, width: int = SIDE, height: int = SIDE) -> Image.Image:
+def empty_paper(rng: random.Random) -> Image.Image:
     """An empty picture, nearly white."""
     shade = rng.randrange(235, 256)
-    return Image.new("RGB", (width, height), (shade, shade, shade))
+    return Image.new("RGB", (SIDE, SIDE), (shade, shade, shade))
 
 
 def cell_corner(cell: int) -> tuple[int, int]:
