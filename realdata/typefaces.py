@@ -7,8 +7,8 @@ words would not do: four hundred of them are learned by heart, and an unseen one
     fonts of eight wheels (SIL OFL, Apache)  --three families held out--> 16 x 16 pixels a letter
     3,000 codes of vega-datasets' airports   --one in five held out----> JF above K: 32 x 32
 
-Ours: a letter stands in the middle of a cell, as in the drawn world's reading. A line of 48 x 16 pixels,
-which is three tiles and a thumbnail, costs four times the tokens, and 150 steps did not teach it a single code.
+Ours: a letter stands in the middle of a cell, as in the drawn world. A line of 48 x 16 pixels, which is
+three tiles and a thumbnail, costs four times the tokens, and 150 steps did not teach it a single code.
 """
 
 import csv
