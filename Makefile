@@ -45,7 +45,7 @@ chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (
 lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose numbers change live: runs/lessons/rows.html
 	$(PY) -m lessons
 
-real: $(VENV)/real        ## 9 min    the same ladder on published data: easy-VQA, OpenMoji, handwritten digits
+real: $(VENV)/real        ## 9 min    the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 

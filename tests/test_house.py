@@ -7,6 +7,7 @@ from conftest import ROOT
 
 ROOMS = (
     "data",
+    "realdata",
     "infra",
     "scale",
     "kernels",

