@@ -15,6 +15,7 @@ one directory per stage (log.jsonl and the model), final/ (the last model), resu
 `--data` replaces the drawn world by files (see tools/real.py): the same ladder on data that people made.
 """
 
+import json
 import time
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -59,7 +60,8 @@ class ToyOptions:
     seed: int = 0
     samples: int = 200  # held-out samples per family
     effort: float = 1.0  # multiplies the steps of every stage
-    # a directory with train.jsonl, held_out.jsonl and images/; none: the drawn world
+    # a directory with train.jsonl, held_out.jsonl and images/ (and stages.json: what each stage reads and is
+    # graded by); none: the drawn world
     data: Path | None = None
 
 
@@ -90,8 +92,12 @@ class Ladder:
         torch.manual_seed(options.seed)
 
         # What it learns from, and the samples that it never sees
+        self.plan: dict[str, dict] = {}  # stage -> its mixture, and the families that grade it
         if options.data:
             source = Folder(options.data / "train.jsonl")
+            plan = options.data / "stages.json"
+            if plan.exists():
+                self.plan = json.loads(plan.read_text(encoding="utf-8"))
             self.held_out: dict[str, list[Sample]] = {}
             for sample in Folder(options.data / "held_out.jsonl").first():
                 self.held_out.setdefault(family_of(sample), []).append(sample)
@@ -201,7 +207,9 @@ class Ladder:
         """A stage of the recipe, with this ladder's effort and seed."""
         stage = table[name]
         steps = max(4, round(stage.steps * self.options.effort))
-        return replace(stage, steps=steps, seed=stage.seed + 1000 * self.options.seed)
+        mixture = self.plan.get(name, {}).get("mixture", stage.mixture)
+        seed = stage.seed + 1000 * self.options.seed
+        return replace(stage, steps=steps, seed=seed, mixture=mixture)
 
     def train(self, stage: BaseStage, **more) -> tuple[Run, float]:
         """Fit a stage in its own directory; returns its run and the seconds."""
@@ -232,7 +240,8 @@ class Ladder:
         self, table: dict[str, BaseStage], name: str, metric: str, families: list[str]
     ) -> Run:
         """A stage graded by the mean accuracy over `families`, which the previous grading already knows."""
-        # Files need not have every family of the world
+        # Files need not have every family of the world, and may say which of theirs grade a stage
+        families = self.plan.get(name, {}).get("graded", families)
         present = [
             f for f in self.held_out if f in families or self.held_out[f][0].task in families
         ]
