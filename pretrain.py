@@ -36,6 +36,7 @@ from stage import ALL, BaseStage, Stage
 
 EVERYTHING = UNDERSTANDING | INSTRUCTION | {"text": 0.1}
 TEXT = {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}
+MULTITASK_TOY = EVERYTHING | {"attributes": 1.5, "spatial": 1.5}  # the first phase of SFT teaches these
 ADAPTER = ("adapter",)
 EYES = ("vision", "adapter")
 
@@ -59,7 +60,7 @@ TOY: dict[str, BaseStage] = {
     "basic": toy_stage(
         "basic", ADAPTER, CAPTION, 120, lr=3e-4, optimizer="adamw", schedule="constant", **SEARCH
     ),
-    "multitask": toy_stage("multitask", ALL, EVERYTHING, 400, **BROAD),
+    "multitask": toy_stage("multitask", ALL, MULTITASK_TOY, 400, **BROAD),
 }
 
 # --------------------------------------------------------------------------------------- the paper
