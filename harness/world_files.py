@@ -62,7 +62,7 @@ class WorldRow:
 def write_world(options: WorldFileOptions) -> None:
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples}: at least 1 of each family")
-    rows = held_out_rows(options.samples, options.seed)
+    rows = rows_of_the_world(options.samples, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
 
     # one table as it is, one with options
@@ -82,7 +82,7 @@ def write_world(options: WorldFileOptions) -> None:
     )
 
 
-def held_out_rows(samples: int, seed: int) -> list[WorldRow]:
+def rows_of_the_world(samples: int, seed: int) -> list[WorldRow]:
     """So many of each family, those that `make toy` is graded by."""
     rows = []
     for family in TEXT_FAMILIES:

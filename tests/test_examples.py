@@ -30,6 +30,8 @@ RUN = (
     (r"python -m data\.world", ""),
     (r"python generate\.py --model runs/toy/final", ASKED),
     (r"python -m talk\.samples", ""),
+    (r"python -m harness\.world_files", "--samples 2"),
+    (r"python evaluate\.py --data runs/outside/world_GQA\.tsv --model", ASKED),
     (r"torchrun --standalone --nproc-per-node 2 pretrain\.py", SMALL),
     (r"python -m data\.show", "--out shown"),
     (r"python -m scale\.plan", ""),
@@ -79,6 +81,9 @@ NOT_RUN = (
         "wants a server; tests/test_captions.py has one",
     ),
     (r"python -m tools\.clipart", "fetches a package"),
+    (r"python -m harness\.(vlmevalkit|lmms)", "wants the kits; tests/test_outside.py"),
+    (r"python serve\.py", "does not end; tests/test_serve.py"),
+    (r"python evaluate\.py .*--endpoint", "wants a server; tests/test_outside.py has one"),
 )
 
 

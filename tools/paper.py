@@ -362,7 +362,8 @@ SECTIONS = (
         "evaluate.py: evaluate_files",
         "graders.py: GRADERS",
         "data/container_tsv.py",
-        remark="VLMEvalKit's files are read; the 106 benchmarks and their judge models are "
+        "harness/vlmevalkit.py",
+        remark="VLMEvalKit's files are read, and its own code asks our models; the 106 benchmarks and their judge models are "
         + NOT_BUILT
         + "nothing is downloaded here.",
     ),
