@@ -363,9 +363,8 @@ SECTIONS = (
         "graders.py: GRADERS",
         "data/container_tsv.py",
         "harness/vlmevalkit.py",
-        remark="VLMEvalKit's files are read, and its own code asks our models; the 106 benchmarks and their judge models are "
-        + NOT_BUILT
-        + "nothing is downloaded here.",
+        remark="VLMEvalKit's files are read, and its own code asks our models; the 106 benchmarks and "
+        "their judge models are " + NOT_BUILT + "nothing is downloaded here.",
     ),
     section_of_paper(
         "6.2",
