@@ -684,7 +684,7 @@ class OddScene(Scene):
             family="odd",
             question="where is the odd one out?",
             answer=odd.place,
-            chain=f"{self.words()}. {rule}. {odd.words}.",
+            chain=f"{rule}. {odd.words}.",
         )
 
 
