@@ -53,6 +53,7 @@ CHARTS = {"listing": 0.2, "charts": 6.0, "grounding": 4.0, "arithmetic": 0.2}
 PHASE_3 = {"arithmetic": 5.0, "odd": 3.0, "charts": 3.0}
 VIDEO = {"video": 5.0, "arithmetic": 2.0}  # sums are lost first when they are not asked for
 SOUP = {"video": 0.5, "charts": 1.2, "arithmetic": 2.0}
+BRANCH = SOUP | {"grounding": 1.0}
 CHAINS = {"counting": 0.8, "charts": 1.8, "arithmetic": 3.0, "odd": 1.8}
 # What the chains have overwritten most, and text. A quarter of chains, where the paper has a tenth: with a
 # tenth the toy forgets to think while it learns to answer (our choice; LOG.md has both).
@@ -60,25 +61,25 @@ FUSION = {
     "video": 0.5,
     "text": 0.15,
     "reading": 1.0,
-    "grounding": 1.0,
+    "grounding": 1.5,
     "charts": 1.0,
     "arithmetic": 2.5,
 }
 
 TOY: dict[str, BaseStage] = {
     "sft1": phase("sft1", SINGLE_THINGS, 110),
-    "sft2": phase("sft2", CHARTS, 340, turns=1),
+    "sft2": phase("sft2", CHARTS, 420, turns=1),
     "sft3": phase("sft3", PHASE_3, 280),
     "sft4": phase("sft4", VIDEO, 70, lr=3e-3),
     "soup-a": phase("soup-a", SOUP, 30, lr=3e-3, schedule="constant", seed=101),
     "soup-b": phase("soup-b", SOUP, 30, lr=3e-3, schedule="constant", seed=102),
-    "moe-branch": phase("moe-branch", {"video": 0.5}, 40, lr=1e-3, seed=103),
+    "moe-branch": phase("moe-branch", BRANCH, 60, lr=2e-3, seed=103),
     "long-cot": Stage(
         "long-cot",
         ALL,
         CHAINS,
         samples="chains",
-        steps=210,
+        steps=240,
         rows=2,
         length=1024,
         lr=5e-3,
