@@ -63,7 +63,7 @@ TOY: dict[str, BaseStage] = {
     "basic": toy_stage(
         "basic", ADAPTER, CAPTION, 120, lr=3e-4, optimizer="adamw", schedule="constant", **SEARCH
     ),
-    "multitask": toy_stage("multitask", ALL, MULTITASK_TOY, 440, **BROAD),
+    "multitask": toy_stage("multitask", ALL, MULTITASK_TOY, 400, **BROAD),
 }
 
 # --------------------------------------------------------------------------------------- the paper
