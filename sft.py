@@ -51,8 +51,8 @@ SINGLE_THINGS = {"listing": 1.0, "attributes": 3.0, "spatial": 4.0, "counting": 
 # One question a picture, and few drills: an answer that stands in the conversation is copied, not looked up.
 CHARTS = {"listing": 0.2, "charts": 6.0, "grounding": 4.0, "arithmetic": 0.2}
 PHASE_3 = {"arithmetic": 5.0, "odd": 3.0, "charts": 3.0}
-VIDEO = {"video": 5.0, "arithmetic": 2.0}  # sums are lost first when they are not asked for
-SOUP = {"video": 0.5, "charts": 1.2, "arithmetic": 2.0}
+VIDEO = {"video": 5.0, "arithmetic": 2.0, "odd": 1.5}  # what came last is lost first
+SOUP = {"video": 0.5, "charts": 1.2, "arithmetic": 2.0, "odd": 1.2}
 BRANCH = SOUP | {"grounding": 1.0}
 CHAINS = {"counting": 0.8, "charts": 1.8, "arithmetic": 3.0, "odd": 1.8}
 # What the chains have overwritten most, and text. Three chains in ten, where the paper has one: with
