@@ -47,7 +47,7 @@ def test_calibration_spreads_the_experts_within_its_bound(moe_model, probes, des
     assert after.text_loss <= 1.01 * before.text_loss
     assert abs(after.text_entropy / before.text_entropy - 1) <= 0.01
     if design is by_router:
-        assert share > 0 and before.visual_entropy < 1.1
+        assert share > 0 and before.visual_entropy < 1.2  # of log 4 = 1.39: there is room
         assert after.visual_entropy > 1.1 * before.visual_entropy
 
 
