@@ -40,7 +40,7 @@ def toy_rl(name: str, steps: int, lr: float, **more) -> RLStage:
 
 TOY: dict[str, BaseStage] = {
     "verifiable": toy_rl("verifiable", 56, 1e-3, seed=21),
-    "mixed": toy_rl("mixed", 92, 5e-4, seed=22, reward="mixed"),
+    "mixed": toy_rl("mixed", 64, 5e-4, seed=22, reward="mixed"),
 }
 
 # --------------------------------------------------------------------------------------- the paper
