@@ -44,7 +44,7 @@ from infra.cli import command
 from packing import Batch, collate
 from recipe import Setup, fit
 from stage import ALL, Stage
-from tools import report
+from tools import drawing, report
 from vlm import SailVL
 
 
@@ -268,7 +268,7 @@ def expert_page(before: Assessment, after: Assessment) -> str:
         note = "Percent of the routed slots; full colour: twice the even share."
         sections.append(report.section(title, note, report.heat(rows, columns, 2 / count)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Expert use</title>'
-    return head + report.el("style", report.CSS) + "".join(sections) + "</html>\n"
+    return head + report.el("style", drawing.CSS) + "".join(sections) + "</html>\n"
 
 
 # -------------------------------------------------------------------------------------- the command

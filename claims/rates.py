@@ -42,7 +42,7 @@ from claims.rate_problems import FRESH, KNOWN, OLD, PROBLEMS, Problem
 from infra.cli import command
 from infra.system import require_packages
 from optim import Muon
-from tools import report
+from tools import drawing, report
 
 STARTS = tuple(10**e for e in (-1.0, -0.5, 0.0, 0.5, 1.0))
 FLOOR = 1e-3  # of the loss before training: what lies below is called zero
@@ -436,7 +436,7 @@ def page(results: Results, path: Path) -> None:
     body = report.el("h1", "AdaLRS from wrong starts") + report.curves(runs)
     path.write_text(
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{report.el("title", "AdaLRS")}'
-        f"{report.el('style', report.CSS)}<body>{body}</body></html>\n",
+        f"{report.el('style', drawing.CSS)}<body>{body}</body></html>\n",
         encoding="utf-8",
     )
 

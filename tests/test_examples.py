@@ -49,8 +49,6 @@ RUN = (
     ),
     (r"python -m claims\.posttraining --only curriculum", f"{TINY_TRAINING} --effort 0.01"),
     (r"python -m curation album draw", "--pictures 8"),
-    (r"python -m curation recaption --data runs/curation/album", "--annotator.max-new 8"),
-    (r"python -m curation album grade", ""),
     (r"python -m curation charts", "--count 4 --questions 2 --sheet sheet.png"),
     (r"python -m curation chart-check", ""),
 )
@@ -81,6 +79,10 @@ NOT_RUN = (
         "wants a server; tests/test_captions.py has one",
     ),
     (r"python -m tools\.clipart", "fetches a package"),
+    (
+        r"python -m curation (recaption --data runs/curation/album|album grade)",
+        "an untrained captioner keeps nothing; tests/test_captions.py",
+    ),
     (r"python -m harness\.(vlmevalkit|lmms)", "wants the kits; tests/test_outside.py"),
     (r"python serve\.py", "does not end; tests/test_serve.py"),
     (r"python evaluate\.py .*--endpoint", "wants a server; tests/test_outside.py has one"),

@@ -38,6 +38,7 @@ NEED = {
     "kernels.offline": "triton",
     "serving.api": "anyio",
     "serving.connections": "uvicorn",
+    "harness.lmms": "lmms_eval",
 }
 
 # The subprocess. Its arguments: packages, attributes of os and of signal, modules to import, commands to run.
