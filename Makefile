@@ -45,11 +45,11 @@ chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (
 lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose numbers change live: runs/lessons/rows.html
 	$(PY) -m lessons
 
-real: $(VENV)/real        ## 9 min    the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
+real: $(VENV)/real        ## untimed  the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
 	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
 
-smol: $(VENV)/smol        ## 50 min   a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
+smol: $(VENV)/smol        ## untimed  a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
 	$(PY) -m tools.real --out real
 	$(PY) -m smol.language
 	$(SMOL) eyes --data real/train.jsonl --out runs/smol/eyes

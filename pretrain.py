@@ -36,10 +36,8 @@ from stage import ALL, BaseStage, Stage
 
 EVERYTHING = UNDERSTANDING | INSTRUCTION | {"text": 0.1}
 TEXT = {"text": 1.0} | UNDERSTANDING | INSTRUCTION | {"video": 0.5}
-MULTITASK_TOY = EVERYTHING | {
-    "attributes": 1.5,
-    "spatial": 1.5,
-}  # the first phase of SFT teaches these
+# What the first phase of SFT teaches is asked half as often (our choice)
+MULTITASK_TOY = EVERYTHING | {"attributes": 1.5, "spatial": 1.5}
 ADAPTER = ("adapter",)
 EYES = ("vision", "adapter")
 

@@ -95,16 +95,15 @@ class Ladder:
         self.plan: dict[str, dict] = {}  # stage -> its mixture, and the families that grade it
         if options.data:
             source = Folder(options.data / "train.jsonl")
-            plan = options.data / "stages.json"
-            if plan.exists():
-                self.plan = json.loads(plan.read_text(encoding="utf-8"))
+            self.plan = read_plan(options.data / "stages.json")
             self.held_out: dict[str, list[Sample]] = {}
             for sample in Folder(options.data / "held_out.jsonl").first():
                 self.held_out.setdefault(family_of(sample), []).append(sample)
         else:
             source = World()
             self.held_out = {f: source.held_out(f, options.samples) for f in GRADED}
-        self.reasoning = [f for f in REASONING if f in self.held_out]
+        asked_to_think = self.plan.get("long-cot", {}).get("graded", REASONING)
+        self.reasoning = [f for f in asked_to_think if f in self.held_out]
         if not self.reasoning:
             self.reasoning = [
                 f for f, group in self.held_out.items() if any(s.facts.get("chain") for s in group)
@@ -447,8 +446,8 @@ class Ladder:
             )
         )
 
-    def mean_reward(self, stage: RLStage) -> tuple[float, float]:
-        """Mean reward, and share of whole formats, of completions sampled for held-out questions."""
+    def sampled_rewards(self, stage: RLStage) -> tuple[list[float], float]:
+        """Rewards, and share of whole formats, of completions sampled for held-out questions."""
         # One completion of each question, sampled as in training
         samples = [s for family in self.reasoning for s in self.held_out[family]]
         completions = ask(
@@ -462,24 +461,38 @@ class Ladder:
         )
 
         # What they earn
-        rewards = 0.0
+        rewards = []
         formats = 0.0
         for sample, completion in zip(samples, completions):
             text = text_of(completion, self.encoder.tokenizer)
-            rewards += reward_of(text, sample, completion.finished, stage.reward)
+            rewards.append(reward_of(text, sample, completion.finished, stage.reward))
             formats += format_reward(text, completion.finished)
-        return rewards / len(samples), formats / len(samples)
+        return rewards, formats / len(samples)
 
     def reinforce(self, name: str) -> None:
         """A stage of RL, graded by the reward that it is about."""
         stage = self.row_of(rl.TOY, name)
-        before, _ = self.mean_reward(stage)
+        before, _ = self.sampled_rewards(stage)
         _, seconds = self.train(stage)
-        after, self.format = self.mean_reward(stage)
+        after, self.format = self.sampled_rewards(stage)
 
-        count = sum(len(self.held_out[family]) for family in self.reasoning)
+        count = len(after)
         metric = f"mean {stage.reward} reward (sampled)"
-        self.note(StageResult(name, round(seconds, 1), metric, before, after, 0.0, False, count))
+        error = paired(before, after).error
+        self.note(
+            StageResult(
+                name,
+                round(seconds, 1),
+                metric,
+                sum(before) / count,
+                sum(after) / count,
+                0.0,
+                False,
+                count,
+                self.reasoning,
+                error,
+            )
+        )
         self.say(f"format {self.format:.1%}")
 
     def fusion(self) -> None:
@@ -514,6 +527,28 @@ class Ladder:
             )
         )
         self.say(f"{len(harvest)} chains harvested from {len(usable)} questions")
+
+
+def read_plan(path: Path) -> dict[str, dict]:
+    """stages.json: stage -> {"mixture": task -> weight, "graded": families}, both optional; {} without it.
+
+    "graded" of long-cot is asked in all stages of thinking. Raises ValueError for what no stage reads.
+    """
+    if not path.exists():
+        return {}
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        named = {stage: set(told) for stage, told in plan.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not an object of stages ({error})") from error
+
+    known = {**pretrain.TOY, **sft.TOY, **rl.TOY}
+    for stage, keys in named.items():
+        if stage not in known:
+            raise ValueError(f"{path}: no stage {stage!r}; choose from {', '.join(known)}")
+        if not keys <= {"mixture", "graded"}:
+            raise ValueError(f'{path}: {stage} may have "mixture" and "graded", not {sorted(keys)}')
+    return plan
 
 
 def with_swapped_images(documents: list) -> list:
