@@ -13,6 +13,7 @@ from tools.compare import LadderPairOptions, compare_ladders, read_ladder
 from tools.evidence import Difference, improvement, lookups, paired, read_results, unpaired
 from tools.ladder import both_ways, modes_by_family, question_digests, shown_pairs
 from tools.seeds import SeedsOptions, known_seeds, summarise_seeds
+from toy import read_plan
 
 
 def written(folder, results: dict, samples: dict | None = None):
@@ -268,3 +269,19 @@ def test_stages_and_options_that_only_one_run_has_are_shown_as_such(tmp_path, ca
     compare_ladders(LadderPairOptions((a, b), tmp_path / "deep" / "page.html"))
     page = (tmp_path / "deep" / "page.html").read_text()
     assert "loss of sft2 in both runs" in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[1]", "not an object of stages"),
+        ("{", "not an object of stages"),
+        ('{"sft9": {}}', "no stage 'sft9'"),
+        ('{"sft1": {"mixtures": {}}}', "may have"),
+    ],
+)
+def test_a_plan_that_no_stage_reads_is_an_error_that_names_the_file(tmp_path, text, said):
+    (tmp_path / "stages.json").write_text(text)
+    with pytest.raises(ValueError, match=f"stages.json.*{said}"):
+        read_plan(tmp_path / "stages.json")
+    assert read_plan(tmp_path / "none.json") == {}

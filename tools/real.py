@@ -145,8 +145,8 @@ def stage_plan(held_out: list[dict]) -> dict[str, dict]:
         graded = [family for family, task in tasks.items() if task in wanted]
         stages.setdefault(name, {})["graded"] = graded
     reasoning = [family for family in tasks if TABLE[family].reasoning]
-    for name in ("long-cot", "verifiable", "fusion", "mixed"):
-        stages[name] = {"graded": reasoning}
+    # of long CoT and of all later stages that think
+    stages["long-cot"] = {"graded": reasoning}
     return stages
 
 
