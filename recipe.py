@@ -20,6 +20,7 @@ be resumed anywhere and read by worker processes; `FEEDS[stage.objective]` turns
 Every stage of the toy has a command, and a command does on `--data` what the toy does on the drawn world.
 """
 
+import copy
 import functools
 import math
 import random
@@ -456,7 +457,10 @@ def restart(
         except RuntimeError as error:
             raise ValueError(f"--llm: a language model of other sizes ({error})") from error
     if adapter_seed is not None:
-        model.mlp1.init_weights(torch.Generator().manual_seed(adapter_seed))
+        # Drawn on the CPU, wherever the model is: the same numbers on every device
+        adapter = copy.deepcopy(model.mlp1).cpu()
+        adapter.init_weights(torch.Generator().manual_seed(adapter_seed))
+        model.mlp1.load_state_dict(adapter.state_dict())
 
 
 def upcycled(model: SailVL, experts: int, per_token: int = 2) -> SailVL:

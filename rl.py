@@ -39,8 +39,8 @@ def toy_rl(name: str, steps: int, lr: float, **more) -> RLStage:
 
 
 TOY: dict[str, BaseStage] = {
-    "verifiable": toy_rl("verifiable", 56, 1e-3, seed=21),
-    "mixed": toy_rl("mixed", 64, 5e-4, seed=22, reward="mixed"),
+    "verifiable": toy_rl("verifiable", 80, 1e-3, seed=21),
+    "mixed": toy_rl("mixed", 96, 5e-4, seed=22, reward="mixed"),
 }
 
 # --------------------------------------------------------------------------------------- the paper

@@ -63,7 +63,8 @@ FUSION = {
     "caption": 0.8,
     "reading": 1.0,
     "grounding": 1.2,
-    "charts": 0.8,
+    "counting": 0.8,
+    "charts": 1.2,
     "arithmetic": 1.5,
     "odd": 1.0,
 }
@@ -81,14 +82,14 @@ TOY: dict[str, BaseStage] = {
         ALL,
         CHAINS,
         samples="chains",
-        steps=240,
+        steps=200,
         rows=2,
         length=1024,
         lr=5e-3,
         schedule="wsd",
         turns=1,
     ),
-    "fusion": phase("fusion", FUSION, 170, lr=3e-3, samples="fusion", think=0.25),
+    "fusion": phase("fusion", FUSION, 240, lr=3e-3, samples="fusion", think=0.25),
 }
 
 # --------------------------------------------------------------------------------------- the paper

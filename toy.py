@@ -111,6 +111,7 @@ class Ladder:
 
         # A model from noise
         model, tokenizer = recipe.new_model("toy", source, options.seed)
+        model.to(ranks.device)
         encoder = Encoder(tokenizer, model.config, source.root, max_length=512)
         self.setup = Setup(model, encoder, source, ranks)
 
@@ -281,10 +282,10 @@ class Ladder:
         # Held-out pictures
         pictures = [s for family, group in self.held_out.items() if family != "text" for s in group]
         arrays = [array for sample in pictures for array in self.encoder.images(sample)[0]][:400]
-        held_out = normalise(arrays)
+        held_out = normalise(arrays).to(self.setup.ranks.device)
 
         # The ViT with a head of its own, before and after
-        predictor = PatchPredictor(self.model.vision_model)
+        predictor = PatchPredictor(self.model.vision_model).to(self.setup.ranks.device)
         with torch.no_grad():
             before = float(predictor.loss(held_out, 4))
         _, seconds = self.train(self.row_of(pretrain.TOY, "image"), predictor=predictor)
@@ -305,7 +306,7 @@ class Ladder:
             documents = with_swapped_images(documents)
 
         # All in one row
-        batch = collate([documents], None, self.encoder.tokenizer.pad)
+        batch = collate([documents], None, self.encoder.tokenizer.pad).to(self.setup.ranks.device)
         with torch.no_grad():
             _, statistics = supervised(self.model, batch, Stage())
         return float(statistics["loss"]) / batch.weight

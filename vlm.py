@@ -330,7 +330,7 @@ class SailVL(nn.Module):
         sparse_layers = sparse.language_model.model.layers
         for dense, copy in zip(dense_layers, sparse_layers):
             upcycle(dense.mlp, copy.mlp)
-        return sparse
+        return sparse.to(self.language_model.lm_head.weight.device)
 
     def parameter_counts(self) -> dict[str, int]:
         """All parameters ("total"), and those a token passes through ("active": K of E experts)."""

@@ -7,13 +7,13 @@ scale/plan.py computed for the same layout.
 
     python -m bench.gpu                                                   # SAIL-VL2-2B on one device
     torchrun --standalone --nproc-per-node 8 -m bench.gpu --preset 8b --layout.shard 8 --layout.half
-    torchrun --standalone --nproc-per-node 1 -m bench.gpu --preset 30b-a3b --layers 6 --layout.half
+    torchrun --standalone --nproc-per-node 1 -m bench.gpu --preset 30b-a3b --layers 4 --layout.half
 
     MFU = FLOP of one forward and one backward pass / (median step * devices * FLOP/s of a device)
 
 (`--layers`: as many as fit. `--layout.half` and `.offload` want torchrun for one device, too.)
 FLOP of recomputation are not counted: they are work, and not use. A device that the table of
-scale/devices.py does not have (a CPU: `--preset toy --length 512`) gets no MFU. Not run on a GPU yet.
+scale/devices.py does not have (a CPU: `--preset toy --length 512`) gets no MFU. An H100 has run it: bench/h100.md.
 """
 
 import statistics
@@ -211,7 +211,10 @@ def measured_peak() -> str:
 def busiest_kernels(profile: torch.profiler.profile) -> list[str]:
     """The ten kernels (on a CPU: operations) that take most of a step, with their shares."""
     events = profile.key_averages()
-    on_device = any(event.self_device_time_total for event in events)
+    # An operation's row has the time of the kernels that it started, and so have their own rows
+    kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    on_device = bool(kernels)
+    events = kernels or events
 
     def spent(event) -> float:
         return event.self_device_time_total if on_device else event.self_cpu_time_total

@@ -16,8 +16,8 @@ that run in the same process.
 FLOP are counted as everyone counts them: 6 S K C I forward, 12 backward. "of the matmul" is of the
 large matmul. Inputs are O(1); every time is the median of `--repeat` runs between CUDA events with the
 L2 cache flushed, and 10th to 90th percentile are shown. What stands between the products (--block) is
-counted in bytes that must be read and written at least, beside a copy; that part has not run on a GPU
-yet.
+counted in bytes that must be read and written at least, beside a copy. What an H100 printed:
+bench/h100.md.
 
 Legend, as in moe.py: S tokens, E experts, K of them for a token, C model width, I expert width.
 """
@@ -51,6 +51,7 @@ class KernelOptions:
     width: int = 2048
     expert_width: int = 768
     repeat: int = 50
+    compiled: bool = True  # the compiler's as well, which needs a minute for each size
     block: bool = False  # (sizes of Qwen3-1.7B: of the options only --tokens and --repeat count)
     cpu: bool = False
     interpret: bool = False
@@ -167,15 +168,16 @@ def scattermoe_experts() -> Mixture:
     return run
 
 
-def gpu_peers() -> dict[str, Mixture]:
+def gpu_peers(compiled: bool) -> dict[str, Mixture]:
     """Ours first, then what can be imported here."""
     from kernels.moe_triton import expert_mixture_triton
 
     runs = {
         "ours": expert_mixture_triton,
         "grouped matmul": autograd_grouped,
-        "same, compiled": torch.compile(autograd_grouped),
     }
+    if compiled:
+        runs["same, compiled"] = torch.compile(autograd_grouped)
     for name, make in (("Liger", liger_experts), ("scattermoe", scattermoe_experts)):
         try:
             runs[name] = make()
@@ -353,7 +355,8 @@ def compare_block(options: KernelOptions) -> None:
             shape = tuple(case.leaves[0].shape)
             print(f"\n{case.name} of {shape}, {str(case.leaves[0].dtype)[6:]}")
             runs = {name: getattr(functions, case.name) for name, functions in peers.items()}
-            runs["compiled"] = torch.compile(getattr(DEFINITIONS, case.name), dynamic=True)
+            if options.compiled:
+                runs["compiled"] = torch.compile(getattr(DEFINITIONS, case.name), dynamic=True)
             if case.name == "rms_norm":
                 runs["F.rms_norm"] = torch_norm
             for name, run in runs.items():
@@ -474,7 +477,7 @@ def compare_on_gpu(options: KernelOptions) -> None:
         f"layer: E {E}, K {K}, C {C}, I {I}, bf16; median of {options.repeat} (10th to 90th "
         "percentile)"
     )
-    runs = gpu_peers()
+    runs = gpu_peers(options.compiled)
     for S in options.tokens:
         for popularity in ("uniform", "zipf"):
             torch.manual_seed(0)

@@ -16,7 +16,8 @@ fixed order: dw is summed in `STRIPES` parts, and these by PyTorch.
 Why kernels of our own, when `torch.nn.functional.rms_norm` exists and `torch.compile` writes such kernels
 by itself: the former is one kernel only when input and weight share a type, which bf16 heads under fp32
 weights do not; the latter compiles again when documents change their number. Both stand beside these in
-the bench. Not yet measured on a GPU; inside a compiled block llm.py takes the definitions.
+the bench, and what an H100 printed in bench/h100.md. Inside a compiled block llm.py takes the
+definitions.
 
     python -m kernels.bench --block        speed and bytes a second, where there is a CUDA GPU
     python -m kernels.bench --compile 90   compiled for sm_90 without one

@@ -49,8 +49,9 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SORT = 128  # slots per program while sorting
 
 # Of a product's tile: rows, columns, depth, warps, pipeline stages. `up` has two accumulators, so its
-# columns count twice. Chosen for sm_90: stages within 227 KB, nothing spilled (`--compile` shows both).
-# Not yet tuned on a GPU.
+# columns count twice. Chosen for sm_90: stages within 227 KB, nothing spilled (`--compile` shows both);
+# "half" and "middle" are the best of 8 to 13 tiles of each product, tried on an H100 at 1024 and at 256
+# rows an expert (bench/h100.md).
 WIDE = (128, 256, 64, 8, 4)
 SHORT = (64, 256, 64, 4, 4)
 FEW = (16, 128, 64, 4, 4)
@@ -59,7 +60,14 @@ EXACT = (64, 64, 32, 8, 2)
 TINY = (16, 32, 32, 1, 1)
 BLOCKS = {
     "half": {"up": (128, 128, 64, 8, 4), "grouped": WIDE, "grad": WIDE, "weight": DEEP},
-    # Fewer than 512 rows an expert: half-empty tiles would cost more than narrow ones.
+    # Fewer than 512 rows an expert: more and narrower tiles, so that no processor stands idle.
+    "middle": {
+        "up": (128, 128, 64, 8, 4),
+        "grouped": (128, 128, 64, 4, 3),
+        "grad": WIDE,
+        "weight": (128, 128, 64, 4, 3),
+    },
+    # Fewer than 128: half-empty tiles would cost more than short ones (not tried on a GPU).
     "short": {"up": (64, 128, 64, 4, 4), "grouped": SHORT, "grad": SHORT, "weight": DEEP},
     # Decoding: read the weights once.
     "few": {"up": FEW, "grouped": FEW, "grad": FEW, "weight": DEEP},
@@ -77,8 +85,10 @@ def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
         return BLOCKS["full"]
     if rows_per_expert < 16:
         return BLOCKS["few"]
-    if rows_per_expert < 512:
+    if rows_per_expert < 128:
         return BLOCKS["short"]
+    if rows_per_expert < 512:
+        return BLOCKS["middle"]
     return BLOCKS["half"]
 
 

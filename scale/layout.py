@@ -121,7 +121,7 @@ def axes_of(layout: Layout, kind: str) -> Mesh:
     size = (layout.pp, layout.copies, layout.shard)
     dense = init_device_mesh(kind, size, mesh_dim_names=("pp", "copy", "shard"))
     experts = (layout.shard // layout.ep, layout.ep)
-    sparse = dense._unflatten("shard", experts, ("efsdp", "ep"))
+    sparse = dense._unflatten(2, experts, ("efsdp", "ep"))
     return {
         "pp": dense["pp"],
         "copy": dense["copy"],

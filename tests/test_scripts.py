@@ -112,7 +112,8 @@ def test_strict_makes_the_first_fault_fatal(folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
-    common = ["multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3"]
+    # (where there is one GPU, two processes cannot have one each)
+    common = ["multitask", *TINY, "--optimizer", "adamw", "--lr", "1e-3", "--device", "cpu"]
     run("pretrain.py", *common, "--out", tmp_path / "one")
     run(
         "-m",

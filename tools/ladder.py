@@ -41,7 +41,7 @@ def packed_row(setup: Setup) -> tuple[list[Row], dict[str, list[float]]]:
     """One packed batch as (length, has image; None for padding) per row, and the experts' load on it."""
     stage = pretrain.TOY["multitask"]
     _, batches = packed_rows(setup, stage, answers(setup, stage))
-    batch = next(batches)[0]
+    batch = next(batches)[0].to(setup.ranks.device)
 
     # The rows
     rows: list[Row] = []
