@@ -8,6 +8,7 @@ TORCH  := torch==2.13.0
 MODEL  ?= dense
 SEED   ?= 0
 RANKS  ?= 2
+DEVICE ?= cpu
 SEEDS  ?=
 QUICK  ?=
 LOCKED ?=
@@ -15,7 +16,7 @@ TALK_dense := runs/toy/final
 TALK_moe   := runs/toy-moe/final
 # Large blocks of memory are kept and not given back between steps: a step takes a twentieth less.
 MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=67108864
-LADDER := OMP_NUM_THREADS=1 $(MALLOC) $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py
+LADDER := OMP_NUM_THREADS=1 $(MALLOC) $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) toy.py --device $(DEVICE)
 SMOL   := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m smol.stages
 # where a ladder goes, and what a quick look does: a fifth of the steps, fewer questions
 TOY    := runs/toy$(if $(filter moe,$(MODEL)),-moe)$(if $(QUICK),-quick)
@@ -31,7 +32,7 @@ help:            ## this list (times on two cores, without the first installatio
 
 env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1: the tested versions, with hashes)
 
-toy: $(VENV)/core         ## 7-10 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2; SEEDS=5: five of them, and their table; QUICK=1: a look)
+toy: $(VENV)/core         ## 7-10 min the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2 DEVICE=cpu; SEEDS=5: five of them, and their table; QUICK=1: a look)
 ifeq ($(SEEDS),)
 	$(LADDER) --model $(MODEL) --seed $(SEED) --out $(TOY) $(QUICKLY)
 else

@@ -35,6 +35,7 @@ from data.sample import Faults, Sample
 from data.world import GRADED, PHASES, REASONING, World
 from evaluate import Graded, Score, ask, evaluate, family_of, text_of
 from infra.cli import command
+from infra.device import pick_device
 from objective import PatchPredictor, supervised
 from packing import collate
 from recipe import Setup, fit
@@ -60,6 +61,7 @@ class ToyOptions:
     seed: int = 0
     samples: int = 200  # held-out samples per family
     effort: float = 1.0  # multiplies the steps of every stage
+    device: str = ""  # cpu, cuda, npu, mps; none: what there is
     # a directory with train.jsonl, held_out.jsonl and images/ (and stages.json: what each stage reads and is
     # graded by); none: the drawn world
     data: Path | None = None
@@ -88,7 +90,8 @@ class Ladder:
         if options.model not in ("dense", "moe"):
             raise ValueError(f"--model {options.model}: choose dense or moe")
         self.options = options
-        ranks = parallel.start()
+        kind = pick_device(options.device, default="").partition(":")[0]
+        ranks = parallel.start(kind=kind)
         torch.manual_seed(options.seed)
 
         # What it learns from, and the samples that it never sees

@@ -13,7 +13,8 @@ scale/plan.py computed for the same layout.
 
 (`--layers`: as many as fit. `--layout.half` and `.offload` want torchrun for one device, too.)
 FLOP of recomputation are not counted: they are work, and not use. A device that the table of
-scale/devices.py does not have (a CPU: `--preset toy --length 512`) gets no MFU. An H100 has run it: bench/h100.md.
+scale/devices.py does not have (a CPU: `--preset toy --length 512`) gets no MFU. bench/h100.md has what
+one H100 printed.
 """
 
 import statistics
@@ -212,7 +213,8 @@ def busiest_kernels(profile: torch.profiler.profile) -> list[str]:
     """The ten kernels (on a CPU: operations) that take most of a step, with their shares."""
     events = profile.key_averages()
     # An operation's row has the time of the kernels that it started, and so have their own rows
-    kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+    host = torch.autograd.DeviceType.CPU
+    kernels = [e for e in events if e.device_type != host and not e.is_user_annotation]
     on_device = bool(kernels)
     events = kernels or events
 

@@ -240,7 +240,7 @@ def write_llm(config) -> dict:
         "hidden_act": "silu",
         "attention_bias": False,
         "rope_scaling": None,
-        "max_position_embeddings": 40960,
+        "max_position_embeddings": 40960 if config.qk_norm else 8192,  # Qwen3's, SmolLM2's
     }
     # The model's type says whether queries and keys have norms.
     sizes = asdict(config)

@@ -50,8 +50,8 @@ SORT = 128  # slots per program while sorting
 
 # Of a product's tile: rows, columns, depth, warps, pipeline stages. `up` has two accumulators, so its
 # columns count twice. Chosen for sm_90: stages within 227 KB, nothing spilled (`--compile` shows both);
-# "half" and "middle" are the best of 8 to 13 tiles of each product, tried on an H100 at 1024 and at 256
-# rows an expert (bench/h100.md).
+# "half" and "middle" were tried on an H100 at 1024 and at 256 rows an expert, beside 8 to 13 others of
+# each product, and are the best or within 6 % of it (bench/h100.md).
 WIDE = (128, 256, 64, 8, 4)
 SHORT = (64, 256, 64, 4, 4)
 FEW = (16, 128, 64, 4, 4)

@@ -100,7 +100,7 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout(), kind: str = "") -
     """Join torchrun's process group if there is one. kind: of device, "" for `device_kind`.
 
     timeout: seconds that a collective waits for the slowest rank. Raises ConnectionError when not
-    all ranks come, ValueError for a layout that does not fit their number.
+    all ranks come, ValueError for a layout that does not fit their number, or for more ranks than devices.
     """
     kind = kind or device_kind()
     use_own_processors()
@@ -113,12 +113,7 @@ def start(timeout: float = TIMEOUT, layout: Layout = Layout(), kind: str = "") -
             )
         return Ranks(device=kind, timeout=timeout, layout=layout)
 
-    # this process's accelerator
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = "cpu" if kind == "cpu" else f"{kind}:{local}"
-    if kind != "cpu":
-        torch.accelerator.set_device_index(local)
-
+    device = own_device(kind)
     if _meeting.watcher is None or not _meeting.watcher.is_alive():
         _meeting.watcher = Watcher()
     if not dist.is_initialized():
@@ -165,6 +160,21 @@ def device_kind() -> str:
     kind = torch.accelerator.current_accelerator().type
     # a model of the toy's size is faster on the CPU than on MPS, where none of this was tried
     return "cpu" if kind == "mps" else kind
+
+
+def own_device(kind: str) -> str:
+    """The device of this rank, which becomes the current one. Raises ValueError when there are too few."""
+    if kind == "cpu":
+        return kind
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.accelerator.device_count()
+    if local >= count:
+        raise ValueError(
+            f"rank {local} of this machine has no {kind} device of its own, there are {count}: "
+            f"torchrun --nproc-per-node {count}, or --device cpu"
+        )
+    torch.accelerator.set_device_index(local)
+    return f"{kind}:{local}"
 
 
 def use_own_processors() -> None:

@@ -3,6 +3,7 @@
 What the interpreter of tests/test_kernels.py cannot show: real sizes, real tiles, real rounding.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,12 +35,19 @@ def passes(mixture, inputs, direction) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y, leaves_of(inputs), direction.to(y.dtype))]
 
 
+def drawn(documents: list) -> set[str]:
+    """Which of picture, video and text are among them."""
+    kinds = {0: "text", 1: "picture"}
+    return {kinds.get(len(document.images), "video") for document in documents}
+
+
 @pytest.mark.parametrize("popularity", ["uniform", "zipf"])
 @pytest.mark.parametrize(
     "S, E, K, C, I, dtype, tolerance",
     [
         (1, 128, 8, 2048, 768, torch.bfloat16, 1e-2),  # decoding
         (77, 128, 8, 2048, 768, torch.bfloat16, 1e-2),
+        (1000, 128, 8, 2048, 768, torch.bfloat16, 1e-2),  # of each of the tables of tiles one
         (4096, 128, 8, 2048, 768, torch.bfloat16, 1e-2),  # SAIL-VL2-A3B's layer
         (16384, 16, 4, 520, 200, torch.bfloat16, 1e-2),  # what fills no tile
         (4096, 16, 4, 512, 192, torch.float16, 2e-3),
@@ -52,7 +60,7 @@ def test_the_kernels_are_the_definition_in_doubles(S, E, K, C, I, dtype, toleran
 
     torch.manual_seed(0)
     inputs = layer_inputs(S, E, K, C, I, popularity, dtype, "cuda")
-    direction = torch.randn(S, C, device="cuda")
+    direction = torch.randn(S, C, device="cuda").to(dtype)
     exact = []
     for t in inputs:
         wide = t.detach().double() if t.is_floating_point() else t
@@ -85,7 +93,8 @@ def test_losses_and_gradients_are_those_of_a_cpu(preset, tokenizer, encoder, doc
     config = replace(PRESETS[preset], image_token_id=tokenizer.image)
     config = replace(config, text=replace(config.text, vocab_size=448))
     stage = Stage("gpu", ALL, steps=1, rows=2, length=512, accumulate=0, optimizer="adamw", lr=1e-3)
-    batch = collate([documents[:6], documents[6:12]], None, tokenizer.pad)
+    assert drawn(documents) == {"text", "picture", "video"}
+    batch = collate([documents[:20], documents[20:]], None, tokenizer.pad)
     losses = {}
     gradients = {}
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
@@ -111,3 +120,4 @@ def test_the_whole_ladder_starts_and_ends(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "final/model.safetensors").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["device"].startswith("cuda")

@@ -200,6 +200,7 @@ def finish(ladder, seconds: float, after: dict[str, dict[str, list[float]]] | No
         "total_seconds": round(seconds, 1),
         "date": datetime.date.today().isoformat(),
         "machine": machine_name(),
+        "device": ladder.setup.ranks.device,
         "options": {name: str(value) for name, value in asdict(options).items()},
         "cores": os.cpu_count(),
         "processes": ladder.setup.ranks.size,

@@ -421,7 +421,7 @@ def rung_table() -> str:
             "`python sft.py paper:sft1 --model SAIL-VL2-2B --data my.jsonl`",
             f"{gib(training_gib('SAIL-VL2-2B'))} + activations",
             "train all of the 2B model: 11,165 tokens a second on an H100, 51.8 GiB at the peak",
-            "measured 2026-11-26, random weights: [bench/h100.md](bench/h100.md)",
+            "the same steps by `bench.gpu`, 2026-11-26: [bench/h100.md](bench/h100.md)",
         ),
         (
             "one node, 8 x 80 GB",
