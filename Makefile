@@ -20,6 +20,7 @@ LADDER := OMP_NUM_THREADS=1 $(MALLOC) $(VENV)/bin/torchrun --standalone --nproc-
 SMOL   := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) -m smol.stages
 # where a ladder goes, and what a quick look does: a fifth of the steps, fewer questions
 TOY    := runs/toy$(if $(filter moe,$(MODEL)),-moe)$(if $(QUICK),-quick)
+REAL   := runs/real$(if $(filter moe,$(MODEL)),-moe)
 QUICKLY := $(if $(QUICK),--effort 0.2 --samples 50)
 NUMBERS := $(if $(SEEDS),$(shell seq 0 $$(($(SEEDS) - 1))))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests
@@ -48,7 +49,12 @@ lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose number
 
 real: $(VENV)/real        ## untimed  the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
-	$(LADDER) --data real --out runs/real --model $(MODEL) --seed $(SEED)
+ifeq ($(SEEDS),)
+	$(LADDER) --data real --out $(REAL) --model $(MODEL) --seed $(SEED)
+else
+	for seed in $(NUMBERS); do $(LADDER) --data real --out $(REAL)-seed$$seed --model $(MODEL) --seed $$seed || exit 1; done
+	$(PY) -m tools.seeds $(NUMBERS:%=$(REAL)-seed%) --out runs/real-seeds
+endif
 
 smol: $(VENV)/smol        ## untimed  a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
 	$(PY) -m tools.real --out real

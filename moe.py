@@ -385,19 +385,37 @@ class MoE(nn.Module):
 def upcycle(dense: nn.Module, moe: MoE) -> None:
     """Start a MoE layer from a dense one without changing what it computes.
 
-    Our choice; the paper starts from released MoEs. Every expert is a whole copy of the dense layer.
-    The kept weights sum to 1, so any top K of equal experts gives the dense output, whatever the
-    router says; training then drives the copies apart.
+    Our choice; the paper starts from released MoEs. Where experts are as wide as the dense layer, each is a
+    copy of it: the kept weights sum to 1, so any top K of equal experts gives the dense output. Narrower
+    ones are pieces of a copy (Qwen3's 128 experts are narrow): the router's rows are equal for all pieces
+    of one copy, so they are chosen together, with equal weights, and their sum, `pieces` times as large, is
+    the dense output. Training drives copies and pieces apart.
+
+        pieces 2, K 2, 16 experts    copy 0: [left, right]  copy 1: [left, right]  ...  copy 7
+        a token takes                                       left + right of the copy that it likes most
     """
-    assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
-    gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight])  # (2I, C)
-    down = dense.down_proj.weight  # (C, I)
+    # Whole columns of the dense layer for each piece
     experts = moe.experts
-    assert experts.gate_up_proj.shape[1:] == gate_up.shape, (
-        "upcycling copies whole experts: equal widths wanted"
+    E, C, I = experts.down_proj.shape
+    width = dense.down_proj.weight.shape[1]
+    pieces = width // I
+    assert moe.normalise, "exact upcycling needs weights that sum to 1 (norm_topk_prob)"
+    assert width == pieces * I and E % pieces == 0 and moe.top_k % pieces == 0, (
+        f"{width} columns, {E} experts of {I}, {moe.top_k} a token: whole copies wanted"
     )
-    experts.gate_up_proj.copy_(gate_up.expand_as(experts.gate_up_proj))
-    experts.down_proj.copy_(down.expand_as(experts.down_proj))
+
+    # One copy, cut
+    gate = dense.gate_proj.weight.view(pieces, I, C)
+    up = dense.up_proj.weight.view(pieces, I, C)
+    gate_up = torch.cat([gate, up], dim=1)  # (pieces, 2I, C)
+    down = dense.down_proj.weight.view(C, pieces, I).transpose(0, 1) * pieces  # (pieces, C, I)
+
+    # All copies, and a router that tells copies apart but not their pieces
+    copies = E // pieces
+    experts.gate_up_proj.copy_(gate_up.repeat(copies, 1, 1))
+    experts.down_proj.copy_(down.repeat(copies, 1, 1))
+    router = moe.gate.weight.view(copies, pieces, C)
+    router.copy_(router[:, :1].clone().expand_as(router))
 
 
 # ------------------------------------------------------------------------- keeping experts alive

@@ -392,7 +392,7 @@ def single_images(encoder: Encoder, stage: Stage, samples, faults: Faults) -> It
     for sample in samples:
         # A bad picture costs its sample
         try:
-            arrays, _ = encoder.images(sample)
+            arrays, _ = encoder.images(encoder.unrolled(sample))
         except BadSample as fault:
             faults.add(fault)
             arrays = []
@@ -463,19 +463,27 @@ def restart(
         model.mlp1.load_state_dict(adapter.state_dict())
 
 
-def upcycled(model: SailVL, experts: int, per_token: int = 2) -> SailVL:
-    """A mixture of experts that computes what the dense model computes: every expert is a whole copy
-    of its feed-forward. Raises ValueError for a model that has experts already."""
+def upcycled(model: SailVL, experts: int, per_token: int = 2, pieces: int = 1) -> SailVL:
+    """A mixture of experts that computes what the dense model computes: every expert is a copy of its
+    feed-forward, or one of so many `pieces` of a copy (see `moe.upcycle`).
+
+    Raises ValueError for a model that has experts already, and for pieces that make no whole copies.
+    """
     text = model.config.text
+    width = text.intermediate_size
     if text.num_experts:
         raise ValueError(f"--experts {experts}: the model has {text.num_experts} experts already")
-    width = text.intermediate_size
+    if pieces < 1 or any(n % pieces for n in (experts, per_token, width)):
+        raise ValueError(
+            f"--expert-pieces {pieces}: must divide --experts {experts}, {per_token} experts a token "
+            f"and the {width} columns of the feed-forward"
+        )
     return model.to_moe(
         replace(
             text,
             num_experts=experts,
             num_experts_per_tok=per_token,
-            moe_intermediate_size=width,
+            moe_intermediate_size=width // pieces,
             norm_topk_prob=True,
         )
     )
@@ -505,6 +513,7 @@ class RunOptions:
     llm: Path | None = None  # directory whose language model takes the place of the model's
     fresh_adapter: bool = False  # begin with a new adapter, as basic pre-training does
     experts: int = 0  # make a dense model a mixture of so many experts (upcycling), two a token
+    expert_pieces: int = 1  # 2: each expert half of a copy, so that a token costs what it did
     out: Path = Path("runs/out")  # directory for the trained model and the log
     harvest: Path | None = None  # chains for think-fusion, from `python -m curation.chains`
     workers: int = 0  # processes on each rank that read and decode ahead, and one packs; 0: none
@@ -682,7 +691,7 @@ def set_up(options: RunOptions, ranks: Ranks) -> Setup:
     if options.fresh_adapter:
         restart(model, adapter_seed=options.stage.seed + 1)
     if options.experts:
-        model = upcycled(model, options.experts)
+        model = upcycled(model, options.experts, pieces=options.expert_pieces)
 
     # Choices about images and questions that are not the model's own
     chosen = {key: getattr(options, key) for key in ("any_resolution", "max_tiles", "msac")}

@@ -218,19 +218,19 @@ class Tokenizer:
 
     def save(self, directory) -> None:
         """Ranks and template, as `load` reads them first, and the files that others read: see
-        infra/hub.py."""
-        # ours: a token in base 64 and its rank on each line
+        infra/hub.py. The ranks come last: a directory that has them has everything."""
+        # the template, and what others read
         directory = Path(directory)
+        template = {key: getattr(self, key) for key in TEMPLATE}
+        for name, value in {"template.json": template, **self.published}.items():
+            write_json(directory / name, value)
+
+        # ours: a token in base 64 and its rank on each line
         lines = [
             base64.b64encode(token).decode() + f" {rank}\n"
             for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
         ]
         (directory / "tokenizer.tiktoken").write_text("".join(lines))
-
-        # the template, and what others read
-        template = {key: getattr(self, key) for key in TEMPLATE}
-        for name, value in {"template.json": template, **self.published}.items():
-            write_json(directory / name, value)
 
     @functools.cached_property
     def published(self) -> dict[str, Any]:

@@ -98,10 +98,12 @@ class Ladder:
         self.plan: dict[str, dict] = {}  # stage -> its mixture, and the families that grade it
         if options.data:
             source = Folder(options.data / "train.jsonl")
-            self.plan = read_plan(options.data / "stages.json")
+            self.plan = read_plan(options.data / "stages.json", set(source.tasks()))
             self.held_out: dict[str, list[Sample]] = {}
             for sample in Folder(options.data / "held_out.jsonl").first():
-                self.held_out.setdefault(family_of(sample), []).append(sample)
+                group = self.held_out.setdefault(family_of(sample), [])
+                if len(group) < options.samples:
+                    group.append(sample)
         else:
             source = World()
             self.held_out = {f: source.held_out(f, options.samples) for f in GRADED}
@@ -280,11 +282,16 @@ class Ladder:
             name: value.clone() for name, value in self.model.language_model.state_dict().items()
         }
 
+    def pictures_of(self, sample: Sample) -> list:
+        """A sample's pictures and frames, as arrays."""
+        arrays, _ = self.encoder.images(self.encoder.unrolled(sample))
+        return arrays
+
     def image(self) -> None:
         """Patch prediction, graded against predicting each patch's mean (1.0 by construction)."""
         # Held-out pictures
         pictures = [s for family, group in self.held_out.items() if family != "text" for s in group]
-        arrays = [array for sample in pictures for array in self.encoder.images(sample)[0]][:400]
+        arrays = [array for sample in pictures for array in self.pictures_of(sample)][:400]
         held_out = normalise(arrays).to(self.setup.ranks.device)
 
         # The ViT with a head of its own, before and after
@@ -398,9 +405,13 @@ class Ladder:
             )
         )
 
-    def to_moe(self) -> None:
-        """Upcycle: the dense language model becomes a mixture of experts that computes the same function."""
-        model = recipe.upcycled(self.model, PRESETS["toy-moe"].text.num_experts)
+    def to_moe(self, pieces: int = 1) -> None:
+        """Upcycle: the dense language model becomes a mixture of experts that computes the same function.
+
+        pieces: of each of the eight copies; with two, a token's two experts cost what the dense layer did.
+        """
+        copies = PRESETS["toy-moe"].text.num_experts
+        model = recipe.upcycled(self.model, copies * pieces, pieces=pieces)
         encoder = replace(self.encoder, config=model.config)
         self.setup = replace(self.setup, model=model, encoder=encoder)
 
@@ -533,10 +544,11 @@ class Ladder:
         self.say(f"{len(harvest)} chains harvested from {len(usable)} questions")
 
 
-def read_plan(path: Path) -> dict[str, dict]:
+def read_plan(path: Path, tasks: set[str]) -> dict[str, dict]:
     """stages.json: stage -> {"mixture": task -> weight, "graded": families}, both optional; {} without it.
 
-    "graded" of long-cot is asked in all stages of thinking. Raises ValueError for what no stage reads.
+    tasks: of the rows. "graded" of long-cot is asked in all stages of thinking. Raises ValueError for what
+    no stage reads, and for a mixture of what no row has.
     """
     if not path.exists():
         return {}
@@ -552,6 +564,11 @@ def read_plan(path: Path) -> dict[str, dict]:
             raise ValueError(f"{path}: no stage {stage!r}; choose from {', '.join(known)}")
         if not keys <= {"mixture", "graded"}:
             raise ValueError(f'{path}: {stage} may have "mixture" and "graded", not {sorted(keys)}')
+        missing = sorted(set(plan[stage].get("mixture", ())) - tasks)
+        if missing:
+            raise ValueError(
+                f"{path}: {stage} mixes {missing[0]!r}, which no row is; {sorted(tasks)}"
+            )
     return plan
 
 
@@ -584,7 +601,7 @@ def climb(options: ToyOptions) -> int:
     ladder.graded_stage(pretrain.TOY, "vit3", "overall accuracy", everything)
     ladder.basic(language)
     if options.model == "moe":
-        ladder.to_moe()
+        ladder.to_moe(pieces=2)
     ladder.graded_stage(pretrain.TOY, "multitask", "overall accuracy", everything)
 
     # Fine-tuning

@@ -33,9 +33,10 @@ experts, K of them a token, p patch side, w bytes of a number inside a block (bf
 Counted as if by PyTorch alone: with the kernels of a GPU (kernels/block_triton.py) a norm keeps its
 input and 1 / rms, SwiGLU gate and up, a turn nothing. Not counted: fragmentation, the CUDA context,
 NCCL's buffers, kernels' workspaces. An estimate: gradients that exist beside what one block keeps
-(`flow_bytes`). The total is meant as an upper bound: on a CPU (profiler) it was above the peaks of sixteen small
-steps by 4 to 60 %, most where logits or ViT blocks are large, since some of the rest is gone when their
-turn comes. On an H100 four steps of large models had 97, 98, 99 and 106 % of it (bench/h100.md).
+(`flow_bytes`). The total is meant as an upper bound: on a CPU (profiler) it was above the peaks of
+sixteen small steps by 4 to 60 %, most where logits or ViT blocks are large, since some of the rest is
+gone when their turn comes. On an H100 four steps of large models had 97, 98, 99 and 106 % of it
+(bench/h100.md).
 
     python -c "from infra.memory import *; import sft; print(stage_memory('SAIL-VL2-2B', sft.PAPER['sft1']))"
 """

@@ -20,7 +20,15 @@ import random
 import numpy as np
 from PIL import Image
 
-from realdata.example import CORNERS, Example, Question, cell_corner, empty_paper, on_test_side
+from realdata.example import (
+    CORNERS,
+    Example,
+    Question,
+    as_often,
+    cell_corner,
+    empty_paper,
+    on_test_side,
+)
 
 SOURCE = "scikit-learn digits (UCI, BSD-3)"
 Scans = dict[int, list[Image.Image]]  # digit -> its scans, ink is dark
@@ -187,11 +195,11 @@ def video(scans: Scans, name: str, test: bool, rng: random.Random) -> Example:
 
 # kind of example -> (how it is made, its share)
 KINDS = {
-    "single": (single, 0.20),
-    "grid": (grid, 0.35),
-    "pair": (pair, 0.20),
-    "odd": (odd_one, 0.13),
-    "video": (video, 0.12),
+    "single": (single, 0.15),
+    "grid": (grid, 0.28),
+    "pair": (pair, 0.22),
+    "odd": (odd_one, 0.15),
+    "video": (video, 0.20),
 }
 
 
@@ -201,7 +209,10 @@ def digit_examples(train: int, test: int, seed: int) -> list[Example]:
     examples = []
     for held, scans, count in ((False, training, train), (True, held_out, test)):
         for kind, (make, share) in KINDS.items():
-            for i in range(round(count * share)):
+            wanted = round(count * share)
+            drawn = []
+            for i in range(2 * wanted if make is video else wanted):
                 name = f"digits-{kind}-{'test' if held else 'train'}-{i}"
-                examples.append(make(scans, name, held, random.Random(f"{seed}/{name}")))
+                drawn.append(make(scans, name, held, random.Random(f"{seed}/{name}")))
+            examples += as_often(drawn, wanted) if make is video else drawn
     return examples

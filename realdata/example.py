@@ -31,7 +31,11 @@ DESCRIBED = 0.3  # share of training pictures whose questions are asked about th
 
 @dataclass(frozen=True)
 class RealFamily:
-    """A line of the table of scores. reasoning: whether its questions have chains of thought."""
+    """A line of the table of scores.
+
+    reasoning: whether its questions have chains of thought. alone: one question a row in training, since
+    an earlier answer would tell a later one, which is then copied and not looked up.
+    """
 
     task: str  # what the recipe's mixtures call it
     made_of: str  # what people made
@@ -39,24 +43,27 @@ class RealFamily:
     reasoning: bool = False
     grader: str = ""  # a key of graders.GRADERS; none: by the form of the answer
     graded: bool = True
+    alone: bool = False
 
 
 TABLE = {
     "caption": RealFamily("caption", "all of them", "as below", grader="phrases"),
     "listing": RealFamily("listing", "digits, charts", "a drill", graded=False),
-    "shapes": RealFamily("attributes", "easy-VQA", "pictures: its own test split"),
-    "yes-no": RealFamily("attributes", "easy-VQA", "pictures: its own test split"),
+    "shapes": RealFamily("attributes", "easy-VQA", "pictures: its own test split", alone=True),
+    "yes-no": RealFamily("attributes", "easy-VQA", "pictures: its own test split", alone=True),
     "kind": RealFamily(
         "attributes", "emoji, stamps, photographs", "drawings; what photographs show"
     ),
     "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point"),
     "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
-    "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels"),
+    "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels", alone=True),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
     "digits": RealFamily("reading", "handwriting", "drawings, by their pixels"),
     "codes": RealFamily("reading", "typefaces", "typefaces, and airports' codes"),
-    "charts": RealFamily("charts", "tables", "tables, countries", True),
-    "arithmetic": RealFamily("arithmetic", "handwriting, tables", "drawings; tables", True),
+    "charts": RealFamily("charts", "tables", "tables, countries", True, alone=True),
+    "arithmetic": RealFamily(
+        "arithmetic", "handwriting, tables", "drawings; tables", True, alone=True
+    ),
     "odd": RealFamily("odd", "handwriting", "drawings, by their pixels", True),
     "order": RealFamily("video", "handwriting", "drawings, by their pixels"),
     "trend": RealFamily("video", "tables", "tables, countries"),
@@ -169,18 +176,46 @@ def row_about(example: Example, asked: list[Question], task: str, described: boo
 
 
 def training_rows(example: Example, rng: random.Random) -> list[dict]:
-    """One row a family, with all of its questions: an answer must not tell that of another family.
-    Some pictures are asked about in words, too."""
+    """One row a family, with its questions (or one each, where they are `alone`): an answer must not tell
+    that of another family. Some pictures are asked about in words, too."""
+    asked_at_once: list[list[Question]] = []
     by_family: dict[str, list[Question]] = {}
     for question in example.questions:
-        by_family.setdefault(question.family, []).append(question)
-    rows = [row_about(example, asked, TABLE[name].task) for name, asked in by_family.items()]
+        if TABLE[question.family].alone:
+            asked_at_once.append([question])
+        else:
+            by_family.setdefault(question.family, []).append(question)
+    asked_at_once += by_family.values()
+    rows = [row_about(example, asked, TABLE[asked[0].family].task) for asked in asked_at_once]
 
-    describable = [question for question in example.questions if not question.visible]
+    # Not asked to repeat the description itself
+    describable = [q for q in example.questions if not q.visible and q.family != "caption"]
     if example.words and describable and rng.random() < DESCRIBED:
         some = rng.sample(describable, min(3, len(describable)))
         rows.append(row_about(example, some, "text", described=True))
     return rows
+
+
+def in_couples(pairs: list, most: int, rng: random.Random) -> list:
+    """At most so many (example, question), of every question as many yes as no: a sample that takes
+    this back would reward knowing the questions."""
+    by_question: dict[str, dict[str, list]] = {}
+    for pair in pairs:
+        answers = by_question.setdefault(pair[1].question, {"yes": [], "no": []})
+        answers[pair[1].answer].append(pair)
+    couples = [c for answers in by_question.values() for c in zip(answers["yes"], answers["no"])]
+    chosen = rng.sample(couples, min(most // 2, len(couples)))
+    return [pair for couple in chosen for pair in couple]
+
+
+def as_often(examples: list[Example], count: int) -> list[Example]:
+    """At most `count`, no answer to the last question commoner than another: a guess must not be worth
+    more for it."""
+    by_answer: dict[str, list[Example]] = {}
+    for example in examples:
+        by_answer.setdefault(example.questions[-1].answer, []).append(example)
+    each = min(count // len(by_answer), min(map(len, by_answer.values())))
+    return [example for mine in by_answer.values() for example in mine[:each]]
 
 
 def held_out_rows(examples: list[Example], most: int, rng: random.Random) -> list[dict]:
@@ -194,8 +229,12 @@ def held_out_rows(examples: list[Example], most: int, rng: random.Random) -> lis
     # Some of each family, and of those some in words
     rows = []
     described = []
-    for pairs in asked.values():
-        for example, question in rng.sample(pairs, min(most, len(pairs))):
+    for family, pairs in asked.items():
+        if family == "yes-no":
+            chosen = in_couples(pairs, most, rng)
+        else:
+            chosen = rng.sample(pairs, min(most, len(pairs)))
+        for example, question in chosen:
             rows.append(row_about(example, [question], TABLE[question.family].task))
             if example.words and not question.visible:
                 described.append(row_about(example, [question], "text", described=True))

@@ -25,7 +25,14 @@ from typing import Iterator
 
 from PIL import Image, ImageDraw
 
-from realdata.example import Example, Question, empty_paper, on_test_side, package_folder
+from realdata.example import (
+    Example,
+    Question,
+    as_often,
+    empty_paper,
+    on_test_side,
+    package_folder,
+)
 
 MARKS = 5  # of the axis
 MARK = 6  # pixels between two marks
@@ -244,16 +251,6 @@ def examples_from(make, groups: list[Numbers], count: int, name: str, seed: int)
     return examples
 
 
-def as_often(examples: list[Example], count: int) -> list[Example]:
-    """At most `count`, no answer to the last question commoner than another: series mostly rise, and a
-    guess must not be worth more for it."""
-    by_answer = defaultdict(list)
-    for example in examples:
-        by_answer[example.questions[-1].answer].append(example)
-    each = min(count // len(by_answer), min(map(len, by_answer.values())))
-    return [example for mine in by_answer.values() for example in mine[:each]]
-
-
 def table_examples(train: int, test: int, seed: int) -> list[Example]:
     """Charts of groups and videos of series, from training tables and from held-out ones."""
     everything = [*gapminder_numbers(), *vega_numbers()]
@@ -265,6 +262,7 @@ def table_examples(train: int, test: int, seed: int) -> list[Example]:
         series = [numbers for numbers in mine if numbers.in_time]
         trends = round(0.25 * count)
         examples += examples_from(chart_example, groups, count - trends, f"chart-{side}", seed)
+        # Series mostly rise
         more = examples_from(trend_example, series, 8 * trends, f"trend-{side}", seed)
         examples += as_often(more, trends)
     return examples

@@ -31,7 +31,7 @@ from moe import (
     z_loss,
 )
 from packing import collate
-from recipe import THINK
+from recipe import THINK, upcycled
 from scale import parallel
 from tokenizer import Tokenizer, train_bpe
 from vlm import PRESETS, SailVL
@@ -369,13 +369,16 @@ def test_descending_the_balance_loss_takes_probability_from_the_crowded_expert()
 
 
 @torch.no_grad()
-def test_an_upcycled_model_computes_what_the_dense_one_computes(model, documents, tokenizer):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_an_upcycled_model_computes_what_the_dense_one_computes(
+    model, documents, tokenizer, pieces
+):
     batch = batch_of(documents, tokenizer)
     text = replace(
         model.config.text,
         num_experts=4,
         num_experts_per_tok=2,
-        moe_intermediate_size=model.config.text.intermediate_size,
+        moe_intermediate_size=model.config.text.intermediate_size // pieces,
     )
     sparse = model.to_moe(text)
     a, b = (m(batch.ids, batch.images, batch.positions, batch.segments) for m in (model, sparse))
@@ -392,11 +395,13 @@ def test_an_upcycled_model_computes_what_the_dense_one_computes(model, documents
 def test_upcycling_refuses_experts_of_another_width_and_weights_that_do_not_sum_to_one(model):
     width = model.config.text.intermediate_size
     for wrong in (
-        {"moe_intermediate_size": width // 2},
+        {"moe_intermediate_size": width // 4},
         {"moe_intermediate_size": width, "norm_topk_prob": False},
     ):
-        with pytest.raises(AssertionError, match="upcycling"):
+        with pytest.raises(AssertionError, match="upcycling|whole copies"):
             model.to_moe(replace(model.config.text, num_experts=4, num_experts_per_tok=2, **wrong))
+    with pytest.raises(ValueError, match="--expert-pieces 3: must divide --experts 9, 2 experts a"):
+        upcycled(model, 9, pieces=3)
 
 
 def test_the_task_gives_the_router_and_every_expert_a_gradient(moe_model, documents, tokenizer):

@@ -144,7 +144,7 @@ def test_no_way_of_a_series_is_commoner_than_another():
     def ending_in(answer):
         return Example(answer, (), "", (Question("trend", "?", answer),), False)
 
-    kept = tables.as_often([ending_in(a) for a in ["up"] * 9 + ["down"] * 2 + ["none"] * 3], 9)
+    kept = example.as_often([ending_in(a) for a in ["up"] * 9 + ["down"] * 2 + ["none"] * 3], 9)
     assert Counter(e.name for e in kept) == {"up": 2, "down": 2, "none": 2}
 
 

@@ -14,7 +14,7 @@ import PIL
 import torch
 
 import pretrain
-from data.images import open_image
+from data.images import stills_of
 from evaluate import Graded, group_of, summary
 from generate import generate
 from graders import boxed
@@ -154,8 +154,10 @@ def shown_pairs(pairs: list[tuple[Graded, Graded]], root: Path | None) -> list[d
 
 def graded_pictures(graded: Graded, root: Path | None) -> list:
     """The pictures of a graded sample, opened."""
+    origin = graded.sample.origin
     parts = [part for message in graded.sample.messages for part in message.parts]
-    return [open_image(part, root) for part in parts if not isinstance(part, str)]
+    shown = [part for part in parts if not isinstance(part, str)]
+    return [still for part in shown for still in stills_of(part, root, origin)]
 
 
 def scores_by_family(graded: list[Graded]) -> dict[str, list[float]]:

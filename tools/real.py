@@ -57,8 +57,58 @@ GRADED_BY = {
     "sft3": ("arithmetic", "odd"),
     "sft4": ("video",),
 }
-# Where files want another mixture than the drawn world: there, any family can be described in words.
-MIXTURES = {"language": {"text": 1.0}}
+# Other mixtures than the drawn world's: here every picture can be described in words, and what people
+# drew and photographed (attributes), set in type (reading) and filmed (video) wants more looking than there.
+CAPTIONS = {"caption": 2.0, "listing": 0.7, "reading": 1.0}
+AT_LAST = {
+    "attributes": 3.0,
+    "video": 2.0,
+    "reading": 1.5,
+    "arithmetic": 1.5,
+    "odd": 1.0,
+    "spatial": 1.0,
+    "charts": 0.7,
+    "counting": 0.6,
+    "caption": 0.4,
+    "text": 0.05,
+}
+A_LITTLE = {
+    "attributes": 2.0,
+    "reading": 1.0,
+    "video": 1.0,
+    "spatial": 0.8,
+    "counting": 0.5,
+    "charts": 0.5,
+    "arithmetic": 0.4,
+    "odd": 0.5,
+    "caption": 0.4,
+    "listing": 0.2,
+    "text": 0.05,
+}
+BROAD = A_LITTLE | {
+    "attributes": 5.0,
+    "spatial": 2.5,
+    "reading": 2.5,
+    "arithmetic": 1.5,
+    "video": 1.5,
+}
+BROAD |= {"caption": 1.0, "counting": 1.0, "charts": 1.0, "odd": 1.0, "listing": 0.5, "text": 0.1}
+MIXTURES = {
+    "language": {"text": 1.0},
+    "vit1": CAPTIONS,
+    "vit2": CAPTIONS,
+    "basic": CAPTIONS,
+    "vit3": BROAD,
+    "multitask": BROAD,
+    "sft1": A_LITTLE | {"attributes": 8.0, "spatial": 3.0, "counting": 2.0},
+    "sft2": A_LITTLE | {"reading": 7.0, "charts": 3.0},
+    "sft3": A_LITTLE | {"arithmetic": 5.0, "odd": 3.0, "charts": 1.0},
+    "sft4": A_LITTLE | {"video": 8.0, "attributes": 1.5, "arithmetic": 1.0, "odd": 0.8},
+    "soup-a": AT_LAST,
+    "soup-b": AT_LAST,
+    "moe-branch": AT_LAST,
+    "fusion": AT_LAST | {"reading": 2.0, "arithmetic": 2.0, "caption": 0.8, "text": 0.15},
+}
 
 
 @dataclass
@@ -111,7 +161,7 @@ def all_examples(options: RealOptions) -> list[Example]:
             *table_examples(round(TABLES * size), test, seed),
             *shape_examples(round(SHAPES * size), test, seed),
             *code_examples(round(CODES * size), options.held_out, seed),
-            *emoji_examples(debian, 1, seed),
+            *emoji_examples(debian, 2 if debian else 4, seed),
             *stamp_examples(debian, seed),
             *photograph_examples(debian, seed),
         ]
@@ -146,7 +196,7 @@ def stage_plan(held_out: list[dict]) -> dict[str, dict]:
         stages.setdefault(name, {})["graded"] = graded
     reasoning = [family for family in tasks if TABLE[family].reasoning]
     # of long CoT and of all later stages that think
-    stages["long-cot"] = {"graded": reasoning}
+    stages.setdefault("long-cot", {})["graded"] = reasoning
     return stages
 
 
