@@ -201,20 +201,29 @@ def turn(
     WIDE: tl.constexpr,
 ):
     """All heads of one token. Coordinate i turns with i + D/2; BACK: the transposed turn."""
-    s, head, i = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS), tl.arange(0, WIDE)
-    some, keep = i < HALF, (head < H)[:, None] & (i < HALF)[None, :]
+    s = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    i = tl.arange(0, WIDE)
+    some = i < HALF
+    keep = (head < H)[:, None] & some[None, :]
+
+    # cos and sin of this position, the same for all heads
     table = s * 2 * HALF + i
     c1 = tl.load(cos + table, mask=some, other=0.0).to(tl.float32)[None, :]
     c2 = tl.load(cos + table + HALF, mask=some, other=0.0).to(tl.float32)[None, :]
     s1 = tl.load(sin + table, mask=some, other=0.0).to(tl.float32)[None, :]
     s2 = tl.load(sin + table + HALF, mask=some, other=0.0).to(tl.float32)[None, :]
+
+    # Pairs of coordinates, turned
     x += s * stride_s + head[:, None] * stride_h + i[None, :]
     first = tl.load(x, mask=keep, other=0.0).to(tl.float32)
     second = tl.load(x + HALF, mask=keep, other=0.0).to(tl.float32)
     if BACK:
-        left, right = first * c1 + second * s2, second * c2 - first * s1
+        left = first * c1 + second * s2
+        right = second * c2 - first * s1
     else:
-        left, right = first * c1 - second * s1, second * c2 + first * s2
+        left = first * c1 - second * s1
+        right = second * c2 + first * s2
     out += (s * H + head[:, None]) * 2 * HALF + i[None, :]
     tl.store(out, left.to(out.dtype.element_ty), mask=keep)
     tl.store(out + HALF, right.to(out.dtype.element_ty), mask=keep)

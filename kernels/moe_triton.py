@@ -95,7 +95,8 @@ def blocks(dtype: torch.dtype, rows_per_expert: float) -> dict[str, tuple]:
 @triton.jit
 def dot(a, b, acc):
     if INTERPRET:  # bf16 is a numpy uint16 there
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
@@ -121,6 +122,8 @@ def place_slots(indices, base, order, inverse, slots, n_blocks, BLOCK: tl.conste
     i = tl.arange(0, BLOCK)
     at = b * BLOCK + i
     expert = tl.load(indices + at, mask=at < slots, other=0).to(tl.int32)
+
+    # Behind those of the same expert in earlier blocks, and before me in mine
     earlier = (expert[:, None] == expert[None, :]) & (i[None, :] < i[:, None])
     row = tl.load(base + expert * n_blocks + b) + tl.sum(earlier.to(tl.int32), 1)
     tl.store(order + row, at, mask=at < slots)
@@ -130,13 +133,18 @@ def place_slots(indices, base, order, inverse, slots, n_blocks, BLOCK: tl.conste
 @triton.jit
 def tile_table(offs, tile_expert, tile_row, E, most, BM: tl.constexpr, BE: tl.constexpr):
     """Program e writes the tiles of expert e; program E marks the unused rest with -1."""
-    e, experts = tl.program_id(0), tl.arange(0, BE)
+    # Tiles of every expert
+    e = tl.program_id(0)
+    experts = tl.arange(0, BE)
     start = tl.load(offs + experts, mask=experts < E, other=0)
     end = tl.load(offs + experts + 1, mask=experts < E, other=0)
-    n = tl.cdiv(end - start, BM)  # tiles of every expert
+    n = tl.cdiv(end - start, BM)  # (BE,)
+
+    # Where mine begin in the table, how many they are, and the row of the first
     first = tl.sum(tl.where(experts < e, n, 0))
     mine = tl.where(e == E, most - first, tl.sum(tl.where(experts == e, n, 0)))
     row = tl.sum(tl.where(experts == e, start, 0))
+
     for i in range(0, mine, BE):
         at = i + experts
         tl.store(tile_expert + first + at, tl.where(e == E, -1, e) + 0 * at, mask=at < mine)
@@ -213,20 +221,24 @@ def up_swiglu(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
+    # This program's tile: rows of one expert, and columns from n
+    across = tl.cdiv(I, BN)
+    tile = tl.program_id(0) // across
+    n = tl.program_id(0) % across * BN
     e = tl.load(tile_expert + tile)
     if e < 0:
         return
     end = tl.load(offs + e + 1)
-    first, i, cols, ks = (
-        tl.load(tile_row + tile),
-        tl.arange(0, BM),
-        n + tl.arange(0, BN),
-        tl.arange(0, BK),
-    )
+    first = tl.load(tile_row + tile)
+    i = tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
+    ks = tl.arange(0, BK)
+
+    # Both products at once, over rows of x that are gathered where they lie
     token = tl.load(order + tl.minimum(first + i, end - 1)) // K
     x += token.to(tl.int64)[:, None] * C + ks[None, :]
-    gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    gate = tl.zeros((BM, BN), tl.float32)
+    up = tl.zeros((BM, BN), tl.float32)
     for k in range(0, C, BK):
         if C % BK == 0:
             some = tl.load(x)
@@ -235,16 +247,16 @@ def up_swiglu(
         gate = dot(some, w13.load([e, n, k]).reshape(BN, BK).T, gate)
         up = dot(some, w13.load([e, I + n, k]).reshape(BN, BK).T, up)
         x += BK
-    keep, at = (first + i < end)[:, None] & (cols < I)[None, :], i[:, None] * I + cols[None, :]
+
+    # z for the backward pass, and a, while both are in registers; 64 bits once a tile, 32 within it
+    keep = (first + i < end)[:, None] & (cols < I)[None, :]
+    at = i[:, None] * I + cols[None, :]
     if KEEP_Z:
         z += first.to(tl.int64) * (2 * I)
         tl.store(z + at + i[:, None] * I, gate.to(z.dtype.element_ty), mask=keep)
         tl.store(z + at + i[:, None] * I + I, up.to(z.dtype.element_ty), mask=keep)
-    tl.store(
-        a + first.to(tl.int64) * I + at,
-        (gate * tl.sigmoid(gate) * up).to(a.dtype.element_ty),
-        mask=keep,
-    )
+    activated = gate * tl.sigmoid(gate) * up
+    tl.store(a + first.to(tl.int64) * I + at, activated.to(a.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -263,18 +275,25 @@ def grouped_matmul(
     BK: tl.constexpr,
 ):
     """out (rows, N) = a (rows, D) times w[e], stored (N, D) if TRANSPOSED, else (D, N)."""
-    tile, n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN) * BN
+    # This program's tile
+    across = tl.cdiv(N, BN)
+    tile = tl.program_id(0) // across
+    n = tl.program_id(0) % across * BN
     e = tl.load(tile_expert + tile)
     if e < 0:
         return
     first = tl.load(tile_row + tile)
+
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         if TRANSPOSED:
             acc = dot(a.load([first, k]), w.load([e, n, k]).reshape(BN, BK).T, acc)
         else:
             acc = dot(a.load([first, k]), w.load([e, k, n]).reshape(BK, BN), acc)
-    i, cols = tl.arange(0, BM), n + tl.arange(0, BN)
+
+    # Rows of this expert only
+    i = tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
     keep = (first + i < tl.load(offs + e + 1))[:, None] & (cols < N)[None, :]
     tl.store(
         out + first.to(tl.int64) * N + (i[:, None] * N + cols[None, :]),
@@ -295,20 +314,24 @@ def swiglu_grad(da, z, dz, scaled, s, first, n, i, keep, I: tl.constexpr):
 
     Returns <da, a> of every row.
     """
-    gate, up = z.load([first, n]).to(tl.float32), z.load([first, I + n]).to(tl.float32)
+    gate = z.load([first, n]).to(tl.float32)
+    up = z.load([first, I + n]).to(tl.float32)
     cols = n + tl.arange(0, da.shape[1])
-    keep, at = keep[:, None] & (cols < I)[None, :], i[:, None] * I + cols[None, :]
+    keep = keep[:, None] & (cols < I)[None, :]
+    at = i[:, None] * I + cols[None, :]
+
+    # What the forward pass had: a; times the routing weight it is a factor of dW2
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     tl.store(scaled + at, (silu * up * s[:, None]).to(scaled.dtype.element_ty), mask=keep)
     partial = tl.sum(da * silu * up, 1)
+
+    # Through SwiGLU
     da *= s[:, None]
-    tl.store(dz + at + i[:, None] * I + I, (da * silu).to(dz.dtype.element_ty), mask=keep)
-    tl.store(
-        dz + at + i[:, None] * I,
-        (da * up * (sigmoid + silu * (1 - sigmoid))).to(dz.dtype.element_ty),
-        mask=keep,
-    )
+    d_up = da * silu
+    d_gate = da * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dz + at + i[:, None] * I + I, d_up.to(dz.dtype.element_ty), mask=keep)
+    tl.store(dz + at + i[:, None] * I, d_gate.to(dz.dtype.element_ty), mask=keep)
     return partial
 
 
@@ -336,12 +359,19 @@ def down_grad(
 
     dz, a * s (`scaled`), and ds as one partial sum for each column tile.
     """
-    tile, n = tl.program_id(0) // tl.cdiv(I, BN), tl.program_id(0) % tl.cdiv(I, BN) * BN
+    # This program's tile
+    across = tl.cdiv(I, BN)
+    tile = tl.program_id(0) // across
+    n = tl.program_id(0) % across * BN
     e = tl.load(tile_expert + tile)
     if e < 0:
         return
     end = tl.load(offs + e + 1)
-    first, i, ks = tl.load(tile_row + tile), tl.arange(0, BM), tl.arange(0, BK)
+    first = tl.load(tile_row + tile)
+    i = tl.arange(0, BM)
+    ks = tl.arange(0, BK)
+
+    # da, over rows of the gradient that are gathered where they lie
     slot = tl.load(order + tl.minimum(first + i, end - 1))
     grad += (slot // K).to(tl.int64)[:, None] * C + ks[None, :]
     da = tl.zeros((BM, BN), tl.float32)
@@ -352,9 +382,12 @@ def down_grad(
             some = tl.load(grad, mask=(k + ks)[None, :] < C, other=0.0)
         da = dot(some, w2.load([e, k, n]).reshape(BK, BN), da)
         grad += BK
-    s, keep = tl.load(weights + slot).to(tl.float32), first + i < end
+
+    s = tl.load(weights + slot).to(tl.float32)
+    keep = first + i < end
     dz += first.to(tl.int64) * (2 * I)  # 64 bits once a tile, 32 within it
     scaled += first.to(tl.int64) * I
+
     # Four parts one after the other: registers are what this epilogue is short of
     left, right = halves(da)
     a, b = halves(left)
@@ -386,13 +419,20 @@ def weight_grad(
 
     No rows: zeros. Rows of `d` past the expert's end meet zeros of x, so that only x needs a mask.
     """
-    e, tile = (
-        tl.program_id(0) // (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
-        tl.program_id(0) % (tl.cdiv(M, BM) * tl.cdiv(N, BN)),
-    )
-    m, n = tile // tl.cdiv(N, BN) * BM, tile % tl.cdiv(N, BN) * BN
-    first, end = tl.load(offs + e), tl.load(offs + e + 1)
-    i, j, ks = m + tl.arange(0, BM), n + tl.arange(0, BN), tl.arange(0, BK)
+    # This program's expert, and its tile of dw[e]
+    across = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * across
+    e = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    m = tile // across * BM
+    n = tile % across * BN
+    first = tl.load(offs + e)
+    end = tl.load(offs + e + 1)
+    i = m + tl.arange(0, BM)
+    j = n + tl.arange(0, BN)
+    ks = tl.arange(0, BK)
+
+    # Over its rows
     acc = tl.zeros((BM, BN), tl.float32)
     for r in range(first, end, BK):
         token = tl.load(order + r + ks, mask=r + ks < end, other=0) // K
@@ -421,7 +461,8 @@ def gather_sum(
 
     Every token pulls, nobody scatters.
     """
-    t, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse + t * K + k).to(tl.int64)

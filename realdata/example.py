@@ -214,6 +214,8 @@ def as_often(examples: list[Example], count: int) -> list[Example]:
     by_answer: dict[str, list[Example]] = {}
     for example in examples:
         by_answer.setdefault(example.questions[-1].answer, []).append(example)
+    if not by_answer:
+        return []
     each = min(count // len(by_answer), min(map(len, by_answer.values())))
     return [example for mine in by_answer.values() for example in mine[:each]]
 

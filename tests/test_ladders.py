@@ -278,10 +278,11 @@ def test_stages_and_options_that_only_one_run_has_are_shown_as_such(tmp_path, ca
         ("{", "not an object of stages"),
         ('{"sft9": {}}', "no stage 'sft9'"),
         ('{"sft1": {"mixtures": {}}}', "may have"),
+        ('{"sft1": {"mixture": {"video": 1, "vidoe": 1}}}', "sft1 mixes 'vidoe', which no row is"),
     ],
 )
 def test_a_plan_that_no_stage_reads_is_an_error_that_names_the_file(tmp_path, text, said):
     (tmp_path / "stages.json").write_text(text)
     with pytest.raises(ValueError, match=f"stages.json.*{said}"):
-        read_plan(tmp_path / "stages.json")
-    assert read_plan(tmp_path / "none.json") == {}
+        read_plan(tmp_path / "stages.json", {"video"})
+    assert read_plan(tmp_path / "none.json", set()) == {}
