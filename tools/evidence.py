@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-BRANCHES = ("moe-branch",)  # side roads: the ladder does not go on from them
+BRANCHES = ("moe-branch",)  # side roads: the dense ladder does not go on from them
 SURE = 2.0  # standard errors
 
 
@@ -106,7 +106,8 @@ def read_samples(directory: Path) -> dict:
 def main_road(results: dict) -> dict[str, dict[str, float]]:
     """stage -> family -> accuracy after it, without the side roads."""
     after = results.get("families_after", {})
-    return {stage: scores for stage, scores in after.items() if stage not in BRANCHES}
+    branches = () if results.get("model") == "moe" else BRANCHES
+    return {stage: scores for stage, scores in after.items() if stage not in branches}
 
 
 def graded_families(results: dict) -> list[str]:

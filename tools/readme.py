@@ -11,7 +11,7 @@ newest run. A block whose run is not here keeps what it says; everything else is
     runs/toy-seeds          -> toy: means and ranges over seeds   -> RESULTS.md
     tools/paper.py          -> equations, sections, tables, ...   -> PAPER.md
     figures, runs/toy       -> minutes, thinking                  -> FAQ.md
-    runs/.../results.json   -> toy (one run), real, experts       -> RESULTS.md
+    runs/.../results.json   -> toy (one run), real                -> RESULTS.md
     runs/.../table.md       -> adalrs, rl, modes, soup, ...       -> RESULTS.md
 
     python -m tools.readme           # write both pages
@@ -693,52 +693,6 @@ def curation_blocks() -> dict[str, str | None]:
     return {"contents": contents_table()} | blocks
 
 
-def scores_until_soup(results: dict) -> tuple[float, list[tuple[float, float]]]:
-    """Seconds until the soup, and (seconds, overall accuracy) after each stage that was graded."""
-    spent = 0.0
-    curve = []
-    for stage in results["stages"]:
-        spent += stage["seconds"]
-        scores = results["families_after"].get(stage["name"])
-        if scores:
-            curve.append((spent, scores["overall"]))
-        if stage["name"] == "soup":
-            break
-    return spent, curve
-
-
-def expert_ladders() -> str | None:
-    """Dense and MoE ladders until the soup: size, seconds, score; the score after the dense one's seconds."""
-    rows = []
-    limit = 0.0
-    for run in ("toy", "toy-moe"):
-        path = ROOT / "runs" / run / "results.json"
-        if not path.is_file():
-            return None
-        results = json.loads(path.read_text())
-        spent, curve = scores_until_soup(results)
-        limit = limit or spent
-
-        in_time = [score for seconds, score in curve if seconds <= limit]
-        parameters = results["parameters"]
-        rows.append(
-            (
-                f"`runs/{run}`",
-                f"{parameters['total'] / 1e6:.2f} M",
-                f"{parameters['active'] / 1e6:.2f} M",
-                f"{spent:.0f}",
-                f"{curve[-1][1]:.1%}",
-                f"**{in_time[-1]:.1%}**",
-            )
-        )
-    return markdown_table(
-        "ladder | parameters | active for a token | seconds of training until the soup"
-        " | overall there | overall after the dense one's seconds",
-        "lrrrrr",
-        rows,
-    )
-
-
 # --------------------------------------------------------------------------------- the pages
 
 
@@ -747,7 +701,6 @@ def results_blocks() -> dict[str, str | None]:
     blocks = {
         "toy": toy_tables(),
         "real": ladder_tables("real"),
-        "experts": expert_ladders(),
         "memory": memory_table(),
     }
     for name, (path, columns) in TABLES.items():
