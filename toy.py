@@ -10,8 +10,9 @@ metric that it is meant to move, beside the chance level of not looking at all.
 
 The recipes themselves stand in pretrain.py, sft.py and rl.py, and each stage has a command that does the
 same (`python sft.py sft1 --model ...`; `basic` with `--llm DIR --fresh-adapter`, `moe-branch` with
-`--experts 8`); here is only their order and their grading. Writes, into `out`:
-one directory per stage (log.jsonl and the model), final/ (the last model), results.json and report.html.
+`--experts 8`, in the MoE ladder, which has experts from there on, `--experts 16 --expert-pieces 2`); here
+is only their order and their grading. Writes, into `out`: one directory per stage (log.jsonl and the
+model), final/ (the last model), results.json and report.html.
 `--data` replaces the drawn world by files (see tools/real.py): the same ladder on data that people made.
 """
 

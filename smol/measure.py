@@ -29,7 +29,7 @@ from torch import Tensor
 from attention import Segments, attend_inside
 from data.encode import Encoder
 from data.readers import Folder
-from data.sample import BadSample, Document, Faults, Sample
+from data.sample import BadSample, Document, Faults, Sample, Video
 from evaluate import Score, evaluate, question_of, score_lines
 from generate import load_model
 from infra.cli import command
@@ -38,6 +38,7 @@ from llm import LLM
 from objective import supervised
 from packing import collate
 from smol.page import write_sight_page
+from smol.stages import SMOL
 from stage import Stage
 from tokenizer import Tokenizer
 from vlm import SailVL, token_logprobs
@@ -65,7 +66,8 @@ class SightOptions:
 def is_caption(sample: Sample) -> bool:
     """Whether it is scored as a caption: of one still picture, with one question."""
     pictures = [p for m in sample.messages for p in m.parts if not isinstance(p, str)]
-    return sample.task == "caption" and len(pictures) == 1 and len(sample.messages) == 2
+    still = len(pictures) == 1 and not isinstance(pictures[0], Video)
+    return sample.task == "caption" and still and len(sample.messages) == 2
 
 
 def encoded(encoder: Encoder, samples: Iterable[Sample], faults: Faults) -> list[Document]:
@@ -225,9 +227,10 @@ def measure_sight(options: SightOptions) -> dict:
     losses["bigram"] = bigram_loss(trained, captions, tokenizer)
     losses["margin"] = losses["blind"] - losses["seen"]
 
-    # Answers, by family; every n-th question, so that all families are there
-    every = max(1, len(samples) // options.answers)
-    asked = [sample for sample in samples[::every] if sample.task != "text"]
+    # Answers, by family, of what was trained; every n-th question, so that all families are there
+    trained_tasks = [s for s in samples if s.task in SMOL["answers"].mixture]
+    every = max(1, len(trained_tasks) // options.answers)
+    asked = trained_tasks[::every]
     scores, graded = evaluate(model, encoder, asked, max_new=24, faults=faults)
 
     text = text_kept(options, model, tokenizer)
