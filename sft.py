@@ -82,7 +82,7 @@ TOY: dict[str, BaseStage] = {
         ALL,
         CHAINS,
         samples="chains",
-        steps=200,
+        steps=260,
         rows=2,
         length=1024,
         lr=5e-3,
