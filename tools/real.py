@@ -187,10 +187,15 @@ def write_in_one_go(text: str, path: Path) -> None:
     temporary.rename(path)
 
 
-def stage_plan(held_out: list[dict]) -> dict[str, dict]:
+def stage_plan(train: list[dict], held_out: list[dict]) -> dict[str, dict]:
     """Stage -> {graded: families, mixture: tasks}, for what differs from the drawn world's ladder."""
+    # Of the tasks that there are
+    trained = {row["task"] for row in train}
+    stages: dict[str, dict] = {}
+    for name, mixture in MIXTURES.items():
+        stages[name] = {"mixture": {task: w for task, w in mixture.items() if task in trained}}
+
     tasks = {row["facts"]["family"]: row["task"] for row in held_out}
-    stages: dict[str, dict] = {name: {"mixture": mixture} for name, mixture in MIXTURES.items()}
     for name, wanted in GRADED_BY.items():
         graded = [family for family, task in tasks.items() if task in wanted]
         stages.setdefault(name, {})["graded"] = graded
@@ -258,7 +263,7 @@ def write_real_data(options: RealOptions) -> None:
     write_pictures(examples, train + held_out, out)
     picture_sheet(examples).save(out / "sheet.png")
     files = {
-        "stages.json": json.dumps(stage_plan(held_out), indent=1),
+        "stages.json": json.dumps(stage_plan(train, held_out), indent=1),
         "train.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in train),
         "held_out.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in held_out),
     }
