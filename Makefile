@@ -33,7 +33,7 @@ help:            ## this list (times on two cores, without the first installatio
 
 env: $(VENV)/core         ## 1 min    the environment alone, in .venv (LOCKED=1: the tested versions, with hashes)
 
-toy: $(VENV)/core         ## 6-9 min  the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2 DEVICE=cpu; SEEDS=5: five of them, and their table; QUICK=1: a look)
+toy: $(VENV)/core         ## 6-9 min  the whole recipe on a drawn world, graded stage by stage (MODEL=dense|moe SEED=0 RANKS=2 DEVICE=cpu; SEEDS=5: five of them, and their table; QUICK=1: a look, 80 s)
 ifeq ($(SEEDS),)
 	$(LADDER) --model $(MODEL) --seed $(SEED) --out $(TOY) $(QUICKLY)
 else
