@@ -637,3 +637,16 @@ def test_ranks_that_meet_wait_for_all_of_this_life_and_not_for_ever(monkeypatch)
     monkeypatch.setattr(parallel, "_meeting", parallel.Meeting(Store(), 0.1))
     parallel.meet("trained", each, every=0.01)
     assert 3 < len(asked) < 20
+
+
+def test_more_ranks_than_devices_is_an_error_that_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.own_device("cpu") == "cpu"
+    with pytest.raises(
+        ValueError, match="rank 1 .* no cuda device of its own, there are 1: torchrun"
+    ):
+        parallel.own_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert parallel.own_device("cuda") == "cuda:0"
