@@ -172,7 +172,16 @@ def rows_of(folder: Folder, config, tokenizer, state=None, steps: int = 8):
 
 
 def used(cache: ShardCache) -> int:
-    return sum(file.stat().st_size for file in Path(cache.directory).glob("*/data/*"))
+    """Bytes of all files in the cache, each once. Others may go on: under the lock nobody makes room or
+    takes any, and a part that becomes a copy between its listing and its size is counted again."""
+    with remote.locked(cache.place() / "lock"):
+        while True:
+            try:
+                found = [file.stat() for file in cache.place().glob("*/data/*")]
+            except FileNotFoundError:
+                continue
+            sizes = {about.st_ino: about.st_size for about in found}
+            return sum(sizes.values())
 
 
 # ----------------------------------------------------------------------------------- the same records
