@@ -8,7 +8,7 @@ checkpoint, with the same rows, when the store is back.
 
     s3://bucket/a.tar --held--> /cache/3f9a.../data/a.tar --containers.py--> records
 
-    /cache/lock                  taken to count bytes and to make room
+    /cache/lock                  taken to count bytes, to make room and to rename
     /cache/3f9a.../lock          shared by readers; alone, to copy or to remove
     /cache/3f9a.../version.json  address, size and stamp (ETag, time of change) of the file that is read
     /cache/3f9a.../data/a.tar    there, or not
@@ -241,7 +241,9 @@ class ShardCache:
             self.make_room(want["size"], address, part)
             self.copy_bytes(address, want["size"], part)
             self.compare(address, want)
-            os.replace(part, copy)
+            # not while another process counts, who would see neither name, or both
+            with locked(self.place() / "lock"):
+                os.replace(part, copy)
         finally:
             part.unlink(missing_ok=True)
 

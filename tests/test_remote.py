@@ -172,16 +172,16 @@ def rows_of(folder: Folder, config, tokenizer, state=None, steps: int = 8):
 
 
 def used(cache: ShardCache) -> int:
-    """Bytes of all files in the cache, each once. Others may go on: under the lock nobody makes room or
-    takes any, and a part that becomes a copy between its listing and its size is counted again."""
+    """Bytes of all files in the cache. Under the lock nobody makes room, takes any or renames a file; it
+    may be removed."""
+    total = 0
     with remote.locked(cache.place() / "lock"):
-        while True:
+        for file in cache.place().glob("*/data/*"):
             try:
-                found = [file.stat() for file in cache.place().glob("*/data/*")]
+                total += file.stat().st_size
             except FileNotFoundError:
                 continue
-            sizes = {about.st_ino: about.st_size for about in found}
-            return sum(sizes.values())
+    return total
 
 
 # ----------------------------------------------------------------------------------- the same records
