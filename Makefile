@@ -50,9 +50,9 @@ lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose number
 real: $(VENV)/real        ## untimed  the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
 ifeq ($(SEEDS),)
-	$(LADDER) --data real --out $(REAL) --model $(MODEL) --seed $(SEED)
+	$(LADDER) --data real --samples 300 --out $(REAL) --model $(MODEL) --seed $(SEED)
 else
-	for seed in $(NUMBERS); do $(LADDER) --data real --out $(REAL)-seed$$seed --model $(MODEL) --seed $$seed || exit 1; done
+	for seed in $(NUMBERS); do $(LADDER) --data real --samples 300 --out $(REAL)-seed$$seed --model $(MODEL) --seed $$seed || exit 1; done
 	$(PY) -m tools.seeds $(NUMBERS:%=$(REAL)-seed%) --out runs/real-seeds
 endif
 

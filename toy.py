@@ -96,7 +96,8 @@ class Ladder:
         torch.manual_seed(options.seed)
 
         # What it learns from, and the samples that it never sees
-        self.plan: dict[str, dict] = {}  # stage -> its mixture, and the families that grade it
+        # stage -> its mixture, its steps and the families that grade it
+        self.plan: dict[str, dict] = {}
         if options.data:
             source = Folder(options.data / "train.jsonl")
             self.plan = read_plan(options.data / "stages.json", set(source.tasks()))
@@ -212,8 +213,9 @@ class Ladder:
     def row_of(self, table: dict[str, BaseStage], name: str) -> BaseStage:
         """A stage of the recipe, with this ladder's effort and seed."""
         stage = table[name]
-        steps = max(4, round(stage.steps * self.options.effort))
-        mixture = self.plan.get(name, {}).get("mixture", stage.mixture)
+        told = self.plan.get(name, {})
+        steps = max(4, round(told.get("steps", stage.steps) * self.options.effort))
+        mixture = told.get("mixture", stage.mixture)
         seed = stage.seed + 1000 * self.options.seed
         return replace(stage, steps=steps, seed=seed, mixture=mixture)
 
@@ -552,10 +554,11 @@ class Ladder:
 
 
 def read_plan(path: Path, tasks: set[str]) -> dict[str, dict]:
-    """stages.json: stage -> {"mixture": task -> weight, "graded": families}, both optional; {} without it.
+    """stages.json: stage -> {"mixture": task -> weight, "steps": n, "graded": families}, each optional; {}
+    without it.
 
     tasks: of the rows. "graded" of long-cot is asked in all stages of thinking. Raises ValueError for what
-    no stage reads, and for a mixture of what no row has.
+    no stage reads, for a mixture of what no row has, and for steps that are no positive integer.
     """
     if not path.exists():
         return {}
@@ -569,8 +572,13 @@ def read_plan(path: Path, tasks: set[str]) -> dict[str, dict]:
     for stage, keys in named.items():
         if stage not in known:
             raise ValueError(f"{path}: no stage {stage!r}; choose from {', '.join(known)}")
-        if not keys <= {"mixture", "graded"}:
-            raise ValueError(f'{path}: {stage} may have "mixture" and "graded", not {sorted(keys)}')
+        if not keys <= {"mixture", "steps", "graded"}:
+            raise ValueError(
+                f'{path}: {stage} may have "mixture", "steps" and "graded", not {sorted(keys)}'
+            )
+        steps = plan[stage].get("steps", 1)
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"{path}: {stage} has {steps!r} steps; give a positive integer")
         missing = sorted(set(plan[stage].get("mixture", ())) - tasks)
         if missing:
             raise ValueError(

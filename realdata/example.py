@@ -11,8 +11,8 @@ have learned to see, for the thing itself was never there.
 
     1 picture: one picture      several: the frames of a video, in order      none: read as a description
 
-Rows are LLaVA's. `task` is what the recipe's mixtures call such data (the drawn world's own names, so
-that every row of pretrain.py, sft.py and rl.py fits), `facts.family` what it is graded as.
+Rows are LLaVA's. `task` is what mixtures call such data (the drawn world's own names where it has one:
+rl.py asks for those), `facts.family` what it is graded as.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from PIL import Image
 SIDE = 32  # pixels of a picture's side
 CELL = 16  # pixels of a cell's side: each becomes one visual token
 CORNERS = ("northwest", "northeast", "southwest", "southeast")
-DESCRIBED = 0.3  # share of training pictures whose questions are asked about their description, too
+TURNS = 3  # questions about a description in training, at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class RealFamily:
     """A line of the table of scores.
 
     reasoning: whether its questions have chains of thought. alone: one question a row in training, since
-    an earlier answer would tell a later one, which is then copied and not looked up.
+    an earlier answer would tell a later one, which is then copied and not looked up. in_words: share of
+    its training questions that are asked about the description, too: what a picture is to be looked up
+    for is learned there first, and for a copied word one row in ten is enough.
     """
 
     task: str  # what the recipe's mixtures call it
@@ -44,22 +46,23 @@ class RealFamily:
     grader: str = ""  # a key of graders.GRADERS; none: by the form of the answer
     graded: bool = True
     alone: bool = False
+    in_words: float = 0.5
 
 
 TABLE = {
     "caption": RealFamily("caption", "all of them", "as below", grader="phrases"),
-    "listing": RealFamily("listing", "digits, charts", "a drill", graded=False),
-    "shapes": RealFamily("attributes", "easy-VQA", "pictures: its own test split", alone=True),
-    "yes-no": RealFamily("attributes", "easy-VQA", "pictures: its own test split", alone=True),
+    "listing": RealFamily("listing", "digits, charts", "a drill", graded=False, in_words=1.0),
+    "shapes": RealFamily("shapes", "easy-VQA", "pictures: its own test split", alone=True),
+    "yes-no": RealFamily("shapes", "easy-VQA", "pictures: its own test split", alone=True),
     "kind": RealFamily(
-        "attributes", "emoji, stamps, photographs", "drawings; what photographs show"
+        "attributes", "emoji, stamps, photographs", "drawings; what photographs show", in_words=0.05
     ),
-    "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point"),
-    "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
+    "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point", in_words=0.05),
+    "colour": RealFamily("attributes", "emoji", "drawings, by code point", in_words=0.05),
     "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels", alone=True),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
-    "digits": RealFamily("reading", "handwriting", "drawings, by their pixels"),
-    "codes": RealFamily("reading", "typefaces", "typefaces, and airports' codes"),
+    "digits": RealFamily("reading", "handwriting", "drawings, by their pixels", in_words=0.05),
+    "codes": RealFamily("codes", "typefaces", "typefaces, and airports' codes", in_words=0.1),
     "charts": RealFamily("charts", "tables", "tables, countries", True, alone=True),
     "arithmetic": RealFamily(
         "arithmetic", "handwriting, tables", "drawings; tables", True, alone=True
@@ -188,11 +191,12 @@ def training_rows(example: Example, rng: random.Random) -> list[dict]:
     asked_at_once += by_family.values()
     rows = [row_about(example, asked, TABLE[asked[0].family].task) for asked in asked_at_once]
 
-    # Not asked to repeat the description itself
-    describable = [q for q in example.questions if not q.visible and q.family != "caption"]
-    if example.words and describable and rng.random() < DESCRIBED:
-        some = rng.sample(describable, min(3, len(describable)))
-        rows.append(row_about(example, some, "text", described=True))
+    # A description is repeated, too: who copies has learned half of looking up
+    describable = [q for q in example.questions if not q.visible]
+    some = [q for q in describable if rng.random() < TABLE[q.family].in_words]
+    if example.words and some:
+        rng.shuffle(some)
+        rows.append(row_about(example, some[:TURNS], "text", described=True))
     return rows
 
 

@@ -34,8 +34,15 @@ from recipe import RunOptions, run_command
 from stage import ALL, BaseStage, Stage
 
 # Shares of tasks; those that a file does not have are left out.
-CAPTIONS = {"caption": 3.0, "listing": 1.0, "reading": 1.0}
-QUESTIONS = {"attributes": 3.0, "counting": 1.0, "spatial": 1.0, "charts": 1.0, "odd": 0.5}
+CAPTIONS = {"caption": 3.0, "listing": 1.0, "reading": 1.0, "codes": 0.5}
+QUESTIONS = {
+    "attributes": 2.0,
+    "shapes": 2.0,
+    "spatial": 1.5,
+    "charts": 1.0,
+    "counting": 0.5,
+    "odd": 0.5,
+}
 
 
 def frozen_stage(

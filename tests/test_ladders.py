@@ -205,11 +205,11 @@ def test_a_curve_shows_the_range_of_seeds_only_where_they_know_every_stage(two_s
 def test_pages_show_ranges_where_there_are_seeds(two_seeds, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    assert readme.toy_tables() is None
+    assert readme.tables_over_seeds("toy") is None
     (tmp_path / "toy-seeds").rename(tmp_path / "runs" / "toy-seeds")
-    table = readme.toy_tables()
+    table = readme.tables_over_seeds("toy")
     assert "| 0.900 | **0.810** | 0.700 to 0.920 | 1 of 2, surely 0; surely worse 1 |" in table
-    assert "| charts | **85.0%** | 80.0 to 90.0 | 20.0% |  | sft2 2 |" in table
+    assert "| charts | **85.0%** | 80.0 to 90.0 | 20.0% | 20 |  | sft2 2 |" in table
 
     drawing = picture.draw_ladder(picture.seed_numbers(two_seeds))
     assert "mean of 2 seeds" in drawing and drawing.count('class="band"') == 3
@@ -279,6 +279,8 @@ def test_stages_and_options_that_only_one_run_has_are_shown_as_such(tmp_path, ca
         ('{"sft9": {}}', "no stage 'sft9'"),
         ('{"sft1": {"mixtures": {}}}', "may have"),
         ('{"sft1": {"mixture": {"video": 1, "vidoe": 1}}}', "sft1 mixes 'vidoe', which no row is"),
+        ('{"sft1": {"steps": 0}}', "sft1 has 0 steps; give a positive integer"),
+        ('{"sft1": {"steps": "many"}}', "sft1 has 'many' steps; give a positive integer"),
     ],
 )
 def test_a_plan_that_no_stage_reads_is_an_error_that_names_the_file(tmp_path, text, said):

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
@@ -178,6 +179,35 @@ def test_a_question_is_answered_by_yes_as_often_as_by_no():
     triples = [("red?", "no", i) for i in range(8)] + [("red?", "yes", 9), ("only?", "yes", 10)]
     kept = shapes.evenly_answered(triples, random.Random(0))
     assert Counter((q, a) for q, a, _ in kept) == {("red?", "yes"): 1, ("red?", "no"): 1}
+
+
+@pytest.mark.parametrize("box", [(0, 0, 9, 6), (50, 57, 63, 63), (20, 30, 22, 32), (3, 3, 59, 40)])
+def test_a_window_holds_the_whole_shape(box):
+    picture = Image.new("RGB", (64, 64), (230, 240, 250))
+    picture.paste((200, 0, 0), box)
+    for seed in range(20):
+        window = shapes.around_shape(picture, random.Random(seed))
+        assert window.size == (32, 32)
+        # as many pixels as the shape has, at the window's scale
+        scale = 32 / max(32, box[2] - box[0], box[3] - box[1])
+        area = (box[2] - box[0]) * (box[3] - box[1]) * scale**2
+        green = np.asarray(window, dtype=float)[:, :, 1]
+        assert (240 - green).sum() / 240 == pytest.approx(area, rel=0.15)
+
+
+def test_what_is_described_is_repeated_and_looked_up_in_words():
+    """A copy of the description is a training row, as it is a held-out one."""
+    made = digits.grid(inked(0), "digits-grid-train-0", False, random.Random(0))
+    tasks = Counter()
+    for seed in range(40):
+        for row in example.training_rows(made, random.Random(seed)):
+            if row["task"] == "text":
+                turns = row["conversations"]
+                tasks["rows"] += 1
+                tasks["copies"] += any(turn["value"] == made.words for turn in turns)
+                tasks["drills"] += any("each" in turn["value"] for turn in turns)
+                assert len(turns) <= 2 * example.TURNS and "image" not in row
+    assert tasks["rows"] == 40 and tasks["copies"] > 3 and tasks["drills"] > 3
 
 
 @pytest.mark.parametrize("ink, name", [("#D22F27", "red"), ("#92D3F5", "blue"), ("#000000", "")])

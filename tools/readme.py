@@ -582,11 +582,11 @@ def ladder_sentences(results: dict) -> str:
     )
 
 
-def toy_tables() -> str | None:
-    """The toy ladder over seeds, of every model that was run; one run where there are no seeds."""
-    path = ROOT / "runs" / "toy-seeds" / "summary.json"
+def tables_over_seeds(name: str) -> str | None:
+    """A ladder over seeds, of every model that was run; one run where there are no seeds."""
+    path = ROOT / "runs" / f"{name}-seeds" / "summary.json"
     if not path.is_file():
-        return ladder_tables("toy")
+        return ladder_tables(name)
     summary = json.loads(path.read_text(encoding="utf-8"))
     parts = [seed_tables(model, part) for model, part in summary.items()]
     return "\n\n".join(parts)
@@ -621,6 +621,7 @@ def seed_tables(model: str, part: dict) -> str:
                 f"**{r['mean']:.1%}**",
                 f"{100 * r['low']:.1f} to {100 * r['high']:.1f}",
                 f"{s['chance']:.1%}",
+                f"{s['over_chance']['low']:.0f}",
                 "" if s["swapped"] is None else f"{s['swapped']:.1%}",
                 skill_words(part["skills"][family]),
             )
@@ -628,13 +629,14 @@ def seed_tables(model: str, part: dict) -> str:
 
     stage_heads = "stage | seconds | graded by | before | after | range | better in | chance | n"
     family_heads = (
-        "family | final accuracy | range | chance (best blind answer) | images swapped | came with"
+        "family | final accuracy | range | chance (best blind answer) | errors above it, at least | "
+        "images swapped | came with"
     )
     seconds = part["seconds"]
     parts = [
         f"**{model}**, {where_and_when(part)}. Means over seeds; surely: by two standard errors.",
         markdown_table(stage_heads, "lrlrrrlrr", stages),
-        markdown_table(family_heads, "lrrrrl", families),
+        markdown_table(family_heads, "lrrrrrl", families),
         f"{seconds['mean']:.0f} seconds in the mean ({seconds['low']:.0f} to {seconds['high']:.0f}), "
         f"{thinking_words(part)}.",
     ]
@@ -699,8 +701,8 @@ def curation_blocks() -> dict[str, str | None]:
 def results_blocks() -> dict[str, str | None]:
     """Every block of RESULTS.md; None where the run is not here."""
     blocks = {
-        "toy": toy_tables(),
-        "real": ladder_tables("real"),
+        "toy": tables_over_seeds("toy"),
+        "real": tables_over_seeds("real"),
         "memory": memory_table(),
     }
     for name, (path, columns) in TABLES.items():

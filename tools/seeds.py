@@ -164,6 +164,7 @@ def summary_of(runs: dict[Path, dict]) -> dict:
         final[family] = {
             "accuracy": range_of([score["accuracy"] for score in scores]),
             "chance": scores[0]["chance"],
+            "over_chance": range_of([errors_over_chance(score) for score in scores]),
             "n": scores[0]["n"],
             "swapped": swapped_mean(all_results, family),
         }
@@ -190,6 +191,11 @@ def summary_of(runs: dict[Path, dict]) -> dict:
         "skills": skills_over_seeds(all_results),
         "thinking": thinking_over_seeds(all_results),
     }
+
+
+def errors_over_chance(score: dict) -> float:
+    """How many standard errors an accuracy lies above the best blind strategy."""
+    return (score["accuracy"] - score["chance"]) / score["error"]
 
 
 def swapped_mean(runs: list[dict], family: str) -> float | None:
@@ -271,13 +277,15 @@ def print_seeds(model: str, part: dict) -> None:
             f"{after['low']:7.3f} {after['high']:7.3f}  {how_often(stage, n)}"
         )
 
-    print(f"\n{'family':12s} {'mean':>7s} {'lowest':>7s} {'highest':>7s} {'chance':>7s}  came with")
+    heads = " ".join(f"{head:>7s}" for head in ("mean", "lowest", "highest", "chance", "errors"))
+    print(f"\n{'family':12s} {heads}  came with")
     for family, row in part["final"].items():
         r = row["accuracy"]
         print(
-            f"{family:12s} {r['mean']:7.1%} {r['low']:7.1%} {r['high']:7.1%} {row['chance']:7.1%}  "
-            f"{skill_words(part['skills'][family])}"
+            f"{family:12s} {r['mean']:7.1%} {r['low']:7.1%} {r['high']:7.1%} {row['chance']:7.1%} "
+            f"{row['over_chance']['low']:7.1f}  {skill_words(part['skills'][family])}"
         )
+    print("errors: standard errors above chance, in the worst seed")
     seconds = part["seconds"]
     print(
         f"\n{thinking_words(part)}; {seconds['mean']:.0f} seconds ({seconds['low']:.0f} to "
