@@ -53,7 +53,6 @@ TABLE = {
     "caption": RealFamily("caption", "all of them", "as below", grader="phrases"),
     "listing": RealFamily("listing", "digits, charts", "a drill", graded=False, in_words=1.0),
     "shapes": RealFamily("shapes", "easy-VQA", "pictures: its own test split", alone=True),
-    "yes-no": RealFamily("shapes", "easy-VQA", "pictures: its own test split", alone=True),
     "kind": RealFamily(
         "attributes", "emoji, stamps, photographs", "drawings; what photographs show", in_words=0.05
     ),
@@ -65,7 +64,7 @@ TABLE = {
     "codes": RealFamily("codes", "typefaces", "typefaces, and airports' codes", in_words=0.1),
     "charts": RealFamily("charts", "tables", "tables, countries", True, alone=True),
     "arithmetic": RealFamily(
-        "arithmetic", "handwriting, tables", "drawings; tables", True, alone=True
+        "arithmetic", "handwriting", "drawings, by their pixels", True, alone=True
     ),
     "odd": RealFamily("odd", "handwriting", "drawings, by their pixels", True),
     "order": RealFamily("video", "handwriting", "drawings, by their pixels"),
@@ -200,18 +199,6 @@ def training_rows(example: Example, rng: random.Random) -> list[dict]:
     return rows
 
 
-def in_couples(pairs: list, most: int, rng: random.Random) -> list:
-    """At most so many (example, question), of every question as many yes as no: a sample that takes
-    this back would reward knowing the questions."""
-    by_question: dict[str, dict[str, list]] = {}
-    for pair in pairs:
-        answers = by_question.setdefault(pair[1].question, {"yes": [], "no": []})
-        answers[pair[1].answer].append(pair)
-    couples = [c for answers in by_question.values() for c in zip(answers["yes"], answers["no"])]
-    chosen = rng.sample(couples, min(most // 2, len(couples)))
-    return [pair for couple in chosen for pair in couple]
-
-
 def as_often(examples: list[Example], count: int) -> list[Example]:
     """At most `count`, no answer to the last question commoner than another: a guess must not be worth
     more for it."""
@@ -236,11 +223,7 @@ def held_out_rows(examples: list[Example], most: int, rng: random.Random) -> lis
     rows = []
     described = []
     for family, pairs in asked.items():
-        if family == "yes-no":
-            chosen = in_couples(pairs, most, rng)
-        else:
-            chosen = rng.sample(pairs, min(most, len(pairs)))
-        for example, question in chosen:
+        for example, question in rng.sample(pairs, min(most, len(pairs))):
             rows.append(row_about(example, [question], TABLE[question.family].task))
             if example.words and not question.visible:
                 described.append(row_about(example, [question], "text", described=True))

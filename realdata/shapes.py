@@ -1,11 +1,11 @@
 """easy-VQA: 5,000 pictures of a shape, and the questions that its author asked about them (MIT).
 
-What it teaches: a published set brings its own answers, and its own short cuts. "Is it red?" is mostly
-no, and whoever always says so is right in two questions of three. Here each question is asked as
-often for a yes as for a no; then a guess is worth one half. Half of its questions deny ("is there not a
-red shape?"): a second look-up inside the first, which minutes of training do not teach. They are left out.
+What it teaches: a published set brings its own answers, and its own short cuts. Some answers to a question
+are commoner than others; here each is given as often as its rarest one, so that knowing the question
+is worth nothing. Its yes-or-no questions are left out: whether a word of the question fits the picture
+is a comparison that minutes of training do not teach, not even in words (LOG.md has the trials).
 
-    questions.json --by picture--> yes and no as often, for every question --> attributes
+    questions.json --by picture--> every answer as often, for every question --> shapes
                    --answers that give away colour and shape--> a caption
     picture, 64 x 64 --a window around the shape--> 32 x 32: a circle of six pixels would be a square
 
@@ -103,18 +103,15 @@ def shape_examples(train: int, test: int, seed: int) -> list[Example]:
         listed = json.loads((root / side / "questions.json").read_text())
         triples = [tuple(triple) for triple in listed]
         shown = questions_by_picture(triples)
-        plain = [triple for triple in triples if not DENIAL.search(triple[0])]
-        asked = questions_by_picture(evenly_answered(plain, rng))
+        named = [triple for triple in triples if triple[1] not in ("yes", "no")]
+        asked = questions_by_picture(evenly_answered(named, rng))
 
         # A picture with some of its questions
         for number in rng.sample(sorted(asked), min(most, len(asked))):
             picture = Image.open(root / side / "images" / f"{number}.png").convert("RGB")
             small = around_shape(picture, rng)
             some = rng.sample(asked[number], min(TURNS, len(asked[number])))
-            questions = []
-            for question, answer in some:
-                family = "yes-no" if answer in ("yes", "no") else "shapes"
-                questions.append(Question(family, question, answer))
+            questions = [Question("shapes", question, answer) for question, answer in some]
             words = given_away(shown[number])
             if words:
                 questions.append(Question("caption", "describe the picture.", words))

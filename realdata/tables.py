@@ -1,4 +1,4 @@
-"""Published tables as small charts: bars to read, to compare and to subtract, and series as videos.
+"""Published tables as small charts: bars to read and to compare, and series as videos.
 
 What it teaches: the numbers of a chart need not be invented. Populations of Gapminder (CC-BY), prices,
 harvests, weather and payrolls of vega-datasets (MIT, sources listed there) are what people counted;
@@ -187,19 +187,6 @@ def chart_example(numbers: Numbers, heights: list[float], name: str, rng: random
         Question("charts", "which bar is the highest?", highest, f"{words}. highest {highest}."),
         Question("charts", "which bar is the lowest?", lowest, f"{words}. lowest {lowest}."),
     ]
-
-    # Two of them, the higher one first; each difference that there is as often
-    pairs = {round(high[1]) - round(low[1]): (high, low) for high in bars for low in bars}
-    high, low = pairs[rng.choice([difference for difference in pairs if difference > 0])]
-    a, b = round(high[1]), round(low[1])
-    questions.append(
-        Question(
-            "arithmetic",
-            f"how much higher is {high[0]} than {low[0]}?",
-            str(a - b),
-            f"{in_marks([high, low])}. {a} - {b} = {a - b}.",
-        )
-    )
     picture = bar_picture(bars, rng)
     return Example(name, (picture,), words, tuple(questions), numbers.test, numbers.title)
 
@@ -260,7 +247,7 @@ def table_examples(train: int, test: int, seed: int) -> list[Example]:
         mine = [numbers for numbers in everything if numbers.test == held]
         groups = [numbers for numbers in mine if not numbers.in_time]
         series = [numbers for numbers in mine if numbers.in_time]
-        trends = round(0.25 * count)
+        trends = round(0.35 * count)
         examples += examples_from(chart_example, groups, count - trends, f"chart-{side}", seed)
         # Series mostly rise
         more = examples_from(trend_example, series, 8 * trends, f"trend-{side}", seed)

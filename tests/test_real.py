@@ -126,9 +126,6 @@ def test_answers_about_charts_follow_from_their_numbers():
             assert bars[colour] == int(mark)
             assert ("highest" not in q.question) or int(mark) == 5
             assert ("lowest" not in q.question) or int(mark) == 1
-        elif q.family == "arithmetic":
-            words = q.question.rstrip("?").split()
-            assert int(q.answer) == bars[words[4]] - bars[words[-1]] > 0
 
 
 @pytest.mark.parametrize(
@@ -175,10 +172,13 @@ def test_easy_vqas_answers_give_away_a_colour_and_a_shape():
     assert shapes.given_away(seen[:1]) == ""
 
 
-def test_a_question_is_answered_by_yes_as_often_as_by_no():
-    triples = [("red?", "no", i) for i in range(8)] + [("red?", "yes", 9), ("only?", "yes", 10)]
+def test_every_answer_to_a_question_is_as_frequent():
+    triples = [("colour?", "red", i) for i in range(8)] + [
+        ("colour?", "blue", 9),
+        ("only?", "red", 9),
+    ]
     kept = shapes.evenly_answered(triples, random.Random(0))
-    assert Counter((q, a) for q, a, _ in kept) == {("red?", "yes"): 1, ("red?", "no"): 1}
+    assert Counter((q, a) for q, a, _ in kept) == {("colour?", "red"): 1, ("colour?", "blue"): 1}
 
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 6), (50, 57, 63, 63), (20, 30, 22, 32), (3, 3, 59, 40)])

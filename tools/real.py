@@ -5,12 +5,12 @@ packages carry pictures, typefaces and tables; every source is a file of realdat
 thing, from which the rows are made that `data/readers.py` reads as `conversations`.
 
     realdata/digits      handwriting              places, counts, sums, exceptions, order in time
-    realdata/shapes      easy-VQA                 colours and shapes, a yes as often as a no
+    realdata/shapes      easy-VQA                 colours and shapes
     realdata/emoji       drawings                 kind (English and Chinese), colour
     realdata/typefaces   letters, codes           reading
     realdata/stamps      Tux Paint's stamps       kind (from Debian: optional)
     realdata/gcompris    photographs              kind (from Debian: optional)
-    realdata/tables      published numbers        charts, differences, series as videos
+    realdata/tables      published numbers        charts, series as videos
         |
         +--> train.jsonl, held_out.jsonl, images/, sheet.png     stages.json: what a ladder grades where
 
@@ -64,13 +64,13 @@ CAPTIONS = {"caption": 2.0, "listing": 1.5, "reading": 1.5, "codes": 0.5, "text"
 BROAD = {
     "spatial": 3.0,
     "listing": 3.0,
-    "attributes": 3.0,
-    "shapes": 2.5,
+    "attributes": 2.5,
     "reading": 2.0,
     "arithmetic": 2.0,
+    "charts": 2.0,
+    "shapes": 1.5,
     "odd": 1.5,
     "codes": 1.5,
-    "charts": 1.5,
     "caption": 1.5,
     "text": 1.0,
     "video": 1.0,
@@ -79,11 +79,11 @@ BROAD = {
 # What later phases rehearse
 A_LITTLE = {
     "attributes": 1.5,
-    "shapes": 1.5,
     "spatial": 1.0,
     "arithmetic": 1.0,
     "reading": 0.7,
     "codes": 0.7,
+    "shapes": 0.7,
     "odd": 0.7,
     "video": 0.7,
     "charts": 0.7,
@@ -94,7 +94,7 @@ A_LITTLE = {
 }
 AT_LAST = A_LITTLE | {
     "attributes": 3.0,
-    "shapes": 2.0,
+    "shapes": 1.0,
     "arithmetic": 2.0,
     "odd": 1.0,
     "charts": 1.5,
@@ -106,7 +106,7 @@ MIXTURES = {
     "basic": CAPTIONS,
     "vit3": BROAD,
     "multitask": BROAD,
-    "sft1": A_LITTLE | {"attributes": 6.0, "shapes": 5.0, "spatial": 2.0},
+    "sft1": A_LITTLE | {"attributes": 6.0, "shapes": 3.0, "spatial": 3.0},
     "sft2": A_LITTLE | {"codes": 4.0, "charts": 4.0, "reading": 1.0, "listing": 1.0},
     "sft3": A_LITTLE | {"arithmetic": 6.0, "odd": 3.0, "charts": 1.5, "text": 1.0},
     "sft4": A_LITTLE | {"video": 6.0, "arithmetic": 1.5, "odd": 1.0},
@@ -116,7 +116,15 @@ MIXTURES = {
     "fusion": AT_LAST | {"arithmetic": 3.0, "odd": 1.5},
 }
 # Look-ups come later than in the drawn world, where there are fewer things to look up.
-STEPS = {"language": 300, "vit2": 160, "vit3": 140, "multitask": 540, "sft2": 360, "sft3": 400}
+STEPS = {
+    "language": 300,
+    "vit2": 160,
+    "vit3": 140,
+    "multitask": 540,
+    "sft2": 360,
+    "sft3": 400,
+    "sft4": 100,
+}
 
 
 @dataclass
