@@ -248,11 +248,7 @@ class Ladder:
         self, table: dict[str, BaseStage], name: str, metric: str, families: list[str]
     ) -> Run:
         """A stage graded by the mean accuracy over `families`, which the previous grading already knows."""
-        # Files need not have every family of the world, and may say which of theirs grade a stage
-        families = self.plan.get(name, {}).get("graded", families)
-        present = [
-            f for f in self.held_out if f in families or self.held_out[f][0].task in families
-        ]
+        present = self.graded_by(name, families)
         if not present:
             present = list(self.held_out)
             metric = "overall accuracy"
@@ -275,6 +271,12 @@ class Ladder:
             )
         )
         return run
+
+    def graded_by(self, name: str, families: list[str]) -> list[str]:
+        """The families that grade a stage. Files need not have every one of the world's, and may say which
+        of theirs it is."""
+        wanted = self.plan.get(name, {}).get("graded", families)
+        return [f for f, group in self.held_out.items() if f in wanted or group[0].task in wanted]
 
     def language(self) -> dict:
         """The stand-in for Qwen3; returns its weights, from which basic pre-training starts again."""
@@ -619,7 +621,8 @@ def climb(options: ToyOptions) -> int:
 
     # Fine-tuning
     for name, families in PHASES.items():
-        ladder.graded_stage(sft.TOY, name, f"accuracy on {', '.join(families)}", list(families))
+        about = ", ".join(ladder.graded_by(name, list(families)))
+        ladder.graded_stage(sft.TOY, name, f"accuracy on {about}", list(families))
     ladder.soup()
     if options.model == "moe":
         ladder.become_moe()

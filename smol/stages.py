@@ -74,9 +74,9 @@ SMOL: dict[str, BaseStage] = {
         schedule="wsd",
         weighting="sqrt",
     ),
-    "align": frozen_stage("align", ("adapter",), CAPTIONS, 200),
+    "align": frozen_stage("align", ("adapter",), CAPTIONS, 250),
     "answers": frozen_stage(
-        "answers", ("vision", "adapter"), CAPTIONS | QUESTIONS, 300, lr_scale={"vision": 0.3}
+        "answers", ("vision", "adapter"), CAPTIONS | QUESTIONS, 500, lr_scale={"vision": 0.3}
     ),
 }
 
