@@ -287,3 +287,22 @@ def test_the_contents_of_curation_name_every_command_of_the_room():
         if "__main__" in file.read_text(encoding="utf-8")
     }
     assert commands_here == {module for module, _ in places}
+
+
+def test_the_page_of_a_real_language_model_is_made_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.smol_tables() is None
+    for name in ("eyes", "align", "answers"):
+        run = tmp_path / "runs" / "smol" / name
+        run.mkdir(parents=True)
+        (run / "stage.json").write_text(json.dumps({"rows": 4, "length": 300}))
+        (run / "log.jsonl").write_text('{"tokens_per_second": 10}\n' * 3)
+    losses = {"seen": 1.0, "swapped": 3.0, "blind": 2.0, "bigram": 2.5, "margin": 1.0}
+    text = {"before": 20.0, "after": 20.1, "change": 0.005}
+    scores = {"kind": [0.5, 0.2, 0.05, 100]}
+    results = {"captions": 200, "losses": losses, "scores": scores, "text": text}
+    (run / "results.json").write_text(json.dumps(results))
+    page = readme.smol_tables()
+    assert "| 1.000 | 3.000 | 2.000 | 2.500 | 1.000 |" in page
+    assert "| kind | **50.0%** | 5.0% | 20.0% | 100 |" in page
+    assert "20.100 after (+0.50%)" in page and "eyes 6, align 6, answers 6" in page

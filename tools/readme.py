@@ -643,6 +643,48 @@ def seed_tables(model: str, part: dict) -> str:
     return "\n\n".join(parts)
 
 
+def smol_tables() -> str | None:
+    """What SmolLM2 sees and what it still knows, after `make smol`; None when it was not run here."""
+    path = ROOT / "runs" / "smol" / "answers" / "results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text())
+
+    # Captions, in nats a token
+    heads = (
+        "its own picture | another's | blind guess | bigram | margin of seeing over the blind guess"
+    )
+    names = ("seen", "swapped", "blind", "bigram", "margin")
+    losses = [tuple(f"{results['losses'][name]:.3f}" for name in names)]
+
+    # Answers
+    answers = []
+    for family, (accuracy, chance, error, n) in results["scores"].items():
+        answers.append((family, f"**{accuracy:.1%}**", f"{error:.1%}", f"{chance:.1%}", n))
+
+    # What it cost, and whether text was kept
+    minutes = {name: stage_minutes(path.parents[1] / name) for name in ("eyes", "align", "answers")}
+    cost = ", ".join(f"{name} {m:.0f}" for name, m in minutes.items())
+    text = results["text"]
+    parts = [
+        f"Loss of {results['captions']} held-out captions, in nats a token:",
+        markdown_table(heads, "rrrrr", losses),
+        markdown_table(
+            "family | accuracy | standard error | chance (best blind answer) | n", "lrrrr", answers
+        ),
+        f"Perplexity of plain text {text['before']:.3f} before, {text['after']:.3f} after "
+        f"({text['change']:+.2%}). Minutes of training: {cost}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def stage_minutes(run: Path) -> float:
+    """How long a run's steps took, by its log."""
+    stage = json.loads((run / "stage.json").read_text())
+    rates = [json.loads(line)["tokens_per_second"] for line in open(run / "log.jsonl")]
+    return sum(stage["rows"] * stage["length"] / rate for rate in rates) / 60
+
+
 def run_table(path: str, columns: str) -> str | None:
     """These columns of a markdown table that a run left; None when it is not here."""
     if not (ROOT / path).is_file():
@@ -703,6 +745,7 @@ def results_blocks() -> dict[str, str | None]:
     blocks = {
         "toy": tables_over_seeds("toy"),
         "real": tables_over_seeds("real"),
+        "smol": smol_tables(),
         "memory": memory_table(),
     }
     for name, (path, columns) in TABLES.items():
