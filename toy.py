@@ -95,8 +95,8 @@ class Ladder:
         ranks = parallel.start(kind=kind)
         torch.manual_seed(options.seed)
 
-        # What it learns from, and the samples that it never sees
-        # stage -> its mixture, its steps and the families that grade it
+        # What it learns from, and the samples that it never sees. Files may have a plan: stage -> its
+        # mixture, its steps and the families that grade it
         self.plan: dict[str, dict] = {}
         if options.data:
             source = Folder(options.data / "train.jsonl")

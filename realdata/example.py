@@ -35,8 +35,8 @@ class RealFamily:
 
     reasoning: whether its questions have chains of thought. alone: one question a row in training, since
     an earlier answer would tell a later one, which is then copied and not looked up. in_words: share of
-    its training questions that are asked about the description, too: what a picture is to be looked up
-    for is learned there first, and for a copied word one row in ten is enough.
+    its training questions that are asked about the description, too. Look-ups are learned in words first;
+    where the answer is merely copied from the description, a few are enough.
     """
 
     task: str  # what the recipe's mixtures call it

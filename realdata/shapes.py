@@ -77,10 +77,9 @@ def questions_by_picture(triples: list[Triple]) -> dict[int, list[tuple[str, str
 
 def around_shape(picture: Image.Image, rng: random.Random) -> Image.Image:
     """A square of the picture with the whole shape in it, somewhere, SIDE pixels wide."""
-    # The shape is what differs from the paper, whose colour the corner that shows it has
-    corners = [(0, 0), (picture.width - 1, picture.height - 1)]
+    # The shape is what differs from the paper, which one of two opposite corners shows
     boxes = []
-    for corner in corners:
+    for corner in ((0, 0), (picture.width - 1, picture.height - 1)):
         paper = Image.new("RGB", picture.size, picture.getpixel(corner))
         boxes.append(ImageChops.difference(picture, paper).getbbox() or (0, 0, *picture.size))
     left, top, right, bottom = min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))

@@ -115,7 +115,7 @@ MIXTURES = {
     "moe-branch": AT_LAST,
     "fusion": AT_LAST | {"arithmetic": 3.0, "odd": 1.5},
 }
-# Look-ups come later than in the drawn world, where there are fewer things to look up.
+# More than the drawn world's: handwriting is harder to read than its shapes, and look-ups come later.
 STEPS = {
     "language": 300,
     "vit2": 160,
