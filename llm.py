@@ -79,9 +79,9 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = inverse_rms(x, eps)
+        out, inverse = norm_and_inverse(x, weight, eps)
         ctx.save_for_backward(x, inverse, weight)
-        return (x * inverse).mul_(weight)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -110,6 +110,18 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of squares + eps) over the last axis, (..., 1): from the length, in one pass."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.rsqrt(length.square() / x.shape[-1] + eps)
+
+
+def norm_and_inverse(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` and `inverse_rms` in the memory of what came before: the same bits, where no gradient
+    is recorded."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * inverse).mul_(weight), inverse
+
+
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return norm_and_inverse(x, weight, eps)[0]
 
 
 class RMSNorm(nn.Module):
@@ -182,6 +194,10 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, way: float) -> Tensor:
     return out
 
 
+def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned_by(x, cos, sin, 1.0)
+
+
 # -------------------------------------------------------------------------- between the products
 
 
@@ -190,13 +206,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_in_place(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
 class FusedSwiGLU(torch.autograd.Function):
     """`swiglu` that keeps its two inputs only, and makes silu(gate) again on the way back."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return swiglu_in_place(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -217,14 +237,15 @@ class Elementwise(NamedTuple):
 
 DEFINITIONS = Elementwise(rms_norm, swiglu, rotate)
 WRITTEN_OUT = Elementwise(FusedRMSNorm.apply, FusedSwiGLU.apply, FusedRotation.apply)
+IN_PLACE = Elementwise(rms_norm_in_place, swiglu_in_place, rotate_in_place)
 
 
 def choose_elementwise(x: Tensor) -> Elementwise:
     """The functions to use where x is.
 
     On a GPU they are bound by memory: a kernel each (kernels/block_triton.py). Where a block is
-    compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and for
-    training in full precision all three with their backward pass written out: forward the same bits.
+    compiled, the compiler makes such kernels from the definitions. Elsewhere the definitions, and in full
+    precision the same bits sooner: for training with the backward pass written out, else in place.
     """
     if torch.compiler.is_compiling() or x.numel() == 0:
         return DEFINITIONS
@@ -233,8 +254,9 @@ def choose_elementwise(x: Tensor) -> Elementwise:
 
         return Elementwise(rms_norm_triton, swiglu_triton, rotate_triton)
 
-    wide = x.dtype in (torch.float32, torch.float64)
-    return WRITTEN_OUT if wide and torch.is_grad_enabled() else DEFINITIONS
+    if x.dtype not in (torch.float32, torch.float64):
+        return DEFINITIONS
+    return WRITTEN_OUT if torch.is_grad_enabled() else IN_PLACE
 
 
 # ------------------------------------------------------------------------------------- the block

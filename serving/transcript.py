@@ -35,6 +35,7 @@ class Transcript:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer = tokenizer
+        self.vocabulary = len(tokenizer)
         self.stop = stop
         self.stopped = False
         self.text = ""
@@ -59,7 +60,7 @@ class Transcript:
             self.stopped = True
 
     def bytes_of(self, token: int) -> bytes:
-        if token >= len(self.tokenizer):
+        if token >= self.vocabulary:
             return b""
         return self.tokenizer.encoding.decode_single_token_bytes(token)
 

@@ -49,7 +49,7 @@ def test_interpreted_norm_swiglu_and_rotation_are_their_definitions():
 def test_each_device_gets_its_own_functions_between_products():
     """Where a tensor says that it lies is enough: a GPU is not needed to choose."""
     from kernels import block_triton
-    from llm import DEFINITIONS, WRITTEN_OUT, choose_elementwise
+    from llm import DEFINITIONS, IN_PLACE, WRITTEN_OUT, choose_elementwise
 
     names = ("rms_norm_triton", "swiglu_triton", "rotate_triton")
     on_a_gpu = tuple(getattr(block_triton, name) for name in names)
@@ -64,7 +64,8 @@ def test_each_device_gets_its_own_functions_between_products():
     assert choose_elementwise(torch.empty(2, 8)) is WRITTEN_OUT
     assert choose_elementwise(torch.empty(2, 8, dtype=torch.bfloat16)) is DEFINITIONS
     with torch.no_grad():
-        assert choose_elementwise(torch.empty(2, 8)) is DEFINITIONS
+        assert choose_elementwise(torch.empty(2, 8)) is IN_PLACE
+        assert choose_elementwise(torch.empty(2, 8, dtype=torch.bfloat16)) is DEFINITIONS
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from data.encode import Encoder
 from data.images import normalise
 from data.sample import Message, Sample
 from infra import weights
-from llm import DEFINITIONS, LLM, WRITTEN_OUT, Elementwise, RMSNorm, rotary_table, rotate
+from llm import DEFINITIONS, IN_PLACE, LLM, WRITTEN_OUT, Elementwise, RMSNorm, rotary_table, rotate
 from packing import collate
 from vit import ViT
 from vlm import PRESETS, SAIL_VIT, SailVL, VLMConfig, token_logprobs
@@ -603,7 +603,10 @@ def test_what_is_written_out_is_its_definition_with_its_gradients(name):
         found.append([out, *(leaf.grad for leaf in leaves)])
         for leaf in leaves:
             leaf.grad = None
-    assert torch.equal(found[0][0], found[1][0])  # scoring without gradients is no other function
+    with torch.no_grad():
+        in_place = getattr(IN_PLACE, name)(*leaves, *constants)
+    # scoring without gradients is no other function
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], in_place)
     for wanted, got in zip(*found, strict=True):
         close(got, wanted, 1e-12)
     assert torch.autograd.gradcheck(getattr(WRITTEN_OUT, name), (*leaves, *constants))
