@@ -47,7 +47,7 @@ chat: $(VENV)/core        ## 5 s      talk to what was trained, about pictures (
 lesson: $(VENV)/core      ## 5 s      five pages to follow by hand, whose numbers change live: runs/lessons/rows.html
 	$(PY) -m lessons
 
-real: $(VENV)/real        ## untimed  the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
+real: $(VENV)/real        ## 9 min    the same ladder on published data: handwriting, emoji, typefaces, tables, photographs, easy-VQA
 	$(PY) -m tools.real --out real
 ifeq ($(SEEDS),)
 	$(LADDER) --data real --samples 300 --out $(REAL) --model $(MODEL) --seed $(SEED)
