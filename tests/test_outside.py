@@ -341,6 +341,7 @@ def trained():
 @pytest.mark.slow
 @pytest.mark.parametrize("think", [False, True])
 def test_through_serve_py_answers_and_scores_are_those_of_a_local_model(home, think, capsys):
+    pytest.importorskip("uvicorn")
     process = subprocess.Popen(
         [sys.executable, "serve.py", "--model", str(home / NAME), "--port", "0"]
         + ["--context", "512"],
