@@ -17,6 +17,7 @@ model), final/ (the last model), results.json and report.html.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -51,6 +52,17 @@ from train import Run
 from vlm import PRESETS
 
 GLANCE = 50  # held-out samples of a family that a stage is not about
+# Stages whose families a plan may name; the others are graded by all, by a loss, or as long-cot is
+GRADED_BY_FAMILIES = (
+    "language",
+    "vit2",
+    "vit3",
+    "basic",
+    "multitask",
+    *PHASES,
+    "moe-branch",
+    "long-cot",
+)
 
 
 @dataclass
@@ -63,8 +75,8 @@ class ToyOptions:
     samples: int = 200  # held-out samples per family
     effort: float = 1.0  # multiplies the steps of every stage
     device: str = ""  # cpu, cuda, npu, mps; none: what there is
-    # a directory with train.jsonl, held_out.jsonl and images/ (and stages.json: what each stage reads and is
-    # graded by); none: the drawn world
+    # a directory with train.jsonl, held_out.jsonl and images/ (and stages.json: each stage's mixture,
+    # steps and grading, where they differ); none: the drawn world
     data: Path | None = None
 
 
@@ -100,12 +112,13 @@ class Ladder:
         self.plan: dict[str, dict] = {}
         if options.data:
             source = Folder(options.data / "train.jsonl")
-            self.plan = read_plan(options.data / "stages.json", set(source.tasks()))
             self.held_out: dict[str, list[Sample]] = {}
             for sample in Folder(options.data / "held_out.jsonl").first():
                 group = self.held_out.setdefault(family_of(sample), [])
                 if len(group) < options.samples:
                     group.append(sample)
+            names = set(self.held_out) | {group[0].task for group in self.held_out.values()}
+            self.plan = read_plan(options.data / "stages.json", set(source.tasks()), names)
         else:
             source = World()
             self.held_out = {f: source.held_out(f, options.samples) for f in GRADED}
@@ -555,38 +568,57 @@ class Ladder:
         self.say(f"{len(harvest)} chains harvested from {len(usable)} questions")
 
 
-def read_plan(path: Path, tasks: set[str]) -> dict[str, dict]:
+def read_plan(path: Path, tasks: set[str], families: set[str]) -> dict[str, dict]:
     """stages.json: stage -> {"mixture": task -> weight, "steps": n, "graded": families}, each optional; {}
     without it.
 
-    tasks: of the rows. "graded" of long-cot is asked in all stages of thinking. Raises ValueError for what
-    no stage reads, for a mixture of what no row has, and for steps that are no positive integer.
+    tasks: of the rows. families: of the held-out ones, and their tasks. "graded" of long-cot is asked in
+    all stages of thinking. Raises ValueError for what no stage reads or could do.
     """
     if not path.exists():
         return {}
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        named = {stage: set(told) for stage, told in plan.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        plan = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not an object of stages ({error})") from error
 
     known = {**pretrain.TOY, **sft.TOY, **rl.TOY}
-    for stage, keys in named.items():
+    for stage, told in plan.items():
         if stage not in known:
             raise ValueError(f"{path}: no stage {stage!r}; choose from {', '.join(known)}")
-        if not keys <= {"mixture", "steps", "graded"}:
-            raise ValueError(
-                f'{path}: {stage} may have "mixture", "steps" and "graded", not {sorted(keys)}'
-            )
-        steps = plan[stage].get("steps", 1)
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"{path}: {stage} has {steps!r} steps; give a positive integer")
-        missing = sorted(set(plan[stage].get("mixture", ())) - tasks)
-        if missing:
-            raise ValueError(
-                f"{path}: {stage} mixes {missing[0]!r}, which no row is; {sorted(tasks)}"
-            )
+        check_told(f"{path}: {stage}", stage, told, tasks, families)
     return plan
+
+
+def check_told(where: str, stage: str, told: dict, tasks: set[str], families: set[str]) -> None:
+    """Raises ValueError unless a plan's words on one stage can be followed."""
+    if not isinstance(told, dict) or not told.keys() <= {"mixture", "steps", "graded"}:
+        raise ValueError(f'{where} may have "mixture", "steps" and "graded", not {sorted(told)}')
+
+    # What it reads
+    mixture = told.get("mixture", {"": 1})
+    weights = list(mixture.values()) if isinstance(mixture, dict) else []
+    sound = [type(weight) in (int, float) and 0 < weight < math.inf for weight in weights]
+    if not weights or not all(sound):
+        raise ValueError(f"{where} mixes {mixture!r}; give tasks with positive weights")
+    missing = sorted(set(told.get("mixture", ())) - tasks)
+    if missing:
+        raise ValueError(f"{where} mixes {missing[0]!r}, which no row is; {sorted(tasks)}")
+
+    # How long
+    steps = told.get("steps", 1)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{where} has {steps!r} steps; give a positive integer")
+
+    # What grades it
+    graded = told.get("graded", [])
+    if "graded" in told and stage not in GRADED_BY_FAMILIES:
+        raise ValueError(f'{where} is not graded by families of its own; leave "graded" out')
+    if not isinstance(graded, list):
+        raise ValueError(f"{where} is graded by {graded!r}; give a list of families")
+    unknown = [family for family in graded if family not in families]
+    if unknown:
+        raise ValueError(f"{where} is graded by {unknown[0]!r}, which is not held out")
 
 
 def with_swapped_images(documents: list) -> list:

@@ -33,13 +33,13 @@ TURNS = 3  # questions about a description in training, at most
 class RealFamily:
     """A line of the table of scores.
 
-    reasoning: whether its questions have chains of thought. alone: one question a row in training, since
-    an earlier answer would tell a later one, which is then copied and not looked up. in_words: share of
-    its training questions that are asked about the description, too. Look-ups are learned in words first;
-    where the answer is merely copied from the description, a few are enough.
+    reasoning: whether its questions have chains of thought. alone: in training one question a row about a
+    picture, since an earlier answer would tell a later one, which is then copied and not looked up.
+    in_words: share of its training questions that are asked about the description, too. Look-ups are
+    learned in words first; where the answer is merely copied from the description, a few are enough.
     """
 
-    task: str  # what the recipe's mixtures call it
+    task: str  # what mixtures call it
     made_of: str  # what people made
     split: str  # what is held out
     reasoning: bool = False
@@ -57,7 +57,7 @@ TABLE = {
         "attributes", "emoji, stamps, photographs", "drawings; what photographs show", in_words=0.05
     ),
     "kind-zh": RealFamily("attributes", "emoji", "drawings, by code point", in_words=0.05),
-    "colour": RealFamily("attributes", "emoji", "drawings, by code point", in_words=0.05),
+    "colour": RealFamily("attributes", "emoji", "drawings, by code point"),
     "spatial": RealFamily("spatial", "handwriting", "drawings, by their pixels", alone=True),
     "counting": RealFamily("counting", "handwriting", "drawings, by their pixels", True),
     "digits": RealFamily("reading", "handwriting", "drawings, by their pixels", in_words=0.05),

@@ -1,15 +1,16 @@
 """easy-VQA: 5,000 pictures of a shape, and the questions that its author asked about them (MIT).
 
 What it teaches: a published set brings its own answers, and its own short cuts. Some answers to a question
-are commoner than others; here each is given as often as its rarest one, so that knowing the question
-is worth nothing. Its yes-or-no questions are left out: whether a word of the question fits the picture
+are commoner than others; here each is given as often as its rarest one, so that no guess is better than
+another. Its yes-or-no questions are left out: whether a word of the question fits the picture
 is a comparison that minutes of training do not teach, not even in words (LOG.md has the trials).
 
     questions.json --by picture--> every answer as often, for every question --> shapes
                    --answers that give away colour and shape--> a caption
-    picture, 64 x 64 --a window around the shape--> 32 x 32: a circle of six pixels would be a square
+    picture, 64 x 64 --a window around the shape--> 32 x 32
 
-Its own train / test split is kept: held out by picture.
+A window, since halving the picture makes a small circle of six pixels, which is a square. Its own
+train / test split is kept: held out by picture.
 """
 
 import json
@@ -26,7 +27,7 @@ SHAPES = {"circle", "rectangle", "triangle"}
 SOURCE = "easy-VQA (MIT)"
 DENIAL = re.compile(r"\b(no|not)\b")
 Triple = tuple[str, str, int]  # question, answer, number of the picture
-TURNS = 5  # questions of a picture in training
+ASKED = 5  # questions of a picture, at most
 WINDOW = 32  # pixels of a picture's side that are kept at least
 
 
@@ -109,7 +110,7 @@ def shape_examples(train: int, test: int, seed: int) -> list[Example]:
         for number in rng.sample(sorted(asked), min(most, len(asked))):
             picture = Image.open(root / side / "images" / f"{number}.png").convert("RGB")
             small = around_shape(picture, rng)
-            some = rng.sample(asked[number], min(TURNS, len(asked[number])))
+            some = rng.sample(asked[number], min(ASKED, len(asked[number])))
             questions = [Question("shapes", question, answer) for question, answer in some]
             words = given_away(shown[number])
             if words:

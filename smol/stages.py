@@ -6,7 +6,7 @@ stages, section 3.1); then a *new* adapter joins them to the real language model
 3.2), which stays frozen: what it knew of text, it knows.
 
     stage     trains              on                      through
-    eyes      all                 every task              the toy's language model, from nothing
+    eyes      all                 captions, questions     the toy's language model, from nothing
     align     adapter (new)       captions                SmolLM2, frozen
     answers   vision + adapter    captions, questions     SmolLM2, frozen
 

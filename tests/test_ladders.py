@@ -207,9 +207,15 @@ def test_pages_show_ranges_where_there_are_seeds(two_seeds, tmp_path, monkeypatc
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     assert readme.tables_over_seeds("toy") is None
     (tmp_path / "toy-seeds").rename(tmp_path / "runs" / "toy-seeds")
+
+    # "at least" is rounded down
+    file = tmp_path / "runs" / "toy-seeds" / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["dense"]["final"]["charts"]["over_chance"]["low"] = 19.9
+    file.write_text(json.dumps(summary))
     table = readme.tables_over_seeds("toy")
     assert "| 0.900 | **0.810** | 0.700 to 0.920 | 1 of 2, surely 0; surely worse 1 |" in table
-    assert "| charts | **85.0%** | 80.0 to 90.0 | 20.0% | 20 |  | sft2 2 |" in table
+    assert "| charts | **85.0%** | 80.0 to 90.0 | 20.0% | 19 |  | sft2 2 |" in table
 
     drawing = picture.draw_ladder(picture.seed_numbers(two_seeds))
     assert "mean of 2 seeds" in drawing and drawing.count('class="band"') == 3
@@ -278,13 +284,21 @@ def test_stages_and_options_that_only_one_run_has_are_shown_as_such(tmp_path, ca
         ("{", "not an object of stages"),
         ('{"sft9": {}}', "no stage 'sft9'"),
         ('{"sft1": {"mixtures": {}}}', "may have"),
+        ('{"sft1": ["steps"]}', "may have"),
         ('{"sft1": {"mixture": {"video": 1, "vidoe": 1}}}', "sft1 mixes 'vidoe', which no row is"),
+        ('{"sft1": {"mixture": {}}}', "give tasks with positive weights"),
+        ('{"sft1": {"mixture": ["video"]}}', "give tasks with positive weights"),
+        ('{"sft1": {"mixture": {"video": -1}}}', "give tasks with positive weights"),
+        ('{"sft1": {"mixture": {"video": NaN}}}', "give tasks with positive weights"),
         ('{"sft1": {"steps": 0}}', "sft1 has 0 steps; give a positive integer"),
-        ('{"sft1": {"steps": "many"}}', "sft1 has 'many' steps; give a positive integer"),
+        ('{"sft1": {"steps": true}}', "sft1 has True steps; give a positive integer"),
+        ('{"sft1": {"graded": "order"}}', "give a list of families"),
+        ('{"sft1": {"graded": ["orders"]}}', "graded by 'orders', which is not held out"),
+        ('{"image": {"graded": ["order"]}}', "not graded by families of its own"),
     ],
 )
 def test_a_plan_that_no_stage_reads_is_an_error_that_names_the_file(tmp_path, text, said):
     (tmp_path / "stages.json").write_text(text)
     with pytest.raises(ValueError, match=f"stages.json.*{said}"):
-        read_plan(tmp_path / "stages.json", {"video"})
-    assert read_plan(tmp_path / "none.json", set()) == {}
+        read_plan(tmp_path / "stages.json", {"video"}, {"order", "video"})
+    assert read_plan(tmp_path / "none.json", set(), set()) == {}

@@ -382,7 +382,11 @@ def test_rows_are_read_back_as_they_were_meant(monkeypatch, tmp_path, encoder, c
 
     # A second call finds it complete
     real.write_real_data(options)
-    assert "is complete" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is complete" in said and "not what this version writes" not in said
+    (options.out / "stages.json").write_text("{}")
+    real.write_real_data(options)
+    assert "not what this version writes" in capsys.readouterr().out
 
 
 def has_reasons(sample) -> bool:

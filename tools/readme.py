@@ -20,6 +20,7 @@ newest run. A block whose run is not here keeps what it says; everything else is
 
 import ast
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -621,7 +622,7 @@ def seed_tables(model: str, part: dict) -> str:
                 f"**{r['mean']:.1%}**",
                 f"{100 * r['low']:.1f} to {100 * r['high']:.1f}",
                 f"{s['chance']:.1%}",
-                f"{s['over_chance']['low']:.0f}",
+                math.floor(s["over_chance"]["low"]),
                 "" if s["swapped"] is None else f"{s['swapped']:.1%}",
                 skill_words(part["skills"][family]),
             )
@@ -681,7 +682,8 @@ def smol_tables() -> str | None:
 def stage_minutes(run: Path) -> float:
     """How long a run's steps took, by its log."""
     stage = json.loads((run / "stage.json").read_text())
-    rates = [json.loads(line)["tokens_per_second"] for line in open(run / "log.jsonl")]
+    lines = (run / "log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["tokens_per_second"] for line in lines]
     return sum(stage["rows"] * stage["length"] / rate for rate in rates) / 60
 
 

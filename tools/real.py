@@ -12,9 +12,9 @@ thing, from which the rows are made that `data/readers.py` reads as `conversatio
     realdata/gcompris    photographs              kind (from Debian: optional)
     realdata/tables      published numbers        charts, series as videos
         |
-        +--> train.jsonl, held_out.jsonl, images/, sheet.png     stages.json: what a ladder grades where
+        +--> train.jsonl, held_out.jsonl, images/, sheet.png     stages.json: mixtures, steps, grading
 
-    python -m tools.real --out real        then        python toy.py --data real --out runs/real
+    python -m tools.real --out real     then     python toy.py --data real --samples 300 --out runs/real
 
 Fetched, never committed. What Debian's packages hold is left out where there is no apt-get, and said.
 """
@@ -115,7 +115,7 @@ MIXTURES = {
     "moe-branch": AT_LAST,
     "fusion": AT_LAST | {"arithmetic": 3.0, "odd": 1.5},
 }
-# More than the drawn world's: handwriting is harder to read than its shapes, and look-ups come later.
+# Other numbers than the drawn world's: handwriting is harder to read than its shapes, look-ups come later.
 STEPS = {
     "language": 300,
     "vit2": 160,
@@ -216,11 +216,20 @@ def stage_plan(train: list[dict], held_out: list[dict]) -> dict[str, dict]:
     tasks = {row["facts"]["family"]: row["task"] for row in held_out}
     for name, wanted in GRADED_BY.items():
         graded = [family for family, task in tasks.items() if task in wanted]
-        stages.setdefault(name, {})["graded"] = graded
+        stages[name]["graded"] = graded
     reasoning = [family for family in tasks if TABLE[family].reasoning]
     # of long CoT and of all later stages that think
-    stages.setdefault("long-cot", {})["graded"] = reasoning
+    stages["long-cot"] = {"graded": reasoning}
     return stages
+
+
+def has_this_plan(out: Path) -> bool:
+    """Whether stages.json is what would be written for the rows that lie beside it."""
+    rows = []
+    for side in ("train", "held_out"):
+        text = (out / f"{side}.jsonl").read_text(encoding="utf-8")
+        rows.append([json.loads(line) for line in text.split("\n") if line])
+    return json.loads((out / "stages.json").read_text(encoding="utf-8")) == stage_plan(*rows)
 
 
 def picture_sheet(examples: list[Example], columns: int = 14) -> Image.Image:
@@ -268,6 +277,10 @@ def write_real_data(options: RealOptions) -> None:
     out = options.out
     if (out / "held_out.jsonl").is_file():
         print(f"{out} is complete")
+        if not has_this_plan(out):
+            print(
+                f"its stages.json is not what this version writes: edited, or older; remove {out} to renew it"
+            )
         return
 
     # Rows of both sides; training in any order, so that its beginning holds everything
