@@ -56,7 +56,7 @@ else
 	$(PY) -m tools.seeds $(NUMBERS:%=$(REAL)-seed%) --out runs/real-seeds
 endif
 
-smol: $(VENV)/smol        ## untimed  a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
+smol: $(VENV)/smol        ## 35 min   a real language model learns to see: SmolLM2-135M from a wheel, our ViT, published data (goes on where it was)
 	$(PY) -m tools.real --out real
 	$(PY) -m smol.language
 	$(SMOL) eyes --data real/train.jsonl --out runs/smol/eyes
