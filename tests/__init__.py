@@ -1,1 +1,1 @@
-"""The tests. A package by name, as some wheels install one called `tests` too, which would hide a mere folder."""
+"""The tests. A package by name: some wheels bring one called `tests` too, which would hide a mere folder."""
