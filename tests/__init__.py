@@ -1,1 +1,4 @@
-"""The tests. A package by name: some wheels bring one called `tests` too, which would hide a mere folder."""
+"""What must hold, a file for each subject; `campaign` looks for faults.
+
+A package, not a mere folder: some wheels bring a package called `tests`, which would hide it.
+"""
