@@ -1,4 +1,4 @@
-"""What must hold, a file for each subject; `campaign` looks for faults.
+"""The suite behind `make test` and `make test-slow`.
 
 A package, not a mere folder: some wheels bring a package called `tests`, which would hide it.
 """

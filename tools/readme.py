@@ -82,7 +82,6 @@ ROOMS = {
 }
 ROOM_NOTES = {
     "kernels": "The MoE layer on a GPU, in Triton: routing, grouped products, a backward without y.",
-    "tests": "The suite behind `make test` and `make test-slow`.",
     "requirements": "What to install: open lists with a reason a line, and one lock with hashes.",
 }
 
