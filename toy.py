@@ -541,7 +541,8 @@ class Ladder:
         before, graded_before = self.grade(self.reasoning)
 
         # The policy's own right chains
-        questions = self.setup.source.stream({f: 1.0 for f in self.reasoning}, stage.seed + 5, 1)
+        mixture = {self.held_out[family][0].task: 1.0 for family in self.reasoning}
+        questions = self.setup.source.stream(mixture, stage.seed + 5, 1)
         usable = [sample for sample in islice(questions, 400) if sample.facts.get("chain")]
         harvest = rejection_sample(self.model, self.encoder, usable, seed=self.options.seed)
         if not harvest:  # a few steps of a smoke test: a policy that solves nothing
@@ -578,9 +579,11 @@ def read_plan(path: Path, tasks: set[str], families: set[str]) -> dict[str, dict
     if not path.exists():
         return {}
     try:
-        plan = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not an object of stages ({error})") from error
+    if not isinstance(plan, dict):
+        raise ValueError(f"{path}: not an object of stages ({plan!r:.40})")
 
     known = {**pretrain.TOY, **sft.TOY, **rl.TOY}
     for stage, told in plan.items():
@@ -593,17 +596,18 @@ def read_plan(path: Path, tasks: set[str], families: set[str]) -> dict[str, dict
 def check_told(where: str, stage: str, told: dict, tasks: set[str], families: set[str]) -> None:
     """Raises ValueError unless a plan's words on one stage can be followed."""
     if not isinstance(told, dict) or not told.keys() <= {"mixture", "steps", "graded"}:
-        raise ValueError(f'{where} may have "mixture", "steps" and "graded", not {sorted(told)}')
+        raise ValueError(f'{where} may have "mixture", "steps" and "graded", not {told!r}')
 
     # What it reads
-    mixture = told.get("mixture", {"": 1})
-    weights = list(mixture.values()) if isinstance(mixture, dict) else []
-    sound = [type(weight) in (int, float) and 0 < weight < math.inf for weight in weights]
-    if not weights or not all(sound):
-        raise ValueError(f"{where} mixes {mixture!r}; give tasks with positive weights")
-    missing = sorted(set(told.get("mixture", ())) - tasks)
-    if missing:
-        raise ValueError(f"{where} mixes {missing[0]!r}, which no row is; {sorted(tasks)}")
+    if "mixture" in told:
+        mixture = told["mixture"]
+        weights = list(mixture.values()) if isinstance(mixture, dict) else []
+        sound = [type(weight) in (int, float) and 0 < weight < math.inf for weight in weights]
+        if not weights or not all(sound):
+            raise ValueError(f"{where} mixes {mixture!r}; give tasks with positive weights")
+        missing = sorted(set(mixture) - tasks)
+        if missing:
+            raise ValueError(f"{where} mixes {missing[0]!r}, which no row is; {sorted(tasks)}")
 
     # How long
     steps = told.get("steps", 1)
@@ -614,7 +618,7 @@ def check_told(where: str, stage: str, told: dict, tasks: set[str], families: se
     graded = told.get("graded", [])
     if "graded" in told and stage not in GRADED_BY_FAMILIES:
         raise ValueError(f'{where} is not graded by families of its own; leave "graded" out')
-    if not isinstance(graded, list):
+    if not isinstance(graded, list) or not all(isinstance(name, str) for name in graded):
         raise ValueError(f"{where} is graded by {graded!r}; give a list of families")
     unknown = [family for family in graded if family not in families]
     if unknown:

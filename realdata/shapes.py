@@ -76,17 +76,32 @@ def questions_by_picture(triples: list[Triple]) -> dict[int, list[tuple[str, str
     return pairs
 
 
-def around_shape(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A square of the picture with the whole shape in it, somewhere, SIDE pixels wide."""
-    # The shape is what differs from the paper, which one of two opposite corners shows
-    boxes = []
-    for corner in ((0, 0), (picture.width - 1, picture.height - 1)):
-        paper = Image.new("RGB", picture.size, picture.getpixel(corner))
-        boxes.append(ImageChops.difference(picture, paper).getbbox() or (0, 0, *picture.size))
-    left, top, right, bottom = min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-    # A window that holds it
-    side = min(picture.width, max(WINDOW, right - left, bottom - top))
+
+def area(box: Box) -> int:
+    left, top, right, bottom = box
+    return (right - left) * (bottom - top)
+
+
+def shape_box(picture: Image.Image) -> Box:
+    """Where the shape is: what differs from the paper, which one of two opposite corners shows."""
+    last = (picture.width - 1, picture.height - 1)
+    boxes = []
+    for corner in ((0, 0), last):
+        paper = Image.new("RGB", picture.size, picture.getpixel(corner))
+        changed = ImageChops.difference(picture, paper).getbbox()
+        boxes.append(changed or (0, 0, *picture.size))
+    return min(boxes, key=area)
+
+
+def around_shape(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """A square of the (square) picture with the whole shape in it, somewhere; SIDE pixels wide."""
+    # Its side
+    left, top, right, bottom = shape_box(picture)
+    side = max(WINDOW, right - left, bottom - top)
+
+    # Its place
     x = rng.randint(max(0, right - side), min(left, picture.width - side))
     y = rng.randint(max(0, bottom - side), min(top, picture.height - side))
     window = picture.crop((x, y, x + side, y + side))
